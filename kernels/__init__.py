@@ -1,0 +1,11 @@
+"""The hot operations of the networks and of the step, each in a module of its own.
+
+The functions exported here are what the rest of sid_fast calls; which implementation runs is
+decided behind them and nowhere else.
+"""
+
+from sid_fast.kernels.adam_ema import adam_ema
+from sid_fast.kernels.attention import attention
+from sid_fast.kernels.group_norm import group_norm
+
+__all__ = ["adam_ema", "attention", "group_norm"]

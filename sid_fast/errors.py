@@ -1,0 +1,9 @@
+"""The one exception that is the user's to mend."""
+
+
+class UserError(Exception):
+    """Bad input: its message names the file or field, the value and the way out.
+
+    The commands print it as a single line and exit with status 2; everything else that is
+    raised is a fault of ours and keeps its traceback.
+    """

@@ -1,0 +1,205 @@
+"""What a network is: the architecture, its sizes, and which of them can work together."""
+
+import dataclasses
+from typing import Any
+
+from sid_fast.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """Where DDPM++, NCSN++ and ADM part ways (SPEC §2)."""
+
+    embedding: str  # of the noise level: positional or fourier
+    embedding_width: int  # of that embedding, in model_channels
+    swap_embedding: bool  # [cos, sin] -> [sin, cos]
+    filter: tuple[int, ...]  # resampling filter along one axis
+    residual_encoder: bool  # a second path of down-sampled images, added at every level
+    adaptive_scale: bool  # norm1 takes scale and shift from the embedding, not a sum
+    head_channels: int | None  # None: a single head of all channels
+    skip_scale: float
+    eps: float
+    resample_proj: bool  # a resampling skip has a 1x1 convolution even at equal widths
+    attention_everywhere: bool  # in all decoder blocks of a listed level, not just its last
+
+    # What the published pickles call these things.
+    model_type: str
+    embedding_type: str | None
+    encoder_type: str | None
+
+
+ARCHITECTURES = {
+    "ddpmpp": Architecture(
+        embedding="positional", embedding_width=1, swap_embedding=True, filter=(1, 1),
+        residual_encoder=False, adaptive_scale=False, head_channels=None, skip_scale=0.5**0.5,
+        eps=1e-6, resample_proj=True, attention_everywhere=False,
+        model_type="SongUNet", embedding_type="positional", encoder_type="standard",
+    ),
+    "ncsnpp": Architecture(
+        embedding="fourier", embedding_width=2, swap_embedding=True, filter=(1, 3, 3, 1),
+        residual_encoder=True, adaptive_scale=False, head_channels=None, skip_scale=0.5**0.5,
+        eps=1e-6, resample_proj=True, attention_everywhere=False,
+        model_type="SongUNet", embedding_type="fourier", encoder_type="residual",
+    ),
+    "adm": Architecture(
+        embedding="positional", embedding_width=1, swap_embedding=False, filter=(1, 1),
+        residual_encoder=False, adaptive_scale=True, head_channels=64, skip_scale=1.0,
+        eps=1e-5, resample_proj=False, attention_everywhere=True,
+        model_type="DhariwalUNet", embedding_type=None, encoder_type=None,
+    ),
+}  # fmt: skip
+
+
+def groups_of(channels: int) -> int:
+    """Groups of a GroupNorm: 32, or as many as leave four channels in each."""
+    return min(32, channels // 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkConfig:
+    """Everything needed to build a network; stored with its weights.
+
+    Raises UserError, naming the field, for a shape that cannot work.
+    """
+
+    architecture: str  # ddpmpp, ncsnpp or adm
+    resolution: int  # pixels along one side
+    channels: int = 3  # of an image
+    label_dim: int = 0  # classes; 0: unconditional
+    augment_dim: int = 0  # numbers in an augmentation label; 0: none
+    model_channels: int = 128
+    channel_mult: tuple[int, ...] = (2, 2, 2)  # width of each level, in model_channels
+    num_blocks: int = 4  # residual blocks a level
+    attention_resolutions: tuple[int, ...] = (16,)
+    dropout: float = 0.0
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.architecture not in ARCHITECTURES:
+            self._refuse("architecture", f"use one of {', '.join(ARCHITECTURES)}")
+        for field in ("resolution", "channels", "model_channels", "num_blocks"):
+            if getattr(self, field) < 1:
+                self._refuse(field, "it must be at least 1")
+        for field in ("label_dim", "augment_dim"):
+            if getattr(self, field) < 0:
+                self._refuse(field, "it cannot be negative")
+        if not self.channel_mult or min(self.channel_mult) < 1:
+            self._refuse("channel_mult", "list one positive multiplier a level")
+        if not 0 <= self.dropout < 1:
+            self._refuse("dropout", "it is a probability below 1")
+        if not self.sigma_data > 0:
+            self._refuse("sigma_data", "it must be positive")
+        smallest = 2 ** (len(self.channel_mult) - 1)
+        if self.resolution % smallest:
+            self._refuse(
+                "resolution", f"{len(self.channel_mult)} levels need a multiple of {smallest}"
+            )
+        if self.model_channels % 4:
+            self._refuse("model_channels", "the embedding and GroupNorm need a multiple of 4")
+        widths = {self.model_channels * m for m in self.channel_mult} | {self.model_channels}
+        for width in sorted(widths | {a + b for a in widths for b in widths}):
+            if width % groups_of(width):
+                self._refuse(
+                    "model_channels",
+                    f"a layer of {width} channels does not divide into {groups_of(width)} groups",
+                )
+        head = ARCHITECTURES[self.architecture].head_channels
+        for level, mult in enumerate(self.channel_mult):
+            attends = (self.resolution >> level) in self.attention_resolutions
+            attends |= level == len(self.channel_mult) - 1
+            if head and attends and self.model_channels * mult % head:
+                self._refuse(
+                    "model_channels",
+                    f"attention over {self.model_channels * mult} channels does not divide into "
+                    f"heads of {head}",
+                )
+
+    def _refuse(self, field: str, why: str) -> None:
+        raise UserError(f"network: {field}={getattr(self, field)!r} cannot be built: {why}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "NetworkConfig":
+        """The configuration written by to_dict, as it comes back from JSON."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise UserError(f"network: unknown field {unknown[0]!r}; a newer version wrote it?")
+        try:
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        except TypeError as error:
+            raise UserError(f"network: configuration does not fit: {error}") from None
+
+    @classmethod
+    def from_published(cls, class_name: str, kwargs: dict[str, Any]) -> "NetworkConfig":
+        """The configuration of a published pickle: its class and the arguments it was built with.
+
+        What a pickle leaves out takes the published default of its architecture.
+        """
+        if class_name != "EDMPrecond":
+            raise UserError(
+                f"network: {class_name} preconditioning is not supported; EDMPrecond is"
+            )
+        kwargs = dict(kwargs)
+        model_type = kwargs.pop("model_type", "DhariwalUNet")
+        song = model_type == "SongUNet"
+        form = {
+            "embedding_type": kwargs.pop("embedding_type", "positional") if song else None,
+            "encoder_type": kwargs.pop("encoder_type", "standard") if song else None,
+        }
+        found = [
+            name
+            for name, a in ARCHITECTURES.items()
+            if (a.model_type, a.embedding_type, a.encoder_type) == (model_type, *form.values())
+        ]
+        if not found:
+            raise UserError(
+                f"network: no architecture has model_type={model_type!r} with {form}; "
+                f"supported are {', '.join(ARCHITECTURES)}"
+            )
+        architecture = ARCHITECTURES[found[0]]
+        fixed = {
+            "use_fp16": kwargs.get("use_fp16"),  # how it was run, not what it is
+            "sigma_min": 0,
+            "sigma_max": float("inf"),
+            "label_dropout": 0,
+            "channel_mult_emb": 4,
+        }
+        if song:
+            fixed |= {
+                "decoder_type": "standard",
+                "channel_mult_noise": architecture.embedding_width,
+                "resample_filter": list(architecture.filter),
+            }
+        for field, only in fixed.items():
+            value = kwargs.pop(field, only)
+            if value != only:
+                raise UserError(f"network: {field}={value!r} is not supported; {only!r} is")
+        names = {
+            "img_resolution": "resolution",
+            "img_channels": "channels",
+            "label_dim": "label_dim",
+            "augment_dim": "augment_dim",
+            "model_channels": "model_channels",
+            "channel_mult": "channel_mult",
+            "num_blocks": "num_blocks",
+            "attn_resolutions": "attention_resolutions",
+            "dropout": "dropout",
+            "sigma_data": "sigma_data",
+        }
+        if unknown := sorted(set(kwargs) - set(names)):
+            field = unknown[0]
+            raise UserError(f"network: {field}={kwargs[field]!r} is not supported")
+        defaults = (
+            dict(model_channels=128, channel_mult=[1, 2, 2, 2], num_blocks=4, attn_resolutions=[16])
+            if song
+            else dict(
+                model_channels=192,
+                channel_mult=[1, 2, 3, 4],
+                num_blocks=3,
+                attn_resolutions=[32, 16, 8],
+            )
+        ) | {"dropout": 0.1}
+        values = {names[k]: v for k, v in (defaults | kwargs).items()}
+        return cls.from_dict({"architecture": found[0], **values})

@@ -1,0 +1,202 @@
+"""The U-Net that DDPM++, NCSN++ and ADM share, and the residual block it is made of (SPEC §2)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sid_fast import kernels
+from sid_fast.networks.config import ARCHITECTURES, Architecture, NetworkConfig
+from sid_fast.networks.layers import (
+    Conv2d,
+    FourierEmbedding,
+    GroupNorm,
+    Init,
+    Linear,
+    PositionalEmbedding,
+)
+
+
+def initialisation(architecture: Architecture) -> tuple[Init, Init, Init]:
+    """How ordinary layers, the last ones of a residual branch, and qkv are drawn."""
+    if architecture.model_type == "SongUNet":
+        rule = "xavier_uniform"
+        return (rule, 1, 0), (rule, 1e-5, 0), (rule, math.sqrt(0.2), 0)
+    rule, factor = "kaiming_uniform", math.sqrt(1 / 3)
+    return (rule, factor, factor), (rule, 0, 0), (rule, factor, factor)
+
+
+class Block(nn.Module):
+    """[N, C, H, W], embedding [N, E] -> [N, C', H', W']: two convolutions, then attention."""
+
+    def __init__(
+        self,
+        config: NetworkConfig,
+        fan_in: int,
+        fan_out: int,
+        resample: str | None = None,
+        attention: bool = False,
+    ):
+        super().__init__()
+        kind = ARCHITECTURES[config.architecture]
+        init, init_last, init_qkv = initialisation(kind)
+        self.fan_in = fan_in
+        self.skip_scale = kind.skip_scale
+        self.adaptive_scale = kind.adaptive_scale
+        self.dropout = config.dropout
+        self.heads = fan_out // (kind.head_channels or fan_out) if attention else 0
+
+        self.norm0 = GroupNorm(fan_in, kind.eps)
+        self.conv0 = Conv2d(fan_in, fan_out, 3, init, resample, kind.filter)
+        self.affine = Linear(
+            config.model_channels * 4, fan_out * (2 if kind.adaptive_scale else 1), init
+        )
+        self.norm1 = GroupNorm(fan_out, kind.eps)
+        self.conv1 = Conv2d(fan_out, fan_out, 3, init_last)
+        self.skip = None
+        if fan_in != fan_out or resample:
+            kernel = 1 if fan_in != fan_out or kind.resample_proj else 0
+            self.skip = Conv2d(fan_in, fan_out, kernel, init, resample, kind.filter)
+        if attention:
+            self.norm2 = GroupNorm(fan_out, kind.eps)
+            self.qkv = Conv2d(fan_out, fan_out * 3, 1, init_qkv)
+            self.proj = Conv2d(fan_out, fan_out, 1, init_last)
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        h = self.conv0(self.norm0(x))
+        condition = self.affine(embedding)
+        dropout = self.dropout if self.training else 0.0
+        if self.adaptive_scale:
+            scale, shift = condition.chunk(2, dim=1)
+            h = self.norm1(h, scale=scale, shift=shift, dropout=dropout)
+        else:
+            h = self.norm1(h, add=condition, dropout=dropout)
+        h = self.conv1(h) + (x if self.skip is None else self.skip(x))
+        h = h * self.skip_scale
+        if self.heads:
+            attended = kernels.attention(self.qkv(self.norm2(h, silu=False)), self.heads)
+            h = (self.proj(attended) + h) * self.skip_scale
+        return h
+
+
+class UNet(nn.Module):
+    """F of EDM: images [N, channels, R, R], c_noise [N] -> the same shape, in the input's dtype."""
+
+    def __init__(self, config: NetworkConfig):
+        super().__init__()
+        self.config = config
+        self.kind = kind = ARCHITECTURES[config.architecture]
+        init, init_last, _ = initialisation(kind)
+        width, emb_width = config.model_channels, config.model_channels * 4
+        noise_width = width * kind.embedding_width
+
+        self.map_noise = (
+            FourierEmbedding(noise_width)
+            if kind.embedding == "fourier"
+            else PositionalEmbedding(noise_width, endpoint=kind.swap_embedding)
+        )
+        song = kind.model_type == "SongUNet"
+        self.map_label = self.map_augment = None
+        if config.label_dim:
+            label_init = init if song else ("kaiming_normal", math.sqrt(config.label_dim), 0)
+            label_width = noise_width if song else emb_width
+            self.map_label = Linear(config.label_dim, label_width, label_init, bias=song)
+        if config.augment_dim:
+            self.map_augment = Linear(config.augment_dim, noise_width, init, bias=False)
+        self.map_layer0 = Linear(noise_width, emb_width, init)
+        self.map_layer1 = Linear(emb_width, emb_width, init)
+
+        self.enc = nn.ModuleDict()
+        skips, fan, aux = [], config.channels, config.channels
+        for level, mult in enumerate(config.channel_mult):
+            side = config.resolution >> level
+            attends = side in config.attention_resolutions
+            if level == 0:
+                self.enc[f"{side}x{side}_conv"] = Conv2d(fan, width, 3, init)
+                fan = width
+            else:
+                self.enc[f"{side}x{side}_down"] = Block(config, fan, fan, "down")
+                if kind.residual_encoder:
+                    self.enc[f"{side}x{side}_aux_residual"] = Conv2d(
+                        aux, fan, 3, init, "down", kind.filter, fused=True
+                    )
+                    aux = fan
+            skips.append(fan)
+            for i in range(config.num_blocks):
+                self.enc[f"{side}x{side}_block{i}"] = Block(
+                    config, fan, width * mult, attention=attends
+                )
+                fan = width * mult
+                skips.append(fan)
+
+        self.dec = nn.ModuleDict()
+        for level, mult in reversed(list(enumerate(config.channel_mult))):
+            side = config.resolution >> level
+            attends = side in config.attention_resolutions
+            if level == len(config.channel_mult) - 1:
+                self.dec[f"{side}x{side}_in0"] = Block(config, fan, fan, attention=True)
+                self.dec[f"{side}x{side}_in1"] = Block(config, fan, fan)
+            else:
+                self.dec[f"{side}x{side}_up"] = Block(config, fan, fan, "up")
+            for i in range(config.num_blocks + 1):
+                last = i == config.num_blocks
+                self.dec[f"{side}x{side}_block{i}"] = Block(
+                    config,
+                    fan + skips.pop(),
+                    width * mult,
+                    attention=attends and (last or kind.attention_everywhere),
+                )
+                fan = width * mult
+        norm, conv = GroupNorm(fan, kind.eps), Conv2d(fan, config.channels, 3, init_last)
+        if song:
+            self.dec[f"{side}x{side}_aux_norm"], self.dec[f"{side}x{side}_aux_conv"] = norm, conv
+        else:
+            self.out_norm, self.out_conv = norm, conv
+
+    def embed(
+        self,
+        c_noise: torch.Tensor,
+        labels: torch.Tensor | None,
+        augment_labels: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The vector that conditions every block: noise level, class and augmentation, [N, E]."""
+        emb = self.map_noise(c_noise)
+        if self.kind.swap_embedding:
+            emb = emb.unflatten(1, (2, -1)).flip(1).flatten(1)
+        if self.map_augment is not None and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        if self.kind.model_type == "SongUNet":
+            if self.map_label is not None:
+                emb = emb + self.map_label(labels * math.sqrt(self.config.label_dim))
+            return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+        if self.map_label is not None:
+            emb = emb + self.map_label(labels)
+        return F.silu(emb)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        c_noise: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        augment_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        embedding = self.embed(c_noise, labels, augment_labels).to(x.dtype)
+        skips, aux = [], x
+        for name, layer in self.enc.items():
+            if name.endswith("_aux_residual"):
+                skips[-1] = x = aux = (x + layer(aux)) / math.sqrt(2)
+                continue
+            x = layer(x, embedding) if isinstance(layer, Block) else layer(x)
+            skips.append(x)
+        for layer in self.dec.values():
+            if isinstance(layer, Block):
+                if x.shape[1] < layer.fan_in:
+                    x = torch.cat([x, skips.pop()], dim=1)
+                x = layer(x, embedding)
+            else:  # the last norm and convolution of a SongUNet
+                x = layer(x)
+        if self.kind.model_type == "DhariwalUNet":
+            x = self.out_conv(self.out_norm(x))
+        return x
