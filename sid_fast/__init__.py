@@ -1,0 +1,23 @@
+"""Score identity Distillation of EDM diffusion models into one-step generators, fast.
+
+`load_network` reads a teacher, `Distiller` distils it, `Settings` says how; the commands are
+`python -m sid_fast.train`, `.generate` and `.pretrain`.
+"""
+
+from sid_fast import augment, losses, noise, sampling
+from sid_fast.config.settings import Settings
+from sid_fast.distiller import Distiller
+from sid_fast.draws import Draw
+from sid_fast.files.network import load_network, save_network
+
+__all__ = [
+    "Distiller",
+    "Draw",
+    "Settings",
+    "augment",
+    "load_network",
+    "losses",
+    "noise",
+    "sampling",
+    "save_network",
+]

@@ -1,0 +1,77 @@
+"""Every random number of a step is drawn here; the step itself is a pure function of them."""
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from sid_fast import noise
+from sid_fast.augment import Parameters
+from sid_fast.augment import draw as draw_warp
+from sid_fast.config.settings import Settings
+from sid_fast.networks import NetworkConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """The random numbers of one round.
+
+    z [N, C, R, R] before ×σ_init; sigma [N, 1, 1, 1]; noise [N, C, R, R] before ×σ;
+    class_labels one-hot [N, label_dim] or None; augment the parameters of the warp (see
+    sid_fast.augment) or None.
+    """
+
+    z: torch.Tensor
+    sigma: torch.Tensor
+    noise: torch.Tensor
+    class_labels: torch.Tensor | None = None
+    augment: Parameters | None = None
+
+
+def seed_of(*parts: int) -> int:
+    """A 64-bit seed from non-negative integers (seed, step, rank, …), well mixed.
+
+    Randomness is counted rather than carried along: the numbers of a step depend on nothing but
+    these, so a resumed run draws what an unbroken one would.
+    """
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+
+
+def one_hot(
+    n: int, label_dim: int, rng: torch.Generator, weights: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """n labels, uniform or in proportion to weights [label_dim]; float32 [n, label_dim]."""
+    if not label_dim:
+        return None
+    if weights is None:
+        classes = torch.randint(label_dim, (n,), generator=rng, device=rng.device)
+    else:
+        classes = torch.multinomial(weights, n, replacement=True, generator=rng)
+    return torch.eye(label_dim, device=rng.device)[classes]
+
+
+def draw_round(
+    phase: str,
+    n: int,
+    config: NetworkConfig,
+    settings: Settings,
+    rng: torch.Generator,
+    label_weights: torch.Tensor | None = None,
+) -> Draw:
+    """The draws of n images for a round of `phase`, "fake" or "generator", on rng's device."""
+    shape = (n, config.channels, config.resolution, config.resolution)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=rng, device=rng.device)
+
+    z = normal(*shape)
+    labels = one_hot(n, config.label_dim, rng, label_weights)
+    warp = None
+    if phase == "fake":
+        sigma = noise.fake_score_sigma(normal(n, 1, 1, 1))
+        if settings.augment_p:
+            warp = draw_warp(n, settings.augment_p, rng)
+    else:
+        t = torch.rand((n, 1, 1, 1), generator=rng, device=rng.device) * settings.tmax / 1000
+        sigma = noise.generator_sigma(t)
+    return Draw(z, sigma, normal(*shape), labels, warp)

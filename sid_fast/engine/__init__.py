@@ -1,0 +1,1 @@
+"""How a step runs: device, processes, optimiser, checkpoints and the loop around it."""

@@ -1,0 +1,70 @@
+"""Adam over one network, with its moments and, where wanted, its moving average."""
+
+import copy
+
+import torch
+from torch import nn
+
+from sid_fast import kernels
+from sid_fast.engine import parallel
+
+
+def ema_beta(images: int, batch: int, halflife_kimg: float, rampup_ratio: float) -> float:
+    """β of the moving average after a step of `batch` images, `images` having gone before.
+
+    The half-life grows with the images seen, up to halflife_kimg (SPEC §5).
+    """
+    halflife = halflife_kimg * 1000
+    if rampup_ratio:
+        halflife = min(halflife, images * rampup_ratio)
+    return 0.5 ** (batch / max(halflife, 1e-8))
+
+
+class Optimizer:
+    """Holds the gradients, moments and average of a network; every tensor keeps its address."""
+
+    def __init__(self, net: nn.Module, beta1: float, beta2: float, eps: float, ema: bool = False):
+        self.net = net.requires_grad_(True)
+        self.ema = copy.deepcopy(net).requires_grad_(False).eval() if ema else None
+        self.beta1, self.beta2, self.eps = beta1, beta2, eps
+        self.params = list(net.parameters())
+        for p in self.params:
+            p.grad = torch.zeros_like(p)
+        self.exp_avg_sq = [torch.zeros_like(p) for p in self.params]
+        self.exp_avg = [torch.zeros_like(p) for p in self.params] if beta1 else []
+        self.step = torch.zeros((), dtype=torch.float64, device=self.params[0].device)
+
+    def zero_grad(self) -> None:
+        torch._foreach_zero_([p.grad for p in self.params])
+
+    def update(self, apply: torch.Tensor, lr: float, ema_beta: float = 0.0) -> torch.Tensor:
+        """Average gradients over the processes and update; see kernels.adam_ema."""
+        grads = [p.grad for p in self.params]
+        parallel.average_(grads)
+        return kernels.adam_ema(
+            self.params,
+            grads,
+            self.exp_avg,
+            self.exp_avg_sq,
+            list(self.ema.parameters()) if self.ema else [],
+            step=self.step,
+            apply=apply,
+            lr=lr,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            eps=self.eps,
+            ema_beta=ema_beta,
+        )
+
+    def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Everything that makes up the state, by name; copying into them restores it."""
+        found = {f"{prefix}.step": self.step}
+        for name, value in self.net.state_dict().items():
+            found[f"{prefix}.net.{name}"] = value
+        if self.ema:
+            for name, value in self.ema.state_dict().items():
+                found[f"{prefix}.ema.{name}"] = value
+        names = [name for name, _ in self.net.named_parameters()]
+        for kind, values in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
+            found |= {f"{prefix}.{kind}.{n}": v for n, v in zip(names, values, strict=False)}
+        return found

@@ -1,0 +1,70 @@
+"""Processes: who we are among them, and what they add up. One process needs none of it."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from sid_fast.errors import UserError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called `name` (auto, cpu, cuda, cuda:1); auto takes this process's GPU if any."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if name == "auto":
+        name = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device={name!r} is not a device; use auto, cpu or cuda") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device={name!r} is not there: {torch.cuda.device_count()} GPUs are visible; "
+            "use cpu, or a torch built for CUDA"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device={name!r} is not supported; use auto, cpu or cuda")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def start(device: torch.device) -> None:
+    """Join the other processes if torchrun started us; each then calls `stop` at the end."""
+    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over the processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def average_(tensors: list[torch.Tensor]) -> None:
+    """Average tensors over the processes, in place and in one message."""
+    if not dist.is_initialized():
+        return
+    flat = torch._utils._flatten_dense_tensors(tensors)
+    dist.all_reduce(flat)
+    flat /= world()
+    torch._foreach_copy_(tensors, torch._utils._unflatten_dense_tensors(flat, tensors))

@@ -1,0 +1,212 @@
+"""The whole step: the published trajectory, accumulation, faults and random draws."""
+
+import numpy as np
+import pytest
+import torch
+from golden import TRAJECTORY_TOLERANCE, read
+
+import sid_fast
+from sid_fast import Distiller, Draw, Settings, noise
+from sid_fast.engine.optimizer import ema_beta
+from sid_fast.errors import UserError
+from sid_fast.networks import EDMNetwork, NetworkConfig
+
+TRAJECTORIES = ["ddpmpp_uncond", "adm_cond"]
+
+
+def golden_settings(data) -> Settings:
+    return Settings(
+        alpha=float(data["alpha"]),
+        tmax=int(data["tmax"]),
+        init_sigma=float(data["init_sigma"]),
+        fake_lr=float(data["lr"]),
+        generator_lr=float(data["glr"]),
+        fake_beta1=float(data["fake_beta1"]),
+        generator_beta1=float(data["g_beta1"]),
+        beta2=float(data["beta2"]),
+        eps=float(data["eps"]),
+        ema_halflife_kimg=float(data["ema_halflife_kimg"]),
+        ema_rampup_ratio=float(data["ema_rampup_ratio"]),
+        fake_loss_scale=float(data["ls"]),
+        generator_loss_scale=float(data["lsg"]),
+        batch_size=int(data["batch"]),
+        micro_batch=int(data["batch"]) // int(data["accumulation"]),
+    )
+
+
+def golden_draws(data, step: int) -> dict[str, list[Draw]]:
+    def draw(phase: str, i: int) -> Draw:
+        values = {
+            name: data.get(f"step{step}.{phase}.round{i}.{name}")
+            for name in ("z", "rnd_normal", "rand_t", "noise", "class_labels")
+        }
+        sigma = (
+            noise.fake_score_sigma(values["rnd_normal"])
+            if phase == "fake"
+            else noise.generator_sigma(values["rand_t"] * float(data["tmax"]) / 1000)
+        )
+        return Draw(values["z"], sigma, values["noise"], values["class_labels"])
+
+    rounds = range(int(data["accumulation"]))
+    return {
+        "fake": [draw("fake", i) for i in rounds],
+        "generator": [draw("g", i) for i in rounds],
+    }
+
+
+def trajectory_error(data, start, net, name: str) -> float:
+    """‖p − p_golden‖ / ‖p_golden − p_start‖ over all the elements recorded of one network."""
+    error = moved = 0.0
+    for key, p in net.named_parameters():
+        if (expected := data.get(f"final.{name}.{key}")) is None:
+            expected = data[f"final_head.{name}.{key}"]
+        expected = expected.double().flatten()
+        head = slice(None, len(expected))
+        error += float((p.detach().double().flatten()[head] - expected).square().sum())
+        moved += float((start[key].double().flatten()[head] - expected).square().sum())
+    return (error / moved) ** 0.5
+
+
+@pytest.mark.parametrize("name", TRAJECTORIES)
+def test_golden_trajectory(golden, name):
+    data = read(golden / f"trajectory_{name}.npz")
+    teacher = sid_fast.load_network(golden / f"{name}.pkl")
+    start = {k: v.clone() for k, v in teacher.state_dict().items()}
+    distiller = Distiller(teacher, golden_settings(data))
+    steps = int(data["steps"])
+    for step in range(steps):
+        metrics = distiller.step(golden_draws(data, step))
+        assert int(metrics["fake/dropped"]) == int(metrics["generator/nonfinite"]) == 0
+    for net, key in (
+        (distiller.fake_score, "fake_score"),
+        (distiller.generator, "G"),
+        (distiller.ema, "G_ema"),
+    ):
+        assert trajectory_error(data, start, net, key) <= TRAJECTORY_TOLERANCE, key
+    assert all(torch.equal(v, start[k]) for k, v in teacher.state_dict().items())
+
+
+SMALL = NetworkConfig(
+    "ddpmpp", resolution=8, channels=1, model_channels=16, channel_mult=(1, 2), num_blocks=1,
+    attention_resolutions=(4,), label_dim=10, augment_dim=9,
+)  # fmt: skip
+
+
+def small_teacher() -> EDMNetwork:
+    torch.manual_seed(0)
+    net = EDMNetwork(SMALL)
+    for p in net.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.1)
+    return net
+
+
+def weights(distiller: Distiller) -> torch.Tensor:
+    nets = distiller.fake_score, distiller.generator, distiller.ema
+    return torch.cat([p.detach().flatten() for net in nets for p in net.parameters()])
+
+
+FAST = dict(batch_size=4, fake_lr=1e-3, generator_lr=1e-3)
+
+
+def test_steps_are_a_function_of_seed_and_step_alone():
+    """With dropout and augmentation on, whatever else draws from torch's generator."""
+    settings = Settings(dropout=0.2, augment_p=0.5, micro_batch=2, **FAST)
+    runs = []
+    for seed in (1, 1, 2):
+        distiller = Distiller(small_teacher(), settings, seed=seed)
+        for _ in range(3):
+            torch.rand(len(runs) + 1)
+            distiller.step()
+        runs.append(weights(distiller))
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+def test_a_step_leaves_the_callers_random_state_alone():
+    distiller = Distiller(small_teacher(), Settings(dropout=0.2, **FAST))
+    before = torch.get_rng_state()
+    distiller.step()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_labels_follow_the_weights():
+    only_three = torch.zeros(10).index_fill(0, torch.tensor([3]), 1.0)
+    draws = Distiller(small_teacher(), Settings(**FAST), label_weights=only_three).draw()
+    assert all(d.class_labels.argmax(1).eq(3).all() for d in draws["fake"] + draws["generator"])
+
+
+def test_rounds_add_up_to_the_whole_batch():
+    whole = Distiller(small_teacher(), Settings(augment_p=0.5, eps=1.0, **FAST))
+    halves = Distiller(small_teacher(), Settings(augment_p=0.5, eps=1.0, micro_batch=2, **FAST))
+    draws = whole.draw()
+
+    def part(draw: Draw, rows: slice) -> Draw:
+        warp = draw.augment and {k: v[..., rows] for k, v in draw.augment.items()}
+        return Draw(*(v[rows] for v in (draw.z, draw.sigma, draw.noise, draw.class_labels)), warp)
+
+    start = weights(whole)
+    whole.step(draws)
+    halves.step({k: [part(d[0], slice(0, 2)), part(d[0], slice(2, 4))] for k, d in draws.items()})
+    moved = (weights(whole) - start).norm()
+    assert (weights(whole) - weights(halves)).norm() < 1e-4 * moved
+
+
+@pytest.mark.parametrize("field", ["z", "noise", "sigma", "class_labels"])
+def test_a_spoiled_draw_is_dropped_and_the_rest_of_the_step_is_that_without_it(field):
+    """Up to the rounding of convolutions of another batch size."""
+    settings = Settings(eps=1.0, **FAST)
+    spoiled, without = (Distiller(small_teacher(), settings) for _ in range(2))
+    draws = spoiled.draw()
+    start = weights(spoiled)
+    keep = torch.tensor([True, False, True, True])
+    names = ("z", "sigma", "noise", "class_labels")
+    without.step({k: [Draw(*(getattr(d[0], n)[keep] for n in names))] for k, d in draws.items()})
+    for rounds in draws.values():
+        getattr(rounds[0], field)[1] = torch.nan
+    metrics = spoiled.step(draws)
+    assert int(metrics["fake/dropped"]) == int(metrics["generator/dropped"]) == 1
+    assert int(metrics["fake/nonfinite"]) == int(metrics["generator/nonfinite"]) == 0
+    moved = (weights(without) - start).norm()
+    assert (weights(spoiled) - weights(without)).norm() < 1e-4 * moved
+
+
+def test_a_step_without_a_finite_sample_changes_nothing():
+    distiller = Distiller(small_teacher(), Settings(generator_beta1=0.9, **FAST))
+    distiller.step()
+    before = {k: v.clone() for k, v in distiller.tensors().items()}
+    draws = distiller.draw()
+    for rounds in draws.values():
+        rounds[0].z.fill_(torch.nan)
+    metrics = distiller.step(draws)
+    assert bool(metrics["fake/skipped"]) and bool(metrics["generator/skipped"])
+    assert all(torch.equal(v, before[k]) for k, v in distiller.tensors().items())
+    assert not bool(distiller.step()["generator/skipped"])
+
+
+def test_ema_follows_its_ramp_up():
+    assert ema_beta(0, 256, 500, 0.05) == 0
+    assert ema_beta(100_000, 256, 500, 0.05) == pytest.approx(0.5 ** (256 / 5000))
+    assert ema_beta(10**9, 256, 500, 0.05) == pytest.approx(0.5 ** (256 / 500_000))
+    assert ema_beta(1000, 256, 500, 0) == pytest.approx(0.5 ** (256 / 500_000))
+
+
+def test_no_first_moment_is_kept_when_beta1_is_zero():
+    names = Distiller(small_teacher(), Settings(generator_beta1=0.9, **FAST)).tensors()
+    assert any(".exp_avg." in n for n in names)
+    assert not any(n.startswith("fake_score.exp_avg.") for n in names)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("alpha", 7.0), ("alpha", np.nan), ("tmax", 0), ("tmax", 1001), ("dropout", 1.5)],
+)
+def test_settings_out_of_range_are_refused_by_name(field, value):
+    with pytest.raises(UserError, match=field):
+        Distiller(small_teacher(), Settings(**{field: value}))
+
+
+def test_a_batch_that_does_not_divide_names_the_nearest_that_does():
+    with pytest.raises(UserError, match="nearest that does is 96"):
+        Settings(batch_size=100, micro_batch=32).validate()
+    assert Settings(batch_size=96, micro_batch=16).rounds(processes=2) == 3

@@ -1,0 +1,17 @@
+"""The teacher's sampler against numbers of the published one."""
+
+import pytest
+import torch
+from golden import TOLERANCE, read, relative
+
+import sid_fast
+
+
+@pytest.mark.parametrize("name", ["ddpmpp_uncond", "adm_cond"])
+@pytest.mark.parametrize("steps", [5, 18])
+def test_heun_matches_golden(golden, name, steps):
+    net = sid_fast.load_network(golden / f"{name}.pkl")
+    data = read(golden / f"{name}.heun{steps}.npz")
+    x = sid_fast.sampling.heun(net, data["latents"], data.get("class_labels"), num_steps=steps)
+    assert x.dtype == torch.float64
+    assert relative(x, data["x"]) <= TOLERANCE
