@@ -1,14 +1,16 @@
 """Score identity Distillation: one step of it (arXiv 2404.04057, algorithm 1; SPEC §5)."""
 
 import copy
-from collections.abc import Callable
+import dataclasses
+from typing import ClassVar
 
 import torch
 
 from sid_fast import augment, losses
-from sid_fast.config.settings import Settings
-from sid_fast.draws import Draw, draw_round, seed_of
+from sid_fast.config.settings import Settings, check, rounds_of
+from sid_fast.draws import Draw, draw_round, dropout_seed, seed_of
 from sid_fast.engine import parallel
+from sid_fast.engine.checkpoint import digest
 from sid_fast.engine.optimizer import Optimizer, ema_beta
 from sid_fast.errors import UserError
 from sid_fast.losses import Terms, fake_score_terms, generator_terms
@@ -29,6 +31,12 @@ class Distiller:
     start from the teacher. Raises UserError for settings that cannot be used.
     """
 
+    shown: ClassVar = {
+        "fake/loss": "fake",
+        "generator/loss": "generator",
+        "generator/distance": "‖f_φ-f_ψ‖²",
+    }
+
     def __init__(
         self,
         teacher: EDMNetwork,
@@ -36,7 +44,8 @@ class Distiller:
         seed: int = 0,
         label_weights: torch.Tensor | None = None,
     ):
-        settings.validate(parallel.world())
+        check(settings)
+        self.rounds = rounds_of(settings, parallel.world())
         if settings.augment_p and not teacher.config.augment_dim:
             raise UserError(
                 f"augment_p={settings.augment_p}: the teacher takes no augmentation labels, so "
@@ -46,12 +55,20 @@ class Distiller:
         self.teacher = teacher.requires_grad_(False).eval()
         self.device = next(teacher.parameters()).device
         self.label_weights = None if label_weights is None else label_weights.to(self.device)
+        self.identity = dataclasses.asdict(settings) | {
+            "seed": seed,
+            "teacher": digest(teacher.state_dict().values()),
+            "label weights": None if label_weights is None else digest([label_weights]),
+        }
         self.rng = torch.Generator(self.device)
         self.steps = self.images = 0
 
         self.generator, self.fake_score = copy.deepcopy(teacher), copy.deepcopy(teacher)
         for net in (self.generator, self.fake_score):
             net.set_dropout(settings.dropout)
+        self.generator.config = dataclasses.replace(
+            teacher.config, init_sigma=settings.init_sigma, dropout=settings.dropout
+        )
         s = settings
         self.fake_optimizer = Optimizer(self.fake_score, s.fake_beta1, s.beta2, s.eps)
         self.generator_optimizer = Optimizer(
@@ -63,26 +80,19 @@ class Distiller:
         """Update the fake score, then the generator, then its average; once each.
 
         draws holds one Draw a round for each phase, {"fake": […], "generator": […]}; without it
-        they are drawn. Returns what `_phase` says of each, as fake/… and generator/….
+        they are drawn. Returns what Optimizer.descend says of each, as fake/… and generator/….
         """
         s = self.settings
         draws = draws or self.draw()
-        cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(cuda, enabled=s.dropout > 0):
-            if s.dropout:
-                torch.manual_seed(seed_of(self.seed, self.steps, parallel.rank(), 1))
-            fake = self._phase(
-                self.fake_score_round,
-                draws["fake"],
-                self.fake_optimizer,
-                s.fake_loss_scale,
+        with dropout_seed(s.dropout, self.device, self.seed, self.steps, parallel.rank(), 1):
+            fake = self.fake_optimizer.descend(
+                (self.fake_score_round(draw) for draw in draws["fake"]),
+                s.fake_loss_scale / s.batch_size,
                 s.fake_lr,
             )
-            generator = self._phase(
-                self.generator_round,
-                draws["generator"],
-                self.generator_optimizer,
-                s.generator_loss_scale,
+            generator = self.generator_optimizer.descend(
+                (self.generator_round(draw) for draw in draws["generator"]),
+                s.generator_loss_scale / s.batch_size,
                 s.generator_lr,
                 ema_beta(self.images, s.batch_size, s.ema_halflife_kimg, s.ema_rampup_ratio),
             )
@@ -125,48 +135,15 @@ class Distiller:
         y = net(self.settings.init_sigma * z, sigma, labels)
         return torch.where(finite.reshape(-1, 1, 1, 1), y, torch.nan)
 
-    def _phase(
-        self,
-        round: Callable[[Draw], Terms],
-        draws: list[Draw],
-        optimizer: Optimizer,
-        loss_scale: float,
-        lr: float,
-        ema_beta: float = 0.0,
-    ) -> dict[str, torch.Tensor]:
-        """Accumulate the gradients of the rounds, then update once.
-
-        Returns scalars over all processes, left on the device so that nothing waits for them:
-        loss and distance (see losses.Terms; means over the kept samples), dropped samples,
-        nonfinite gradient values, and skipped: 1 if no sample was finite and nothing changed.
-        """
-        scale = loss_scale * parallel.world() / self.settings.batch_size
-        totals = torch.zeros(4, dtype=torch.float64, device=self.device)
-        optimizer.zero_grad()
-        for draw in draws:
-            terms = round(draw)
-            (terms.loss.sum() * scale).backward()
-            totals += terms.totals()
-        loss, distance, kept, seen = parallel.sum_(totals)
-        nonfinite = optimizer.update(kept > 0, lr, ema_beta)
-        return {
-            "loss": loss / kept,
-            "distance": distance / kept,
-            "dropped": seen - kept,
-            "nonfinite": nonfinite,
-            "skipped": kept == 0,
-        }
-
     def draw(self) -> Draws:
         """The draws of the coming step: a function of seed, step and rank alone."""
         s = self.settings
-        rounds = s.rounds(parallel.world())
-        n = s.batch_size // rounds // parallel.world()
+        n = s.batch_size // self.rounds // parallel.world()
         self.rng.manual_seed(seed_of(self.seed, self.steps, parallel.rank()))
         return {
             phase: [
                 draw_round(phase, n, self.teacher.config, s, self.rng, self.label_weights)
-                for _ in range(rounds)
+                for _ in range(self.rounds)
             ]
             for phase in ("fake", "generator")
         }

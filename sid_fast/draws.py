@@ -1,6 +1,8 @@
 """Every random number of a step is drawn here; the step itself is a pure function of them."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -37,6 +39,16 @@ def seed_of(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
 
 
+@contextlib.contextmanager
+def dropout_seed(dropout: float, device: torch.device, *parts: int) -> Iterator[None]:
+    """Dropout drawn from torch's own generators, seeded for the block and left as they were."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda, enabled=dropout > 0):
+        if dropout:
+            torch.manual_seed(seed_of(*parts))
+        yield
+
+
 def one_hot(
     n: int, label_dim: int, rng: torch.Generator, weights: torch.Tensor | None = None
 ) -> torch.Tensor | None:
@@ -48,6 +60,16 @@ def one_hot(
     else:
         classes = torch.multinomial(weights, n, replacement=True, generator=rng)
     return torch.eye(label_dim, device=rng.device)[classes]
+
+
+def gallery(config: NetworkConfig, seed: int, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Fixed latents [n, C, R, R] and labels, class after class, to look at and to measure."""
+    rng = torch.Generator().manual_seed(seed_of(seed, 2))
+    shape = (n, config.channels, config.resolution, config.resolution)
+    labels = None
+    if config.label_dim:
+        labels = torch.eye(config.label_dim)[torch.arange(n) % config.label_dim]
+    return torch.randn(shape, generator=rng), labels
 
 
 def draw_round(

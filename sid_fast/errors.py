@@ -7,3 +7,7 @@ class UserError(Exception):
     The commands print it as a single line and exit with status 2; everything else that is
     raised is a fault of ours and keeps its traceback.
     """
+
+
+class RunFailed(Exception):
+    """A run that cannot go on: says why, and where its last good state is. Exit status 1."""

@@ -7,6 +7,7 @@ from golden import TRAJECTORY_TOLERANCE, read
 
 import sid_fast
 from sid_fast import Distiller, Draw, Settings, noise
+from sid_fast.config.settings import rounds_of
 from sid_fast.engine.optimizer import ema_beta
 from sid_fast.errors import UserError
 from sid_fast.networks import EDMNetwork, NetworkConfig
@@ -208,5 +209,5 @@ def test_settings_out_of_range_are_refused_by_name(field, value):
 
 def test_a_batch_that_does_not_divide_names_the_nearest_that_does():
     with pytest.raises(UserError, match="nearest that does is 96"):
-        Settings(batch_size=100, micro_batch=32).validate()
-    assert Settings(batch_size=96, micro_batch=16).rounds(processes=2) == 3
+        rounds_of(Settings(batch_size=100, micro_batch=32))
+    assert rounds_of(Settings(batch_size=96, micro_batch=16), processes=2) == 3

@@ -1,82 +1,117 @@
-"""The numbers of one distillation (SPEC §5)."""
+"""The numbers a step depends on: of the distillation (SPEC §5), and of a teacher's training."""
 
 import dataclasses
-import math
 from dataclasses import field
+from typing import Any
 
 from sid_fast.errors import UserError
 
+LARGE = 1e12
 
-def option(default, help: str):
-    """A dataclass field that explains itself on the command line."""
-    return field(default=default, metadata={"help": help})
+
+def option(default: Any, help: str, low: float | None = None, high: float = LARGE) -> Any:
+    """A dataclass field that explains itself on the command line and knows its range."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+def check(settings: Any) -> None:
+    """Raise UserError, naming the field, for a value outside its range (NaN is outside any)."""
+    for f in dataclasses.fields(settings):
+        value, low, high = getattr(settings, f.name), f.metadata.get("low"), f.metadata.get("high")
+        if low is not None and value is not None and not low <= value <= high:
+            limits = f"from {low:g} to {high:g}" if high < LARGE else f"of at least {low:g}"
+            raise UserError(f"{f.name}={value} is out of range: choose a value {limits}")
+
+
+def part(values: Any, kind: type) -> Any:
+    """The fields of dataclass `kind` out of a larger dataclass that has them all."""
+    return kind(**{f.name: getattr(values, f.name) for f in dataclasses.fields(kind)})
+
+
+def rounds_of(settings: Any, processes: int = 1) -> int:
+    """Rounds of gradient accumulation a step: batch_size / micro_batch / processes.
+
+    Raises UserError, naming the nearest batch size that works, where they do not divide.
+    """
+    batch, micro = settings.batch_size, settings.micro_batch
+    chunk = (micro or 1) * processes
+    if batch % chunk:
+        nearest = max(round(batch / chunk), 1) * chunk
+        micro_text = f"micro_batch {micro} × " if micro else ""
+        raise UserError(
+            f"batch_size={batch} does not divide by {micro_text}{processes} process"
+            f"{'es' if processes > 1 else ''}; the nearest that does is {nearest}"
+        )
+    return batch // chunk if micro else 1
 
 
 @dataclasses.dataclass
 class Settings:
     """What one step of the distillation depends on, besides the teacher."""
 
-    alpha: float = option(1.2, "α of the generator loss: weight of its second term, -0.5 to 2")
-    tmax: int = option(800, "largest t of the generator step, in thousandths, 1 to 1000")
-    init_sigma: float = option(2.5, "noise level at which the generator makes an image")
-    fake_lr: float = option(1e-5, "learning rate of the fake score")
-    generator_lr: float = option(1e-5, "learning rate of the generator")
-    fake_beta1: float = option(0.0, "Adam β1 of the fake score; 0 keeps no first moment")
-    generator_beta1: float = option(0.0, "Adam β1 of the generator; 0 keeps no first moment")
-    beta2: float = option(0.999, "Adam β2 of both")
-    eps: float = option(1e-8, "Adam ε of both")
-    ema_halflife_kimg: float = option(
-        500.0, "half-life of the generator's average, thousand images"
-    )
+    alpha: float = option(1.2, "α of the generator loss, the weight of its second term", -0.5, 2)
+    tmax: int = option(800, "largest t of the generator step, in thousandths", 1, 1000)
+    init_sigma: float = option(2.5, "noise level at which the generator makes an image", 1e-3, 1e3)
+    fake_lr: float = option(1e-5, "learning rate of the fake score", 0, 1)
+    generator_lr: float = option(1e-5, "learning rate of the generator", 0, 1)
+    fake_beta1: float = option(0.0, "Adam β1 of the fake score; 0 keeps no moment", 0, 0.9999)
+    generator_beta1: float = option(0.0, "Adam β1 of the generator; 0 keeps no moment", 0, 0.9999)
+    beta2: float = option(0.999, "Adam β2 of both", 0, 0.999999)
+    eps: float = option(1e-8, "Adam ε of both", 0)
+    ema_halflife_kimg: float = option(500.0, "half-life of the generator's average, kimg", 0)
     ema_rampup_ratio: float = option(
-        0.05, "the half-life is at most this part of the images so far; 0 for no ramp-up"
+        0.05, "the half-life is at most this part of the images so far; 0 for no ramp-up", 0
     )
-    fake_loss_scale: float = option(1.0, "factor of the fake score's loss")
-    generator_loss_scale: float = option(100.0, "factor of the generator's loss")
-    batch_size: int = option(256, "images a step, over all processes and rounds")
-    micro_batch: int | None = option(None, "images a round on one process; default: one round")
-    dropout: float = option(0.0, "dropout probability of fake score and generator in training")
-    augment_p: float = option(0.0, "probability multiplier of the augmentation; 0 for none")
-
-    def validate(self, processes: int = 1) -> None:
-        """Raise UserError, naming the field, for values that no run can use."""
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{f.name}={value} is not a finite number")
-        _within(self, "alpha", -0.5, 2)
-        _within(self, "tmax", 1, 1000)
-        _within(self, "dropout", 0, 0.999)
-        _within(self, "augment_p", 0, 1)
-        _within(self, "ema_rampup_ratio", 0, 1)
-        for name in ("fake_beta1", "generator_beta1", "beta2"):
-            _within(self, name, 0, 0.999999)
-        for name in ("init_sigma", "fake_loss_scale", "generator_loss_scale"):
-            _within(self, name, 1e-12, 1e12)
-        for name in ("fake_lr", "generator_lr", "eps", "ema_halflife_kimg"):
-            _within(self, name, 0, 1e12)
-        _within(self, "batch_size", 1, 2**31)
-        self.rounds(processes)
-
-    def rounds(self, processes: int = 1) -> int:
-        """Rounds of gradient accumulation a step: batch_size / micro_batch / processes."""
-        if self.micro_batch is None:
-            chunk, text = processes, f"{processes} processes"
-        else:
-            _within(self, "micro_batch", 1, 2**31)
-            chunk = self.micro_batch * processes
-            text = f"micro_batch {self.micro_batch} × {processes} processes"
-        if self.batch_size % chunk:
-            below = self.batch_size // chunk * chunk
-            nearest = below if below and self.batch_size - below <= chunk / 2 else below + chunk
-            raise UserError(
-                f"batch_size={self.batch_size} does not divide by {text}; the nearest that does "
-                f"is {nearest}"
-            )
-        return 1 if self.micro_batch is None else self.batch_size // chunk
+    fake_loss_scale: float = option(1.0, "factor of the fake score's loss", 0)
+    generator_loss_scale: float = option(100.0, "factor of the generator's loss", 0)
+    batch_size: int = option(256, "images a step, over all processes and rounds", 1)
+    micro_batch: int | None = option(
+        None, "images a round on one process, if the batch is to be made in rounds", 1
+    )
+    dropout: float = option(0.0, "dropout of fake score and generator in training", 0, 0.999)
+    augment_p: float = option(
+        0.0, "how often the fake score's images are warped; 0 for never", 0, 1
+    )
 
 
-def _within(settings: object, name: str, low: float, high: float) -> None:
-    value = getattr(settings, name)
-    if not low <= value <= high:
-        raise UserError(f"{name}={value} is out of range: choose from {low} to {high}")
+@dataclasses.dataclass
+class PretrainSettings:
+    """What one step of a teacher's training depends on, besides network and images."""
+
+    lr: float = option(1e-3, "learning rate of Adam", 0, 1)
+    lr_rampup_kimg: float = option(10_000.0, "the learning rate rises linearly over so many", 0)
+    beta1: float = option(0.9, "Adam β1", 0, 0.9999)
+    beta2: float = option(0.999, "Adam β2", 0, 0.999999)
+    eps: float = option(1e-8, "Adam ε", 0)
+    ema_halflife_kimg: float = option(500.0, "half-life of the average, kimg", 0)
+    ema_rampup_ratio: float = option(
+        0.05, "the half-life is at most this part of the images so far; 0 for no ramp-up", 0
+    )
+    batch_size: int = option(512, "images a step, over all processes and rounds", 1)
+    micro_batch: int | None = option(
+        None, "images a round on one process, if the batch is to be made in rounds", 1
+    )
+    dropout: float = option(0.13, "dropout in training", 0, 0.999)
+    augment_p: float = option(0.12, "how often images are warped; 0 for never", 0, 1)
+
+
+@dataclasses.dataclass
+class RunOptions:
+    """Where a run lives, how long it is, and how often it says and writes something."""
+
+    out: str | None = option(None, "run folder; default: the next number below runs/")
+    kimg: float = option(1000.0, "length of the run, thousand images", 0.001)
+    seed: int = option(0, "decides every random number of the run", 0, 2**63 - 1)
+    device: str = option("auto", "auto, cpu or cuda; auto takes a GPU where there is one")
+    log_every: int = option(50, "steps from one log line to the next", 1)
+    snapshot_every: float = option(
+        500.0, "kimg from one snapshot and sample grid to the next", 0.001
+    )
+    state_every: float = option(1000.0, "kimg from one full training state to the next", 0.001)
+    keep_states: int = option(2, "newest training states that are kept", 1)
+    resume: str | None = option(
+        None, "go on from a state file, a run folder, or `latest`: the newest in --out or runs/"
+    )
+    distance_images: int = option(
+        0, "images of a snapshot's pixel-space Fréchet distance to --data; 0: do not measure", 0
+    )

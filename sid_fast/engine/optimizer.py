@@ -1,12 +1,14 @@
 """Adam over one network, with its moments and, where wanted, its moving average."""
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from sid_fast import kernels
 from sid_fast.engine import parallel
+from sid_fast.losses import Terms
 
 
 def ema_beta(images: int, batch: int, halflife_kimg: float, rampup_ratio: float) -> float:
@@ -34,27 +36,46 @@ class Optimizer:
         self.exp_avg = [torch.zeros_like(p) for p in self.params] if beta1 else []
         self.step = torch.zeros((), dtype=torch.float64, device=self.params[0].device)
 
-    def zero_grad(self) -> None:
-        torch._foreach_zero_([p.grad for p in self.params])
+    def descend(
+        self, rounds: Iterable[Terms], scale: float, lr: float, ema_beta: float = 0.0
+    ) -> dict[str, torch.Tensor]:
+        """Accumulate the gradients of scale·loss over the rounds and processes; update once.
 
-    def update(self, apply: torch.Tensor, lr: float, ema_beta: float = 0.0) -> torch.Tensor:
-        """Average gradients over the processes and update; see kernels.adam_ema."""
+        rounds makes the terms of a round when it is asked for them. Returns scalars over all
+        processes, left on the device so that nothing waits for them: loss and distance (see
+        losses.Terms; means over the kept samples), dropped samples, nonfinite gradient values,
+        and skipped: whether no sample was finite, so that nothing has changed.
+        """
         grads = [p.grad for p in self.params]
+        torch._foreach_zero_(grads)
+        totals = torch.zeros(4, dtype=torch.float64, device=self.step.device)
+        for terms in rounds:
+            # The processes' gradients are averaged below, their losses are to be summed.
+            (terms.loss.sum() * (scale * parallel.world())).backward()
+            totals += terms.totals()
+        loss, distance, kept, seen = parallel.sum_(totals)
         parallel.average_(grads)
-        return kernels.adam_ema(
+        nonfinite = kernels.adam_ema(
             self.params,
             grads,
             self.exp_avg,
             self.exp_avg_sq,
             list(self.ema.parameters()) if self.ema else [],
             step=self.step,
-            apply=apply,
+            apply=kept > 0,
             lr=lr,
             beta1=self.beta1,
             beta2=self.beta2,
             eps=self.eps,
             ema_beta=ema_beta,
         )
+        return {
+            "loss": loss / kept,
+            "distance": distance / kept,
+            "dropped": seen - kept,
+            "nonfinite": nonfinite,
+            "skipped": kept == 0,
+        }
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         """Everything that makes up the state, by name; copying into them restores it."""

@@ -1,6 +1,8 @@
 """Processes: who we are among them, and what they add up. One process needs none of it."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -29,15 +31,41 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def start(device: torch.device) -> None:
-    """Join the other processes if torchrun started us; each then calls `stop` at the end."""
-    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+_hosts: dist.ProcessGroup | None = None  # for words between hosts, whatever the device
 
 
-def stop() -> None:
-    if dist.is_initialized():
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """Among the other processes, if torchrun started us with any, for the length of the block."""
+    global _hosts
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    _hosts = dist.new_group(backend="gloo")
+    try:
+        yield
+    finally:
         dist.destroy_process_group()
+        _hosts = None
+
+
+def from_first(value: int) -> int:
+    """The first process's value of a number, on every process."""
+    if not dist.is_initialized():
+        return value
+    word = torch.tensor(value)
+    dist.broadcast(word, src=0, group=_hosts)
+    return int(word)
+
+
+def any_(flag: bool) -> bool:
+    """Whether the flag is set on any process: a word between the hosts, not the devices."""
+    if _hosts is None:
+        return flag
+    word = torch.tensor(int(flag))
+    dist.all_reduce(word, group=_hosts)
+    return bool(word)
 
 
 def rank() -> int:

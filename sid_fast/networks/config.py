@@ -73,6 +73,7 @@ class NetworkConfig:
     attention_resolutions: tuple[int, ...] = (16,)
     dropout: float = 0.0
     sigma_data: float = 0.5
+    init_sigma: float | None = None  # a one-step generator's noise level; None: a denoiser
 
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:

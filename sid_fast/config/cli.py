@@ -1,0 +1,137 @@
+"""A command line from a dataclass: every field is an option, its preset the default."""
+
+import dataclasses
+import inspect
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sid_fast.engine.checkpoint import find_state, read_state
+from sid_fast.errors import RunFailed, UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def presets(kind: str) -> dict[str, dict[str, Any]]:
+    """The presets of a command ("train" or "pretrain") by name; each is a TOML file of fields."""
+    folder = resources.files("sid_fast.config") / "presets" / kind
+    files = sorted(folder.iterdir(), key=lambda f: f.name)
+    return {
+        f.name.removesuffix(".toml"): tomllib.loads(f.read_text("utf-8"))
+        for f in files
+        if f.name.endswith(".toml")
+    }
+
+
+class NumberList(click.ParamType):
+    """Whole numbers separated by commas."""
+
+    name = "n,n,…"
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, list | tuple):
+            return tuple(value)
+        try:
+            return tuple(int(v) for v in value.split(",") if v.strip())
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers such as 1,2,2", param, ctx)
+
+
+def _option(f: dataclasses.Field, hint: Any) -> click.Option:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        (hint,) = (h for h in typing.get_args(hint) if h is not type(None))
+    name = f.name.replace("_", "-")
+    common = {"help": f.metadata["help"], "default": f.default, "show_default": True}
+    if hint is bool:
+        return click.Option([f"--{name}/--no-{name}"], **common)
+    kind = NumberList() if typing.get_origin(hint) is tuple else hint
+    metavar = {int: "N", float: "X", str: "TEXT"}.get(hint)
+    return click.Option([f"--{name}"], type=kind, metavar=metavar, **common)
+
+
+def _choose_preset(kind: str):
+    def callback(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+        if value is not None:
+            known = presets(kind)
+            if value not in known:
+                raise UserError(f"preset {value!r} is unknown: choose from {', '.join(known)}")
+            ctx.default_map = known[value]
+        return value
+
+    return callback
+
+
+def command(config: type, run: Callable[[Any, set[str]], None], kind: str | None, help: str):
+    """A click command that fills dataclass `config` and calls run(config, given).
+
+    given: the fields that the user or a preset has set. kind: which presets --preset offers.
+    """
+    hints = typing.get_type_hints(config)
+    fields = {f.name: f for f in dataclasses.fields(config)}
+    names = [n for c in config.__mro__ for n in inspect.get_annotations(c)]
+    params: list[click.Parameter] = [_option(fields[n], hints[n]) for n in names if n != "preset"]
+    if kind:
+        known = ", ".join(presets(kind))
+        params.insert(
+            0,
+            click.Option(
+                ["--preset"],
+                is_eager=True,
+                callback=_choose_preset(kind),
+                metavar="NAME",
+                help=f"a named set of defaults for all that follows: {known}",
+            ),
+        )
+
+    def body(**values: Any) -> None:
+        source = click.get_current_context().get_parameter_source
+        given = {name for name in values if source(name) != click.core.ParameterSource.DEFAULT}
+        run(config(**values), given)
+
+    return click.Command(
+        config.__name__,
+        params=params,
+        callback=body,
+        help=help,
+        context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
+    )
+
+
+def resume(config: Any, given: set[str]) -> Path | None:
+    """The state to resume, if any; what was not given anew is then as in the run it is of."""
+    if not config.resume:
+        return None
+    state = find_state(config.resume, config.out)
+    saved = read_state(state)[1]["options"]
+    for name in {f.name for f in dataclasses.fields(config)} - given - {"resume", "device"}:
+        if name in saved:
+            value = saved[name]
+            setattr(config, name, tuple(value) if isinstance(value, list) else value)
+    config.out = config.out if "out" in given else str(state.parent)
+    return state
+
+
+def main(command: click.Command, module: str) -> None:
+    """Run a command: bad input is one line on stderr and exit status 2, a failed run 1."""
+    status = 2
+    try:
+        sys.exit(command.main(prog_name=f"python -m {module}", standalone_mode=False))
+    except UserError as error:
+        message = str(error)
+    except RunFailed as error:
+        message, status = str(error), 1
+    except click.ClickException as error:
+        message = f"{error.format_message()} (python -m {module} --help lists the options)"
+    if os.environ.get("RANK", "0") == "0":  # once, not from every process
+        print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(status)

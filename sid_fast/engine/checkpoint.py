@@ -1,0 +1,92 @@
+"""Training states: everything a run needs to go on to the same bits."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from sid_fast.engine import parallel
+from sid_fast.errors import UserError
+from sid_fast.files.snapshots import read_snapshot, write_snapshot
+
+PATTERN = "state-*.safetensors"
+
+
+class Trainer(Protocol):
+    """What the loop trains: a Distiller or a Pretrainer."""
+
+    settings: Any
+    identity: dict[str, Any]  # what must be the same for a state to fit
+    shown: dict[str, str]  # metrics of the progress line, with their labels
+    steps: int
+    images: int
+
+    def step(self) -> dict[str, torch.Tensor]: ...
+
+    def tensors(self) -> dict[str, torch.Tensor]: ...
+
+
+def digest(tensors: Iterable[torch.Tensor]) -> str:
+    """A short fingerprint of values."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()[:16]
+
+
+def save_state(folder: Path, trainer: Trainer, options: dict[str, Any], keep: int) -> Path:
+    """Write the state of a trainer, from the first process, and prune all but the newest."""
+    path = folder / f"state-{trainer.steps:09d}.safetensors"
+    if parallel.rank() == 0:
+        header = {
+            "identity": trainer.identity,
+            "steps": trainer.steps,
+            "images": trainer.images,
+            "options": options,
+        }
+        write_snapshot(path, trainer.tensors(), header)
+        for old in sorted(folder.glob(PATTERN))[:-keep]:
+            old.unlink()
+    return path
+
+
+def find_state(resume: str, out: str | None) -> Path:
+    """The state that --resume means: a file, the newest of a folder, or `latest`."""
+    if resume == "latest":
+        place = Path(out or "runs")
+        states = sorted(place.glob(PATTERN if out else f"*/{PATTERN}"), key=_age)
+    else:
+        place = Path(resume)
+        states = sorted(place.glob(PATTERN)) if place.is_dir() else [place]
+    if not states or not states[-1].is_file():
+        raise UserError(f"resume={resume}: there is no training state ({PATTERN}) at {place}")
+    return states[-1]
+
+
+def _age(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def read_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and header of a state; UserError for any other file."""
+    tensors, header = read_snapshot(path)
+    if "identity" not in header:
+        raise UserError(f"{path} is a network, not a training state ({PATTERN})")
+    return tensors, header
+
+
+def load_state(path: Path, trainer: Trainer) -> None:
+    """Bring a trainer to a state; UserError names the first setting in which they differ."""
+    tensors, header = read_state(path)
+    for name, value in trainer.identity.items():
+        if (saved := header["identity"].get(name)) != value:
+            raise UserError(
+                f"{path} was written with {name}={saved}, this run has {name}={value}: resume "
+                "with the same settings, or start a new run"
+            )
+    with torch.no_grad():
+        for name, target in trainer.tensors().items():
+            target.copy_(tensors[name])
+    trainer.steps, trainer.images = header["steps"], header["images"]

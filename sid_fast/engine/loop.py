@@ -1,0 +1,210 @@
+"""The loop around the steps: progress, logs, snapshots, states, signals and faults."""
+
+import contextlib
+import dataclasses
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from sid_fast.config.settings import RunOptions
+from sid_fast.engine import parallel
+from sid_fast.engine.checkpoint import PATTERN, Trainer, load_state, save_state
+from sid_fast.engine.log import Log
+from sid_fast.errors import RunFailed, UserError
+from sid_fast.files.atomic import atomic_path
+
+FAILURES = 20  # steps in a row without one finite sample before a run gives up
+
+
+def open_folder(options: RunOptions, name: str) -> Path:
+    """The folder of a run, made and writable; by default the next number below runs/."""
+    if options.out:
+        folder = Path(options.out)
+        if not options.resume and any(folder.glob(PATTERN)):
+            raise UserError(
+                f"{folder} already holds a run; --resume latest goes on with it, "
+                "another --out starts a new one"
+            )
+    else:
+        numbers = [int(d.name[:3]) for d in Path("runs").glob("[0-9][0-9][0-9]-*")]
+        number = parallel.from_first(max(numbers, default=-1) + 1)
+        folder = Path("runs") / f"{number:03d}-{name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(
+            f"out={folder} cannot be written ({error.strerror}); choose another --out"
+        ) from None
+    return folder
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[list[signal.Signals]]:
+    """SIGTERM and SIGINT become entries of a list, read between steps; the second one kills."""
+    caught: list[signal.Signals] = []
+
+    def catch(number: int, frame: object) -> None:
+        caught.append(signal.Signals(number))
+        restore()
+
+    def restore() -> None:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+    before = {s: signal.signal(s, catch) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        restore()
+
+
+class Meter:
+    """Steps a second since the last reading, with what was paused left out."""
+
+    def __init__(self) -> None:
+        self.start, self.steps = time.perf_counter(), 0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - began
+
+    def read(self) -> float:
+        now = time.perf_counter()
+        rate = self.steps / (now - self.start)
+        self.start, self.steps = now, 0
+        return rate
+
+
+class Loop:
+    """Steps a trainer through its run, and writes what should be left of it into a folder.
+
+    snapshot() writes what the trainer has made so far and returns figures for the log; it is
+    called on every process. Only the first process writes logs and states.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        options: RunOptions,
+        folder: Path,
+        snapshot: Callable[[], dict[str, float]],
+    ):
+        self.trainer, self.options, self.folder, self.snapshot = trainer, options, folder, snapshot
+        self.end = round(options.kimg * 1000)
+        self.meter = Meter()
+
+    def run(self, resume: Path | None = None) -> None:
+        """Run to the end, from the start or from a state.
+
+        A signal stops it behind the step with its state saved (SystemExit, 128 + signal).
+        Raises RunFailed when step after step has no finite sample.
+        """
+        first = parallel.rank() == 0
+        if resume:
+            load_state(resume, self.trainer)
+        elif first:
+            text = json.dumps(dataclasses.asdict(self.options), indent=2, ensure_ascii=False)
+            with atomic_path(self.folder / "config.json") as temporary:
+                temporary.write_text(text + "\n", "utf-8")
+        with contextlib.ExitStack() as stack:
+            self.log = stack.enter_context(Log(self.folder, self.trainer.images)) if first else None
+            self.bar = stack.enter_context(
+                tqdm(
+                    total=self.end,
+                    initial=self.trainer.images,
+                    unit="img",
+                    unit_scale=True,
+                    disable=not (first and sys.stderr.isatty()),
+                )
+            )
+            caught = stack.enter_context(signals())
+            if resume:
+                self._say(f"resumed {resume} at {self.trainer.images / 1000:g} kimg")
+            else:
+                self._record(self.snapshot())
+            self._steps(caught)
+
+    def _steps(self, caught: list[signal.Signals]) -> None:
+        trainer, options = self.trainer, self.options
+        self.meter = Meter()
+        failures = torch.zeros((), device=next(iter(trainer.tensors().values())).device)
+        stop = False
+        while trainer.images < self.end and not stop:
+            before = trainer.images
+            metrics = trainer.step()
+            self.meter.steps += 1
+            self.bar.update(trainer.images - before)
+            failed = sum(v for name, v in metrics.items() if name.endswith("skipped")) > 0
+            failures = (failures + 1) * failed
+            stop = parallel.any_(bool(caught))
+            end = trainer.images >= self.end
+
+            if end or trainer.steps % options.log_every == 0:
+                self._report(metrics)
+                if failures >= FAILURES:
+                    self._give_up()
+            with self.meter.paused():
+                if end or self._crossed(before, options.snapshot_every):
+                    self._record(self.snapshot())
+                if end or stop or self._crossed(before, options.state_every):
+                    self._save()
+        if trainer.images < self.end:
+            number = caught[0] if caught else signal.SIGTERM
+            self._say(
+                f"{number.name}: stopped with the state saved; --resume {self.folder} goes on"
+            )
+            raise SystemExit(128 + number)
+
+    def _crossed(self, before: int, every_kimg: float) -> bool:
+        every = every_kimg * 1000
+        return before // every != self.trainer.images // every
+
+    def _save(self) -> Path:
+        options = dataclasses.asdict(self.options)
+        return save_state(self.folder, self.trainer, options, self.options.keep_states)
+
+    def _say(self, line: str) -> None:
+        if self.log:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def _record(self, values: dict[str, float]) -> None:
+        if self.log and values:
+            self.log.write(self.trainer.images, values)
+
+    def _report(self, metrics: dict[str, torch.Tensor]) -> None:
+        """One line and one record; reading the metrics is the only wait for the device."""
+        values = {name: float(v) for name, v in metrics.items()}
+        rate = self.meter.read()
+        images = rate * self.trainer.settings.batch_size
+        left = (self.end - self.trainer.images) / images
+        parts = [
+            f"{self.trainer.images / 1000:9.2f} kimg",
+            f"{100 * self.trainer.images / self.end:3.0f} %",
+            f"{rate:.3g} it/s",
+            f"{images:.0f} img/s",
+            "ETA " + tqdm.format_interval(max(left, 0)),
+            *(f"{label} {values[name]:.4g}" for name, label in self.trainer.shown.items()),
+        ]
+        faults = ("dropped", "nonfinite", "skipped")
+        parts += [f"{k} {v:.0f}" for k, v in values.items() if k.endswith(faults) and v]
+        self._say("  ".join(parts))
+        self._record(values | {"it_per_s": rate, "img_per_s": images})
+
+    def _give_up(self) -> None:
+        path = self._save()
+        raise RunFailed(
+            f"the last {FAILURES} steps or more had not one finite sample, so the networks give "
+            f"NaN or infinity for every image; nothing has changed since they began, and that "
+            f"state is {path}. A lower learning rate or an earlier state may get past it"
+        )

@@ -1,0 +1,78 @@
+"""What a run leaves to look at: the network, a grid of its images, and how good they are."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from sid_fast.draws import gallery
+from sid_fast.engine import parallel
+from sid_fast.engine.checkpoint import Trainer
+from sid_fast.engine.log import read_log
+from sid_fast.evaluation.curve import save_curve
+from sid_fast.evaluation.pixels import NAME, PixelDistance
+from sid_fast.files.images import save_grid, to_uint8
+from sid_fast.files.network import save_network
+from sid_fast.networks import EDMNetwork
+
+Make = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+GRID = 100  # images
+BATCH = 128  # images made at a time
+
+
+class Snapshots:
+    """Called at a snapshot: writes into a run's folder and returns figures for its log.
+
+    net is saved; make(latents, labels) gives its images. distance and count: how their distance
+    to real images is measured, on how many; teacher: the images to measure the first time, for
+    comparison. Acts on the first process alone.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        trainer: Trainer,
+        net: EDMNetwork,
+        make: Make,
+        seed: int,
+        distance: PixelDistance | None = None,
+        count: int = 0,
+        teacher: Make | None = None,
+    ):
+        self.folder, self.trainer, self.net, self.make = folder, trainer, net, make
+        self.seed, self.distance, self.count, self.teacher = seed, distance, count, teacher
+
+    def __call__(self) -> dict[str, float]:
+        if parallel.rank():
+            return {}
+        kimg = f"{self.trainer.images // 1000:07d}"
+        save_network(self.folder / f"snapshot-{kimg}.safetensors", self.net)
+        columns = self.net.config.label_dim
+        columns = columns if 1 < columns <= 16 else 10
+        grid = self._images(self.make, GRID // columns * columns)
+        save_grid(self.folder / f"samples-{kimg}.png", grid, columns)
+        return self._measure() if self.distance and self.count else {}
+
+    def _measure(self) -> dict[str, float]:
+        figures = {}
+        records = [r for r in read_log(self.folder / "log.jsonl") if NAME in r]
+        baseline = next((r["teacher"] for r in records if "teacher" in r), None)
+        if baseline is None and self.teacher:
+            baseline = figures["teacher"] = self.distance(self._images(self.teacher, self.count))
+        figures[NAME] = self.distance(self._images(self.make, self.count))
+        points = [(r["images"], r[NAME]) for r in records] + [(self.trainer.images, figures[NAME])]
+        images, distances = zip(*points, strict=True)
+        save_curve(self.folder / "distance.png", images, distances, NAME, baseline)
+        return figures
+
+    @torch.no_grad()
+    def _images(self, make: Make, n: int) -> torch.Tensor:
+        """n images of fixed latents and labels, uint8."""
+        device = next(self.net.parameters()).device
+        z, labels = gallery(self.net.config, self.seed, n)
+        done = []
+        for i in range(0, n, BATCH):
+            c = None if labels is None else labels[i : i + BATCH].to(device)
+            done.append(to_uint8(make(z[i : i + BATCH].to(device), c)).cpu())
+        return torch.cat(done)

@@ -1,0 +1,1 @@
+"""Reading and writing of files: networks, data sets, images and downloads."""

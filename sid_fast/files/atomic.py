@@ -1,0 +1,51 @@
+"""Files that are either the old version or the whole new one, never half of it."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sid_fast.errors import UserError
+
+# It can only be read by setting it.
+os.umask(_UMASK := os.umask(0))
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that takes its place when the block succeeds.
+
+    The block writes one file there. If it raises, the temporary file is removed and whatever
+    stood at `path` is left untouched. Parent folders are not created.
+
+    Raises UserError if the folder is missing, `path` is a folder, or writing fails.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise UserError(f"{target} is a folder: give the name of a file")
+    if not target.parent.is_dir():
+        raise UserError(f"{target} cannot be written: create the folder {target.parent} first")
+    # Random rather than the process id: ranks on several nodes may share one file system.
+    temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_UMASK)  # some libraries write for the owner alone
+        _fsync(temporary)
+        os.replace(temporary, target)
+        _fsync(target.parent)  # makes the new name itself survive a power cut
+    except OSError as error:
+        raise UserError(
+            f"{target} cannot be written ({error.strerror or error}): "
+            "check the permissions and the free space"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

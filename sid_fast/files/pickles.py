@@ -1,0 +1,265 @@
+"""EDM teacher and SiD generator pickles, read without running anything that is in them.
+
+Every name a pickle asks for is looked up in a short table of records, which only remember what
+they were given. What comes out is a tree of plain values and records; weights are made from it
+afterwards, by code that trusts none of it. No file that is wrong in any way gets further than a
+UserError.
+"""
+
+import io
+import math
+import os
+import pickle
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from sid_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class PickledNetwork:
+    """The network in a pickle: how to build it and its weights.
+
+    `class_name` is the class it was saved from, `init_kwargs` its arguments (None, bool, int,
+    float, str and lists of these), `state` its parameters and persistent buffers under the
+    names of `state_dict`, contiguous float32 on the CPU.
+    """
+
+    class_name: str
+    init_kwargs: dict[str, Any]
+    state: dict[str, torch.Tensor]
+
+
+def read_pickle(path: str | os.PathLike[str]) -> PickledNetwork:
+    """Read the network under `ema` of an EDM or SiD pickle; nothing in the file is executed.
+
+    Raises UserError if the file is missing, cut short, damaged, holds no such network, or asks
+    for any name that these files do not need.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = _Unpickler(file).load()
+        return _network(data)
+    except (EOFError, _CutShort) as error:
+        raise UserError(f"{path} is cut short: copy or download it again") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check the path") from error
+    except _Refused as error:
+        raise UserError(f"{path} is not a usable EDM or SiD network pickle: {error}") from error
+    except Exception as error:  # damaged bytes can fail in any way
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"{path} is damaged or not an EDM or SiD network pickle ({reason}): "
+            "copy or download it again"
+        ) from error
+
+
+class _Refused(Exception):
+    """The pickle is readable, but not one we accept; the message says why."""
+
+
+class _CutShort(Exception):
+    """The bytes end too early."""
+
+
+class _Record:
+    """Stands for a function or class of the file: remembers its arguments, does nothing.
+
+    `__setstate__` takes every BUILD, on the records and (by failing) on the classes themselves,
+    so that a pickle cannot set attributes; there is no `__dict__` for it to fill either.
+    """
+
+    __slots__ = ("args", "state")
+
+    def __new__(cls, *args: Any) -> "_Record":
+        record = super().__new__(cls)
+        record.args, record.state = args, None
+        return record
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Persistent(_Record):
+    __slots__ = ()
+
+
+class _Container(_Record):
+    __slots__ = ()
+
+
+class _Parameter(_Record):
+    __slots__ = ()
+
+
+class _Tensor(_Record):
+    __slots__ = ()
+
+
+class _Storage(_Record):
+    __slots__ = ()
+
+
+class _Scalar(_Record):
+    __slots__ = ()
+
+
+class _Dict(dict):
+    """Any kind of dict; attributes that its own class would have had are dropped."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+_GLOBALS: dict[tuple[str, str], Any] = {
+    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _Persistent,
+    ("dnnlib.util", "EasyDict"): _Dict,
+    ("collections", "OrderedDict"): _Dict,
+    ("torch.nn.modules.container", "ModuleDict"): _Container,
+    ("torch.nn.modules.container", "ModuleList"): _Container,
+    ("torch.nn.modules.container", "Sequential"): _Container,
+    ("torch._utils", "_rebuild_parameter"): _Parameter,
+    ("torch._utils", "_rebuild_tensor_v2"): _Tensor,
+    ("torch.storage", "_load_from_bytes"): _Storage,
+    ("torch", "HalfStorage"): torch.float16,
+    ("torch", "BFloat16Storage"): torch.bfloat16,
+    ("torch", "FloatStorage"): torch.float32,
+    ("torch", "DoubleStorage"): torch.float64,
+    ("numpy", "dtype"): _Record,
+    ("numpy", "ndarray"): _Record,
+    ("numpy.core.multiarray", "scalar"): _Scalar,
+    ("numpy._core.multiarray", "scalar"): _Scalar,
+    ("numpy.core.multiarray", "_reconstruct"): _Record,
+    ("numpy._core.multiarray", "_reconstruct"): _Record,
+}
+
+
+# The unpickler written in Python: a single PUT can make the one in C allocate 64 GB.
+class _Unpickler(pickle._Unpickler):
+    # BYTEARRAY8 fills as many bytes as it declares, and a cache of EXT bypasses find_class.
+    dispatch: ClassVar = {
+        code: load
+        for code, load in pickle._Unpickler.dispatch.items()
+        if code not in pickle.BYTEARRAY8 + pickle.EXT1 + pickle.EXT2 + pickle.EXT4
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _GLOBALS[module, name]
+        except KeyError:
+            raise _Refused(
+                f"it asks for {f'{module}.{name}'!r}, which such a file does not need "
+                "(nothing was run): get the file from a source you trust"
+            ) from None
+
+
+class _StorageUnpickler(_Unpickler):
+    def persistent_load(self, pid: Any) -> Any:
+        return pid
+
+
+def _network(data: Any) -> PickledNetwork:
+    if not isinstance(data, dict) or "ema" not in data:
+        raise _Refused("it has no entry 'ema': give a network snapshot")
+    if not isinstance(data["ema"], _Persistent):
+        raise _Refused("its entry 'ema' is not a network: give a network snapshot")
+    class_name = data["ema"].args[0]["class_name"]
+    fields = _fields(data["ema"])
+    if fields["_init_args"]:
+        raise _Refused("its network was built with unnamed arguments, which say too little")
+    return PickledNetwork(
+        class_name=str(class_name),
+        init_kwargs={str(key): _plain(value) for key, value in fields["_init_kwargs"].items()},
+        state=dict(_tensors(data["ema"], "", set())),
+    )
+
+
+def _fields(module: Any) -> dict[str, Any]:
+    """The `__dict__` of a module."""
+    if isinstance(module, _Persistent):
+        return module.args[0]["state"]
+    if isinstance(module, _Container):
+        return module.state
+    raise _Refused(f"a {type(module).__name__} stands where a network module should")
+
+
+def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers in the order of `state_dict`."""
+    fields = _fields(module)
+    _visit(fields, seen)
+    tensors = dict(fields["_parameters"])
+    hidden = fields.get("_non_persistent_buffers_set", ())
+    tensors.update({k: v for k, v in fields["_buffers"].items() if k not in hidden})
+    for name, record in tensors.items():
+        if record is not None:
+            yield prefix + name, _tensor(record, seen)
+    for name, child in fields["_modules"].items():
+        if child is not None:
+            yield from _tensors(child, f"{prefix}{name}.", seen)
+
+
+def _visit(part: Any, seen: set[int]) -> None:
+    """Refuse a second use of any part: a small file could unfold without end that way."""
+    if id(part) in seen:
+        raise _Refused("parts of its network are shared, which no EDM or SiD network does")
+    seen.add(id(part))
+
+
+def _tensor(record: Any, seen: set[int]) -> torch.Tensor:
+    if isinstance(record, _Parameter):
+        record = record.args[0]
+    if not isinstance(record, _Tensor) or not isinstance(record.args[0], _Storage):
+        raise _Refused(f"a {type(record).__name__} stands where a tensor should")
+    storage, offset, size, stride = record.args[:4]
+    (raw,) = storage.args
+    _visit(raw, seen)
+    flat = _storage(raw)
+    if math.prod(size) > flat.numel():  # a stride of zero would repeat elements without end
+        raise _Refused(f"a tensor of shape {size} has a storage of {flat.numel()} elements")
+    view = flat.as_strided(size, stride, offset)  # checks the bounds
+    return view.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+
+
+def _storage(raw: bytes) -> torch.Tensor:
+    """All elements of a storage as `torch.save` writes it in its format of before 1.6.
+
+    That is five pickles (magic number, version, machine, the storage's description and its
+    key), the number of elements as int64, and the elements. The pickles are as untrusted as
+    the outer one and torch.load knows far more names than this needs.
+    """
+    file = io.BytesIO(raw)
+    magic, version, _, description, _ = (_StorageUnpickler(file).load() for _ in range(5))
+    if magic != torch.serialization.MAGIC_NUMBER or version != torch.serialization.PROTOCOL_VERSION:
+        raise _Refused("its tensors are in an unknown format")
+    kind, dtype, _, _, _, view = description
+    if kind != "storage" or not isinstance(dtype, torch.dtype) or view is not None:
+        raise _Refused("its tensors are in an unknown format")
+    size = int.from_bytes(file.read(8), "little") * dtype.itemsize
+    elements = bytearray(file.read(size))
+    if len(elements) != size:
+        raise _CutShort
+    return torch.frombuffer(elements, dtype=dtype)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain_scalar(item) for item in value]
+    return _plain_scalar(value)
+
+
+def _plain_scalar(value: Any) -> bool | int | float | str | None:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, _Scalar):
+        dtype, raw = value.args
+        code = f"{dtype.state[1]}{dtype.args[0]}"  # byte order, then kind and size
+        if re.fullmatch(r"[<>|][biuf][1248]", code):  # notably no objects
+            return np.frombuffer(raw, code).item()
+    raise _Refused(f"the network's arguments hold a {type(value).__name__}, not a plain value")

@@ -1,0 +1,78 @@
+"""Train an EDM teacher on your own images.
+
+python -m sid_fast.pretrain --data images.zip --out runs/teacher
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from sid_fast import augment
+from sid_fast.config import cli
+from sid_fast.config.settings import PretrainSettings, RunOptions, check, option, part
+from sid_fast.draws import seed_of
+from sid_fast.engine import parallel
+from sid_fast.engine.loop import Loop, open_folder
+from sid_fast.engine.snapshot import Snapshots
+from sid_fast.errors import UserError
+from sid_fast.evaluation.pixels import PixelDistance
+from sid_fast.files.digits import open_dataset
+from sid_fast.networks import EDMNetwork, NetworkConfig
+from sid_fast.pretrainer import Pretrainer
+from sid_fast.sampling import heun
+
+
+@dataclasses.dataclass
+class PretrainConfig(RunOptions, PretrainSettings):
+    preset: str | None = None
+    data: str | None = option(None, "images to learn: an EDM data set zip or folder, or `digits`")
+    architecture: str = option("ddpmpp", "ddpmpp, ncsnpp or adm")
+    model_channels: int = option(128, "width of the network", 1)
+    channel_mult: tuple[int, ...] = option((2, 2, 2), "width of each level, in model_channels")
+    num_blocks: int = option(4, "residual blocks a level", 1)
+    attention_resolutions: tuple[int, ...] = option((16,), "resolutions with attention")
+    sampler_steps: int = option(18, "steps of the sampler that shows the teacher's images", 1, 1000)
+
+
+def run(config: PretrainConfig, given: set[str]) -> None:
+    resume = cli.resume(config, given)
+    check(config)
+    if not config.data:
+        raise UserError("data is missing: --data images.zip names the images to learn")
+    device = parallel.pick_device(config.device)
+    data = open_dataset(config.data)
+    network = NetworkConfig(
+        architecture=config.architecture,
+        resolution=data.resolution,
+        channels=data.channels,
+        label_dim=data.label_dim,
+        augment_dim=augment.LABEL_DIM if config.augment_p else 0,
+        model_channels=config.model_channels,
+        channel_mult=config.channel_mult,
+        num_blocks=config.num_blocks,
+        attention_resolutions=config.attention_resolutions,
+        dropout=config.dropout,
+    )
+    with parallel.joined(device):
+        torch.manual_seed(seed_of(config.seed, 3))  # of the initial weights
+        net = EDMNetwork(network).to(device)
+        settings = part(config, PretrainSettings)
+        trainer = Pretrainer(net, settings, data.images(), data.labels, config.seed)
+        folder = open_folder(config, f"teacher-{config.preset or Path(config.data).stem}")
+        snapshots = Snapshots(
+            folder,
+            trainer,
+            trainer.ema,
+            lambda z, labels: heun(trainer.ema, z, labels, config.sampler_steps),
+            config.seed,
+            PixelDistance(data) if config.distance_images else None,
+            config.distance_images,
+        )
+        Loop(trainer, config, folder, snapshots).run(resume)
+
+
+main = cli.command(PretrainConfig, run, "pretrain", __doc__)
+
+if __name__ == "__main__":
+    cli.main(main, "sid_fast.pretrain")

@@ -1,0 +1,92 @@
+"""One step of training an EDM teacher on real images (arXiv 2206.00364; SPEC §6)."""
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from sid_fast import augment, noise
+from sid_fast.config.settings import PretrainSettings, check, rounds_of
+from sid_fast.draws import dropout_seed, seed_of
+from sid_fast.engine import parallel
+from sid_fast.engine.checkpoint import digest
+from sid_fast.engine.optimizer import Optimizer, ema_beta
+from sid_fast.losses import Terms, fake_score_terms
+from sid_fast.networks import EDMNetwork
+
+
+class Pretrainer:
+    """Trains a network to denoise real images.
+
+    net: an untrained network on the device to use. images uint8 [N, C, R, R] and labels
+    int64 [N] or None, as ImageDataset has them; they stay on the host.
+    """
+
+    shown: ClassVar = {"loss": "loss", "distance": "‖D-y‖²"}
+
+    def __init__(
+        self,
+        net: EDMNetwork,
+        settings: PretrainSettings,
+        images: np.ndarray,
+        labels: np.ndarray | None,
+        seed: int = 0,
+    ):
+        check(settings)
+        self.rounds = rounds_of(settings, parallel.world())
+        self.settings, self.seed = settings, seed
+        self.net = net
+        self.device = next(net.parameters()).device
+        self.net.set_dropout(settings.dropout)
+        self.optimizer = Optimizer(net, settings.beta1, settings.beta2, settings.eps, ema=True)
+        self.ema = self.optimizer.ema
+        self.data, self.labels = torch.from_numpy(images), None
+        if labels is not None:
+            self.labels = torch.eye(net.config.label_dim)[torch.from_numpy(labels)]
+        self.identity = dataclasses.asdict(settings) | {
+            "seed": seed,
+            "network": net.config.to_dict(),
+            "data": digest([self.data]),
+        }
+        self.rng = torch.Generator()
+        self.steps = self.images = 0
+
+    def step(self) -> dict[str, torch.Tensor]:
+        """Update the network and its average once; scalars as from Distiller.step."""
+        s = self.settings
+        n = s.batch_size // self.rounds // parallel.world()
+        self.rng.manual_seed(seed_of(self.seed, self.steps, parallel.rank()))
+        lr = s.lr * min(1.0, (self.images + s.batch_size) / max(s.lr_rampup_kimg * 1000, 1e-8))
+        self.net.train()
+        with dropout_seed(s.dropout, self.device, self.seed, self.steps, parallel.rank(), 1):
+            metrics = self.optimizer.descend(
+                (self.round(*self.draw(n)) for _ in range(self.rounds)),
+                1 / s.batch_size,
+                lr,
+                ema_beta(self.images, s.batch_size, s.ema_halflife_kimg, s.ema_rampup_ratio),
+            )
+        self.steps += 1
+        self.images += s.batch_size
+        return metrics
+
+    def round(self, y, sigma, eps, labels, augment_labels) -> Terms:
+        """λ(σ)·(D(y + σε) − y)² on real images: the fake score's loss, on other data."""
+        return fake_score_terms(self.net, y, sigma, eps, labels, augment_labels)
+
+    def draw(self, n: int) -> tuple[torch.Tensor | None, ...]:
+        """n augmented images in [-1, 1], noise levels, noise and labels, on the device."""
+        index = torch.randint(len(self.data), (n,), generator=self.rng)
+        y = self.data[index].float() / 127.5 - 1
+        labels = None if self.labels is None else self.labels[index]
+        augment_labels = None
+        if self.settings.augment_p:
+            y, augment_labels = augment.apply(y, augment.draw(n, self.settings.augment_p, self.rng))
+        sigma = noise.fake_score_sigma(torch.randn(n, 1, 1, 1, generator=self.rng))
+        eps = torch.randn(y.shape, generator=self.rng)
+        values = y, sigma, eps, labels, augment_labels
+        return tuple(None if v is None else v.to(self.device) for v in values)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """As Distiller.tensors."""
+        return self.optimizer.tensors("teacher")

@@ -1,0 +1,60 @@
+"""Files appear whole or not at all."""
+
+import os
+
+import pytest
+
+from sid_fast.errors import UserError
+from sid_fast.files.atomic import atomic_path
+
+
+def test_writes_the_file_and_leaves_nothing_else(tmp_path):
+    with atomic_path(tmp_path / "a.bin") as temporary:
+        assert temporary.parent == tmp_path
+        assert temporary.name.startswith("a.bin") and temporary.suffix == ".tmp"
+        temporary.write_bytes(b"new")
+        assert not (tmp_path / "a.bin").exists()
+    assert (tmp_path / "a.bin").read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_exception_leaves_the_old_file(tmp_path, error):
+    (tmp_path / "a.bin").write_bytes(b"old")
+    with pytest.raises(error), atomic_path(tmp_path / "a.bin") as temporary:
+        temporary.write_bytes(b"half of the n")
+        raise error
+    assert (tmp_path / "a.bin").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_writers_at_the_same_time_do_not_meet(tmp_path):
+    with atomic_path(tmp_path / "a.bin") as first, atomic_path(tmp_path / "a.bin") as second:
+        first.write_bytes(b"first")
+        second.write_bytes(b"second")
+    assert (tmp_path / "a.bin").read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_bytes_reach_the_disk_before_the_name(tmp_path, monkeypatch):
+    calls = []
+    real_fsync, real_replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), real_fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda *a: (calls.append("replace"), real_replace(*a)))
+    with atomic_path(tmp_path / "a.bin") as temporary:
+        temporary.write_bytes(b"new")
+    assert calls == ["fsync", "replace", "fsync"]
+
+
+def test_refusals_name_the_target(tmp_path):
+    def write(path, error):
+        with atomic_path(path):
+            raise error
+
+    unreached = AssertionError("not reached")
+    with pytest.raises(UserError, match=r"missing.*create the folder"):
+        write(tmp_path / "missing" / "a.bin", unreached)
+    with pytest.raises(UserError, match="is a folder"):
+        write(tmp_path, unreached)
+    with pytest.raises(UserError, match=r"a\.bin cannot be written \(No space left"):
+        write(tmp_path / "a.bin", OSError(28, "No space left on device"))

@@ -1,0 +1,76 @@
+"""Our own network files."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sid_fast.errors import UserError
+from sid_fast.files.snapshots import read_snapshot, write_snapshot
+
+CONFIG = {"kind": "adm", "channel_mult": [1, 2], "dropout": 0.1, "name": "σ", "filter": None}
+
+
+def test_round_trip(tmp_path):
+    state = {
+        "a.weight": torch.randn(3, 4).t(),  # not contiguous
+        "b": torch.randn(5, dtype=torch.float16),
+        "c": torch.nn.Parameter(torch.tensor(2.5)),
+    }
+    write_snapshot(tmp_path / "net.safetensors", state, CONFIG)
+    found, config = read_snapshot(tmp_path / "net.safetensors")
+    assert config == CONFIG
+    assert found.keys() == state.keys()
+    for name, tensor in state.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+
+
+def test_the_same_network_gives_the_same_bytes(tmp_path):
+    state = {f"layer{i}": torch.full([4], float(i)) for i in range(20)}
+    for name in "ab":
+        write_snapshot(tmp_path / name, state, CONFIG)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "net.safetensors"
+    write_snapshot(path, {"a": torch.ones(2)}, CONFIG)
+    shared = torch.ones(4)
+    with pytest.raises(RuntimeError):  # safetensors does not store shared memory
+        write_snapshot(path, {"a": shared, "b": shared[:2]}, CONFIG)
+    assert torch.equal(read_snapshot(path)[0]["a"], torch.ones(2))
+    assert os.listdir(tmp_path) == ["net.safetensors"]
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_truncated(tmp_path, keep):
+    path = tmp_path / "net.safetensors"
+    write_snapshot(path, {"a": torch.ones(100)}, CONFIG)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"net\.safetensors is cut short, damaged or not"):
+        read_snapshot(path)
+
+
+def test_foreign_files(tmp_path):
+    path = tmp_path / "net.safetensors"
+    save_file({"a": torch.ones(2)}, path)
+    with pytest.raises(UserError, match=r"net\.safetensors .* not written by sid_fast"):
+        read_snapshot(path)
+    save_file({"a": torch.ones(2)}, path, {"sid_fast": "{"})
+    with pytest.raises(UserError, match="damaged"):
+        read_snapshot(path)
+    save_file({"a": torch.ones(2)}, path, {"sid_fast": json.dumps({"version": 2, "config": {}})})
+    with pytest.raises(UserError, match="snapshot version 2, this program reads 1"):
+        read_snapshot(path)
+    path.write_bytes(b"\x80\x04}.")
+    with pytest.raises(UserError, match="not a safetensors file"):
+        read_snapshot(path)
+
+
+def test_missing(tmp_path):
+    with pytest.raises(UserError, match=r"none\.safetensors cannot be read"):
+        read_snapshot(tmp_path / "none.safetensors")
+    with pytest.raises(UserError, match=str(tmp_path)):
+        read_snapshot(tmp_path)
