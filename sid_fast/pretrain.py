@@ -69,7 +69,8 @@ def run(config: PretrainConfig, given: set[str]) -> None:
             PixelDistance(data) if config.distance_images else None,
             config.distance_images,
         )
-        Loop(trainer, config, folder, snapshots).run(resume)
+        headline = f"training a teacher ({network}) on {len(data):,} images, on {trainer.device}"
+        Loop(trainer, config, folder, snapshots, headline).run(resume)
 
 
 main = cli.command(PretrainConfig, run, "pretrain", __doc__)

@@ -70,7 +70,8 @@ def run(config: TrainConfig, given: set[str]) -> None:
             config.distance_images,
             teacher=lambda z, labels: heun(teacher, z, labels, config.teacher_steps),
         )
-        Loop(trainer, config, folder, snapshots).run(resume)
+        headline = f"distilling {config.teacher} ({teacher.config}) on {trainer.device}"
+        Loop(trainer, config, folder, snapshots, headline).run(resume)
 
 
 def check_data(data: ImageDataset, network: NetworkConfig) -> None:

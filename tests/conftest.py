@@ -1,10 +1,14 @@
-"""Fixtures: where the recorded numbers and real images are, and how tensors are compared."""
+"""Fixtures: where the recorded numbers are, and running a command."""
 
+import importlib
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from sid_fast.config import cli
 
 SHARED = Path(os.environ.get("SID_FAST_SHARED", Path(__file__).parents[2] / "shared"))
 
@@ -22,3 +26,17 @@ def golden() -> Path:
     if not (SHARED / "golden").is_dir():
         pytest.skip("no golden data; set SID_FAST_SHARED to the folder that holds golden/")
     return SHARED / "golden"
+
+
+@pytest.fixture
+def run_command(monkeypatch, capsys):
+    """run_command("train", "--alpha", 7) -> (exit status, stderr), in this process."""
+
+    def run(name: str, *arguments: object) -> tuple[int, str]:
+        module = importlib.import_module(f"sid_fast.{name}")
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(module.main, f"sid_fast.{name}")
+        return int(stopped.value.code or 0), capsys.readouterr().err
+
+    return run

@@ -50,13 +50,13 @@ class NumberList(click.ParamType):
 def _option(f: dataclasses.Field, hint: Any) -> click.Option:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         (hint,) = (h for h in typing.get_args(hint) if h is not type(None))
-    name = f.name.replace("_", "-")
+    name = f.name.strip("_").replace("_", "-")
     common = {"help": f.metadata["help"], "default": f.default, "show_default": True}
     if hint is bool:
-        return click.Option([f"--{name}/--no-{name}"], **common)
+        return click.Option([f"--{name}/--no-{name}", f.name], **common)
     kind = NumberList() if typing.get_origin(hint) is tuple else hint
     metavar = {int: "N", float: "X", str: "TEXT"}.get(hint)
-    return click.Option([f"--{name}"], type=kind, metavar=metavar, **common)
+    return click.Option([f"--{name}", f.name], type=kind, metavar=metavar, **common)
 
 
 def _choose_preset(kind: str):

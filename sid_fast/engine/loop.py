@@ -89,7 +89,8 @@ class Loop:
     """Steps a trainer through its run, and writes what should be left of it into a folder.
 
     snapshot() writes what the trainer has made so far and returns figures for the log; it is
-    called on every process. Only the first process writes logs and states.
+    called on every process. Only the first process writes logs and states. headline: what is
+    trained, in a line.
     """
 
     def __init__(
@@ -98,8 +99,10 @@ class Loop:
         options: RunOptions,
         folder: Path,
         snapshot: Callable[[], dict[str, float]],
+        headline: str,
     ):
         self.trainer, self.options, self.folder, self.snapshot = trainer, options, folder, snapshot
+        self.headline = headline
         self.end = round(options.kimg * 1000)
         self.meter = Meter()
 
@@ -128,11 +131,13 @@ class Loop:
                 )
             )
             caught = stack.enter_context(signals())
+            self._say(f"{self.headline}; run folder {self.folder}")
             if resume:
                 self._say(f"resumed {resume} at {self.trainer.images / 1000:g} kimg")
             else:
-                self._record(self.snapshot())
+                self._snapshot()
             self._steps(caught)
+            self._say(f"done: snapshots, samples and log are in {self.folder}")
 
     def _steps(self, caught: list[signal.Signals]) -> None:
         trainer, options = self.trainer, self.options
@@ -155,7 +160,7 @@ class Loop:
                     self._give_up()
             with self.meter.paused():
                 if end or self._crossed(before, options.snapshot_every):
-                    self._record(self.snapshot())
+                    self._snapshot()
                 if end or stop or self._crossed(before, options.state_every):
                     self._save()
         if trainer.images < self.end:
@@ -172,6 +177,12 @@ class Loop:
     def _save(self) -> Path:
         options = dataclasses.asdict(self.options)
         return save_state(self.folder, self.trainer, options, self.options.keep_states)
+
+    def _snapshot(self) -> None:
+        figures = self.snapshot()
+        self._record(figures)
+        parts = [f"{self.trainer.images / 1000:9.2f} kimg  snapshot"]
+        self._say("  ".join(parts + [f"{name} {value:.4g}" for name, value in figures.items()]))
 
     def _say(self, line: str) -> None:
         if self.log:

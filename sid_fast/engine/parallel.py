@@ -59,6 +59,17 @@ def from_first(value: int) -> int:
     return int(word)
 
 
+def gather(mine: torch.Tensor, total: int) -> torch.Tensor:
+    """The rows of all processes, [total, …], where process r of w holds rows r, r + w, …"""
+    if _hosts is None:
+        return mine
+    padded = mine.new_zeros(-(-total // world()), *mine.shape[1:])
+    padded[: len(mine)] = mine
+    parts = [torch.empty_like(padded) for _ in range(world())]
+    dist.all_gather(parts, padded, group=_hosts)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:total]
+
+
 def any_(flag: bool) -> bool:
     """Whether the flag is set on any process: a word between the hosts, not the devices."""
     if _hosts is None:

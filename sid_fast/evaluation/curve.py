@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-
 from sid_fast.files.atomic import atomic_path
 
 
@@ -15,6 +12,9 @@ def save_curve(
 
     The start, 0 images, has no place on a log axis: it is drawn at the left edge.
     """
+    from matplotlib.figure import Figure  # slow to load, and needed here alone
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     seen = [i for i in images if i]

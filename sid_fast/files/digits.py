@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import sklearn
-from sklearn.datasets import load_digits
 
 from sid_fast.files.dataset import ImageDataset, write_dataset
 from sid_fast.files.download import cache_folder
@@ -13,9 +11,11 @@ from sid_fast.files.download import cache_folder
 def open_dataset(path: str) -> ImageDataset:
     """The data set at a path, or `digits`: 1,797 grey images of 8x8 pixels in 10 classes."""
     if path == "digits" and not Path(path).exists():
+        import sklearn.datasets  # slow to load, and needed here alone
+
         cached = cache_folder() / f"digits-sklearn-{sklearn.__version__}.zip"
         if not cached.exists():
-            digits = load_digits()
+            digits = sklearn.datasets.load_digits()
             images = np.round(digits.images * (255 / 16)).astype(np.uint8)[:, None]
             write_dataset(cached, images, digits.target)
         path = str(cached)

@@ -118,6 +118,10 @@ class NetworkConfig:
     def _refuse(self, field: str, why: str) -> None:
         raise UserError(f"network: {field}={getattr(self, field)!r} cannot be built: {why}")
 
+    def __str__(self) -> str:
+        classes = f"{self.label_dim} classes" if self.label_dim else "unconditional"
+        return f"{self.architecture}, {self.resolution}x{self.resolution}, {classes}"
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

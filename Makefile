@@ -1,0 +1,31 @@
+# Two commands do everything on a fresh machine: `make train` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: train test lint help
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make train   set up $(VENV) and distil the embedded digits teacher (minutes on a CPU)"
+	@echo "make test    set up $(VENV) and run all tests"
+	@echo "make lint    check style"
+
+$(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt
+	@echo "== setting up $(VENV) with the versions of constraints.txt"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+train: $(VENV)/.ready
+	@echo "== distilling the digits teacher into a one-step generator"
+	$(BIN)/python -m sid_fast.train --preset digits $(ARGS)
+
+test: $(VENV)/.ready
+	@echo "== all tests; those that need a GPU are skipped without one"
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -1,0 +1,189 @@
+"""Make images with a one-step generator, one image a seed.
+
+python -m sid_fast.generate --network runs/000-digits --seeds 0-63 --grid digits.png
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sid_fast.config import cli
+from sid_fast.config.settings import check, option
+from sid_fast.engine import parallel
+from sid_fast.errors import UserError
+from sid_fast.files.atomic import atomic_path
+from sid_fast.files.dataset import write_dataset
+from sid_fast.files.images import save_grid, save_png, to_uint8
+from sid_fast.files.network import load_network
+from sid_fast.networks import EDMNetwork, NetworkConfig
+from sid_fast.sampling import heun
+
+
+@dataclasses.dataclass
+class GenerateConfig:
+    network: str | None = option(
+        None, "a snapshot, pickle, run folder (its newest snapshot), https address or name"
+    )
+    seeds: str = option("0-63", "one image a seed: numbers and ranges, as in 0-63,100")
+    out: str | None = option(
+        None,
+        "folder for PNGs, one a seed; or NAME.zip, an EDM data set; or NAME.npz with `images` "
+        "uint8 [N, R, R, C], `seeds` and `labels`",
+    )
+    grid: str | None = option(None, "file for one PNG of all the images")
+    class_: int | None = option(None, "make this class alone; default: each seed draws its own", 0)
+    steps: int = option(
+        1, "1, or the sampler steps of a teacher: 18 at 32x32 pixels, 40 at 64x64", 1, 1000
+    )
+    init_sigma: float | None = option(
+        None, "noise level of one-step generation; default: as the file says", 1e-3, 1e3
+    )
+    batch: int = option(128, "images made at a time; never changes the images", 1)
+    device: str = option("auto", "auto, cpu or cuda; auto takes a GPU where there is one")
+
+
+def parse_seeds(text: str) -> list[int]:
+    """[0, 1, 2, 7] from "0-2,7"; UserError for anything else."""
+    seeds: list[int] = []
+    for entry in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", entry)
+        if not match:
+            raise UserError(f"seeds={text!r}: {entry!r} is not a number or a range such as 0-63")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not first <= last < 2**63 or last - first >= 10**8:
+            raise UserError(f"seeds={text!r}: {entry!r} runs backwards or too far")
+        seeds.extend(range(first, last + 1))
+    return seeds
+
+
+def inputs(
+    seeds: list[int], network: NetworkConfig, only: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents [N, C, R, R] and classes [N] (0 where there are none), by each seed alone."""
+    latents, classes = [], []
+    for seed in seeds:
+        rng = torch.Generator().manual_seed(seed)
+        shape = (network.channels, network.resolution, network.resolution)
+        latents.append(torch.randn(shape, generator=rng))
+        drawn = torch.randint(max(network.label_dim, 1), (), generator=rng)
+        classes.append(drawn if only is None else torch.tensor(only))
+    return torch.stack(latents), torch.stack(classes)
+
+
+def group_size(device: torch.device) -> int:
+    """Images in every network call: a fixed number, since a network's rounding depends on it."""
+    return 16 if device.type == "cpu" else 128
+
+
+@torch.no_grad()
+def make(
+    net: EDMNetwork,
+    latents: torch.Tensor,
+    classes: torch.Tensor,
+    init_sigma: float | None = None,
+    steps: int = 1,
+) -> torch.Tensor:
+    """uint8 images [N, C, R, R], on the CPU, of latents and classes as `inputs` gives them.
+
+    An image does not depend on its neighbours: the network is always called with whole groups,
+    the last one filled up. One step is G(z) = D(σ_init·z; σ_init); more are Heun's method.
+    """
+    device = next(net.parameters()).device
+    size = group_size(device)
+    labels = torch.eye(net.config.label_dim)[classes] if net.config.label_dim else None
+    images = []
+    for i in range(0, len(latents), size):
+        rows = torch.arange(i, i + size) % len(latents)
+        z = latents[rows].to(device)
+        c = None if labels is None else labels[rows].to(device)
+        if steps == 1:
+            x = net(z * init_sigma, torch.full((size,), init_sigma, device=device), c)
+        else:
+            x = heun(net, z, c, steps)
+        images.append(to_uint8(x).cpu())
+    return torch.cat(images)[: len(latents)]
+
+
+def run(config: GenerateConfig, given: set[str]) -> None:
+    check(config)
+    if not config.network:
+        raise UserError("network is missing: --network runs/000-digits, or another snapshot")
+    if not (config.out or config.grid):
+        raise UserError("nothing to write: give --out FOLDER (or .zip, .npz), --grid FILE, or both")
+    seeds = parse_seeds(config.seeds)
+    device = parallel.pick_device(config.device)
+    net = load_network(config.network).to(device)
+    if config.class_ is not None and config.class_ >= net.config.label_dim:
+        last = net.config.label_dim - 1
+        known = f"the network knows 0 to {last}" if last > 0 else "the network has no classes"
+        raise UserError(f"class={config.class_} is out of range: {known}")
+    init_sigma = config.init_sigma or net.config.init_sigma
+    if config.steps == 1 and init_sigma is None:
+        raise UserError(
+            f"{config.network} does not say that it makes images in one step: give --steps 18 for "
+            "a teacher, or --init-sigma 2.5 for a one-step generator's pickle"
+        )
+    folder = open_target(config.out, config.grid)
+
+    with parallel.joined(device):
+        rank = parallel.rank()
+        mine = seeds[rank :: parallel.world()]
+        shape = net.config.channels, net.config.resolution, net.config.resolution
+        images = torch.empty(len(mine), *shape, dtype=torch.uint8)
+        classes = torch.empty(len(mine), dtype=torch.int64)
+        bar = tqdm(total=len(mine), unit="img", disable=True if rank else None)
+        for i in range(0, len(mine), config.batch):
+            some = mine[i : i + config.batch]
+            part = slice(i, i + len(some))
+            latents, classes[part] = inputs(some, net.config, config.class_)
+            images[part] = make(net, latents, classes[part], init_sigma, config.steps)
+            if folder:
+                for seed, image in zip(some, images[part], strict=True):
+                    save_png(folder / f"seed{seed:06d}.png", image)
+            bar.update(len(some))
+        bar.close()
+        images, classes = (parallel.gather(v, len(seeds)) for v in (images, classes))
+        if rank == 0:
+            write(config, net.config, seeds, images, classes)
+
+
+def open_target(out: str | None, grid: str | None) -> Path | None:
+    """Make the folders that will be written to; the folder of PNGs, if they are wanted."""
+    folder = Path(out) if out and Path(out).suffix not in (".zip", ".npz") else None
+    for target in (folder, out and Path(out).parent, grid and Path(grid).parent):
+        try:
+            if target:
+                target.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{target} cannot be made a folder: {error.strerror}") from None
+    return folder
+
+
+def write(
+    config: GenerateConfig,
+    network: NetworkConfig,
+    seeds: list[int],
+    images: torch.Tensor,
+    classes: torch.Tensor,
+) -> None:
+    labels = classes.numpy() if network.label_dim else None
+    if config.grid:
+        save_grid(config.grid, images)
+    if config.out and config.out.endswith(".zip"):
+        write_dataset(config.out, images, labels)
+    if config.out and config.out.endswith(".npz"):
+        values = {"images": images.permute(0, 2, 3, 1).numpy(), "seeds": np.array(seeds)}
+        with atomic_path(config.out) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **values, **({} if labels is None else {"labels": labels}))
+    places = " and ".join(p for p in (config.out, config.grid) if p)
+    print(f"{len(seeds)} images: {places}")
+
+
+main = cli.command(GenerateConfig, run, None, __doc__)
+
+if __name__ == "__main__":
+    cli.main(main, "sid_fast.generate")

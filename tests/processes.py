@@ -1,0 +1,31 @@
+"""Starting sid_fast in processes of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+def python(*arguments: object) -> subprocess.CompletedProcess:
+    """Run python with these arguments to its end."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
+
+
+def python_until(ready: Callable[[], bool], send: signal.Signals, *arguments: object) -> int:
+    """Run python until `ready`, send it a signal, and return its exit status."""
+    command = [sys.executable, *map(str, arguments)]
+    process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None, "it ended before its time"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(send)
+    return process.wait(60)

@@ -1,0 +1,105 @@
+"""Bad input to the commands: one clear line, exit status 2, nothing half-written."""
+
+import pytest
+from test_distiller import small_teacher
+
+from sid_fast.files.network import save_network
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    return tmp_path / "teacher.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--preset", "cifar"], ["'cifar'", "cifar10-uncond", "digits"]),
+        (["--alphas", "1"], ["--alphas", "--alpha"]),
+        (["--alpha", "abc"], ["abc", "--alpha"]),
+        (["--alpha", "7"], ["alpha=7.0", "-0.5 to 2"]),
+        (["--alpha", "nan"], ["alpha=nan"]),
+        (["--tmax", "1001"], ["tmax=1001", "1 to 1000"]),
+        (["--kimg", "0"], ["kimg=0"]),
+        (["--batch-size", "100", "--micro-batch", "32"], ["batch_size=100", "nearest", "96"]),
+        (["--teacher", "none.pkl"], ["none.pkl", "cifar10-uncond"]),
+        (["--device", "tpu"], ["tpu", "cpu"]),
+        (["--augment-p", "0.1", "--data", "none.zip"], ["none.zip"]),
+        (["--distance-images", "10"], ["distance_images=10", "--data"]),
+        (["--resume", "latest"], ["latest", "no training state"]),
+        (["--seed", "-1"], ["seed=-1"]),
+        (["--out", "teacher.safetensors/run"], ["teacher.safetensors/run", "--out"]),
+    ],
+)
+def test_train_refuses(run_command, teacher, monkeypatch, tmp_path, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    base = [] if "--teacher" in arguments else ["--teacher", teacher]
+    status, error = run_command("train", *base, *arguments)
+    assert status == 2
+    assert error.strip().count("\n") == 0, error
+    for word in words:
+        assert word in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_train_without_a_teacher_says_how_to_give_one(run_command):
+    status, error = run_command("train")
+    assert status == 2 and "--teacher" in error and "--preset" in error
+
+
+def test_train_refuses_a_folder_that_holds_a_run(run_command, teacher, tmp_path):
+    arguments = ["--teacher", teacher, "--out", tmp_path / "run", "--batch-size", 4]
+    assert run_command("train", *arguments, "--kimg", 0.004)[0] == 0
+    status, error = run_command("train", *arguments)
+    assert status == 2 and "--resume latest" in error
+    status, error = run_command("train", *arguments, "--resume", "latest", "--alpha", 1)
+    assert status == 2 and "alpha=1.2" in error and "alpha=1.0" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--seeds", "5-1"], ["'5-1'"]),
+        (["--seeds", "x"], ["'x'", "0-63"]),
+        (["--class", "10"], ["class=10", "0 to 9"]),
+        (["--class", "-1"], ["class"]),
+        (["--network", "none"], ["none"]),
+        ([], ["--init-sigma"]),  # a teacher, asked for one step
+    ],
+)
+def test_generate_refuses(run_command, teacher, tmp_path, arguments, words):
+    base = ["--network", teacher, "--out", tmp_path / "out"]
+    status, error = run_command("generate", *base, *arguments)
+    assert status == 2
+    assert error.strip().count("\n") == 0
+    for word in words:
+        assert word in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["--data"]),
+        (["--data", "none.zip"], ["none.zip"]),
+        (["--data", "digits", "--channel-mult", "1,x"], ["1,x"]),
+        (["--data", "digits", "--channel-mult", "1,2,2,2,2"], ["resolution=8"]),
+        (["--data", "digits", "--model-channels", "36"], ["model_channels=36"]),
+    ],
+)
+def test_pretrain_refuses(run_command, monkeypatch, tmp_path, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    status, error = run_command("pretrain", *arguments)
+    assert status == 2
+    assert error.strip().count("\n") == 0
+    for word in words:
+        assert word in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["train", "generate", "pretrain"])
+def test_help_explains_every_option(run_command, name, capsys):
+    status, _ = run_command(name, "--help")
+    assert status == 0
