@@ -8,8 +8,8 @@ import torch
 def attention(qkv: torch.Tensor, heads: int) -> torch.Tensor:
     """Softmax attention of every pixel to every pixel, head by head.
 
-    qkv is [N, 3·C, H, W] with channels laid out [head, channel, {q, k, v}] as published
-    (SPEC §2); C must divide by heads. The softmax runs over the keys in float32 with scale
+    qkv is [N, 3·C, H, W] with channels laid out [head, channel, {q, k, v}], as in published
+    weights; C must divide by heads. The softmax runs over the keys in float32 with scale
     1/√(C/heads). Returns [N, C, H, W] in the dtype of qkv.
     """
     n, c3, height, width = qkv.shape

@@ -1,4 +1,4 @@
-"""The non-leaky geometric augmentation of EDM training, with fixed shapes (SPEC §4).
+"""The non-leaky geometric augmentation of EDM training, with fixed shapes.
 
 Geometry as in Karras et al., arXiv 2006.06676, appendix B: the image is warped in a band-limited
 way, at twice its resolution between two passes of a wavelet filter. Nothing here reads a value
@@ -92,7 +92,10 @@ def _translation(x, y) -> torch.Tensor:
 
 
 def lookup(parameters: Parameters, height: int, width: int) -> torch.Tensor:
-    """M of SPEC §4: where an output pixel finds its source, pixels about the centre, [N, 3, 3]."""
+    """Where an output pixel finds its source, in pixels about the centre, [N, 3, 3].
+
+    M = S(1/s₀) · R(w) · R(−r) S(1/s, s) R(r) · T(−0.125·size·n): x to the right, y down.
+    """
     q = {name: value.float() for name, value in parameters.items()}
     shrink = 2 ** (-0.2 * q["scale"])
     stretch = 2 ** (0.2 * q["aniso"])
@@ -119,7 +122,7 @@ def _filter_axes(x: torch.Tensor, taps: torch.Tensor, stride: int, padding: int)
 
 
 def apply(images: torch.Tensor, parameters: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
-    """Warp images by the parameters of `draw` (any subset of draws does; see SPEC §4).
+    """Warp images by the parameters of `draw`.
 
     images is float32 [N, C, H, W]. Returns the warped images, same shape, and their labels,
     float32 [N, 9].

@@ -1,4 +1,4 @@
-"""Score identity Distillation: one step of it (arXiv 2404.04057, algorithm 1; SPEC §5)."""
+"""Score identity Distillation: one step of it (arXiv 2404.04057, algorithm 1)."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""The two losses of Score identity Distillation (arXiv 2404.04057; SPEC §3).
+"""The two losses of Score identity Distillation (arXiv 2404.04057).
 
 A sample with a non-finite value anywhere is dropped: its loss is 0, and the gradients of the
 others are those of the batch without it. That is done with fixed shapes: what is not finite is

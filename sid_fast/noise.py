@@ -1,4 +1,4 @@
-"""Noise levels: of the two steps of the distillation and of the teacher's sampler (SPEC §3, §6)."""
+"""Noise levels: of the two steps of the distillation and of the teacher's sampler."""
 
 import torch
 

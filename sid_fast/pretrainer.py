@@ -1,4 +1,4 @@
-"""One step of training an EDM teacher on real images (arXiv 2206.00364; SPEC §6)."""
+"""One step of training an EDM teacher on real images (arXiv 2206.00364)."""
 
 import dataclasses
 from typing import ClassVar

@@ -23,7 +23,7 @@ def test_the_published_presets_are_all_there_with_their_teachers():
     assert all(presets("train")[name]["teacher"] == name for name in TEACHERS)
 
 
-# The table of SPEC §5: α, batch, learning rate, generator β1, dropout, p, half-life, Mimg.
+# As published: α, batch, learning rate, generator β1, dropout, p, half-life, Mimg.
 TABLE = {
     "cifar10-uncond": (1.2, 256, 1e-5, 0, 0.13, 0.12, 0.5, 500),
     "cifar10-cond": (1.2, 256, 1e-5, 0, 0.13, 0.12, 0.5, 800),

@@ -112,7 +112,7 @@ def resume(config: Any, given: set[str]) -> Path | None:
     if not config.resume:
         return None
     state = find_state(config.resume, config.out)
-    saved = read_state(state)[1]["options"]
+    saved = read_state(state, header_only=True)[1]["options"]
     for name in {f.name for f in dataclasses.fields(config)} - given - {"resume", "device"}:
         if name in saved:
             value = saved[name]

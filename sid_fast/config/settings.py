@@ -1,4 +1,4 @@
-"""The numbers a step depends on: of the distillation (SPEC §5), and of a teacher's training."""
+"""The numbers a step depends on: of the distillation, and of a teacher's training."""
 
 import dataclasses
 from dataclasses import field

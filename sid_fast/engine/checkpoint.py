@@ -69,9 +69,11 @@ def _age(path: Path) -> float:
     return path.stat().st_mtime
 
 
-def read_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors and header of a state; UserError for any other file."""
-    tensors, header = read_snapshot(path)
+def read_state(
+    path: Path, header_only: bool = False
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors (none with header_only) and header of a state; UserError for any other file."""
+    tensors, header = read_snapshot(path, header_only)
     if "identity" not in header:
         raise UserError(f"{path} is a network, not a training state ({PATTERN})")
     return tensors, header

@@ -14,7 +14,7 @@ from sid_fast.losses import Terms
 def ema_beta(images: int, batch: int, halflife_kimg: float, rampup_ratio: float) -> float:
     """β of the moving average after a step of `batch` images, `images` having gone before.
 
-    The half-life grows with the images seen, up to halflife_kimg (SPEC §5).
+    The half-life grows with the images seen, up to halflife_kimg.
     """
     halflife = halflife_kimg * 1000
     if rampup_ratio:

@@ -32,11 +32,12 @@ def write_snapshot(
 
 
 def read_snapshot(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str], config_only: bool = False
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read what `write_snapshot` wrote: the tensors, on the CPU, and the config.
 
-    Raises UserError if the file is missing, damaged, of a newer version or not ours.
+    config_only leaves the tensors in the file. Raises UserError if the file is missing,
+    damaged, of a newer version or not ours.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -52,7 +53,7 @@ def read_snapshot(
                     f"{path} has snapshot version {header['version']}, this program reads "
                     f"{_VERSION}: install the version of sid_fast that wrote it"
                 )
-            names = file.keys()
+            names = [] if config_only else file.keys()
             return {name: file.get_tensor(name) for name in names}, header["config"]
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error}): check the path") from error

@@ -8,7 +8,7 @@ from sid_fast.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Where DDPM++, NCSN++ and ADM part ways (SPEC §2)."""
+    """Where DDPM++, NCSN++ and ADM part ways (arXiv 2206.00364, appendix F.2)."""
 
     embedding: str  # of the noise level: positional or fourier
     embedding_width: int  # of that embedding, in model_channels

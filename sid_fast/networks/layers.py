@@ -14,7 +14,7 @@ Init = tuple[str, float, float]
 
 
 def draw(shape: tuple[int, ...], rule: str, fan_in: int, fan_out: int) -> torch.Tensor:
-    """A parameter drawn by one of the three rules of SPEC §2; float32."""
+    """A parameter drawn by one of the three rules: float32."""
     if rule == "xavier_uniform":
         return (torch.rand(shape) * 2 - 1) * math.sqrt(6 / (fan_in + fan_out))
     if rule == "kaiming_uniform":
@@ -40,7 +40,7 @@ class Linear(nn.Module):
 
 
 class Conv2d(nn.Module):
-    """A square convolution with optional resampling by two (SPEC §2); kernel 0 only resamples.
+    """A square convolution with optional resampling by two; kernel 0 only resamples.
 
     `resample` is "up", "down" or None. Resampling comes before the convolution, except in the
     fused form, where "down" filters after it, the paddings of both taken at once.

@@ -1,4 +1,4 @@
-"""EDM preconditioning: the network that the rest of sid_fast sees (SPEC §1)."""
+"""EDM preconditioning: the network that the rest of sid_fast sees (arXiv 2206.00364, §5)."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""The U-Net that DDPM++, NCSN++ and ADM share, and the residual block it is made of (SPEC §2)."""
+"""The U-Net that DDPM++, NCSN++ and ADM share, and the residual block it is made of."""
 
 import math
 

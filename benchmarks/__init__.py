@@ -1,0 +1,1 @@
+"""What was measured: commands that measure it, and the result files they leave."""

@@ -1,0 +1,41 @@
+"""Keep a digits run as a committed result, and draw the picture that opens the README.
+
+python -m benchmarks.digits runs/000-digits
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import matplotlib.image
+from matplotlib.figure import Figure
+
+from sid_fast.engine.log import read_log
+from sid_fast.evaluation.curve import draw_curve
+from sid_fast.evaluation.pixels import NAME
+from sid_fast.files.atomic import atomic_path
+
+RESULTS = Path(__file__).parent / "results" / "digits"
+
+
+def main(run: Path) -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    grid = sorted(run.glob("samples-*.png"))[-1]
+    for source, name in ((run / "log.jsonl", "log.jsonl"), (run / "config.json", "config.json")):
+        shutil.copy(source, RESULTS / name)
+    figure = Figure(figsize=(10, 4.2), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
+    records = [r for r in read_log(RESULTS / "log.jsonl") if NAME in r]
+    teacher = next(r["teacher"] for r in records if "teacher" in r)
+    draw_curve(left, [r["images"] for r in records], [r[NAME] for r in records], NAME, teacher)
+    right.imshow(matplotlib.image.imread(grid), cmap="gray", interpolation="nearest")
+    right.set_axis_off()
+    right.set_title("one step each")
+    with atomic_path(RESULTS / "digits.png") as temporary:
+        figure.savefig(temporary, format="png")
+    print(json.dumps({"start": records[0][NAME], "end": records[-1][NAME], "teacher": teacher}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
