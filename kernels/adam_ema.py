@@ -23,10 +23,10 @@ def adam_ema(
 
     Lists run over the parameters, float32, and are updated in place. Gradients are cleaned
     first, as the published implementation does: NaN → 0, ±inf → ±1e5. exp_avg is empty when
-    β1 = 0: the first moment is then the gradient and is not kept. ema is empty where no average is wanted. step is a float64
-    scalar, the updates made so far; apply is a bool scalar, and False leaves all but the
-    gradients as it was, to the bit. Both are tensors, so that the host need not know them.
-    Returns how many gradient values were not finite, an int64 scalar.
+    β1 = 0: the first moment is then the gradient and is not kept. ema is empty where no average
+    is wanted. step is a float64 scalar, the updates made so far; apply is a bool scalar, and
+    False leaves all but the gradients as it was, to the bit. Both are tensors, so that the host
+    need not know them. Returns how many gradient values were not finite, an int64 scalar.
     """
     nonfinite = torch.stack([torch.isfinite(g).logical_not().sum() for g in grads]).sum()
     for grad in grads:
