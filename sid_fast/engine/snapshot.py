@@ -46,12 +46,12 @@ class Snapshots:
     def __call__(self) -> dict[str, float]:
         if parallel.rank():
             return {}
-        kimg = f"{self.trainer.images // 1000:07d}"
-        save_network(self.folder / f"snapshot-{kimg}.safetensors", self.net)
+        images = f"{self.trainer.images:010d}"
+        save_network(self.folder / f"snapshot-{images}.safetensors", self.net)
         columns = self.net.config.label_dim
         columns = columns if 1 < columns <= 16 else 10
         grid = self._images(self.make, GRID // columns * columns)
-        save_grid(self.folder / f"samples-{kimg}.png", grid, columns)
+        save_grid(self.folder / f"samples-{images}.png", grid, columns)
         return self._measure() if self.distance and self.count else {}
 
     def _measure(self) -> dict[str, float]:
