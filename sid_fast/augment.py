@@ -5,6 +5,7 @@ way, at twice its resolution between two passes of a wavelet filter. Nothing her
 back to the host, and no size depends on the data.
 """
 
+import functools
 import math
 
 import torch
@@ -110,6 +111,12 @@ def lookup(parameters: Parameters, height: int, width: int) -> torch.Tensor:
     )
 
 
+@functools.cache
+def _taps(device: torch.device) -> torch.Tensor:
+    """The filter on a device; kept there, since copying it over would stall the device."""
+    return torch.tensor(SYM6, device=device)
+
+
 def _filter_axes(x: torch.Tensor, taps: torch.Tensor, stride: int, padding: int) -> torch.Tensor:
     channels = x.shape[1]
     taps = taps.expand(channels, 1, -1)
@@ -134,7 +141,7 @@ def apply(images: torch.Tensor, parameters: Parameters) -> tuple[torch.Tensor, t
 
     # Reflect by as much as could ever be needed; sizes from the data would stall the device.
     x = F.pad(x, [width - 1, width - 1, height - 1, height - 1], mode="reflect")
-    taps = torch.tensor(SYM6, device=x.device)
+    taps = _taps(x.device)
     up = x.new_zeros(n, channels, x.shape[2], 2, x.shape[3], 2)
     up[:, :, :, 0, :, 0] = x
     up = up.flatten(4).flatten(2, 3)

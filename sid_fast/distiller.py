@@ -84,7 +84,7 @@ class Distiller:
         """
         s = self.settings
         draws = draws or self.draw()
-        with dropout_seed(s.dropout, self.device, self.seed, self.steps, parallel.rank(), 1):
+        with dropout_seed(s.dropout, self.device, self.seed, self.steps, parallel.rank()):
             fake = self.fake_optimizer.descend(
                 (self.fake_score_round(draw) for draw in draws["fake"]),
                 s.fake_loss_scale / s.batch_size,
@@ -139,7 +139,7 @@ class Distiller:
         """The draws of the coming step: a function of seed, step and rank alone."""
         s = self.settings
         n = s.batch_size // self.rounds // parallel.world()
-        self.rng.manual_seed(seed_of(self.seed, self.steps, parallel.rank()))
+        self.rng.manual_seed(seed_of(self.seed, "draws", self.steps, parallel.rank()))
         return {
             phase: [
                 draw_round(phase, n, self.teacher.config, s, self.rng, self.label_weights)

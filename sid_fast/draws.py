@@ -13,6 +13,9 @@ from sid_fast.augment import draw as draw_warp
 from sid_fast.config.settings import Settings
 from sid_fast.networks import NetworkConfig
 
+# What random numbers are for; the order is part of what a seed means.
+PURPOSES = ("draws", "dropout", "gallery", "weights")
+
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
@@ -30,22 +33,25 @@ class Draw:
     augment: Parameters | None = None
 
 
-def seed_of(*parts: int) -> int:
-    """A 64-bit seed from non-negative integers (seed, step, rank, …), well mixed.
+def seed_of(seed: int, purpose: str, *counters: int) -> int:
+    """A 64-bit seed for one purpose, from the run's seed and counters (step, rank).
 
     Randomness is counted rather than carried along: the numbers of a step depend on nothing but
     these, so a resumed run draws what an unbroken one would.
     """
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+    key = (PURPOSES.index(purpose), *counters)
+    return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])
 
 
 @contextlib.contextmanager
-def dropout_seed(dropout: float, device: torch.device, *parts: int) -> Iterator[None]:
+def dropout_seed(
+    dropout: float, device: torch.device, seed: int, step: int, rank: int
+) -> Iterator[None]:
     """Dropout drawn from torch's own generators, seeded for the block and left as they were."""
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(cuda, enabled=dropout > 0):
         if dropout:
-            torch.manual_seed(seed_of(*parts))
+            torch.manual_seed(seed_of(seed, "dropout", step, rank))
         yield
 
 
@@ -59,12 +65,12 @@ def one_hot(
         classes = torch.randint(label_dim, (n,), generator=rng, device=rng.device)
     else:
         classes = torch.multinomial(weights, n, replacement=True, generator=rng)
-    return torch.eye(label_dim, device=rng.device)[classes]
+    return torch.zeros(n, label_dim, device=rng.device).scatter_(1, classes[:, None], 1.0)
 
 
 def gallery(config: NetworkConfig, seed: int, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Fixed latents [n, C, R, R] and labels, class after class, to look at and to measure."""
-    rng = torch.Generator().manual_seed(seed_of(seed, 2))
+    rng = torch.Generator().manual_seed(seed_of(seed, "gallery"))
     shape = (n, config.channels, config.resolution, config.resolution)
     labels = None
     if config.label_dim:

@@ -5,6 +5,8 @@ python -m sid_fast.generate --network runs/000-digits --seeds 0-63 --grid digits
 
 import dataclasses
 import re
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from sid_fast.config import cli
-from sid_fast.config.settings import check, option
+from sid_fast.config.settings import Settings, check, option
 from sid_fast.engine import parallel
 from sid_fast.errors import UserError
 from sid_fast.files.atomic import atomic_path
@@ -40,7 +42,7 @@ class GenerateConfig:
         1, "1, or the sampler steps of a teacher: 18 at 32x32 pixels, 40 at 64x64", 1, 1000
     )
     init_sigma: float | None = option(
-        None, "noise level of one-step generation; default: as the file says", 1e-3, 1e3
+        None, "noise level of one-step generation; default: as the file says, or 2.5", 1e-3, 1e3
     )
     batch: int = option(128, "images made at a time; never changes the images", 1)
     device: str = option("auto", "auto, cpu or cuda; auto takes a GPU where there is one")
@@ -50,7 +52,7 @@ def parse_seeds(text: str) -> list[int]:
     """[0, 1, 2, 7] from "0-2,7"; UserError for anything else."""
     seeds: list[int] = []
     for entry in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", entry)
+        match = re.fullmatch(r"\s*(\d{1,19})(?:-(\d{1,19}))?\s*", entry)
         if not match:
             raise UserError(f"seeds={text!r}: {entry!r} is not a number or a range such as 0-63")
         first, last = int(match[1]), int(match[2] or match[1])
@@ -122,12 +124,12 @@ def run(config: GenerateConfig, given: set[str]) -> None:
         known = f"the network knows 0 to {last}" if last > 0 else "the network has no classes"
         raise UserError(f"class={config.class_} is out of range: {known}")
     init_sigma = config.init_sigma or net.config.init_sigma
+    open_targets(config.out, config.grid)
     if config.steps == 1 and init_sigma is None:
-        raise UserError(
-            f"{config.network} does not say that it makes images in one step: give --steps 18 for "
-            "a teacher, or --init-sigma 2.5 for a one-step generator's pickle"
-        )
-    folder = open_target(config.out, config.grid)
+        init_sigma = Settings.init_sigma
+        note = f"taken for a one-step generator from noise level {init_sigma}"
+        print(f"{config.network} is {note}; --steps samples a teacher", file=sys.stderr)
+    folder = Path(config.out) if config.out and not is_file(config.out) else None
 
     with parallel.joined(device):
         rank = parallel.rank()
@@ -151,16 +153,26 @@ def run(config: GenerateConfig, given: set[str]) -> None:
             write(config, net.config, seeds, images, classes)
 
 
-def open_target(out: str | None, grid: str | None) -> Path | None:
-    """Make the folders that will be written to; the folder of PNGs, if they are wanted."""
-    folder = Path(out) if out and Path(out).suffix not in (".zip", ".npz") else None
-    for target in (folder, out and Path(out).parent, grid and Path(grid).parent):
+def is_file(out: str) -> bool:
+    """Whether --out names a .zip or .npz, not a folder for PNGs."""
+    return Path(out).suffix in (".zip", ".npz")
+
+
+def open_targets(out: str | None, grid: str | None) -> None:
+    """Make the folders that will be written to; UserError if one of the files cannot be."""
+    if grid and Path(grid).suffix != ".png":
+        raise UserError(f"grid={grid} is not the name of a .png file")
+    for target in (out, grid):
+        if not target:
+            continue
+        folder = Path(target).parent if target == grid or is_file(target) else Path(target)
         try:
-            if target:
-                target.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            raise UserError(f"{target} cannot be made a folder: {error.strerror}") from None
-    return folder
+            raise UserError(f"{target} cannot be written ({error.strerror})") from None
+        if folder != Path(target) and Path(target).is_dir():
+            raise UserError(f"{target} is a folder: give the name of a file")
 
 
 def write(
@@ -173,9 +185,10 @@ def write(
     labels = classes.numpy() if network.label_dim else None
     if config.grid:
         save_grid(config.grid, images)
-    if config.out and config.out.endswith(".zip"):
+    suffix = Path(config.out or "").suffix
+    if suffix == ".zip":
         write_dataset(config.out, images, labels)
-    if config.out and config.out.endswith(".npz"):
+    if suffix == ".npz":
         values = {"images": images.permute(0, 2, 3, 1).numpy(), "seeds": np.array(seeds)}
         with atomic_path(config.out) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **values, **({} if labels is None else {"labels": labels}))

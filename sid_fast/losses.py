@@ -1,8 +1,9 @@
 """The two losses of Score identity Distillation (arXiv 2404.04057).
 
-A sample with a non-finite value anywhere is dropped: its loss is 0, and the gradients of the
-others are those of the batch without it. That is done with fixed shapes: what is not finite is
-replaced before any arithmetic, so that no 0·NaN can reach a sum over the batch.
+A sample with a non-finite value is dropped: its loss is 0, and the gradients of the others are
+those of the batch without it. That is done with fixed shapes: an input that is not finite is
+replaced before the networks see it, and an output before the loss does, so that no 0·NaN can
+reach a sum over the batch.
 """
 
 from collections.abc import Callable
@@ -26,10 +27,15 @@ class Terms(NamedTuple):
         return torch.stack([v.sum(dtype=torch.float64) for v in values])
 
 
+# A value beyond this is as good as infinite: no image, noise or label comes near it, and below
+# it nothing overflows inside a float32 network, where it would reach every weight's gradient.
+LIMIT = 1e6
+
+
 def finite(*tensors: torch.Tensor | None) -> torch.Tensor:
-    """[N] bool: every value of the sample is finite in every tensor."""
+    """[N] bool: every value of the sample is finite, and within LIMIT, in every tensor."""
     checks = [
-        torch.isfinite(t.detach()).reshape(len(t), -1).all(1) for t in tensors if t is not None
+        (t.detach().abs() <= LIMIT).reshape(len(t), -1).all(1) for t in tensors if t is not None
     ]
     return torch.stack(checks).all(0)
 
@@ -44,7 +50,7 @@ def keep(kept: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor | None:
 def _clean(images, sigma, noise, *labels):
     """[N] bool of the samples whose inputs are finite, and the inputs without the others."""
     sigma = sigma.float().reshape(-1, 1, 1, 1).expand(len(images), 1, 1, 1)
-    kept = finite(images, sigma, noise, *labels)
+    kept = finite(images, sigma, noise, *labels) & (sigma.flatten() >= 1 / LIMIT)
     # σ = 1 where it is dropped: preconditioning divides by it and takes its logarithm.
     sigma = torch.where(kept.reshape(-1, 1, 1, 1), sigma, 1.0)
     return kept, keep(kept, images.float()), sigma, *(keep(kept, v) for v in (noise, *labels))

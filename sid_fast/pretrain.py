@@ -13,10 +13,9 @@ from sid_fast.config import cli
 from sid_fast.config.settings import PretrainSettings, RunOptions, check, option, part
 from sid_fast.draws import seed_of
 from sid_fast.engine import parallel
-from sid_fast.engine.loop import Loop, open_folder
+from sid_fast.engine.loop import Loop
 from sid_fast.engine.snapshot import Snapshots
 from sid_fast.errors import UserError
-from sid_fast.evaluation.pixels import PixelDistance
 from sid_fast.files.digits import open_dataset
 from sid_fast.networks import EDMNetwork, NetworkConfig
 from sid_fast.pretrainer import Pretrainer
@@ -55,22 +54,18 @@ def run(config: PretrainConfig, given: set[str]) -> None:
         dropout=config.dropout,
     )
     with parallel.joined(device):
-        torch.manual_seed(seed_of(config.seed, 3))  # of the initial weights
+        torch.manual_seed(seed_of(config.seed, "weights"))
         net = EDMNetwork(network).to(device)
         settings = part(config, PretrainSettings)
         trainer = Pretrainer(net, settings, data.images(), data.labels, config.seed)
-        folder = open_folder(config, f"teacher-{config.preset or Path(config.data).stem}")
-        snapshots = Snapshots(
-            folder,
-            trainer,
-            trainer.ema,
-            lambda z, labels: heun(trainer.ema, z, labels, config.sampler_steps),
-            config.seed,
-            PixelDistance(data) if config.distance_images else None,
-            config.distance_images,
-        )
-        headline = f"training a teacher ({network}) on {len(data):,} images, on {trainer.device}"
-        Loop(trainer, config, folder, snapshots, headline).run(resume)
+
+        def many_steps(z: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+            return heun(trainer.ema, z, labels, config.sampler_steps)
+
+        snapshots = Snapshots(config, trainer, trainer.ema, many_steps, data)
+        name = f"teacher-{config.preset or Path(config.data).stem}"
+        headline = f"training a teacher ({network}) on {len(data):,} images, on {device}"
+        Loop(trainer, config, snapshots, name, headline).run(resume)
 
 
 main = cli.command(PretrainConfig, run, "pretrain", __doc__)

@@ -41,13 +41,13 @@ class Pretrainer:
         self.net.set_dropout(settings.dropout)
         self.optimizer = Optimizer(net, settings.beta1, settings.beta2, settings.eps, ema=True)
         self.ema = self.optimizer.ema
-        self.data, self.labels = torch.from_numpy(images), None
-        if labels is not None:
-            self.labels = torch.eye(net.config.label_dim)[torch.from_numpy(labels)]
+        self.data = torch.from_numpy(images)
+        self.labels = None if labels is None else torch.from_numpy(labels)
         self.identity = dataclasses.asdict(settings) | {
             "seed": seed,
-            "network": net.config.to_dict(),
+            **{f"network {k}": v for k, v in net.config.to_dict().items()},
             "data": digest([self.data]),
+            "labels": None if labels is None else digest([self.labels]),
         }
         self.rng = torch.Generator()
         self.steps = self.images = 0
@@ -56,10 +56,10 @@ class Pretrainer:
         """Update the network and its average once; scalars as from Distiller.step."""
         s = self.settings
         n = s.batch_size // self.rounds // parallel.world()
-        self.rng.manual_seed(seed_of(self.seed, self.steps, parallel.rank()))
+        self.rng.manual_seed(seed_of(self.seed, "draws", self.steps, parallel.rank()))
         lr = s.lr * min(1.0, (self.images + s.batch_size) / max(s.lr_rampup_kimg * 1000, 1e-8))
         self.net.train()
-        with dropout_seed(s.dropout, self.device, self.seed, self.steps, parallel.rank(), 1):
+        with dropout_seed(s.dropout, self.device, self.seed, self.steps, parallel.rank()):
             metrics = self.optimizer.descend(
                 (self.round(*self.draw(n)) for _ in range(self.rounds)),
                 1 / s.batch_size,
@@ -78,7 +78,10 @@ class Pretrainer:
         """n augmented images in [-1, 1], noise levels, noise and labels, on the device."""
         index = torch.randint(len(self.data), (n,), generator=self.rng)
         y = self.data[index].float() / 127.5 - 1
-        labels = None if self.labels is None else self.labels[index]
+        labels = None
+        if self.labels is not None:
+            classes = self.labels[index][:, None]
+            labels = torch.zeros(n, self.net.config.label_dim).scatter_(1, classes, 1.0)
         augment_labels = None
         if self.settings.augment_p:
             y, augment_labels = augment.apply(y, augment.draw(n, self.settings.augment_p, self.rng))

@@ -11,10 +11,9 @@ from sid_fast.config import cli
 from sid_fast.config.settings import RunOptions, Settings, check, option, part
 from sid_fast.distiller import Distiller
 from sid_fast.engine import parallel
-from sid_fast.engine.loop import Loop, open_folder
+from sid_fast.engine.loop import Loop
 from sid_fast.engine.snapshot import Snapshots
 from sid_fast.errors import UserError
-from sid_fast.evaluation.pixels import PixelDistance
 from sid_fast.files.dataset import ImageDataset
 from sid_fast.files.digits import open_dataset
 from sid_fast.files.network import load_network
@@ -45,33 +44,24 @@ def run(config: TrainConfig, given: set[str]) -> None:
         )
     device = parallel.pick_device(config.device)
     data = open_dataset(config.data) if config.data else None
-    if config.distance_images and not data:
-        raise UserError(f"distance_images={config.distance_images} needs --data to compare with")
-    teacher = load_network(config.teacher).to(device)
-    if data:
-        check_data(data, teacher.config)
     with parallel.joined(device):
+        with parallel.first_alone():  # it may download
+            teacher = load_network(config.teacher).to(device)
+        if data:
+            check_data(data, teacher.config)
         settings = part(config, Settings)
-        weights = label_weights(data, teacher.config)
-        trainer = Distiller(teacher, settings, config.seed, weights)
-        folder = open_folder(config, config.preset or "distil")
+        trainer = Distiller(teacher, settings, config.seed, label_weights(data, teacher.config))
 
         def one_step(z: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
             sigma = torch.full((len(z),), settings.init_sigma, device=z.device)
             return trainer.ema(z * settings.init_sigma, sigma, labels)
 
-        snapshots = Snapshots(
-            folder,
-            trainer,
-            trainer.ema,
-            one_step,
-            config.seed,
-            PixelDistance(data) if config.distance_images else None,
-            config.distance_images,
-            teacher=lambda z, labels: heun(teacher, z, labels, config.teacher_steps),
-        )
-        headline = f"distilling {config.teacher} ({teacher.config}) on {trainer.device}"
-        Loop(trainer, config, folder, snapshots, headline).run(resume)
+        def many_steps(z: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+            return heun(teacher, z, labels, config.teacher_steps)
+
+        snapshots = Snapshots(config, trainer, trainer.ema, one_step, data, many_steps)
+        headline = f"distilling {config.teacher} ({teacher.config}) on {device}"
+        Loop(trainer, config, snapshots, config.preset or "distil", headline).run(resume)
 
 
 def check_data(data: ImageDataset, network: NetworkConfig) -> None:

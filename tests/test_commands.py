@@ -57,7 +57,7 @@ def test_train_refuses_a_folder_that_holds_a_run(run_command, teacher, tmp_path)
     arguments = ["--teacher", teacher, "--out", tmp_path / "run", "--batch-size", 4]
     assert run_command("train", *arguments, "--kimg", 0.004)[0] == 0
     status, error = run_command("train", *arguments)
-    assert status == 2 and "--resume latest" in error
+    assert status == 2 and "already holds a run; --resume" in error
     status, error = run_command("train", *arguments, "--resume", "latest", "--alpha", 1)
     assert status == 2 and "alpha=1.2" in error and "alpha=1.0" in error
 
@@ -67,10 +67,11 @@ def test_train_refuses_a_folder_that_holds_a_run(run_command, teacher, tmp_path)
     [
         (["--seeds", "5-1"], ["'5-1'"]),
         (["--seeds", "x"], ["'x'", "0-63"]),
+        (["--grid", "grid.jpg"], ["grid.jpg", ".png"]),
+        (["--network", "x" * 5000], ["xxx"]),
         (["--class", "10"], ["class=10", "0 to 9"]),
         (["--class", "-1"], ["class"]),
         (["--network", "none"], ["none"]),
-        ([], ["--init-sigma"]),  # a teacher, asked for one step
     ],
 )
 def test_generate_refuses(run_command, teacher, tmp_path, arguments, words):
@@ -90,7 +91,7 @@ def test_generate_refuses(run_command, teacher, tmp_path, arguments, words):
         (["--data", "none.zip"], ["none.zip"]),
         (["--data", "digits", "--channel-mult", "1,x"], ["1,x"]),
         (["--data", "digits", "--channel-mult", "1,2,2,2,2"], ["resolution=8"]),
-        (["--data", "digits", "--model-channels", "36"], ["model_channels=36"]),
+        (["--data", "digits", "--model-channels", "36"], ["model_channels", "144"]),
     ],
 )
 def test_pretrain_refuses(run_command, monkeypatch, tmp_path, arguments, words):

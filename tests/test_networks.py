@@ -70,11 +70,16 @@ def test_dropout_acts_in_training_only():
         ("num_blocks", 0),
         ("dropout", 1.0),
         ("label_dim", -1),
+        ("label_dim", 10.0),
+        ("channels", 10**18),
+        ("channel_mult", [1, 2]),
+        ("channel_mult", (1.0, 2.0)),
+        ("init_sigma", "2.5"),
     ],
 )
 def test_a_shape_that_cannot_work_is_refused_by_name(field, value):
     with pytest.raises(UserError, match=field):
-        dataclasses.replace(SMALL, **{field: value})
+        EDMNetwork(dataclasses.replace(SMALL, **{field: value}))
 
 
 def test_adm_heads_must_divide():

@@ -444,3 +444,17 @@ def test_declared_sizes_are_not_allocated(tmp_path, opcode):
 
 def test_deep_nesting(tmp_path):
     assert "ema" in refusal(tmp_path / "a.pkl", b"]" * 200_000 + b"a" * 199_999 + b".")
+
+
+@pytest.mark.parametrize("store", [b"Ns.", b"(", b"\x91"], ids=["setitem", "setitems", "frozenset"])
+def test_a_key_of_a_million_levels_does_not_end_the_process(tmp_path, store):
+    deep = b")" + b"\x85" * 1_000_000
+    body = {
+        b"Ns.": b"}" + deep + b"Ns.",
+        b"(": b"}(" + deep + b"Nu.",
+        b"\x91": b"(" + deep + b"\x91.",
+    }[store]
+    path = tmp_path / "deep.pkl"
+    path.write_bytes(b"\x80\x04" + body)
+    with pytest.raises(UserError, match="no plain values"):
+        read_pickle(path)

@@ -97,7 +97,7 @@ def test_only_the_newest_states_are_kept_and_nothing_half_written(command):
 
 def test_a_state_of_other_settings_names_the_first_that_differs(tmp_path):
     settings = Settings(batch_size=4)
-    state = save_state(tmp_path, Distiller(small_teacher(), settings), {}, keep=1)
+    state = save_state(tmp_path, Distiller(small_teacher(), settings), settings, keep=1)
     other = Distiller(small_teacher(), Settings(batch_size=4, tmax=700, alpha=1.0))
     with pytest.raises(UserError, match=r"alpha=1\.2.*alpha=1\.0"):
         load_state(state, other)

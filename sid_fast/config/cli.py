@@ -74,7 +74,7 @@ def _choose_preset(kind: str):
 def command(config: type, run: Callable[[Any, set[str]], None], kind: str | None, help: str):
     """A click command that fills dataclass `config` and calls run(config, given).
 
-    given: the fields that the user or a preset has set. kind: which presets --preset offers.
+    given: the fields named on the command line. kind: which presets --preset offers.
     """
     hints = typing.get_type_hints(config)
     fields = {f.name: f for f in dataclasses.fields(config)}
@@ -95,7 +95,7 @@ def command(config: type, run: Callable[[Any, set[str]], None], kind: str | None
 
     def body(**values: Any) -> None:
         source = click.get_current_context().get_parameter_source
-        given = {name for name in values if source(name) != click.core.ParameterSource.DEFAULT}
+        given = {n for n in values if source(n) == click.core.ParameterSource.COMMANDLINE}
         run(config(**values), given)
 
     return click.Command(
@@ -112,7 +112,12 @@ def resume(config: Any, given: set[str]) -> Path | None:
     if not config.resume:
         return None
     state = find_state(config.resume, config.out)
-    saved = read_state(state, header_only=True)[1]["options"]
+    header = read_state(state, header_only=True)[1]
+    saved, kind = header["options"], type(config).__name__
+    if header["kind"] != kind:
+        raise UserError(f"{state} is the state of another command's run ({header['kind']})")
+    if config.preset and config.preset != saved["preset"]:
+        raise UserError(f"{state} was written with preset={saved['preset']}, not {config.preset}")
     for name in {f.name for f in dataclasses.fields(config)} - given - {"resume", "device"}:
         if name in saved:
             value = saved[name]
@@ -132,6 +137,11 @@ def main(command: click.Command, module: str) -> None:
         message, status = str(error), 1
     except click.ClickException as error:
         message = f"{error.format_message()} (python -m {module} --help lists the options)"
-    if os.environ.get("RANK", "0") == "0":  # once, not from every process
-        print("error: " + " ".join(message.split()), file=sys.stderr)
+    except OSError as error:  # a path too long, a file that has gone: the system's word on it
+        message = f"{error.filename or module}: {error.strerror or error}"
+    except (click.Abort, KeyboardInterrupt):
+        message, status = "interrupted", 130
+    rank = os.environ.get("RANK", "0")
+    prefix = "error: " if rank == "0" else f"error on process {rank}: "
+    print(prefix + " ".join(message.split()), file=sys.stderr)
     sys.exit(status)

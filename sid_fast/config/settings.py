@@ -19,8 +19,8 @@ def check(settings: Any) -> None:
     for f in dataclasses.fields(settings):
         value, low, high = getattr(settings, f.name), f.metadata.get("low"), f.metadata.get("high")
         if low is not None and value is not None and not low <= value <= high:
-            limits = f"from {low:g} to {high:g}" if high < LARGE else f"of at least {low:g}"
-            raise UserError(f"{f.name}={value} is out of range: choose a value {limits}")
+            name, high = f.name.strip("_"), "10^12" if high == LARGE else high
+            raise UserError(f"{name}={value} is out of range: choose from {low} to {high}")
 
 
 def part(values: Any, kind: type) -> Any:
@@ -57,14 +57,14 @@ class Settings:
     fake_beta1: float = option(0.0, "Adam β1 of the fake score; 0 keeps no moment", 0, 0.9999)
     generator_beta1: float = option(0.0, "Adam β1 of the generator; 0 keeps no moment", 0, 0.9999)
     beta2: float = option(0.999, "Adam β2 of both", 0, 0.999999)
-    eps: float = option(1e-8, "Adam ε of both", 0)
+    eps: float = option(1e-8, "Adam ε of both", 1e-15)
     ema_halflife_kimg: float = option(500.0, "half-life of the generator's average, kimg", 0)
     ema_rampup_ratio: float = option(
         0.05, "the half-life is at most this part of the images so far; 0 for no ramp-up", 0
     )
     fake_loss_scale: float = option(1.0, "factor of the fake score's loss", 0)
     generator_loss_scale: float = option(100.0, "factor of the generator's loss", 0)
-    batch_size: int = option(256, "images a step, over all processes and rounds", 1)
+    batch_size: int = option(256, "images a step, over all processes and rounds", 1, 2**24)
     micro_batch: int | None = option(
         None, "images a round on one process, if the batch is to be made in rounds", 1
     )
@@ -82,12 +82,12 @@ class PretrainSettings:
     lr_rampup_kimg: float = option(10_000.0, "the learning rate rises linearly over so many", 0)
     beta1: float = option(0.9, "Adam β1", 0, 0.9999)
     beta2: float = option(0.999, "Adam β2", 0, 0.999999)
-    eps: float = option(1e-8, "Adam ε", 0)
+    eps: float = option(1e-8, "Adam ε", 1e-15)
     ema_halflife_kimg: float = option(500.0, "half-life of the average, kimg", 0)
     ema_rampup_ratio: float = option(
         0.05, "the half-life is at most this part of the images so far; 0 for no ramp-up", 0
     )
-    batch_size: int = option(512, "images a step, over all processes and rounds", 1)
+    batch_size: int = option(512, "images a step, over all processes and rounds", 1, 2**24)
     micro_batch: int | None = option(
         None, "images a round on one process, if the batch is to be made in rounds", 1
     )
@@ -109,9 +109,10 @@ class RunOptions:
     )
     state_every: float = option(1000.0, "kimg from one full training state to the next", 0.001)
     keep_states: int = option(2, "newest training states that are kept", 1)
+    keep_snapshots: int = option(20, "newest snapshots that are kept; sample grids all are", 1)
     resume: str | None = option(
         None, "go on from a state file, a run folder, or `latest`: the newest in --out or runs/"
     )
     distance_images: int = option(
-        0, "images of a snapshot's pixel-space Fréchet distance to --data; 0: do not measure", 0
+        0, "images of a snapshot's pixel-space Fréchet distance to --data; 0: no distance", 0
     )

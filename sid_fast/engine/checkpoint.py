@@ -1,6 +1,8 @@
 """Training states: everything a run needs to go on to the same bits."""
 
+import dataclasses
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,33 +38,41 @@ def digest(tensors: Iterable[torch.Tensor]) -> str:
     return sha.hexdigest()[:16]
 
 
-def save_state(folder: Path, trainer: Trainer, options: dict[str, Any], keep: int) -> Path:
-    """Write the state of a trainer, from the first process, and prune all but the newest."""
+def save_state(folder: Path, trainer: Trainer, options: Any, keep: int) -> Path:
+    """Write the state of a trainer, from the first process, and prune all but the newest.
+
+    options: the dataclass the run was started with.
+    """
     path = folder / f"state-{trainer.steps:09d}.safetensors"
     if parallel.rank() == 0:
         header = {
+            "kind": type(options).__name__,
             "identity": trainer.identity,
             "steps": trainer.steps,
             "images": trainer.images,
-            "options": options,
+            "processes": parallel.world(),
+            "options": dataclasses.asdict(options),
         }
         write_snapshot(path, trainer.tensors(), header)
-        for old in sorted(folder.glob(PATTERN))[:-keep]:
-            old.unlink()
+        prune(folder, PATTERN, keep)
     return path
+
+
+def prune(folder: Path, pattern: str, keep: int) -> None:
+    """Remove all but the newest files."""
+    for old in sorted(folder.glob(pattern), key=_age)[:-keep]:
+        old.unlink()
 
 
 def find_state(resume: str, out: str | None) -> Path:
     """The state that --resume means: a file, the newest of a folder, or `latest`."""
-    if resume == "latest":
-        place = Path(out or "runs")
-        states = sorted(place.glob(PATTERN if out else f"*/{PATTERN}"), key=_age)
-    else:
-        place = Path(resume)
-        states = sorted(place.glob(PATTERN)) if place.is_dir() else [place]
-    if not states or not states[-1].is_file():
+    place = Path(out or "runs") if resume == "latest" else Path(resume)
+    if place.is_file():
+        return place
+    states = [*place.glob(PATTERN), *(place.glob(f"*/{PATTERN}") if resume == "latest" else ())]
+    if not states:
         raise UserError(f"resume={resume}: there is no training state ({PATTERN}) at {place}")
-    return states[-1]
+    return max(states, key=_age)
 
 
 def _age(path: Path) -> float:
@@ -79,10 +89,13 @@ def read_state(
     return tensors, header
 
 
-def load_state(path: Path, trainer: Trainer) -> None:
-    """Bring a trainer to a state; UserError names the first setting in which they differ."""
+def load_state(path: Path, trainer: Trainer) -> dict[str, Any]:
+    """Bring a trainer to a state and return its header.
+
+    UserError names the first setting in which the two differ.
+    """
     tensors, header = read_state(path)
-    for name, value in trainer.identity.items():
+    for name, value in json.loads(json.dumps(trainer.identity)).items():  # as a state has it
         if (saved := header["identity"].get(name)) != value:
             raise UserError(
                 f"{path} was written with {name}={saved}, this run has {name}={value}: resume "
@@ -92,3 +105,4 @@ def load_state(path: Path, trainer: Trainer) -> None:
         for name, target in trainer.tensors().items():
             target.copy_(tensors[name])
     trainer.steps, trainer.images = header["steps"], header["images"]
+    return header

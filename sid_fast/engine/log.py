@@ -1,5 +1,6 @@
 """What a run says: a line, JSON lines for programs, TensorBoard for people."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -40,9 +41,12 @@ class Log:
     def __enter__(self) -> "Log":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.file.close()
-        self.board.close()
+    def __exit__(self, kind: type | None, *exception: object) -> None:
+        # On a full disk what is still to be written fails again, and the first error says why.
+        with contextlib.suppress(*[OSError] if kind else []):
+            self.file.close()
+        with contextlib.suppress(*[OSError] if kind else []):
+            self.board.close()
 
     def write(self, images: int, values: dict[str, float]) -> None:
         """Append a record; raises UserError if the disk does not take it."""

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,31 +20,39 @@ from sid_fast.engine.log import Log
 from sid_fast.errors import RunFailed, UserError
 from sid_fast.files.atomic import atomic_path
 
-FAILURES = 20  # steps in a row without one finite sample before a run gives up
+FAILURES = 20  # failed steps in a row before a run gives up
+FAULTS = ("dropped", "nonfinite", "skipped", "failed")
 
 
-def open_folder(options: RunOptions, name: str) -> Path:
+def open_folder(options: RunOptions, name: str, resume: Path | None) -> Path:
     """The folder of a run, made and writable; by default the next number below runs/."""
-    if options.out:
-        folder = Path(options.out)
-        if not options.resume and any(folder.glob(PATTERN)):
-            raise UserError(
-                f"{folder} already holds a run; --resume latest goes on with it, "
-                "another --out starts a new one"
-            )
-    else:
-        numbers = [int(d.name[:3]) for d in Path("runs").glob("[0-9][0-9][0-9]-*")]
-        number = parallel.from_first(max(numbers, default=-1) + 1)
-        folder = Path("runs") / f"{number:03d}-{name}"
+    folder = Path(options.out) if options.out else None
+    if folder and any(folder.glob(PATTERN)) and not (resume and folder.samefile(resume.parent)):
+        raise UserError(
+            f"{folder} already holds a run; --resume {folder} goes on with it, another --out "
+            "starts a new one"
+        )
     try:
+        if folder is None:
+            number = parallel.from_first(lambda: _next_number(name))
+            folder = Path("runs") / f"{number:03d}-{name}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(
             f"out={folder} cannot be written ({error.strerror}); choose another --out"
         ) from None
     return folder
+
+
+def _next_number(name: str) -> int:
+    """Make the next numbered folder, even if another run is doing so at the same moment."""
+    number = max((int(d.name[:3]) for d in Path("runs").glob("[0-9][0-9][0-9]-*")), default=-1)
+    while True:
+        number += 1
+        with contextlib.suppress(FileExistsError):
+            Path(f"runs/{number:03d}-{name}").mkdir(parents=True)
+            return number
 
 
 @contextlib.contextmanager
@@ -88,21 +97,21 @@ class Meter:
 class Loop:
     """Steps a trainer through its run, and writes what should be left of it into a folder.
 
-    snapshot() writes what the trainer has made so far and returns figures for the log; it is
-    called on every process. Only the first process writes logs and states. headline: what is
-    trained, in a line.
+    snapshot(folder) writes what the trainer has made so far and returns figures for the log; it
+    is called on every process. Only the first process writes logs and states. name: of the
+    folder, if the options do not say; headline: what is trained, in a line.
     """
 
     def __init__(
         self,
         trainer: Trainer,
         options: RunOptions,
-        folder: Path,
-        snapshot: Callable[[], dict[str, float]],
+        snapshot: Callable[[Path], dict[str, float]],
+        name: str,
         headline: str,
     ):
-        self.trainer, self.options, self.folder, self.snapshot = trainer, options, folder, snapshot
-        self.headline = headline
+        self.trainer, self.options, self.snapshot = trainer, options, snapshot
+        self.name, self.headline = name, headline
         self.end = round(options.kimg * 1000)
         self.meter = Meter()
 
@@ -110,17 +119,21 @@ class Loop:
         """Run to the end, from the start or from a state.
 
         A signal stops it behind the step with its state saved (SystemExit, 128 + signal).
-        Raises RunFailed when step after step has no finite sample.
+        Raises RunFailed when step after step fails.
         """
+        header = load_state(resume, self.trainer) if resume else None
+        self.folder = open_folder(self.options, self.name, resume)
+        self.options = dataclasses.replace(self.options, out=str(self.folder), resume=None)
         first = parallel.rank() == 0
-        if resume:
-            load_state(resume, self.trainer)
-        elif first:
+        if first:
+            for left_by_a_kill in self.folder.glob("*.tmp"):
+                left_by_a_kill.unlink()
             text = json.dumps(dataclasses.asdict(self.options), indent=2, ensure_ascii=False)
             with atomic_path(self.folder / "config.json") as temporary:
                 temporary.write_text(text + "\n", "utf-8")
         with contextlib.ExitStack() as stack:
-            self.log = stack.enter_context(Log(self.folder, self.trainer.images)) if first else None
+            log = Log(self.folder, self.trainer.images if resume else -1) if first else None
+            self.log = log and stack.enter_context(log)
             self.bar = stack.enter_context(
                 tqdm(
                     total=self.end,
@@ -132,8 +145,13 @@ class Loop:
             )
             caught = stack.enter_context(signals())
             self._say(f"{self.headline}; run folder {self.folder}")
-            if resume:
+            if header:
                 self._say(f"resumed {resume} at {self.trainer.images / 1000:g} kimg")
+                if header["processes"] != parallel.world():
+                    self._say(
+                        f"note: {header['processes']} processes wrote it and {parallel.world()} go "
+                        "on: other random numbers from here than in an unbroken run"
+                    )
             else:
                 self._snapshot()
             self._steps(caught)
@@ -142,20 +160,26 @@ class Loop:
     def _steps(self, caught: list[signal.Signals]) -> None:
         trainer, options = self.trainer, self.options
         self.meter = Meter()
-        failures = torch.zeros((), device=next(iter(trainer.tensors().values())).device)
+        failures: torch.Tensor | int = 0
+        faults: dict[str, torch.Tensor] = {}
         stop = False
         while trainer.images < self.end and not stop:
             before = trainer.images
             metrics = trainer.step()
             self.meter.steps += 1
             self.bar.update(trainer.images - before)
-            failed = sum(v for name, v in metrics.items() if name.endswith("skipped")) > 0
+            # Faults add up on the device until a line reports them.
+            for name in metrics:
+                if name.endswith(FAULTS):
+                    faults[name] = faults.get(name, 0) + metrics[name]
+            failed = sum(v for name, v in metrics.items() if name.endswith("failed")) > 0
             failures = (failures + 1) * failed
             stop = parallel.any_(bool(caught))
             end = trainer.images >= self.end
 
             if end or trainer.steps % options.log_every == 0:
-                self._report(metrics)
+                self._report(metrics | faults)
+                faults.clear()
                 if failures >= FAILURES:
                     self._give_up()
             with self.meter.paused():
@@ -175,11 +199,10 @@ class Loop:
         return before // every != self.trainer.images // every
 
     def _save(self) -> Path:
-        options = dataclasses.asdict(self.options)
-        return save_state(self.folder, self.trainer, options, self.options.keep_states)
+        return save_state(self.folder, self.trainer, self.options, self.options.keep_states)
 
     def _snapshot(self) -> None:
-        figures = self.snapshot()
+        figures = self.snapshot(self.folder)
         self._record(figures)
         parts = [f"{self.trainer.images / 1000:9.2f} kimg  snapshot"]
         self._say("  ".join(parts + [f"{name} {value:.4g}" for name, value in figures.items()]))
@@ -207,15 +230,14 @@ class Loop:
             "ETA " + tqdm.format_interval(max(left, 0)),
             *(f"{label} {values[name]:.4g}" for name, label in self.trainer.shown.items()),
         ]
-        faults = ("dropped", "nonfinite", "skipped")
-        parts += [f"{k} {v:.0f}" for k, v in values.items() if k.endswith(faults) and v]
+        parts += [f"{k} {v:.0f}" for k, v in values.items() if k.endswith(FAULTS) and v]
         self._say("  ".join(parts))
         self._record(values | {"it_per_s": rate, "img_per_s": images})
 
     def _give_up(self) -> None:
         path = self._save()
         raise RunFailed(
-            f"the last {FAILURES} steps or more had not one finite sample, so the networks give "
-            f"NaN or infinity for every image; nothing has changed since they began, and that "
-            f"state is {path}. A lower learning rate or an earlier state may get past it"
+            f"the last {FAILURES} steps or more failed: not one finite sample, or gradients mostly "
+            f"NaN or infinite, so there is nothing to learn from. The state is kept as {path}. A "
+            "new run with lower learning rates may not come to this"
         )

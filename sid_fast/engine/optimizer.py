@@ -30,6 +30,7 @@ class Optimizer:
         self.ema = copy.deepcopy(net).requires_grad_(False).eval() if ema else None
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
         self.params = list(net.parameters())
+        self.size = sum(p.numel() for p in self.params)
         for p in self.params:
             p.grad = torch.zeros_like(p)
         self.exp_avg_sq = [torch.zeros_like(p) for p in self.params]
@@ -44,7 +45,8 @@ class Optimizer:
         rounds makes the terms of a round when it is asked for them. Returns scalars over all
         processes, left on the device so that nothing waits for them: loss and distance (see
         losses.Terms; means over the kept samples), dropped samples, nonfinite gradient values,
-        and skipped: whether no sample was finite, so that nothing has changed.
+        skipped: whether no sample was finite, so that nothing has changed, and failed: whether
+        it was so or most gradient values were not finite.
         """
         grads = [p.grad for p in self.params]
         torch._foreach_zero_(grads)
@@ -75,6 +77,7 @@ class Optimizer:
             "dropped": seen - kept,
             "nonfinite": nonfinite,
             "skipped": kept == 0,
+            "failed": (kept == 0) | (nonfinite > self.size // 2),
         }
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:

@@ -1,8 +1,9 @@
 """Processes: who we are among them, and what they add up. One process needs none of it."""
 
 import contextlib
+import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -14,23 +15,28 @@ def pick_device(name: str = "auto") -> torch.device:
     """The device called `name` (auto, cpu, cuda, cuda:1); auto takes this process's GPU if any."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     if name == "auto":
-        name = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"device={name!r} is not a device; use auto, cpu or cuda") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device={name!r} is not there: {torch.cuda.device_count()} GPUs are visible; "
-            "use cpu, or a torch built for CUDA"
-        )
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device={name!r} is not supported; use auto, cpu or cuda")
     if device.type == "cuda":
+        device = torch.device("cuda", local if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(
+                f"device={device} is not there: {torch.cuda.device_count()} GPUs are visible; "
+                "use fewer processes, or cpu"
+            )
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+        torch.backends.cudnn.deterministic = True  # a resumed run ends on the same bits
     return device
 
 
+# The others wait while the first process measures a snapshot.
+TIMEOUT = datetime.timedelta(hours=1)
 _hosts: dist.ProcessGroup | None = None  # for words between hosts, whatever the device
 
 
@@ -42,10 +48,10 @@ def joined(device: torch.device) -> Iterator[None]:
         yield
         return
     if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", device_id=device, timeout=TIMEOUT)
     else:
-        dist.init_process_group("gloo")
-    _hosts = dist.new_group(backend="gloo")
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    _hosts = dist.new_group(backend="gloo", timeout=TIMEOUT)
     try:
         yield
     finally:
@@ -53,13 +59,26 @@ def joined(device: torch.device) -> Iterator[None]:
         _hosts = None
 
 
-def from_first(value: int) -> int:
-    """The first process's value of a number, on every process."""
-    if not dist.is_initialized():
-        return value
-    word = torch.tensor(value)
+def from_first(make: Callable[[], int]) -> int:
+    """A number that the first process makes, on every process."""
+    if _hosts is None:
+        return make()
+    word = torch.tensor(make() if rank() == 0 else 0)
     dist.broadcast(word, src=0, group=_hosts)
     return int(word)
+
+
+@contextlib.contextmanager
+def first_alone() -> Iterator[None]:
+    """The first process of each node goes through the block before the others do."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if _hosts is not None and local:
+        dist.barrier(group=_hosts)
+    try:
+        yield
+    finally:
+        if _hosts is not None and not local:
+            dist.barrier(group=_hosts)
 
 
 def gather(mine: torch.Tensor, total: int) -> torch.Tensor:
@@ -88,11 +107,6 @@ def rank() -> int:
 
 def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def sum_(tensor: torch.Tensor) -> torch.Tensor:

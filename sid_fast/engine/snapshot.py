@@ -5,12 +5,15 @@ from pathlib import Path
 
 import torch
 
+from sid_fast.config.settings import RunOptions
 from sid_fast.draws import gallery
 from sid_fast.engine import parallel
-from sid_fast.engine.checkpoint import Trainer
+from sid_fast.engine.checkpoint import Trainer, prune
 from sid_fast.engine.log import read_log
+from sid_fast.errors import UserError
 from sid_fast.evaluation.curve import save_curve
 from sid_fast.evaluation.pixels import NAME, PixelDistance
+from sid_fast.files.dataset import ImageDataset
 from sid_fast.files.images import save_grid, to_uint8
 from sid_fast.files.network import save_network
 from sid_fast.networks import EDMNetwork
@@ -24,46 +27,52 @@ BATCH = 128  # images made at a time
 class Snapshots:
     """Called at a snapshot: writes into a run's folder and returns figures for its log.
 
-    net is saved; make(latents, labels) gives its images. distance and count: how their distance
-    to real images is measured, on how many; teacher: the images to measure the first time, for
-    comparison. Acts on the first process alone.
+    net is saved; make(latents, labels) gives its images. data: real images that theirs, and
+    once those of `teacher` for comparison, are compared with. Acts on the first process alone.
     """
 
     def __init__(
         self,
-        folder: Path,
+        options: RunOptions,
         trainer: Trainer,
         net: EDMNetwork,
         make: Make,
-        seed: int,
-        distance: PixelDistance | None = None,
-        count: int = 0,
+        data: ImageDataset | None,
         teacher: Make | None = None,
     ):
-        self.folder, self.trainer, self.net, self.make = folder, trainer, net, make
-        self.seed, self.distance, self.count, self.teacher = seed, distance, count, teacher
+        self.trainer, self.net, self.make, self.teacher = trainer, net, make, teacher
+        self.seed, self.keep = options.seed, options.keep_snapshots
+        self.distance, self.count = None, options.distance_images
+        if self.count:
+            if data is None or self.count < 2:
+                raise UserError(
+                    f"distance_images={self.count}: a distance needs 2 images and --data to compare"
+                )
+            if parallel.rank() == 0:
+                self.distance = PixelDistance(data)
 
-    def __call__(self) -> dict[str, float]:
+    def __call__(self, folder: Path) -> dict[str, float]:
         if parallel.rank():
             return {}
         images = f"{self.trainer.images:010d}"
-        save_network(self.folder / f"snapshot-{images}.safetensors", self.net)
+        save_network(folder / f"snapshot-{images}.safetensors", self.net)
+        prune(folder, "snapshot-*.safetensors", self.keep)
         columns = self.net.config.label_dim
         columns = columns if 1 < columns <= 16 else 10
         grid = self._images(self.make, GRID // columns * columns)
-        save_grid(self.folder / f"samples-{images}.png", grid, columns)
-        return self._measure() if self.distance and self.count else {}
+        save_grid(folder / f"samples-{images}.png", grid, columns)
+        return self._measure(folder) if self.distance else {}
 
-    def _measure(self) -> dict[str, float]:
+    def _measure(self, folder: Path) -> dict[str, float]:
         figures = {}
-        records = [r for r in read_log(self.folder / "log.jsonl") if NAME in r]
+        records = [r for r in read_log(folder / "log.jsonl") if NAME in r]
         baseline = next((r["teacher"] for r in records if "teacher" in r), None)
         if baseline is None and self.teacher:
             baseline = figures["teacher"] = self.distance(self._images(self.teacher, self.count))
         figures[NAME] = self.distance(self._images(self.make, self.count))
         points = [(r["images"], r[NAME]) for r in records] + [(self.trainer.images, figures[NAME])]
         images, distances = zip(*points, strict=True)
-        save_curve(self.folder / "distance.png", images, distances, NAME, baseline)
+        save_curve(folder / "distance.png", images, distances, NAME, baseline)
         return figures
 
     @torch.no_grad()

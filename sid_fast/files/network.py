@@ -24,6 +24,8 @@ def load_network(path: str | Path) -> EDMNetwork:
     try:
         if file.suffix == ".safetensors":
             state, values = read_snapshot(file)
+            if isinstance(values, dict) and "identity" in values:
+                raise UserError("is a training state, not a network; give a snapshot-*.safetensors")
             config = NetworkConfig.from_dict(values)
         else:
             pickled = read_pickle(file)
@@ -35,7 +37,7 @@ def load_network(path: str | Path) -> EDMNetwork:
     except UserError as error:
         message = str(error)
         raise UserError(message if str(file) in message else f"{file}: {message}") from None
-    net.load_state_dict(state, assign=True)
+    net.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
     return net.requires_grad_(False).eval()
 
 
@@ -56,6 +58,8 @@ def _check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
     if extra := sorted(set(found) - set(expected)):
         raise UserError(f"weights do not fit: {extra[0]} is unknown ({len(extra)} in all)")
     for name, value in expected.items():
+        if not found[name].is_floating_point():
+            raise UserError(f"weights do not fit: {name} is {found[name].dtype}, not float")
         if found[name].shape != value.shape:
             raise UserError(
                 f"weights do not fit: {name} is {tuple(found[name].shape)}, "
@@ -65,5 +69,4 @@ def _check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
 
 def save_network(path: str | Path, net: EDMNetwork) -> None:
     """Write weights and configuration as one .safetensors, atomically."""
-    state = {name: value.detach().contiguous() for name, value in net.state_dict().items()}
-    write_snapshot(Path(path), state, net.config.to_dict())
+    write_snapshot(path, net.state_dict(), net.config.to_dict())

@@ -114,6 +114,9 @@ class _Dict(dict):
 
     __slots__ = ()
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def __setstate__(self, state: Any) -> None:
         pass
 
@@ -141,6 +144,12 @@ _GLOBALS: dict[tuple[str, str], Any] = {
 }
 
 
+def _plain_keys(keys: list[Any]) -> None:
+    """Hashing a tuple of a million levels would end the process."""
+    if any(isinstance(key, tuple | frozenset) for key in keys):
+        raise _Refused("it has dict keys or set members that are no plain values")
+
+
 # The unpickler written in Python: a single PUT can make the one in C allocate 64 GB.
 class _Unpickler(pickle._Unpickler):
     # BYTEARRAY8 fills as many bytes as it declares, and a cache of EXT bypasses find_class.
@@ -148,6 +157,34 @@ class _Unpickler(pickle._Unpickler):
         code: load
         for code, load in pickle._Unpickler.dispatch.items()
         if code not in pickle.BYTEARRAY8 + pickle.EXT1 + pickle.EXT2 + pickle.EXT4
+    }
+
+    def load_setitem(self) -> None:
+        _plain_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        _plain_keys(self.stack[::2])
+        super().load_setitems()
+
+    def load_dict(self) -> None:
+        _plain_keys(self.stack[::2])
+        super().load_dict()
+
+    def load_additems(self) -> None:
+        _plain_keys(self.stack)
+        super().load_additems()
+
+    def load_frozenset(self) -> None:
+        _plain_keys(self.stack)
+        super().load_frozenset()
+
+    dispatch |= {
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.DICT[0]: load_dict,
+        pickle.ADDITEMS[0]: load_additems,
+        pickle.FROZENSET[0]: load_frozenset,
     }
 
     def find_class(self, module: str, name: str) -> Any:

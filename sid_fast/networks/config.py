@@ -78,41 +78,47 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
             self._refuse("architecture", f"use one of {', '.join(ARCHITECTURES)}")
-        for field in ("resolution", "channels", "model_channels", "num_blocks"):
-            if getattr(self, field) < 1:
-                self._refuse(field, "it must be at least 1")
-        for field in ("label_dim", "augment_dim"):
-            if getattr(self, field) < 0:
-                self._refuse(field, "it cannot be negative")
-        if not self.channel_mult or min(self.channel_mult) < 1:
-            self._refuse("channel_mult", "list one positive multiplier a level")
-        if not 0 <= self.dropout < 1:
-            self._refuse("dropout", "it is a probability below 1")
-        if not self.sigma_data > 0:
-            self._refuse("sigma_data", "it must be positive")
+        limits = {
+            "resolution": (1, 4096),
+            "channels": (1, 64),
+            "label_dim": (0, 100_000),
+            "augment_dim": (0, 1000),
+            "model_channels": (4, 4096),
+            "num_blocks": (1, 64),
+        }
+        for field, (low, high) in limits.items():
+            value = getattr(self, field)
+            if type(value) is not int or not low <= value <= high:
+                self._refuse(field, f"it is a whole number from {low} to {high}")
+        for field, low in (("channel_mult", 1), ("attention_resolutions", 0)):
+            values = getattr(self, field)
+            if not isinstance(values, tuple) or any(
+                type(v) is not int or not low <= v <= 4096 for v in values
+            ):
+                self._refuse(field, f"list whole numbers of at least {low}")
+        if not 1 <= len(self.channel_mult) <= 12:
+            self._refuse("channel_mult", "list one multiplier a level")
+        for field, low, high in (("dropout", 0, 0.999), ("sigma_data", 1e-3, 1e3)):
+            value = getattr(self, field)
+            if not isinstance(value, int | float) or not low <= value <= high:
+                self._refuse(field, f"it is a number from {low} to {high}")
+        if not isinstance(self.init_sigma, int | float | None):
+            self._refuse("init_sigma", "it is a number or nothing")
         smallest = 2 ** (len(self.channel_mult) - 1)
         if self.resolution % smallest:
-            self._refuse(
-                "resolution", f"{len(self.channel_mult)} levels need a multiple of {smallest}"
-            )
+            levels = len(self.channel_mult)
+            self._refuse("resolution", f"{levels} levels need a multiple of {smallest}")
         if self.model_channels % 4:
             self._refuse("model_channels", "the embedding and GroupNorm need a multiple of 4")
-        widths = {self.model_channels * m for m in self.channel_mult} | {self.model_channels}
-        for width in sorted(widths | {a + b for a in widths for b in widths}):
-            if width % groups_of(width):
-                self._refuse(
-                    "model_channels",
-                    f"a layer of {width} channels does not divide into {groups_of(width)} groups",
-                )
         head = ARCHITECTURES[self.architecture].head_channels
         for level, mult in enumerate(self.channel_mult):
             attends = (self.resolution >> level) in self.attention_resolutions
             attends |= level == len(self.channel_mult) - 1
-            if head and attends and self.model_channels * mult % head:
+            width = self.model_channels * mult
+            if head and attends and width % head:
                 self._refuse(
                     "model_channels",
-                    f"attention over {self.model_channels * mult} channels does not divide into "
-                    f"heads of {head}",
+                    f"attention over {width} channels does not divide into heads of {head}",
                 )
 
     def _refuse(self, field: str, why: str) -> None:
@@ -128,6 +134,8 @@ class NetworkConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "NetworkConfig":
         """The configuration written by to_dict, as it comes back from JSON."""
+        if not isinstance(values, dict):
+            raise UserError(f"network: {values!r:.40} is not a configuration")
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise UserError(f"network: unknown field {unknown[0]!r}; a newer version wrote it?")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sid_fast import kernels
+from sid_fast.errors import UserError
 from sid_fast.networks.config import groups_of
 
 # How a layer's weight and bias are drawn: (rule, factor of the weight, factor of the bias).
@@ -95,6 +96,11 @@ class GroupNorm(nn.Module):
     def __init__(self, channels: int, eps: float):
         super().__init__()
         self.groups, self.eps = groups_of(channels), eps
+        if channels % self.groups:
+            raise UserError(
+                f"network: model_channels and channel_mult give a layer of {channels} channels, "
+                f"which does not divide into {self.groups} groups"
+            )
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
