@@ -15,8 +15,9 @@ help:
 $(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt
 	@echo "== setting up $(VENV) with the versions of constraints.txt"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.3"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
+		--build-constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
 train: $(VENV)/.ready
@@ -25,7 +26,7 @@ train: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	@echo "== all tests; those that need a GPU are skipped without one"
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -131,6 +131,84 @@ def test_a_step_leaves_the_callers_random_state_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_networks_are_in_the_modes_that_the_method_wants():
+    """Dropout acts in the network that learns, and nowhere else."""
+    distiller = Distiller(small_teacher(), Settings(dropout=0.2, **FAST))
+    draws = distiller.draw()
+    modes = {}
+    for net in ("generator", "fake_score", "teacher"):
+
+        def note(module, inputs, net=net):
+            modes.setdefault((phase, net), set()).add(module.training)
+
+        getattr(distiller, net).register_forward_pre_hook(note)
+    phase = "fake"
+    distiller.fake_score_round(draws["fake"][0])
+    phase = "generator"
+    distiller.generator_round(draws["generator"][0])
+    assert modes == {
+        ("fake", "generator"): {False},
+        ("fake", "fake_score"): {True},
+        ("generator", "generator"): {True},
+        ("generator", "fake_score"): {False},
+        ("generator", "teacher"): {False},
+    }
+
+
+def test_draws_differ_by_rank_seed_and_step(monkeypatch):
+    seen = []
+    for seed, rank in ((0, 0), (0, 1), (1, 0)):
+        monkeypatch.setattr("sid_fast.engine.parallel.rank", lambda rank=rank: rank)
+        distiller = Distiller(small_teacher(), Settings(**FAST), seed=seed)
+        for step in range(2):
+            distiller.steps = step
+            draws = distiller.draw()
+            seen += [d.z for rounds in draws.values() for d in rounds]
+    assert len({float(z.sum()) for z in seen}) == len(seen) == 12
+
+
+def test_dropout_differs_by_rank(monkeypatch):
+    found = []
+    for rank in (0, 1):
+        distiller = Distiller(small_teacher(), Settings(dropout=0.5, **FAST))
+        draws = distiller.draw()
+        monkeypatch.setattr("sid_fast.engine.parallel.rank", lambda rank=rank: rank)
+        distiller.step(draws)
+        found.append(weights(distiller))
+        monkeypatch.undo()
+    assert not torch.equal(*found)
+
+
+def test_draws_follow_the_settings():
+    settings = Settings(batch_size=4000, tmax=500, augment_p=1.0)
+    draws = Distiller(small_teacher(), settings, seed=3).draw()
+    sigma = draws["generator"][0].sigma
+    assert float(sigma.max()) <= float(noise.generator_sigma(torch.tensor(0.5)))
+    assert float(sigma.max()) > float(noise.generator_sigma(torch.tensor(0.49)))
+    log_sigma = draws["fake"][0].sigma.log()
+    assert float(log_sigma.mean()) == pytest.approx(-1.2, abs=0.1)
+    assert float(log_sigma.std()) == pytest.approx(1.2, abs=0.1)
+    assert (draws["fake"][0].augment["rotate"] != 0).all()
+    assert draws["generator"][0].augment is None
+    labels = draws["fake"][0].class_labels
+    assert labels.sum(1).eq(1).all() and labels.mean(0).sub(0.1).abs().max() < 0.03
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("z", 1e30), ("noise", 1e20), ("sigma", 0.0), ("sigma", 1e25)]
+)
+def test_an_astronomical_draw_is_as_good_as_infinite(field, value):
+    """It would overflow inside the networks, where every weight's gradient meets it."""
+    distiller = Distiller(small_teacher(), Settings(**FAST))
+    draws = distiller.draw()
+    for rounds in draws.values():
+        getattr(rounds[0], field)[1] = value
+    metrics = distiller.step(draws)
+    assert int(metrics["fake/dropped"]) == int(metrics["generator/dropped"]) == 1
+    assert int(metrics["fake/nonfinite"]) == int(metrics["generator/nonfinite"]) == 0
+    assert torch.isfinite(weights(distiller)).all()
+
+
 def test_labels_follow_the_weights():
     only_three = torch.zeros(10).index_fill(0, torch.tensor([3]), 1.0)
     draws = Distiller(small_teacher(), Settings(**FAST), label_weights=only_three).draw()

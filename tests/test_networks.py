@@ -47,6 +47,41 @@ def test_stock_initialisation_starts_close_to_the_skip_connection():
         assert relative(net(x, sigma), x * 0.25 / 1.25) < 1e-2
 
 
+@pytest.mark.parametrize("architecture", ["ddpmpp", "ncsnpp", "adm"])
+def test_initialisation_is_as_published(architecture):
+    """Root mean squares of weights against those of the rules: uniform in ±b has b/√3."""
+    torch.manual_seed(0)
+    net = EDMNetwork(dataclasses.replace(SMALL, architecture=architecture, model_channels=64))
+    found = {name: float(p.detach().square().mean().sqrt()) for name, p in net.named_parameters()}
+    block = "model.dec.4x4_in0"
+    fan = 128 * 9
+    if architecture == "adm":
+        expected = {
+            f"{block}.conv0.weight": (1 / 3 / fan) ** 0.5,
+            f"{block}.conv0.bias": (1 / 3 / fan) ** 0.5,
+            f"{block}.conv1.weight": 0,
+            f"{block}.qkv.weight": (1 / 3 / 128) ** 0.5,
+            f"{block}.proj.weight": 0,
+            "model.map_layer1.weight": (1 / 3 / 256) ** 0.5,
+            "model.map_label.weight": 1.0,  # √(1/10)·√10
+            "model.out_conv.weight": 0,
+        }
+    else:
+        expected = {
+            f"{block}.conv0.weight": (1 / fan) ** 0.5,
+            f"{block}.conv0.bias": 0,
+            f"{block}.conv1.weight": 1e-5 * (1 / fan) ** 0.5,
+            f"{block}.qkv.weight": (0.2 * 2 / (128 + 384)) ** 0.5,
+            f"{block}.proj.weight": 1e-5 * (1 / 128) ** 0.5,
+            "model.map_layer1.weight": (1 / 256) ** 0.5,
+            "model.dec.8x8_aux_conv.weight": 1e-5 * (2 / (64 * 9 + 3 * 9)) ** 0.5,
+        }
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=0.1), name
+    if architecture == "ncsnpp":
+        assert float(net.model.map_noise.freqs.std()) == pytest.approx(16, rel=0.2)
+
+
 def test_dropout_acts_in_training_only():
     net = EDMNetwork(dataclasses.replace(SMALL, dropout=0.5))
     for p in net.parameters():

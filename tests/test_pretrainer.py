@@ -5,6 +5,7 @@ from test_distiller import SMALL
 
 from sid_fast.config.settings import PretrainSettings
 from sid_fast.files.digits import open_dataset
+from sid_fast.files.snapshots import read_snapshot
 from sid_fast.networks import EDMNetwork
 from sid_fast.pretrainer import Pretrainer
 
@@ -32,6 +33,34 @@ def test_the_loss_falls():
     trainer = pretrainer(dropout=0.0, augment_p=0.0)
     losses = [float(trainer.step()["loss"]) for _ in range(60)]
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+
+
+def test_the_network_learns_in_training_mode_and_is_told_of_the_warps():
+    trainer = pretrainer(dropout=0.2, augment_p=1.0)
+    seen = []
+    trainer.net.register_forward_pre_hook(lambda net, args: seen.append((net.training, args[3])))
+    trainer.step()
+    training, augment_labels = seen[0]
+    assert training
+    assert augment_labels.shape == (32, 9) and augment_labels.any(dim=1).all()
+
+
+def test_a_stopped_teacher_goes_on_to_the_same_bits(tmp_path, run_command):
+    base = [
+        "--data", "digits", "--model-channels", 16, "--channel-mult", "1,2", "--num-blocks", 1,
+        "--attention-resolutions", "", "--batch-size", 4, "--state-every", 0.008,
+        "--keep-states", 9, "--sampler-steps", 2, "--lr-rampup-kimg", 0.01,
+    ]  # fmt: skip
+    assert run_command("pretrain", *base, "--kimg", 0.016, "--out", tmp_path / "a")[0] == 0
+    resume = ["--resume", tmp_path / "a" / "state-000000002.safetensors", "--out", tmp_path / "b"]
+    assert run_command("pretrain", *resume)[0] == 0
+    last = "state-000000004.safetensors"
+    a, b = (read_snapshot(tmp_path / run / last)[0] for run in ("a", "b"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    status, error = run_command("pretrain", *resume, "--num-blocks", 2)
+    assert status == 2 and "network num_blocks=1" in error
+    status, error = run_command("train", "--resume", tmp_path / "a")
+    assert status == 2 and "another command" in error
 
 
 def test_steps_are_a_function_of_seed_and_step_alone():

@@ -92,7 +92,18 @@ def test_only_the_newest_states_are_kept_and_nothing_half_written(command):
     assert [p.name for p in states(whole)] == ["state-000000035.safetensors", LAST]
     assert not list(whole.glob("*.tmp"))
     assert (whole / "config.json").exists()
-    assert len(list(whole.glob("samples-*.png"))) == len(list(whole.glob("snapshot-*")))
+    for kind in ("samples-*.png", "snapshot-*.safetensors"):
+        found = [int(p.stem.split("-")[1]) for p in sorted(whole.glob(kind))]
+        assert found == [0, 40, 80, 120, 160]
+
+
+def test_going_on_from_an_older_state_keeps_what_it_writes(tmp_path):
+    settings = Settings(batch_size=4)
+    distiller = Distiller(small_teacher(), settings)
+    for steps in (8, 9, 10, 9):
+        distiller.steps = steps
+        newest = save_state(tmp_path, distiller, settings, keep=1)
+        assert states(tmp_path) == [newest]
 
 
 def test_a_state_of_other_settings_names_the_first_that_differs(tmp_path):
