@@ -24,12 +24,12 @@ def main(run: Path) -> None:
     grid = sorted(run.glob("samples-*.png"))[-1]
     for source, name in ((run / "log.jsonl", "log.jsonl"), (run / "config.json", "config.json")):
         shutil.copy(source, RESULTS / name)
-    figure = Figure(figsize=(10, 4.2), dpi=110, layout="constrained")
+    figure = Figure(figsize=(14.5, 6), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
     records = [r for r in read_log(RESULTS / "log.jsonl") if NAME in r]
     teacher = next(r["teacher"] for r in records if "teacher" in r)
     draw_curve(left, [r["images"] for r in records], [r[NAME] for r in records], NAME, teacher)
-    right.imshow(matplotlib.image.imread(grid), cmap="gray", interpolation="nearest")
+    right.imshow(matplotlib.image.imread(grid), cmap="gray")
     right.set_axis_off()
     right.set_title("one step each")
     with atomic_path(RESULTS / "digits.png") as temporary:

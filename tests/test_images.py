@@ -38,20 +38,22 @@ def test_save_png(tmp_path, channels):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_save_grid_places_enlarged_tiles_row_by_row(tmp_path, channels):
-    images = torch.randint(255, [5, channels, 4, 4], dtype=torch.uint8)  # 255 is the gap
+    images = torch.randint(128, [5, channels, 4, 4], dtype=torch.uint8)  # 128 is the gap
     save_grid(tmp_path / "a.png", images)  # 3 columns, 2 rows
-    grid = read(tmp_path / "a.png").reshape(-1, 3 * 168 + 4, channels)  # 500 / 12 rounded up: 42
-    assert grid.shape[0] == 2 * 168 + 2
+    side, gap = 4 * 42, 16  # 500 / 12 rounded up is 42; the gap is a tenth of a tile
+    grid = read(tmp_path / "a.png").reshape(-1, 3 * side + 2 * gap, channels)
+    assert grid.shape[0] == 2 * side + gap
     tile = images[4].repeat_interleave(42, 1).repeat_interleave(42, 2).permute(1, 2, 0)
-    assert np.array_equal(grid[170:338, 170:338], tile)
-    assert (grid[168:170] == 255).all() and (grid[:, 168:170] == 255).all()
-    assert (grid[170:, 340:] == 255).all()  # the place of the sixth
+    start = side + gap
+    assert np.array_equal(grid[start:, start : start + side], tile)
+    assert (grid[side:start] == 128).all() and (grid[:, side:start] == 128).all()
+    assert (grid[start:, 2 * start :] == 128).all()  # the place of the sixth
 
 
 def test_save_grid_columns_and_large_images(tmp_path):
     images = torch.zeros([3, 3, 300, 300], dtype=torch.uint8)
     save_grid(tmp_path / "a.png", images, columns=3)
-    assert read(tmp_path / "a.png").shape == (300, 904, 3)
+    assert read(tmp_path / "a.png").shape == (300, 960, 3)
     save_grid(tmp_path / "a.png", images[:1])
     assert read(tmp_path / "a.png").shape == (600, 600, 3)
 

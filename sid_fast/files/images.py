@@ -11,7 +11,6 @@ from PIL import Image
 from sid_fast.files.atomic import atomic_path
 
 _GRID_WIDTH = 500
-_GAP = 2
 
 
 def to_uint8(x: torch.Tensor) -> torch.Tensor:
@@ -47,13 +46,14 @@ def save_grid(
     columns = columns or math.ceil(math.sqrt(count))
     scale = math.ceil(_GRID_WIDTH / (columns * width))
     tiles = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    step_y, step_x = height * scale + _GAP, width * scale + _GAP
+    gap = max(2, width * scale // 10)
+    step_y, step_x = height * scale + gap, width * scale + gap
     canvas = torch.full(
-        [channels, math.ceil(count / columns) * step_y - _GAP, columns * step_x - _GAP],
-        255,
+        [channels, math.ceil(count / columns) * step_y - gap, columns * step_x - gap],
+        128,  # neither black nor white, so that it is no part of an image
         dtype=torch.uint8,
     )
     for i, tile in enumerate(tiles):
         y, x = i // columns * step_y, i % columns * step_x
-        canvas[:, y : y + step_y - _GAP, x : x + step_x - _GAP] = tile
+        canvas[:, y : y + step_y - gap, x : x + step_x - gap] = tile
     save_png(path, canvas)
