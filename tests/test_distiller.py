@@ -289,3 +289,16 @@ def test_a_batch_that_does_not_divide_names_the_nearest_that_does():
     with pytest.raises(UserError, match="nearest that does is 96"):
         rounds_of(Settings(batch_size=100, micro_batch=32))
     assert rounds_of(Settings(batch_size=96, micro_batch=16), processes=2) == 3
+
+
+@pytest.mark.gpu
+def test_a_step_never_waits_for_the_gpu():
+    settings = Settings(dropout=0.1, augment_p=0.3, generator_beta1=0.9, micro_batch=2, **FAST)
+    distiller = Distiller(small_teacher().cuda(), settings)
+    distiller.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        metrics = distiller.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(metrics["generator/loss"])
