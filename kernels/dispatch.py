@@ -5,22 +5,25 @@ from collections.abc import Iterator
 
 import torch
 
-IMPLEMENTATIONS = ("triton", "reference")
+IMPLEMENTATIONS = ("cuda", "triton", "reference")
 _forced: str | None = None
 
 
-def choose(tensor: torch.Tensor) -> str:
-    """The implementation for an operation on `tensor`: Triton on a GPU, PyTorch elsewhere."""
-    if _forced:
-        return _forced
-    return "triton" if tensor.device.type == "cuda" else "reference"
+def choose(tensor: torch.Tensor, cuda: bool = False) -> str:
+    """The implementation for an operation on `tensor`: PyTorch's own on a CPU, else the fastest.
+
+    cuda: whether there is a CUDA C++ form of the operation, built; Triton stands in for it.
+    """
+    name = _forced or ("cuda" if tensor.device.type == "cuda" else "reference")
+    return "triton" if name == "cuda" and not cuda else name
 
 
 @contextlib.contextmanager
 def forced(name: str) -> Iterator[None]:
     """Run one implementation for the length of the block, wherever the tensors are.
 
-    Triton on a CPU needs TRITON_INTERPRET=1 in the environment before triton is imported.
+    Triton on a CPU needs TRITON_INTERPRET=1 in the environment before triton is imported; CUDA
+    on a CPU runs the host build of the same arithmetic.
     """
     global _forced
     if name not in IMPLEMENTATIONS:
