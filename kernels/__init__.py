@@ -6,6 +6,16 @@ decided behind them and nowhere else.
 
 from sid_fast.kernels.adam_ema import adam_ema
 from sid_fast.kernels.attention import attention
+from sid_fast.kernels.augment import augment
 from sid_fast.kernels.group_norm import group_norm
+from sid_fast.kernels.sid_loss import fake_score_loss, generator_loss, noised
 
-__all__ = ["adam_ema", "attention", "group_norm"]
+__all__ = [
+    "adam_ema",
+    "attention",
+    "augment",
+    "fake_score_loss",
+    "generator_loss",
+    "group_norm",
+    "noised",
+]

@@ -1,6 +1,33 @@
-"""The update of a network: gradient clean-up, Adam and the moving average, in one call."""
+"""The update of a network: gradient clean-up, Adam, moving average and 16-bit copy, in one launch.
+
+The kernels walk a table: a row of pointers for every CHUNK numbers of every parameter, so that
+hundreds of tensors of any size are one launch whose programs all do the same work: as many as
+the device runs at once, each of them every so many rows.
+"""
+
+import ctypes
+import functools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+
+from sid_fast.kernels.dispatch import choose
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton on this platform: the reference runs
+    triton = None
+
+CHUNK = 1024
+# Columns of a row: addresses of the chunk in params, grads, exp_avg, exp_avg_sq and ema (0 where
+# there is none); address of the whole shadow tensor; numbers in the chunk; where it starts in its
+# tensor; input channels and taps of the shadow's order (taps 1: the parameter's own order);
+# whether the chunk is full and every address fit for 16-byte accesses.
+COLUMNS = 11
+SHADOWS = {torch.bfloat16: 1, torch.float16: 2}
 
 
 @torch.no_grad()
@@ -13,47 +40,342 @@ def adam_ema(
     *,
     step: torch.Tensor,
     apply: torch.Tensor,
-    lr: float,
+    lr: float | torch.Tensor,
     beta1: float,
     beta2: float,
     eps: float,
-    ema_beta: float = 0.0,
+    ema_beta: float | torch.Tensor = 0.0,
+    shadow: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Adam (arXiv 1412.6980, algorithm 1) on cleaned gradients; then ema ← p + β(ema − p).
 
     Lists run over the parameters, float32, and are updated in place. Gradients are cleaned
     first, as the published implementation does: NaN → 0, ±inf → ±1e5. exp_avg is empty when
     β1 = 0: the first moment is then the gradient and is not kept. ema is empty where no average
-    is wanted. step is a float64 scalar, the updates made so far; apply is a bool scalar, and
-    False leaves all but the gradients as it was, to the bit. Both are tensors, so that the host
-    need not know them. Returns how many gradient values were not finite, an int64 scalar.
+    is wanted. shadow, if given, holds a bfloat16 or float16 copy of every parameter, in its own
+    memory order or channels-last.
+
+    step is a float64 scalar, the updates made so far; apply is a bool scalar, and False leaves
+    all but the gradients as it was, to the bit. Both are tensors, so that the host need not know
+    them; lr and ema_beta may be, and then a CUDA graph can replay the update with other values
+    (float64: 1 − β would lose its digits in less).
+
+    Returns how many gradient values were not finite, an int64 scalar. Raises ValueError where a
+    kernel cannot walk the tensors: a parameter with gaps or strides other than its companions'.
     """
+
+    def scalar(value: float | torch.Tensor) -> torch.Tensor:
+        if isinstance(value, torch.Tensor):
+            return value.to(torch.float64)
+        return torch.full((), value, dtype=torch.float64, device=step.device)
+
+    return _adam_ema(
+        params, grads, exp_avg, exp_avg_sq, ema, shadow or [],
+        step, apply, scalar(lr), beta1, beta2, eps, scalar(ema_beta),
+    )  # fmt: skip
+
+
+@torch.library.custom_op(
+    "sid_fast::adam_ema",
+    mutates_args=("params", "grads", "exp_avg", "exp_avg_sq", "ema", "shadow", "step"),
+)
+def _adam_ema(
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    exp_avg: list[torch.Tensor],
+    exp_avg_sq: list[torch.Tensor],
+    ema: list[torch.Tensor],
+    shadow: list[torch.Tensor],
+    step: torch.Tensor,
+    apply: torch.Tensor,
+    lr: torch.Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    ema_beta: torch.Tensor,
+) -> torch.Tensor:
+    lists = params, grads, exp_avg, exp_avg_sq, ema, shadow
+    implementation = choose(step, cuda=library() is not None)
+    if implementation == "reference":
+        return adam_ema_ref(*lists, step, apply, lr, beta1, beta2, eps, ema_beta)
+
+    table = _table(*lists)
+    step += apply
+    nonfinite = torch.zeros((), dtype=torch.int64, device=step.device)
+    shadow_type = SHADOWS[shadow[0].dtype] if shadow else 0
+    programs = min(len(table), _resident(step.device))
+    if implementation == "triton":
+        _adam_ema_kernel[(programs,)](
+            table, step, apply, lr, ema_beta, nonfinite, len(table),
+            beta1, beta2, eps, bool(exp_avg), bool(ema), shadow_type, CHUNK, COLUMNS, num_warps=8,
+        )  # fmt: skip
+        return nonfinite
+
+    pointers = [t.data_ptr() for t in (table, step, apply, lr, ema_beta, nonfinite)]
+    arguments = *pointers, len(table), beta1, beta2, eps, shadow_type
+    if step.is_cuda:
+        with torch.cuda.device(step.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            if status := library().sid_fast_adam_ema_cuda(*arguments, programs, stream):
+                raise RuntimeError(f"adam_ema: the CUDA kernel did not start, cudaError {status}")
+    else:
+        library().sid_fast_adam_ema_host(*arguments)
+    return nonfinite
+
+
+def _resident(device: torch.device) -> int:
+    """How many programs of 8 warps and up to 80 registers a thread run at once."""
+    if device.type != "cuda":
+        return 3  # the interpreter, one after another
+    return 3 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@_adam_ema.register_fake
+def _(params, grads, exp_avg, exp_avg_sq, ema, shadow, step, *_):
+    return step.new_empty((), dtype=torch.int64)
+
+
+def adam_ema_ref(
+    params, grads, exp_avg, exp_avg_sq, ema, shadow, step, apply, lr, beta1, beta2, eps, ema_beta
+) -> torch.Tensor:
+    """adam_ema in plain PyTorch, for float32 and float64 lists; lr and ema_beta are tensors."""
     nonfinite = torch.stack([torch.isfinite(g).logical_not().sum() for g in grads]).sum()
     for grad in grads:
         torch.nan_to_num_(grad, nan=0.0, posinf=1e5, neginf=-1e5)
 
-    on = apply.to(torch.float32)
-    step += on
-    one = torch.ones_like(step)
-    correction1 = torch.where(apply, 1 - beta1**step, one).float()
-    correction2 = torch.where(apply, 1 - beta2**step, one).sqrt().float()
-
-    squares = torch._foreach_mul(grads, grads)
-    torch._foreach_mul_(squares, on * (1 - beta2))
-    torch._foreach_mul_(exp_avg_sq, torch.where(apply, beta2, 1.0))
-    torch._foreach_add_(exp_avg_sq, squares)
+    step += apply
+    first = grads
     if exp_avg:
-        torch._foreach_mul_(exp_avg, torch.where(apply, beta1, 1.0))
-        torch._foreach_add_(exp_avg, torch._foreach_mul(grads, on * (1 - beta1)))
+        first = torch._foreach_lerp(exp_avg, grads, 1 - beta1)
+        _write(apply, exp_avg, first)
+        lr = lr / (1 - beta1**step)
+    squares = torch._foreach_mul(exp_avg_sq, beta2)
+    torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+    _write(apply, exp_avg_sq, squares)
 
-    change = torch._foreach_sqrt(exp_avg_sq)
-    torch._foreach_div_(change, correction2)
+    change = torch._foreach_sqrt(squares)
+    torch._foreach_div_(change, (1 - beta2**step).sqrt())
     torch._foreach_add_(change, eps)
-    change = torch._foreach_div(exp_avg or grads, change)
-    torch._foreach_mul_(change, -lr * on / correction1)
-    torch._foreach_add_(params, change)
+    change = torch._foreach_div(first, change)
+    torch._foreach_mul_(change, -lr)
+    moved = torch._foreach_add(params, change)
+    _write(apply, params, moved)
     if ema:
-        distance = torch._foreach_sub(params, ema)
-        torch._foreach_mul_(distance, on * (1 - ema_beta))
-        torch._foreach_add_(ema, distance)
+        distance = torch._foreach_sub(moved, ema)
+        torch._foreach_mul_(distance, 1 - ema_beta)
+        _write(apply, ema, torch._foreach_add(ema, distance))
+    _write(apply, shadow, moved[: len(shadow)])
     return nonfinite
+
+
+def _write(apply: torch.Tensor, tensors: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+    for t, value in zip(tensors, values, strict=True):
+        t.copy_(torch.where(apply, value.to(t.dtype), t))
+
+
+def bytes_moved(numel: int, moment: bool, ema: bool, shadow: bool) -> int:
+    """What an update of numel parameters reads and writes; the gradient is only read."""
+    return numel * (4 + 8 + 8 + 8 * moment + 8 * ema + 2 * shadow)
+
+
+# Tables by everything they are made of. They are never dropped: a CUDA graph may read them.
+_tables: dict[tuple, torch.Tensor] = {}
+
+
+def _table(params, grads, exp_avg, exp_avg_sq, ema, shadow) -> torch.Tensor:
+    """The rows of COLUMNS numbers for these tensors, int64 on their device."""
+    companions = [grads, exp_avg, exp_avg_sq, ema]
+    everything = [t for tensors in (params, *companions, shadow) for t in tensors]
+    key = params[0].device, tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in everything)
+    if key not in _tables:
+        rows = [
+            _rows(p, [tensors[i] if tensors else None for tensors in (*companions, shadow)])
+            for i, p in enumerate(params)
+        ]
+        _tables[key] = torch.cat(rows).to(params[0].device)
+    return _tables[key]
+
+
+def _rows(p: torch.Tensor, others: list[torch.Tensor | None]) -> torch.Tensor:
+    """The rows of one parameter; others are its grad, exp_avg, exp_avg_sq, ema and shadow."""
+    *companions, shadow = others
+    tensors = [p, *companions]
+    for t in tensors:
+        if t is not None and (t.dtype != torch.float32 or _order(t) != _order(p)):
+            raise ValueError(
+                f"adam_ema: {t.dtype} tensor of strides {t.stride()} beside a parameter "
+                f"{tuple(p.shape)} of strides {p.stride()}; use float32 and the same strides"
+            )
+    inner, taps = 1, 1
+    if shadow is not None:
+        if shadow.dtype not in SHADOWS:
+            raise ValueError(f"adam_ema: shadow is {shadow.dtype}; use bfloat16 or float16")
+        if _order(shadow) != _order(p):
+            channels_last = p.dim() == 4 and shadow.is_contiguous(memory_format=torch.channels_last)
+            if not (channels_last and p.is_contiguous() and shadow.shape == p.shape):
+                raise ValueError(
+                    f"adam_ema: shadow of strides {shadow.stride()} for a parameter of strides "
+                    f"{p.stride()}; use the same strides or channels-last"
+                )
+            inner, taps = p.shape[1], p.shape[2] * p.shape[3]
+
+    if p.numel() >= 2**31:
+        raise ValueError(f"adam_ema: a parameter of {p.numel()} numbers; at most 2³¹ − 1 are taken")
+    starts = torch.arange(0, p.numel(), CHUNK)
+    rows = torch.zeros(len(starts), COLUMNS, dtype=torch.int64)
+    aligned = True
+    for column, t in enumerate(tensors):
+        if t is not None:
+            rows[:, column] = t.data_ptr() + starts * t.element_size()
+            aligned &= t.data_ptr() % 16 == 0
+    if shadow is not None:
+        rows[:, 5] = shadow.data_ptr()
+        aligned &= shadow.data_ptr() % 16 == 0
+    rows[:, 6] = (p.numel() - starts).clamp(max=CHUNK)
+    rows[:, 7] = starts
+    rows[:, 8], rows[:, 9] = inner, taps
+    rows[:, 10] = (rows[:, 6] == CHUNK) & aligned
+    return rows
+
+
+def _order(t: torch.Tensor) -> list[tuple[int, int]]:
+    """The sizes and strides that decide the order of numbers in memory; no gaps allowed."""
+    order = [(size, stride) for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]
+    if 1 + sum((size - 1) * stride for size, stride in order) != t.numel():
+        raise ValueError(f"adam_ema: a tensor {tuple(t.shape)} of strides {t.stride()} has gaps")
+    return order
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The library at `path`, with the types of its functions declared."""
+    found = ctypes.CDLL(str(path))
+    pointers, numbers = [ctypes.c_void_p] * 6, [ctypes.c_double] * 3
+    arguments = [*pointers, ctypes.c_int64, *numbers, ctypes.c_int]
+    found.sid_fast_adam_ema_host.argtypes = arguments
+    found.sid_fast_adam_ema_host.restype = None
+    if hasattr(found, "sid_fast_adam_ema_cuda"):
+        found.sid_fast_adam_ema_cuda.argtypes = [*arguments, ctypes.c_int, ctypes.c_void_p]
+        found.sid_fast_adam_ema_cuda.restype = ctypes.c_int
+    return found
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """What CMake built of csrc and installed beside this package; None where it built nothing."""
+    # An editable install keeps what was built in site-packages, away from the sources.
+    folders = [Path(__file__).parent, *(Path(p, "sid_fast", "kernels") for p in sys.path)]
+    paths = (path for folder in folders for path in folder.glob("libsid_fast_kernels.*"))
+    path = next(paths, None)
+    return load(path) if path else None
+
+
+if triton is not None:
+
+    @triton.jit
+    def _coefficients(step, lr, ema_beta, BETA1: tl.constexpr, BETA2: tl.constexpr):
+        """lr/(1 − β1ᵗ), √(1 − β2ᵗ) and 1 − β of the average, in float64 until they are small."""
+        t = tl.load(step)
+        rate = tl.load(lr)
+        if BETA1 > 0:
+            rate = rate / (1 - tl.exp(t * tl.log(tl.full((), BETA1, tl.float64))))
+        correction2 = 1 - tl.exp(t * tl.log(tl.full((), BETA2, tl.float64)))
+        share = 1 - tl.load(ema_beta)
+        return rate.to(tl.float32), tl.sqrt(correction2.to(tl.float32)), share.to(tl.float32)
+
+    @triton.jit
+    def _numbers(row, column: tl.constexpr, offsets, FULL: tl.constexpr):
+        """Pointers to the chunk's numbers in one list; a full one allows 16-byte accesses."""
+        numbers = tl.load(row + column).to(tl.pointer_type(tl.float32)) + offsets
+        return tl.multiple_of(numbers, [16]) if FULL else numbers
+
+    @triton.jit
+    def _chunk(
+        row, nonfinite, on, rate, root2, share,
+        BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, MOMENT: tl.constexpr,
+        EMA: tl.constexpr, SHADOW: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
+    ):  # fmt: skip
+        offsets = tl.arange(0, CHUNK)
+        count = tl.load(row + 6).to(tl.int32)
+        inside = offsets < (CHUNK if FULL else count)
+        grads = _numbers(row, 1, offsets, FULL)
+        g = tl.load(grads, mask=inside, other=0.0)
+        finite = tl.abs(g) < float("inf")
+        g = tl.where(finite, g, tl.where(g > 0, 1e5, tl.where(g < 0, -1e5, 0.0)))
+        bad = CHUNK - tl.sum(finite.to(tl.int32))
+        if bad > 0:  # a clean gradient is not written
+            tl.store(grads, g, mask=inside & (finite == 0))
+            tl.atomic_add(nonfinite, bad.to(tl.int64), sem="relaxed")
+
+        if on:
+            params = _numbers(row, 0, offsets, FULL)
+            squares = _numbers(row, 3, offsets, FULL)
+            p = tl.load(params, mask=inside)
+            v = tl.load(squares, mask=inside)
+            first = g
+            if MOMENT:
+                moments = _numbers(row, 2, offsets, FULL)
+                first = tl.load(moments, mask=inside) * BETA1 + g * (1 - BETA1)
+                tl.store(moments, first, mask=inside)
+            if EMA:
+                averages = _numbers(row, 4, offsets, FULL)
+                average = tl.load(averages, mask=inside)
+            v = v * BETA2 + g * g * (1 - BETA2)
+            p -= rate * (first / (tl.sqrt(v) / root2 + EPS))
+            tl.store(squares, v, mask=inside)
+            tl.store(params, p, mask=inside)
+            if EMA:
+                tl.store(averages, average + (p - average) * share, mask=inside)
+            if SHADOW != 0:
+                dtype: tl.constexpr = tl.bfloat16 if SHADOW == 1 else tl.float16
+                start = tl.load(row + 7).to(tl.int32)
+                copy = tl.load(row + 5).to(tl.pointer_type(dtype))
+                taps = tl.load(row + 9).to(tl.int32)
+                if taps == 1:
+                    copies = copy + start + offsets
+                    copies = tl.multiple_of(copies, [16]) if FULL else copies
+                    tl.store(copies, p.to(dtype), mask=inside)
+                else:  # [o, i, tap] to [o, tap, i]
+                    inner = tl.load(row + 8).to(tl.int32)
+                    at = start + offsets
+                    channel = at // taps
+                    outer = channel // inner
+                    at = (outer * taps + at % taps) * inner + channel % inner
+                    tl.store(copy + at, p.to(dtype), mask=inside)
+
+    @triton.jit
+    def _adam_ema_kernel(
+        table, step, apply, lr, ema_beta, nonfinite, rows,
+        BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, MOMENT: tl.constexpr,
+        EMA: tl.constexpr, SHADOW: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        on = tl.load(apply)
+        rate, root2, share = _coefficients(step, lr, ema_beta, BETA1, BETA2)
+        for r in range(tl.program_id(0), rows, tl.num_programs(0)):
+            row = table + r * COLUMNS
+            if tl.load(row + 10) != 0:
+                _chunk(
+                    row, nonfinite, on, rate, root2, share,
+                    BETA1, BETA2, EPS, MOMENT, EMA, SHADOW, CHUNK, True,
+                )  # fmt: skip
+            else:
+                _chunk(
+                    row, nonfinite, on, rate, root2, share,
+                    BETA1, BETA2, EPS, MOMENT, EMA, SHADOW, CHUNK, False,
+                )  # fmt: skip
+
+
+def configurations() -> Iterator[tuple]:
+    """(label, kernel, signature, constants, num_warps, num_stages) of all that a run launches."""
+    signature = {
+        "table": "*i64", "step": "*fp64", "apply": "*i1", "lr": "*fp64", "ema_beta": "*fp64",
+        "nonfinite": "*i64", "rows": "i32",
+    }  # fmt: skip
+    for beta1 in (0.0, 0.9):
+        for ema in (False, True):
+            for shadow in (0, 1, 2):
+                constants = dict(
+                    BETA1=beta1, BETA2=0.999, EPS=1e-8, MOMENT=beta1 > 0, EMA=ema, SHADOW=shadow,
+                    CHUNK=CHUNK, COLUMNS=COLUMNS,
+                )  # fmt: skip
+                label = f"adam_ema beta1={beta1} ema={ema:d} shadow={shadow}"
+                yield label, _adam_ema_kernel, signature, constants, 8, 1

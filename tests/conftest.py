@@ -1,12 +1,17 @@
-"""Fixtures: where the recorded numbers are, and running a command."""
+"""Fixtures: where the recorded numbers are, the device of a kernel, and running a command."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():  # has to be known before anything imports triton
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import importlib
-import os
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from sid_fast.config import cli
 
@@ -26,6 +31,12 @@ def golden() -> Path:
     if not (SHARED / "golden").is_dir():
         pytest.skip("no golden data; set SID_FAST_SHARED to the folder that holds golden/")
     return SHARED / "golden"
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels are tested: on a GPU, or under Triton's interpreter without one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture

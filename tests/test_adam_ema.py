@@ -1,64 +1,303 @@
-"""The update against float64, and what it does with values that are not finite."""
+"""The update of a network, every implementation against float64."""
+
+import ctypes
+import importlib
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
+from golden import relative
 
 from sid_fast import kernels
+from sid_fast.kernels import dispatch
+
+module = importlib.import_module("sid_fast.kernels.adam_ema")
+
+# Of what an update changes, relative in norm: by implementation, all in float32.
+TOLERANCE = {"triton": 1e-6, "cuda": 1e-6, "reference": 1e-6}
+# Convolutions, among them more than one chunk and not a multiple of four numbers; a linear layer;
+# biases; a single number.
+SHAPES = [(128, 3, 3, 3), (48, 36, 3, 3), (5, 7, 3, 3), (32, 20, 1, 1), (130, 67), (192,), (3,), ()]
 
 
-def tensors(dtype=torch.float32, seed=0):
+@pytest.fixture(scope="session")
+def library(tmp_path_factory, device):
+    """The library, built by CMake for this machine's CPU, or as installed where there is a GPU."""
+    if device.type == "cuda":
+        return module.library() or pytest.skip("the installed package has no CUDA library")
+    if not (shutil.which("cmake") and shutil.which("c++")):
+        pytest.skip("no CMake or no C++ compiler")
+    return module.load(build(tmp_path_factory.mktemp("host"), "-DCMAKE_CUDA_COMPILER=NOTFOUND"))
+
+
+def build(folder: Path, *options: str) -> Path:
+    source = Path(module.__file__).resolve().parents[1]
+    for command in (["-S", source, "-B", folder, *options], ["--build", folder]):
+        done = subprocess.run(["cmake", *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return next(folder.glob("libsid_fast_kernels.*"))
+
+
+@pytest.fixture(params=["triton", "cuda", "reference"])
+def implementation(request, monkeypatch):
+    if request.param == "cuda":
+        found = request.getfixturevalue("library")
+        monkeypatch.setattr(module, "library", lambda: found)
+    with dispatch.forced(request.param):
+        yield request.param
+
+
+def make(device, shapes=SHAPES, channels_last=False, shadow=None, seed=0):
+    """Random lists as adam_ema takes them; the first gradients begin with what is not finite."""
     rng = torch.Generator().manual_seed(seed)
-    shapes = [(3,), (5, 7), (4, 3, 3, 3), ()]
-    return [torch.randn(s, generator=rng).to(dtype) for s in shapes]
+
+    def tensors(positive=False):
+        made = []
+        for shape in shapes:
+            t = torch.randn(shape, generator=rng)
+            t = t.square() if positive else t
+            if channels_last and t.dim() == 4:
+                t = t.to(memory_format=torch.channels_last)
+            made.append(t.to(device))
+        return made
+
+    lists = {name: tensors(name == "exp_avg_sq") for name in ("params", "grads")}
+    lists |= {"exp_avg": tensors(), "exp_avg_sq": tensors(True), "ema": tensors()}
+    for i, value in enumerate((torch.nan, torch.inf, -torch.inf, torch.nan)):
+        if i < len(shapes):
+            lists["grads"][i][(0,) * len(shapes[i])] = value
+    if shadow:
+        lists["shadow"] = [torch.full_like(p, 77, dtype=shadow) for p in lists["params"]]
+    return lists
+
+
+def run(lists, step=3.0, apply=True, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, ema_beta=0.97):
+    device = lists["params"][0].device
+    step = torch.tensor(step, dtype=torch.float64, device=device)
+    bad = kernels.adam_ema(
+        **lists,
+        step=step,
+        apply=torch.tensor(apply, device=device),
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        ema_beta=ema_beta,
+    )
+    return bad, step
+
+
+def expected(lists, step=3.0, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, ema_beta=0.97):
+    """The same in float64, from the paper's formulas."""
+    lists = {name: [t.double() for t in tensors] for name, tensors in lists.items()}
+    out = {name: [] for name in lists}
+    for i, p in enumerate(lists["params"]):
+        g = lists["grads"][i].nan_to_num(0, 1e5, -1e5)
+        m = beta1 * lists["exp_avg"][i] + (1 - beta1) * g if lists["exp_avg"] else g
+        v = beta2 * lists["exp_avg_sq"][i] + (1 - beta2) * g**2
+        t = step + 1
+        first = m / (1 - beta1**t) if lists["exp_avg"] else m
+        p = p - lr * first / ((v / (1 - beta2**t)).sqrt() + eps)
+        out["params"].append(p)
+        out["grads"].append(g)
+        out["exp_avg"].append(m)
+        out["exp_avg_sq"].append(v)
+        if lists["ema"]:
+            out["ema"].append(p + ema_beta * (lists["ema"][i] - p))
+    return out
+
+
+def rounded(p, dtype, implementation):
+    """p in 16 bits; Triton's interpreter, unlike its compiler, cuts bfloat16 off."""
+    if implementation == "triton" and p.device.type == "cpu" and dtype == torch.bfloat16:
+        return (p.view(torch.int32) & -65536).view(torch.float32).to(dtype)
+    return p.to(dtype)
+
+
+def flat(tensors):
+    return torch.cat([t.double().flatten() for t in tensors])
+
+
+def clone(lists):
+    return {name: [t.clone() for t in tensors] for name, tensors in lists.items()}
+
+
+def same(a, b) -> bool:
+    """To the bit, NaN too."""
+    return a.shape == b.shape and torch.equal(
+        a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)
+    )
+
+
+@pytest.mark.parametrize("shadow", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("beta1, ema", [(0.0, True), (0.9, True), (0.0, False)])
+def test_update_matches_float64(device, implementation, beta1, ema, channels_last, shadow):
+    lists = make(device, channels_last=channels_last, shadow=shadow)
+    if not beta1:
+        lists["exp_avg"] = []
+    if not ema:
+        lists["ema"] = []
+    before = clone(lists)
+    bad, step = run(lists, beta1=beta1)
+    wanted = expected(before, beta1=beta1)
+    assert int(bad) == 4
+    assert float(step) == 4
+    tolerance = TOLERANCE[implementation]
+    assert torch.equal(flat(lists["grads"]), flat(wanted["grads"]))
+    for name in ("params", "exp_avg_sq", "exp_avg" if beta1 else "params", "ema"):
+        if lists[name]:
+            assert relative(flat(lists[name]), flat(wanted[name])) <= tolerance, name
+    # What has changed, not only what is there: an update of 1e-3 hides in a weight of 1.
+    moved = flat(lists["params"]) - flat(before["params"])
+    assert relative(moved, flat(wanted["params"]) - flat(before["params"])) <= 1e-3
+    if shadow:
+        for copy, p in zip(lists["shadow"], lists["params"], strict=True):
+            assert same(copy, rounded(p, shadow, implementation))
+
+
+def test_a_channels_last_shadow_of_contiguous_parameters(device, implementation):
+    lists = make(device, shadow=torch.bfloat16)
+    lists["shadow"] = [
+        s.to(memory_format=torch.channels_last) if s.dim() == 4 else s for s in lists["shadow"]
+    ]
+    run(lists)
+    for copy, p in zip(lists["shadow"], lists["params"], strict=True):
+        assert torch.equal(copy, rounded(p, torch.bfloat16, implementation))
+
+
+def test_rounding_to_16_bits_is_the_hardwares(device, implementation):
+    """Ties, the smallest and the largest numbers, infinity: a learning rate of 0 copies them."""
+    mantissas = torch.arange(1, 4, 2**-13)
+    values = torch.cat([mantissas * 2.0**e for e in (-140, -126, -26, -25, -15, -14, 0, 14, 15)])
+    values = torch.cat([values, torch.tensor([65519.99, 65520, 3.4e38, torch.inf, 0.0])])
+    values = torch.cat([values, -values]).to(device)
+    for dtype in (torch.bfloat16, torch.float16):
+        lists = make(device, [(len(values) + 1,)], shadow=dtype)
+        lists["params"] = [torch.cat([values, values.new_tensor([torch.nan])])]
+        lists["exp_avg"] = lists["ema"] = []
+        run(lists, lr=0.0, beta1=0.0)
+        found = lists["shadow"][0]
+        assert found[-1].isnan()
+        if dtype == torch.float16 or rounded(values, dtype, implementation).equal(values.to(dtype)):
+            assert same(found[:-1], values.to(dtype))
 
 
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
-def test_three_updates_match_adam_in_float64(beta1):
-    params, ema = tensors(), tensors(seed=1)
-    exp_avg = [torch.zeros_like(p) for p in params] if beta1 else []
-    exp_avg_sq = [torch.zeros_like(p) for p in params]
-    exact = [p.double().requires_grad_() for p in params]
-    exact_ema = [e.double() for e in ema]
-    adam = torch.optim.Adam(exact, lr=1e-2, betas=(beta1, 0.999), eps=1e-8)
-    step = torch.zeros((), dtype=torch.float64)
-    for i in range(3):
-        grads = tensors(seed=2 + i)
-        for p, g in zip(exact, grads, strict=True):
-            p.grad = g.double()
-        adam.step()
-        for e, p in zip(exact_ema, exact, strict=True):
-            e.copy_(p.detach() + 0.7 * (e - p.detach()))
-        count = kernels.adam_ema(
-            params, grads, exp_avg, exp_avg_sq, ema, step=step, apply=torch.tensor(True),
-            lr=1e-2, beta1=beta1, beta2=0.999, eps=1e-8, ema_beta=0.7,
-        )  # fmt: skip
-        assert int(count) == 0
+def test_apply_false_cleans_the_gradients_and_leaves_the_rest_to_the_bit(
+    device, implementation, beta1
+):
+    lists = make(device, shadow=torch.bfloat16)
+    lists["params"][0].view(-1)[3] = torch.nan
+    lists["params"][1].view(-1)[3] = -0.0
+    lists["grads"][1].view(-1)[3] = 1e30  # whose square is infinite
+    if not beta1:
+        lists["exp_avg"] = []
+    before = clone(lists)
+    bad, step = run(lists, apply=False, beta1=beta1)
     assert float(step) == 3
-    for found, expected in ((params, exact), (ema, exact_ema)):
-        for a, b in zip(found, expected, strict=True):
-            assert torch.allclose(a.double(), b.detach(), rtol=1e-5, atol=1e-7)
+    assert int(bad) == 4
+    assert torch.equal(flat(lists["grads"]), flat(before["grads"]).nan_to_num(0, 1e5, -1e5))
+    for name in set(lists) - {"grads"}:
+        for found, wanted in zip(lists[name], before[name], strict=True):
+            assert same(found, wanted), name
 
 
-def test_gradients_are_cleaned_and_counted():
-    params = [torch.zeros(5)]
-    grads = [torch.tensor([torch.nan, torch.inf, -torch.inf, 2.0, -3.0])]
-    count = kernels.adam_ema(
-        params, grads, [], [torch.zeros(5)], [], step=torch.zeros((), dtype=torch.float64),
-        apply=torch.tensor(True), lr=1.0, beta1=0.0, beta2=0.999, eps=1e-8,
-    )  # fmt: skip
-    assert int(count) == 3
-    assert grads[0].tolist() == [0.0, 1e5, -1e5, 2.0, -3.0]
-    assert torch.allclose(params[0], torch.tensor([0.0, -1.0, 1.0, -1.0, 1.0]))
+def test_scalars_may_be_tensors_and_keep_their_digits(device, implementation):
+    """1 − β of 1e-7 and a late step: the average moves by what float64 says."""
+    lists = make(device, [(4096,)])
+    lists["ema"] = [torch.zeros_like(p) for p in lists["params"]]
+    twin = clone(lists)
+    scalars = dict(lr=2e-3, ema_beta=1 - 1e-7)
+    wanted = expected(clone(lists), step=123456.0, **scalars)
+    on_device = {k: torch.tensor(v, dtype=torch.float64, device=device) for k, v in scalars.items()}
+    run(lists, step=123456.0, **on_device)
+    run(twin, step=123456.0, **scalars)
+    for name in lists:
+        assert torch.equal(flat(lists[name]), flat(twin[name])), name
+    assert relative(flat(lists["ema"]), flat(wanted["ema"])) <= 1e-6
 
 
-def test_nothing_but_the_gradients_changes_when_not_applied():
-    params, ema, exp_avg = tensors(), tensors(seed=1), tensors(seed=2)
-    exp_avg_sq = [t.square() for t in tensors(seed=3)]
-    step = torch.tensor(7.0, dtype=torch.float64)
-    state = [*params, *ema, *exp_avg, *exp_avg_sq, step]
-    before = [t.clone() for t in state]
-    kernels.adam_ema(
-        params, tensors(seed=4), exp_avg, exp_avg_sq, ema, step=step, apply=torch.tensor(False),
-        lr=1.0, beta1=0.9, beta2=0.999, eps=1e-8, ema_beta=0.5,
-    )  # fmt: skip
-    assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
+def test_the_first_step_is_corrected(device, implementation):
+    lists = make(device, [(1000,)])
+    lists["exp_avg"] = [torch.zeros_like(p) for p in lists["params"]]
+    lists["exp_avg_sq"] = [torch.zeros_like(p) for p in lists["params"]]
+    before = clone(lists)
+    run(lists, step=0.0, lr=0.5)
+    moved = flat(lists["params"]) - flat(before["params"])
+    wanted = expected(before, step=0.0, lr=0.5)["params"]
+    assert relative(moved, flat(wanted) - flat(before["params"])) <= 1e-6
+
+
+@pytest.mark.parametrize("offset", [1, 4])
+def test_views_at_any_address(device, implementation, offset):
+    """Views into flat buffers, as distributed training makes them; their neighbours stay."""
+    size = 2 * module.CHUNK + 3
+    lists = make(device, [(size,)])
+    buffers = {}
+    for name, (t,) in lists.items():
+        buffers[name] = torch.full((size + 2 * offset,), 7.0, device=device)
+        buffers[name][offset:-offset] = t
+        lists[name] = [buffers[name][offset:-offset]]
+    before = clone(lists)
+    run(lists)
+    wanted = expected(before)
+    for name in ("params", "exp_avg", "exp_avg_sq", "ema"):
+        assert relative(flat(lists[name]), flat(wanted[name])) <= TOLERANCE[implementation]
+        assert (buffers[name][:offset] == 7).all() and (buffers[name][-offset:] == 7).all()
+
+
+@pytest.mark.parametrize("forced", ["triton", "cuda"])
+def test_what_a_kernel_cannot_walk_is_refused(device, forced, request, monkeypatch):
+    if forced == "cuda":
+        found = request.getfixturevalue("library")
+        monkeypatch.setattr(module, "library", lambda: found)
+    conv = [(8, 6, 3, 3)]
+    mixed = make(device, conv) | {"ema": make(device, conv, channels_last=True)["ema"]}
+    gaps = {name: [t[0][:, ::2]] for name, t in make(device, [(8, 6)]).items()}
+    transposed = make(device, [(8, 6)], shadow=torch.float16)
+    transposed["shadow"] = [torch.zeros(6, 8, device=device, dtype=torch.float16).t()]
+    half = make(device, conv) | {"shadow": [torch.zeros(8, 6, 3, 3, device=device)]}
+    with dispatch.forced(forced):
+        for lists in (mixed, gaps, transposed, half):
+            with pytest.raises(ValueError, match="adam_ema"):
+                run(lists)
+
+
+def test_a_table_is_made_once_and_again_for_other_tensors(device):
+    with dispatch.forced("triton"):
+        lists = make(device, [(5000,), (3,)])
+        count = len(module._tables)
+        run(lists)
+        run(lists)
+        assert len(module._tables) == count + 1
+        run(make(device, [(5000,), (3,)], seed=1))
+        assert len(module._tables) == count + 2
+
+
+def test_traced_without_a_break(device, implementation):
+    if implementation != "reference":
+        pytest.skip("tracing knows nothing of the implementation")
+    lists = make(device, [(20,), (3, 4)])
+    twin = clone(lists)
+    torch.compile(run, fullgraph=True, backend="eager")(lists)
+    run(twin)
+    assert torch.equal(flat(lists["params"]), flat(twin["params"]))
+
+
+def test_interface_of_the_library(library, device):
+    """Both the host's and, where a CUDA compiler is at hand, the device's function."""
+    assert library.sid_fast_adam_ema_host.restype is None
+    if device.type == "cuda":
+        assert library.sid_fast_adam_ema_cuda.restype is ctypes.c_int
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no CUDA compiler")
+@pytest.mark.skipif(not shutil.which("cmake"), reason="no CMake")
+def test_cuda_library_compiles_for_the_three_architectures(tmp_path):
+    found = build(tmp_path)
+    assert module.load(found).sid_fast_adam_ema_cuda.restype is ctypes.c_int
+    for arch in (80, 90, 100):
+        assert f"sm_{arch}".encode() in found.read_bytes()

@@ -1,19 +1,80 @@
-"""The augmentation against numbers of the published one."""
+"""The augmentation against numbers of the published one, its kernel also against float64."""
 
 import numpy as np
 import pytest
 import torch
 from golden import TOLERANCE, read, relative
 
-from sid_fast import augment
+from sid_fast import augment, kernels
+from sid_fast.kernels import dispatch
+from sid_fast.kernels.augment import augment_ref
+
+# Of the kernel, relative in norm to float64: a place in the image is known to 1e-6 of its size.
+KERNEL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
-def test_augmentation_matches_golden(golden):
+@pytest.fixture(params=["triton", "reference"])
+def implementation(request):
+    with dispatch.forced(request.param):
+        yield request.param
+
+
+def to_device(parameters, device):
+    return {name: v.to(device) for name, v in parameters.items()}
+
+
+def test_augmentation_matches_golden(golden, device, implementation):
     data = read(golden / "augment.npz")
     parameters = {k.removeprefix("param."): v for k, v in data.items() if k.startswith("param.")}
-    found, labels = augment.apply(data["images"], parameters)
-    assert torch.equal(labels, data["labels"])
-    assert relative(found, data["augmented"]) <= TOLERANCE
+    n = len(data["images"]) if implementation == "reference" or device.type == "cuda" else 2
+    parameters = to_device({k: v[..., :n] for k, v in parameters.items()}, device)
+    found, labels = augment.apply(data["images"][:n].to(device), parameters)
+    if implementation == "reference":
+        assert torch.equal(labels.cpu(), data["labels"])
+    assert relative(labels.cpu(), data["labels"][:n]) <= 1e-6
+    assert relative(found.cpu(), data["augmented"][:n]) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, channels_last",
+    [
+        ((1, 3, 8, 8), torch.float32, True),
+        ((2, 2, 5, 9), torch.float32, False),
+        ((2, 1, 8, 8), torch.bfloat16, True),
+        ((2, 1, 8, 8), torch.float16, False),
+    ],
+)
+@pytest.mark.parametrize("far", [1.0, 4.0])
+def test_warp_matches_float64(device, implementation, shape, dtype, channels_last, far):
+    """far: parameters beyond any likely draw, so that lookups leave the reflected image."""
+    rng = torch.Generator().manual_seed(int(far))
+    n = shape[0]
+    parameters = augment.draw(n, 1.0, rng)
+    for name in ("scale", "aniso", "translate"):
+        parameters[name] *= far
+    images = torch.randn(shape, generator=rng).to(dtype)
+    exact = {k: v.double() if v.is_floating_point() else v for k, v in parameters.items()}
+    wanted, _ = augment_ref(images.double(), exact)
+    images = images.to(device)
+    if channels_last:
+        images = images.to(memory_format=torch.channels_last)
+    found, labels = kernels.augment(images, to_device(parameters, device))
+    assert found.dtype == dtype and found.shape == shape
+    assert relative(found.cpu(), wanted) <= KERNEL_TOLERANCE[dtype]
+    assert relative(labels.cpu(), kernel_labels(parameters)) <= 1e-6
+
+
+def kernel_labels(parameters):
+    _, labels = augment_ref(torch.zeros(len(parameters["scale"]), 1, 4, 4), parameters)
+    return labels
+
+
+def test_traced_without_a_break(device):
+    images = torch.randn(2, 3, 8, 8, device=device)
+    parameters = to_device(augment.draw(2, 1.0, torch.Generator().manual_seed(0)), device)
+    found = torch.compile(augment.apply, fullgraph=True, backend="eager")(images, parameters)
+    for a, b in zip(found, augment.apply(images, parameters), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_an_image_drawn_with_nothing_applied_stays_as_it_was():

@@ -1,0 +1,303 @@
+"""The warp of the non-leaky augmentation (Karras et al., arXiv 2006.06676, appendix B).
+
+A band-limited affine lookup with fixed shapes. A program warps one channel of one image: every
+pixel of the double-size canvas is a weighted sum of at most 7 × 7 pixels of the image, the
+weights being upsampling filter and bilinear lookup in one; the filter that halves the canvas is a
+banded matrix on either side, so that the canvas lives in registers and only the result is written.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from sid_fast.kernels.dispatch import choose
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton on this platform: the reference runs
+    triton = None
+
+BLOCK = 16
+# Decomposition low-pass of the sym6 wavelet.
+SYM6 = (
+    0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
+    0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
+    -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148,
+)  # fmt: skip
+PARAMETERS = ("xflip", "yflip", "scale", "rotate", "aniso", "aniso_rotate", "translate")
+
+Parameters = dict[str, torch.Tensor]
+
+
+def augment(images: torch.Tensor, parameters: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
+    """Warp images by the parameters of sid_fast.augment.draw; there is no gradient.
+
+    images is [N, C, H, W], computed with in float32. parameters are [N], translate [2, N]. Returns
+    the warped images, same shape and type, channels-last, and their labels, float32 [N, 9].
+    """
+    return _augment(images, *(parameters[name] for name in PARAMETERS))
+
+
+@torch.library.custom_op("sid_fast::augment", mutates_args=())
+def _augment(
+    images: torch.Tensor,
+    xflip: torch.Tensor,
+    yflip: torch.Tensor,
+    scale: torch.Tensor,
+    rotate: torch.Tensor,
+    aniso: torch.Tensor,
+    aniso_rotate: torch.Tensor,
+    translate: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    values = xflip, yflip, scale, rotate, aniso, aniso_rotate, translate
+    out = _augment_like(images, *values)
+    if choose(images) == "reference":
+        warped, labels = augment_ref(images, dict(zip(PARAMETERS, values, strict=True)))
+        out[0].copy_(warped)
+        return out[0], labels
+    n, channels, height, width = images.shape
+    rows, columns = (max(16, triton.next_power_of_2(size)) for size in (height, width))
+    _augment_kernel[(n, channels)](
+        images, *images.stride(), *(v.contiguous() for v in values), *out, _taps(images.device),
+        n, channels, height, width, rows, columns, BLOCK, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+@_augment.register_fake
+def _augment_like(images, *parameters):
+    warped = torch.empty_like(images, memory_format=torch.channels_last)
+    return warped, images.new_empty(len(images), 9, dtype=torch.float32)
+
+
+def labels_of(parameters: Parameters) -> torch.Tensor:
+    """What the network is told of the warp, float32 [N, 9]."""
+    q = {name: value.float() for name, value in parameters.items()}
+    return torch.stack(
+        [
+            q["xflip"],
+            q["yflip"],
+            q["scale"],
+            q["rotate"].cos() - 1,
+            q["rotate"].sin(),
+            q["aniso"] * q["aniso_rotate"].cos(),
+            q["aniso"] * q["aniso_rotate"].sin(),
+            q["translate"][0],
+            q["translate"][1],
+        ],
+        dim=1,
+    )
+
+
+def _matrix(*rows: tuple) -> torch.Tensor:
+    """[N, 3, 3] from entries that are [N] or numbers."""
+    like = next(v for row in rows for v in row if isinstance(v, torch.Tensor))
+    full = [v if isinstance(v, torch.Tensor) else torch.full_like(like, v) for r in rows for v in r]
+    return torch.stack(full, dim=-1).unflatten(-1, (3, 3))
+
+
+def _rotation(a: torch.Tensor) -> torch.Tensor:
+    return _matrix((a.cos(), -a.sin(), 0), (a.sin(), a.cos(), 0), (0, 0, 1))
+
+
+def _scaling(x, y) -> torch.Tensor:
+    return _matrix((x, 0, 0), (0, y, 0), (0, 0, 1))
+
+
+def _translation(x, y) -> torch.Tensor:
+    return _matrix((1, 0, x), (0, 1, y), (0, 0, 1))
+
+
+def lookup(parameters: Parameters, height: int, width: int) -> torch.Tensor:
+    """Where an output pixel finds its source, in pixels about the centre, [N, 3, 3].
+
+    M = S(1/s₀) · R(w) · R(−r) S(1/s, s) R(r) · T(−0.125·size·n): x to the right, y down.
+    """
+    q = {name: v if v.is_floating_point() else v.float() for name, v in parameters.items()}
+    shrink = 2 ** (-0.2 * q["scale"])
+    stretch = 2 ** (0.2 * q["aniso"])
+    r = q["aniso_rotate"]
+    return (
+        _scaling(shrink, shrink)
+        @ _rotation(q["rotate"])
+        @ _rotation(-r)
+        @ _scaling(1 / stretch, stretch)
+        @ _rotation(r)
+        @ _translation(-0.125 * width * q["translate"][0], -0.125 * height * q["translate"][1])
+    )
+
+
+def _filter_axes(x: torch.Tensor, taps: torch.Tensor, stride: int, padding: int) -> torch.Tensor:
+    channels = x.shape[1]
+    taps = taps.expand(channels, 1, -1)
+    for step, pad, kernel in (
+        ((1, stride), (0, padding), taps[:, :, None, :]),
+        ((stride, 1), (padding, 0), taps[:, :, :, None]),
+    ):
+        x = F.conv2d(x, kernel, stride=step, padding=pad, groups=channels)
+    return x
+
+
+def augment_ref(images: torch.Tensor, parameters: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
+    """augment in plain PyTorch, in float32, or float64 if images and parameters are."""
+    n, channels, height, width = images.shape
+    x = images if images.dtype == torch.float64 else images.float()
+    for name, axis in (("xflip", 3), ("yflip", 2)):
+        x = torch.where(parameters[name].bool()[:, None, None, None], x.flip(axis), x)
+
+    # Reflect by as much as could ever be needed; sizes from the data would stall the device.
+    x = F.pad(x, [width - 1, width - 1, height - 1, height - 1], mode="reflect")
+    taps = torch.tensor(SYM6, device=x.device, dtype=x.dtype)
+    up = x.new_zeros(n, channels, x.shape[2], 2, x.shape[3], 2)
+    up[:, :, :, 0, :, 0] = x
+    up = up.flatten(4).flatten(2, 3)
+    up = _filter_axes(up, taps.flip(0), stride=1, padding=(len(SYM6) + 1) // 2)[..., :-1, :-1]
+
+    margin = len(SYM6) // 4  # the filter's reach, in pixels of the output
+    canvas = (height + 2 * margin) * 2, (width + 2 * margin) * 2
+    one = torch.ones(n, device=x.device, dtype=x.dtype)
+    # In doubled pixels, whose centre lies half a pixel off; then in grid_sample's [-1, 1].
+    matrix = (
+        _translation(-0.5 * one, -0.5 * one)
+        @ _scaling(2 * one, 2 * one)
+        @ lookup(parameters, height, width)
+        @ _scaling(0.5 * one, 0.5 * one)
+        @ _translation(0.5 * one, 0.5 * one)
+    )
+    to_unit = _scaling(2 / up.shape[3] * one, 2 / up.shape[2] * one)
+    from_unit = _scaling(canvas[1] / 2 * one, canvas[0] / 2 * one)
+    matrix = to_unit @ matrix @ from_unit
+    grid = F.affine_grid(matrix[:, :2], [n, channels, *canvas], align_corners=False)
+    x = F.grid_sample(up, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    x = _filter_axes(x, taps, stride=2, padding=(len(SYM6) - 1) // 2)
+    return x[..., margin:-margin, margin:-margin], labels_of(parameters)
+
+
+def bytes_moved(elements: int) -> int:
+    """What a warp of so many float32 numbers must read and write."""
+    return elements * 8
+
+
+@functools.cache
+def _taps(device: torch.device) -> torch.Tensor:
+    """The filter between a zero before it and two behind it."""
+    return torch.tensor([0.0, *SYM6, 0.0, 0.0], device=device)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _neighbour(taps, v, k, flip, SIZE: tl.constexpr):
+        """The k-th pixel near v, a place among doubled pixels: where it is and what it weighs.
+
+        Pixels are those of the image reflected at both ends, 3·SIZE − 2 of them. Doubled pixel u
+        is Σ taps[5 + u − 2m]·pixel m; v lies between two of them, which 7 pixels reach.
+        """
+        low = tl.floor(v)
+        u = low.to(tl.int32)
+        m = (u >> 1) - 3 + k
+        tap = taps + (12 + (u & 1) - 2 * k)  # the tensor has a zero before the first tap
+        below, above = tl.load(tap, mask=k < 7, other=0.0), tl.load(tap + 1, mask=k < 7, other=0.0)
+        end: tl.constexpr = 2 * (3 * SIZE - 2)
+        below = tl.where((u >= 0) & (u < end), below * (1 - (v - low)), 0.0)
+        above = tl.where((u >= -1) & (u < end - 1), above * (v - low), 0.0)
+        weight = tl.where((m >= 0) & (2 * m < end), below + above, 0.0)
+        pixel = tl.abs(m - (SIZE - 1))
+        pixel = tl.where(pixel > SIZE - 1, 2 * (SIZE - 1) - pixel, pixel)
+        pixel = tl.minimum(tl.maximum(pixel, 0), SIZE - 1)
+        return tl.where(flip != 0, SIZE - 1 - pixel, pixel), weight
+
+    @triton.jit
+    def _halving(taps, at, to):
+        """Entries of the matrix that filters and halves the canvas, and crops it."""
+        tap = at - 2 * to
+        return tl.load(taps + tap, mask=(tap >= 0) & (tap <= 12), other=0.0)
+
+    @triton.jit
+    def _augment_kernel(
+        images, stride_n, stride_c, stride_h, stride_w, xflip, yflip, scale, rotate, aniso,
+        aniso_rotate, translate, warped, labels, taps, samples,
+        CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        n = tl.program_id(0).to(tl.int64)
+        c = tl.program_id(1)
+        flip_x, flip_y = tl.load(xflip + n).to(tl.int32), tl.load(yflip + n).to(tl.int32)
+        zoom = tl.load(scale + n).to(tl.float32)
+        angle = tl.load(rotate + n).to(tl.float32)
+        stretch = tl.load(aniso + n).to(tl.float32)
+        frame = tl.load(aniso_rotate + n).to(tl.float32)
+        move_x = tl.load(translate + n).to(tl.float32)
+        move_y = tl.load(translate + samples + n).to(tl.float32)
+        cos, sin = tl.cos(angle), tl.sin(angle)
+        cos_frame, sin_frame = tl.cos(frame), tl.sin(frame)
+        if c == 0:
+            labels += n * 9
+            tl.store(labels, flip_x.to(tl.float32))
+            tl.store(labels + 1, flip_y.to(tl.float32))
+            tl.store(labels + 2, zoom)
+            tl.store(labels + 3, cos - 1)
+            tl.store(labels + 4, sin)
+            tl.store(labels + 5, stretch * cos_frame)
+            tl.store(labels + 6, stretch * sin_frame)
+            tl.store(labels + 7, move_x)
+            tl.store(labels + 8, move_y)
+
+        # S(1/s₀)·R(w)·R(−r)·S(1/s, s)·R(r) = [[xx, xy], [yx, yy]]
+        shrink = tl.exp2(-0.2 * zoom)
+        along, across = tl.exp2(-0.2 * stretch), tl.exp2(0.2 * stretch)
+        k_xx = along * cos_frame * cos_frame + across * sin_frame * sin_frame
+        k_yy = along * sin_frame * sin_frame + across * cos_frame * cos_frame
+        k_xy = (across - along) * cos_frame * sin_frame
+        xx, xy = shrink * (cos * k_xx - sin * k_xy), shrink * (cos * k_xy - sin * k_yy)
+        yx, yy = shrink * (sin * k_xx + cos * k_xy), shrink * (sin * k_xy + cos * k_yy)
+        move_x *= -0.125 * WIDTH
+        move_y *= -0.125 * HEIGHT
+        # In doubled pixels, from the canvas' corner to that of the reflected image.
+        shift_x = 2 * (xx * move_x + xy * move_y) + (3 * WIDTH - 2) - 1
+        shift_y = 2 * (yx * move_x + yy * move_y) + (3 * HEIGHT - 2) - 1
+
+        image = images + n * stride_n + c * stride_c
+        block = tl.arange(0, BLOCK)
+        place = tl.arange(0, BLOCK * BLOCK)
+        eight = tl.arange(0, 8)[None, :]
+        rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+        out = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for top in range(0, 2 * (HEIGHT + 6), BLOCK):
+            y = (top + place // BLOCK + 1 - (HEIGHT + 6)).to(tl.float32)
+            halved = tl.zeros([BLOCK, COLUMNS], tl.float32)
+            for left in range(0, 2 * (WIDTH + 6), BLOCK):
+                x = (left + place % BLOCK + 1 - (WIDTH + 6)).to(tl.float32)
+                u = xx * x + xy * y + shift_x
+                v = yx * x + yy * y + shift_y
+                column, weight = _neighbour(taps, u[:, None], eight, flip_x, WIDTH)
+                canvas = tl.zeros([BLOCK * BLOCK], tl.float32)
+                for k in range(7):
+                    row, row_weight = _neighbour(taps, v, k, flip_y, HEIGHT)
+                    pixels = tl.load(image + row[:, None] * stride_h + column * stride_w)
+                    canvas += row_weight * tl.sum(weight * pixels.to(tl.float32), axis=1)
+                canvas = canvas.reshape(BLOCK, BLOCK)
+                across_x = _halving(taps, (left + block)[:, None], columns[None, :])
+                halved = tl.dot(canvas, across_x, halved, input_precision="ieee")
+            down_y = _halving(taps, (top + block)[None, :], rows[:, None])
+            out = tl.dot(down_y, halved, out, input_precision="ieee")
+        at = (rows[:, None] * WIDTH + columns[None, :]) * CHANNELS + c
+        at += n * (HEIGHT * WIDTH * CHANNELS)
+        inside = (rows < HEIGHT)[:, None] & (columns < WIDTH)[None, :]
+        tl.store(warped + at, out.to(warped.dtype.element_ty), mask=inside)
+
+
+def configurations() -> Iterator[tuple]:
+    """(label, kernel, signature, constants, num_warps, num_stages) of all that a run launches."""
+    floats = ("scale", "rotate", "aniso", "aniso_rotate", "translate", "warped", "labels", "taps")
+    strides = ("stride_n", "stride_c", "stride_h", "stride_w", "samples")
+    signature = {"images": "*fp32", "xflip": "*i64", "yflip": "*i64"}
+    signature |= dict.fromkeys(floats, "*fp32") | dict.fromkeys(strides, "i32")
+    for size in (32, 64):
+        constants = dict(
+            CHANNELS=3, HEIGHT=size, WIDTH=size, ROWS=size, COLUMNS=size, BLOCK=BLOCK
+        )  # fmt: skip
+        yield f"augment {size}x{size}", _augment_kernel, signature, constants, 8, 1

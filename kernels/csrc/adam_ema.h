@@ -1,0 +1,100 @@
+// The arithmetic of adam_ema.py for one number: what it means is said there. Compiled for the
+// device by nvcc and for the host by any C++17 compiler; neither may contract a·b + c, so that
+// both give the same bits.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define SID_FAST_BOTH __host__ __device__ __forceinline__
+#else
+#define SID_FAST_BOTH inline
+#endif
+
+namespace sid_fast {
+
+constexpr int kChunk = 1024;
+
+// One row of the table: a chunk of a parameter and of all that goes with it. first, ema and
+// shadow are null where there is none. shadow is the whole tensor; start is where the chunk begins
+// in it. taps > 1: the shadow of [outer, inner, taps] is ordered [outer, taps, inner].
+struct Row {
+  float* p;
+  float* g;
+  float* first;
+  float* second;
+  float* ema;
+  uint16_t* shadow;
+  int64_t count, start, inner, taps, full;
+};
+static_assert(sizeof(Row) == 11 * sizeof(int64_t), "a row of the table is 11 int64");
+
+struct Coefficients {
+  float beta1, rest1, beta2, rest2, eps, rate, root2, share;
+};
+
+SID_FAST_BOTH Coefficients coefficients(double step, double lr, double ema_beta, double beta1,
+                                        double beta2, double eps) {
+  return {float(beta1),
+          float(1 - beta1),
+          float(beta2),
+          float(1 - beta2),
+          float(eps),
+          float(lr / (1 - pow(beta1, step))),
+          float(sqrt(1 - pow(beta2, step))),
+          float(1 - ema_beta)};
+}
+
+SID_FAST_BOTH bool finite(float x) { return fabsf(x) < INFINITY; }
+
+SID_FAST_BOTH float clean(float g) {
+  if (finite(g)) return g;
+  return g > 0 ? 1e5f : g < 0 ? -1e5f : 0.0f;
+}
+
+SID_FAST_BOTH float moment(const Coefficients& c, float g, float first) {
+  return first * c.beta1 + g * c.rest1;
+}
+
+SID_FAST_BOTH float square(const Coefficients& c, float g, float second) {
+  return second * c.beta2 + g * g * c.rest2;
+}
+
+SID_FAST_BOTH float descend(const Coefficients& c, float p, float first, float second) {
+  return p - c.rate * (first / (sqrtf(second) / c.root2 + c.eps));
+}
+
+SID_FAST_BOTH float average(const Coefficients& c, float p, float ema) {
+  return ema + (p - ema) * c.share;
+}
+
+// Rounds to nearest, ties to even, like the hardware's conversions.
+SID_FAST_BOTH uint16_t to_bfloat16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;  // NaN
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+SID_FAST_BOTH uint16_t to_float16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+  if (size > 0x7f800000) return 0x7fff;                       // NaN
+  if (size >= 0x47800000) return uint16_t(sign | 0x7c00);     // 2^16 and more: infinity
+  if (size < 0x38800000)                                      // below 2^-14: a multiple of 2^-24
+    return uint16_t(sign | uint32_t(rintf(fabsf(x) * 16777216.0f)));
+  return uint16_t(sign | (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13);
+}
+
+SID_FAST_BOTH int64_t shadow_offset(const Row& row, int64_t i) {
+  const int64_t at = row.start + i;
+  if (row.taps == 1) return at;
+  const uint32_t taps = row.taps, inner = row.inner;  // 32 bits: division is slow in 64
+  const uint32_t channel = uint32_t(at) / taps, outer = channel / inner;
+  return (int64_t(outer) * taps + uint32_t(at) % taps) * inner + channel % inner;
+}
+
+}  // namespace sid_fast

@@ -1,0 +1,464 @@
+"""The two losses of SiD on raw network outputs, EDM's preconditioning folded in.
+
+D(x; σ) = c_skip·x + c_out·F(c_in·x) is never written to memory: `noised` makes what F reads, and
+each loss takes F's output to the loss of every sample and its gradients in one launch. A program
+holds a sample: one pass over it for the sums that its weight needs, one for the gradients.
+
+A sample that is not finite is dropped: its loss and its gradients are 0, whatever it holds.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from sid_fast.kernels.dispatch import choose
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton on this platform: the reference runs
+    triton = None
+
+BLOCK = 2048
+
+
+class Noised(NamedTuple):
+    """What the networks and the losses need of noised images.
+
+    x_t = y + σε, float32 [N, C, H, W]; network_input = c_in·x_t in the compute type, the one
+    output with a gradient (into y); sigma and c_noise = ln(σ)/4, float32 [N]; kept, bool [N]. A
+    dropped sample is 0 with σ = 1.
+    """
+
+    x_t: torch.Tensor
+    network_input: torch.Tensor
+    sigma: torch.Tensor
+    c_noise: torch.Tensor
+    kept: torch.Tensor
+
+
+class Losses(NamedTuple):
+    """The loss of each sample, summed over its elements, and what else is known of it; [N].
+
+    Only loss has a gradient. distance is ‖f_φ − f_ψ‖² (generator) or ‖f_ψ − y‖² (fake score),
+    weight what the loss divides (w) or multiplies (λ) by, kept whether all was finite.
+    """
+
+    loss: torch.Tensor
+    distance: torch.Tensor
+    weight: torch.Tensor
+    kept: torch.Tensor
+
+
+def noised(
+    images: torch.Tensor,
+    sigma: torch.Tensor,
+    noise: torch.Tensor,
+    kept: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    sigma_data: float = 0.5,
+) -> Noised:
+    """Images y with noise σε added, and scaled for the network (arXiv 2206.00364, table 1).
+
+    images and noise are [N, C, H, W] in any floating type, sigma has N elements; kept, bool [N],
+    excludes samples already known to be bad. dtype is the compute type of the network. The
+    results are channels-last.
+    """
+    if kept is None:
+        kept = torch.ones(len(images), dtype=torch.bool, device=images.device)
+    sigma = sigma.float().reshape(-1)
+    return Noised(*_noised(_last(images), sigma, _last(noise), kept, dtype, sigma_data))
+
+
+def generator_loss(
+    teacher: torch.Tensor,
+    fake_score: torch.Tensor,
+    noised: Noised,
+    images: torch.Tensor,
+    alpha: float,
+    sigma_data: float = 0.5,
+) -> Losses:
+    """ℓ = d·((r − y) − α·d)/w with d = r − f (SiD, arXiv 2404.04057, equation 23).
+
+    teacher and fake_score are F_φ and F_ψ of noised.network_input, [N, C, H, W]; images are the y
+    that it was made of. r = f_φ(x_t), f = f_ψ(x_t); w = max(mean|y − r|, 1e-5) is held constant.
+    Gradients reach F_φ, F_ψ and y; that of y holds the path through c_skip·x_t, while the one
+    through the networks comes back from noised.network_input. All are in their input's dtype.
+    """
+    raw = _last(teacher), _last(fake_score), noised.x_t, _last(images)
+    found = _generator_loss(*raw, noised.sigma, noised.kept, alpha, sigma_data)
+    return Losses(*found[:4])
+
+
+def fake_score_loss(
+    fake_score: torch.Tensor, noised: Noised, images: torch.Tensor, sigma_data: float = 0.5
+) -> Losses:
+    """λ(σ)·(f_ψ(x_t) − y)², λ = (σ² + σ_data²)/(σ·σ_data)² (arXiv 2206.00364, table 1).
+
+    Arguments as for generator_loss. The only gradient is that of fake_score.
+    """
+    raw = _last(fake_score), noised.x_t, _last(images).detach()
+    found = _fake_score_loss(*raw, noised.sigma, noised.kept, sigma_data)
+    return Losses(*found[:4])
+
+
+def _last(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _per_sample(v: torch.Tensor) -> torch.Tensor:
+    return v.reshape(-1, 1, 1, 1)
+
+
+def _finite(*tensors: torch.Tensor) -> torch.Tensor:
+    return torch.stack([t.isfinite().flatten(1).all(1) for t in tensors]).all(0)
+
+
+def _launch(x: torch.Tensor) -> dict:
+    return {"SIZE": x[0].numel(), "BLOCK": BLOCK, "num_warps": 8}
+
+
+# ---- noised
+
+
+@torch.library.custom_op("sid_fast::noised", mutates_args=())
+def _noised(
+    images: torch.Tensor,
+    sigma: torch.Tensor,
+    noise: torch.Tensor,
+    kept: torch.Tensor,
+    dtype: torch.dtype,
+    sigma_data: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    if choose(images) == "reference":
+        return noised_ref(images, sigma, noise, kept, dtype, sigma_data)
+    out = _noised_like(images, sigma, noise, kept, dtype, sigma_data)
+    _noised_kernel[(len(images),)](
+        images, sigma.contiguous(), noise, kept.contiguous(), *out, sigma_data, **_launch(images)
+    )
+    return out
+
+
+@_noised.register_fake
+def _noised_like(images, sigma, noise, kept, dtype, sigma_data):
+    last = {"memory_format": torch.channels_last}
+    x_t = torch.empty_like(images, dtype=torch.float32, **last)
+    scaled = torch.empty_like(images, dtype=dtype, **last)
+    return x_t, scaled, torch.empty_like(sigma), torch.empty_like(sigma), torch.empty_like(kept)
+
+
+def noised_ref(images, sigma, noise, kept, dtype, sigma_data):
+    """noised in plain PyTorch; computes in float32, or float64 if sigma is."""
+    kept = kept & sigma.isfinite() & _finite(images, noise)
+    sigma = torch.where(kept, sigma, 1.0)
+    x_t = images.to(sigma.dtype) + _per_sample(sigma) * noise
+    x_t = torch.where(_per_sample(kept), x_t, 0.0)
+    c_in = 1 / (sigma**2 + sigma_data**2).sqrt()
+    return x_t, (_per_sample(c_in) * x_t).to(dtype), sigma, sigma.log() / 4, kept
+
+
+def _noised_context(ctx, inputs, output):
+    images, *_, ctx.sigma_data = inputs
+    x_t, _, sigma, c_noise, kept = output
+    ctx.dtype = images.dtype
+    ctx.mark_non_differentiable(x_t, sigma, c_noise, kept)
+    ctx.save_for_backward(sigma, kept)
+
+
+def _noised_backward(ctx, _, grad, *__):
+    sigma, kept = ctx.saved_tensors
+    c_in = _per_sample((sigma**2 + ctx.sigma_data**2).rsqrt())
+    grad = torch.where(_per_sample(kept), c_in * grad, 0.0).to(ctx.dtype)
+    return grad, None, None, None, None, None
+
+
+_noised.register_autograd(_noised_backward, setup_context=_noised_context)
+
+
+# ---- generator_loss
+
+
+@torch.library.custom_op("sid_fast::generator_loss", mutates_args=())
+def _generator_loss(
+    teacher: torch.Tensor,
+    fake_score: torch.Tensor,
+    x_t: torch.Tensor,
+    images: torch.Tensor,
+    sigma: torch.Tensor,
+    kept: torch.Tensor,
+    alpha: float,
+    sigma_data: float,
+) -> tuple[
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+]:
+    arguments = teacher, fake_score, x_t, images, sigma, kept, alpha, sigma_data
+    if choose(teacher) == "reference":
+        return generator_loss_ref(*arguments)
+    out = _generator_loss_like(*arguments)
+    _generator_loss_kernel[(len(teacher),)](
+        *arguments[:6], *out, alpha, sigma_data, **_launch(images)
+    )
+    return out
+
+
+@_generator_loss.register_fake
+def _generator_loss_like(teacher, fake_score, x_t, images, sigma, kept, alpha, sigma_data):
+    sums = (torch.empty_like(sigma) for _ in range(3))
+    grads = (torch.empty_like(t) for t in (teacher, fake_score, images))
+    return *sums, torch.empty_like(kept), *grads
+
+
+def generator_loss_ref(teacher, fake_score, x_t, images, sigma, kept, alpha, sigma_data):
+    """generator_loss and its gradients in plain PyTorch; float32, or float64 if sigma is."""
+    kept = kept & _finite(teacher, fake_score)
+    keep = _per_sample(kept)
+    total = _per_sample(sigma**2 + sigma_data**2)
+    c_skip, c_out = sigma_data**2 / total, _per_sample(sigma) * sigma_data / total.sqrt()
+    y, r, f = (
+        torch.where(keep, v.to(sigma.dtype), 0.0)
+        for v in (images, c_skip * x_t + c_out * teacher, c_skip * x_t + c_out * fake_score)
+    )
+    d, e = r - f, r - y
+    weight = e.abs().mean((1, 2, 3)).clamp(min=1e-5)
+    w = _per_sample(weight)
+    loss = (d * (e - alpha * d) / w).sum((1, 2, 3))
+    grads = (
+        c_out * (e + (1 - 2 * alpha) * d) / w,
+        c_out * (2 * alpha * d - e) / w,
+        (c_skip - 1) * d / w,  # −d/w directly, and c_skip·d/w through x_t in r and in f
+    )
+    grads = (g.to(t.dtype) for g, t in zip(grads, (teacher, fake_score, images), strict=True))
+    return loss, d.square().sum((1, 2, 3)), weight, kept, *grads
+
+
+def _loss_context(ctx, inputs, output):
+    rest = output[1:]
+    ctx.mark_non_differentiable(*rest)
+    ctx.save_for_backward(*rest[3:])
+
+
+def _scaled(grad, gradients):
+    return [(_per_sample(grad) * g).to(g.dtype) for g in gradients]
+
+
+def _generator_loss_backward(ctx, grad, *_):
+    teacher, fake_score, images = _scaled(grad, ctx.saved_tensors)
+    return teacher, fake_score, None, images, None, None, None, None
+
+
+_generator_loss.register_autograd(_generator_loss_backward, setup_context=_loss_context)
+
+
+# ---- fake_score_loss
+
+
+@torch.library.custom_op("sid_fast::fake_score_loss", mutates_args=())
+def _fake_score_loss(
+    fake_score: torch.Tensor,
+    x_t: torch.Tensor,
+    images: torch.Tensor,
+    sigma: torch.Tensor,
+    kept: torch.Tensor,
+    sigma_data: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    arguments = fake_score, x_t, images, sigma, kept, sigma_data
+    if choose(fake_score) == "reference":
+        return fake_score_loss_ref(*arguments)
+    out = _fake_score_loss_like(*arguments)
+    _fake_score_loss_kernel[(len(images),)](*arguments[:5], *out, sigma_data, **_launch(images))
+    return out
+
+
+@_fake_score_loss.register_fake
+def _fake_score_loss_like(fake_score, x_t, images, sigma, kept, sigma_data):
+    sums = (torch.empty_like(sigma) for _ in range(3))
+    return *sums, torch.empty_like(kept), torch.empty_like(fake_score)
+
+
+def fake_score_loss_ref(fake_score, x_t, images, sigma, kept, sigma_data):
+    """fake_score_loss and its gradient in plain PyTorch; float32, or float64 if sigma is."""
+    kept = kept & _finite(fake_score)
+    keep = _per_sample(kept)
+    total = sigma**2 + sigma_data**2
+    weight = total / (sigma * sigma_data) ** 2
+    c_skip = _per_sample(sigma_data**2 / total)
+    c_out = _per_sample(sigma * sigma_data / total.sqrt())
+    e = torch.where(keep, c_skip * x_t + c_out * fake_score - images, 0.0)
+    distance = e.square().sum((1, 2, 3))
+    grad = 2 * _per_sample(weight) * c_out * e
+    return weight * distance, distance, weight, kept, grad.to(fake_score.dtype)
+
+
+def _fake_score_loss_backward(ctx, grad, *_):
+    return *_scaled(grad, ctx.saved_tensors), None, None, None, None, None
+
+
+_fake_score_loss.register_autograd(_fake_score_loss_backward, setup_context=_loss_context)
+
+
+def bytes_moved(elements: int, kernel: str, itemsize: int) -> int:
+    """What a launch over so many elements must read and write; itemsize is that of F's type.
+
+    The second pass over a sample finds it in the cache.
+    """
+    raw, image = {"noised": (1, 3), "generator_loss": (4, 3), "fake_score_loss": (2, 2)}[kernel]
+    return elements * (raw * itemsize + image * 4)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _read(x, offsets, SIZE: tl.constexpr):
+        return tl.load(x + offsets, mask=offsets < SIZE, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def _bad(x):
+        """How many values are not finite."""
+        return (tl.abs(x) < float("inf")).to(tl.int32) ^ 1
+
+    @triton.jit
+    def _noised_kernel(
+        images, sigma, noise, known, x_t, network_input, sigma_out, c_noise, kept_out, sigma_data,
+        SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        n = tl.program_id(0).to(tl.int64)
+        at = n * SIZE
+        s = tl.load(sigma + n)
+        bad = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, SIZE, BLOCK):
+            offsets = start + tl.arange(0, BLOCK)
+            bad += _bad(_read(images + at, offsets, SIZE))
+            bad += _bad(_read(noise + at, offsets, SIZE))
+        kept = (tl.sum(bad) == 0) & (_bad(s) == 0) & tl.load(known + n)
+        s = tl.where(kept, s, 1.0)
+        c_in = 1 / tl.sqrt_rn(s * s + sigma_data * sigma_data)
+        for start in range(0, SIZE, BLOCK):
+            offsets = start + tl.arange(0, BLOCK)
+            x = _read(images + at, offsets, SIZE) + s * _read(noise + at, offsets, SIZE)
+            x = tl.where(kept, x, 0.0)
+            tl.store(x_t + at + offsets, x, mask=offsets < SIZE)
+            scaled = (c_in * x).to(network_input.dtype.element_ty)
+            tl.store(network_input + at + offsets, scaled, mask=offsets < SIZE)
+        tl.store(sigma_out + n, s)
+        tl.store(c_noise + n, tl.log(s) / 4)
+        tl.store(kept_out + n, kept)
+
+    @triton.jit
+    def _denoised(raw, x_t, c_skip, c_out, offsets, SIZE: tl.constexpr):
+        return c_skip * _read(x_t, offsets, SIZE) + c_out * _read(raw, offsets, SIZE)
+
+    @triton.jit
+    def _store(x, offsets, value, kept, SIZE: tl.constexpr):
+        value = tl.where(kept, value, 0.0).to(x.dtype.element_ty)
+        tl.store(x + offsets, value, mask=offsets < SIZE)
+
+    @triton.jit
+    def _generator_loss_kernel(
+        teacher, fake_score, x_t, images, sigma, known, loss, distance, weight, kept_out,
+        teacher_grad, fake_score_grad, images_grad, alpha, sigma_data,
+        SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        n = tl.program_id(0).to(tl.int64)
+        at = n * SIZE
+        s = tl.load(sigma + n)
+        total = s * s + sigma_data * sigma_data
+        c_skip = sigma_data * sigma_data / total
+        c_out = s * sigma_data / tl.sqrt_rn(total)
+
+        bad = tl.zeros([BLOCK], tl.int32)
+        error = tl.zeros([BLOCK], tl.float32)  # |r − y|
+        product = tl.zeros([BLOCK], tl.float32)  # d·(r − y)
+        square = tl.zeros([BLOCK], tl.float32)  # d²
+        for start in range(0, SIZE, BLOCK):
+            offsets = start + tl.arange(0, BLOCK)
+            r = _denoised(teacher + at, x_t + at, c_skip, c_out, offsets, SIZE)
+            f = _denoised(fake_score + at, x_t + at, c_skip, c_out, offsets, SIZE)
+            e = r - _read(images + at, offsets, SIZE)
+            bad += _bad(r) + _bad(f)
+            error += tl.abs(e)
+            product += (r - f) * e
+            square += (r - f) * (r - f)
+        kept = (tl.sum(bad) == 0) & tl.load(known + n)
+        w = tl.where(kept, tl.maximum(tl.sum(error) / SIZE, 1e-5), 1e-5)
+        squares = tl.sum(square)
+        tl.store(loss + n, tl.where(kept, (tl.sum(product) - alpha * squares) / w, 0.0))
+        tl.store(distance + n, tl.where(kept, squares, 0.0))
+        tl.store(weight + n, w)
+        tl.store(kept_out + n, kept)
+
+        for start in range(0, SIZE, BLOCK):
+            offsets = start + tl.arange(0, BLOCK)
+            r = _denoised(teacher + at, x_t + at, c_skip, c_out, offsets, SIZE)
+            f = _denoised(fake_score + at, x_t + at, c_skip, c_out, offsets, SIZE)
+            d = (r - f) / w
+            e = (r - _read(images + at, offsets, SIZE)) / w
+            _store(teacher_grad + at, offsets, c_out * (e + (1 - 2 * alpha) * d), kept, SIZE)
+            _store(fake_score_grad + at, offsets, c_out * (2 * alpha * d - e), kept, SIZE)
+            # −d/w directly, and c_skip·d/w through x_t in r and in f.
+            _store(images_grad + at, offsets, (c_skip - 1) * d, kept, SIZE)
+
+    @triton.jit
+    def _fake_score_loss_kernel(
+        fake_score, x_t, images, sigma, known, loss, distance, weight, kept_out, fake_score_grad,
+        sigma_data, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        n = tl.program_id(0).to(tl.int64)
+        at = n * SIZE
+        s = tl.load(sigma + n)
+        total = s * s + sigma_data * sigma_data
+        c_skip = sigma_data * sigma_data / total
+        c_out = s * sigma_data / tl.sqrt_rn(total)
+        w = total / (s * sigma_data * (s * sigma_data))
+
+        bad = tl.zeros([BLOCK], tl.int32)
+        square = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, SIZE, BLOCK):
+            offsets = start + tl.arange(0, BLOCK)
+            f = _denoised(fake_score + at, x_t + at, c_skip, c_out, offsets, SIZE)
+            e = f - _read(images + at, offsets, SIZE)
+            bad += _bad(f)
+            square += e * e
+        kept = (tl.sum(bad) == 0) & tl.load(known + n)
+        squares = tl.where(kept, tl.sum(square), 0.0)
+        tl.store(loss + n, w * squares)
+        tl.store(distance + n, squares)
+        tl.store(weight + n, w)
+        tl.store(kept_out + n, kept)
+
+        for start in range(0, SIZE, BLOCK):
+            offsets = start + tl.arange(0, BLOCK)
+            f = _denoised(fake_score + at, x_t + at, c_skip, c_out, offsets, SIZE)
+            e = f - _read(images + at, offsets, SIZE)
+            _store(fake_score_grad + at, offsets, 2 * w * c_out * e, kept, SIZE)
+
+
+def configurations() -> Iterator[tuple]:
+    """(label, kernel, signature, constants, num_warps, num_stages) of all that a run launches."""
+    sums = dict(loss="*fp32", distance="*fp32", weight="*fp32", kept_out="*i1")
+    common = dict(x_t="*fp32", images="*fp32", sigma="*fp32", known="*i1", sigma_data="fp32")
+    for resolution in (32, 64):
+        constants = dict(SIZE=3 * resolution**2, BLOCK=BLOCK)
+        for raw in ("fp32", "bf16", "fp16"):
+            signatures = (
+                ("noised", _noised_kernel, dict(
+                    noise="*fp32", network_input=f"*{raw}", sigma_out="*fp32", c_noise="*fp32",
+                    kept_out="*i1",
+                )),
+                ("generator_loss", _generator_loss_kernel, sums | dict(
+                    teacher=f"*{raw}", fake_score=f"*{raw}", teacher_grad=f"*{raw}",
+                    fake_score_grad=f"*{raw}", images_grad="*fp32", alpha="fp32",
+                )),
+                ("fake_score_loss", _fake_score_loss_kernel, sums | dict(
+                    fake_score=f"*{raw}", fake_score_grad=f"*{raw}",
+                )),
+            )  # fmt: skip
+            for name, kernel, signature in signatures:
+                label = f"{name} {resolution}x{resolution} {raw}"
+                yield label, kernel, common | signature, constants, 8, 1
