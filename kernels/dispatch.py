@@ -10,26 +10,34 @@ _forced: str | None = None
 
 
 def choose(tensor: torch.Tensor, cuda: bool = False) -> str:
-    """The implementation for an operation on `tensor`: PyTorch's own on a CPU, else the fastest.
+    """The implementation for an operation on `tensor`.
 
     cuda: whether there is a CUDA C++ form of the operation, built; Triton stands in for it.
     """
-    name = _forced or ("cuda" if tensor.device.type == "cuda" else "reference")
+    # PyTorch's own wherever nothing else is asked for: the kernels are proven by interpreter and
+    # compiler, and become a GPU's default with their figures measured on one.
+    name = _forced or "reference"
     return "triton" if name == "cuda" and not cuda else name
+
+
+def force(name: str | None) -> None:
+    """Run one implementation from here on, wherever the tensors are; None: as `choose` says.
+
+    Triton on a CPU needs TRITON_INTERPRET=1 in the environment before triton is imported; CUDA
+    on a CPU runs the host build of the same arithmetic. Raises ValueError for an unknown name.
+    """
+    global _forced
+    if name not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"kernels={name!r}: choose from {', '.join(IMPLEMENTATIONS)}")
+    _forced = name
 
 
 @contextlib.contextmanager
 def forced(name: str) -> Iterator[None]:
-    """Run one implementation for the length of the block, wherever the tensors are.
-
-    Triton on a CPU needs TRITON_INTERPRET=1 in the environment before triton is imported; CUDA
-    on a CPU runs the host build of the same arithmetic.
-    """
-    global _forced
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"kernels={name!r}: choose from {', '.join(IMPLEMENTATIONS)}")
-    before, _forced = _forced, name
+    """`force` for the length of the block."""
+    before = _forced
+    force(name)
     try:
         yield
     finally:
-        _forced = before
+        force(before)

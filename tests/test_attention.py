@@ -1,0 +1,168 @@
+"""Attention against float64: dtypes, published and awkward shapes, both layouts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden import relative
+
+from sid_fast import kernels
+from sid_fast.kernels.attention import attention_ref, blocked_order
+from sid_fast.kernels.dispatch import forced
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+
+# images, heads, channels a head, height, width
+SHAPES = [
+    (1, 1, 256, 16, 16),  # DDPM++
+    (2, 1, 256, 8, 8),
+    pytest.param((1, 6, 64, 32, 32), marks=pytest.mark.gpu),  # ADM; minutes on the interpreter
+    (1, 1, 64, 16, 16),
+    (2, 12, 64, 8, 8),
+    (2, 2, 32, 9, 9),
+    (1, 1, 128, 13, 11),
+    (1, 1, 192, 7, 7),  # a head that is no power of two
+    (3, 2, 12, 5, 3),
+    (2, 1, 64, 1, 3),
+]
+
+
+def tensors(shape, dtype, device):
+    """Random qkv and gradient of the output, channels-last."""
+    images, heads, size, height, width = shape
+    torch.manual_seed(0)
+    qkv = torch.randn(images, 3 * heads * size, height, width, dtype=dtype, device=device)
+    grad = torch.randn(images, heads * size, height, width, dtype=dtype, device=device)
+    return (t.contiguous(memory_format=torch.channels_last) for t in (qkv, grad))
+
+
+def differentiate(function, qkv, grad, *arguments):
+    """The output and the gradient of qkv."""
+    qkv = qkv.detach().requires_grad_()
+    out = function(qkv, *arguments)
+    return out.detach(), torch.autograd.grad(out, qkv, grad)[0]
+
+
+def parts(qkv, heads, blocked):
+    """q, k and v, each [N, heads, pixels, channels]."""
+    if blocked:
+        three = qkv.unflatten(1, (3, heads, -1)).unbind(1)
+    else:
+        three = qkv.unflatten(1, (heads, -1, 3)).unbind(3)
+    return [t.flatten(3).transpose(2, 3) for t in three]
+
+
+def check(qkv, grad, heads, blocked):
+    with forced("triton"):
+        out, grad_qkv = differentiate(kernels.attention, qkv, grad, heads, blocked)
+    assert out.dtype == grad_qkv.dtype == qkv.dtype
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    expected = differentiate(attention_ref, qkv.double(), grad.double(), heads, blocked)
+    assert relative(out, expected[0]) <= TOLERANCE[qkv.dtype]
+    found, wanted = (parts(g, heads, blocked) for g in (grad_qkv, expected[1]))
+    for name, a, b in zip("qkv", found, wanted, strict=True):
+        assert relative(a, b) <= TOLERANCE[qkv.dtype], f"gradient of {name}"
+
+
+@pytest.mark.parametrize("blocked", [True, False])
+def test_reference_is_softmax_attention(blocked):
+    qkv, _ = tensors((2, 3, 8, 4, 5), torch.float64, "cpu")
+    q, k, v = parts(qkv, 3, blocked)
+    expected = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(2, 24, 4, 5)
+    assert relative(attention_ref(qkv, 3, blocked), expected) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_float64(shape, dtype, device, poisoned):
+    check(*tensors(shape, dtype, device), heads=shape[1], blocked=True)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 64, 5, 7), (1, 1, 256, 8, 8)], ids=str)
+def test_published_layout_matches_float64(shape, dtype, device, poisoned):
+    check(*tensors(shape, dtype, device), heads=shape[1], blocked=False)
+
+
+@pytest.mark.parametrize("blocked", [True, False])
+def test_any_strides(device, blocked):
+    qkv, grad = tensors((2, 2, 16, 4, 4), torch.float32, device)
+    check(qkv.contiguous(), grad.contiguous(), 2, blocked)
+    check(qkv.repeat(1, 1, 1, 2)[..., ::2], grad.mT, 2, blocked)
+    check(qkv, grad[:1, :1, :1, :1].expand_as(grad), 2, blocked)
+
+
+def test_blocked_order_permutes_a_published_weight(device):
+    qkv, _ = tensors((1, 2, 32, 3, 3), torch.float32, device)
+    order = blocked_order(64, 2).to(device)
+    with forced("triton"):
+        found = kernels.attention(qkv[:, order], 2, blocked=True)
+        assert torch.equal(found, kernels.attention(qkv, 2))
+    assert torch.equal(order[order.argsort()], torch.arange(192, device=device))
+
+
+@pytest.mark.parametrize("logit", [-400.0, 400.0])
+def test_large_logits_neither_overflow_nor_vanish(logit, device):
+    """Every logit is about `logit`; exp of it is not a float32. 81 pixels end inside a block."""
+    qkv, grad = tensors((1, 1, 64, 9, 9), torch.float32, device)
+    qkv = qkv * 0.1
+    qkv[:, :64] += 7.0
+    qkv[:, 64:128] += logit * 8 / 64 / 7.0
+    with forced("triton"):
+        out, grad_qkv = differentiate(kernels.attention, qkv, grad, 1, True)
+    expected = differentiate(attention_ref, qkv.double(), grad.double(), 1, True)
+    assert relative(out, expected[0]) <= 1e-4  # logits of 400 carry an error of 400 · 2⁻²⁴ each
+    assert relative(grad_qkv, expected[1]) <= 1e-4
+
+
+def test_a_nan_stays_in_its_image(device):
+    qkv, grad = tensors((3, 2, 32, 5, 5), torch.float32, device)
+    spoilt = qkv.clone()
+    spoilt[1, 70, 2, 3] = torch.nan
+    with forced("triton"):
+        expected = differentiate(kernels.attention, qkv, grad, 2, True)
+        found = differentiate(kernels.attention, spoilt, grad, 2, True)
+    for a, b in zip(found, expected, strict=True):
+        assert a[1].isnan().any()
+        assert torch.equal(a[[0, 2]], b[[0, 2]])
+
+
+def test_gradients_are_deterministic(device):
+    qkv, grad = tensors((1, 2, 64, 9, 9), torch.bfloat16, device)
+    with forced("triton"):
+        first, second = (differentiate(kernels.attention, qkv, grad, 2, True)[1] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_heads_too_wide_for_the_kernel_run_the_reference(device):
+    qkv, _ = tensors((1, 1, 320, 2, 2), torch.float32, device)
+    with forced("triton"):
+        assert torch.equal(kernels.attention(qkv, 1), attention_ref(qkv, 1))
+
+
+def test_heads_must_divide():
+    with pytest.raises(ValueError, match="96 channels do not divide into 5 heads"):
+        kernels.attention(torch.zeros(1, 96, 2, 2), 5)
+
+
+def test_operators_are_registered_soundly(device):
+    """Schema, fake tensors and autograd agree with what the operators do, NCHW input included."""
+    qkv, grad = tensors((1, 1, 16, 2, 3), torch.float32, device)
+    qkv = qkv.contiguous()
+    forward, backward = torch.ops.sid_fast.attention, torch.ops.sid_fast.attention_backward
+    torch.library.opcheck(backward.default, (grad, qkv, *forward(qkv, 1), 1))
+    torch.library.opcheck(forward.default, (qkv.requires_grad_(), 1))
+
+
+@pytest.mark.parametrize("blocked", [True, False])
+def test_compiles_without_a_graph_break(device, blocked):
+    qkv, grad = tensors((1, 2, 16, 3, 3), torch.float32, device)
+
+    def block(x):
+        return kernels.attention(x * 2, 2, blocked) + 1
+
+    with forced("triton"):
+        expected = differentiate(block, qkv, grad)
+        compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+        found = differentiate(compiled, qkv, grad)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
