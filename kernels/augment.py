@@ -54,7 +54,7 @@ def _augment(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     values = xflip, yflip, scale, rotate, aniso, aniso_rotate, translate
     out = _augment_like(images, *values)
-    if choose(images) == "reference":
+    if choose() == "reference":
         warped, labels = augment_ref(images, dict(zip(PARAMETERS, values, strict=True)))
         out[0].copy_(warped)
         return out[0], labels

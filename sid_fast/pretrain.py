@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from sid_fast import augment
+from sid_fast import augment, kernels
 from sid_fast.config import cli
 from sid_fast.config.settings import PretrainSettings, RunOptions, check, option, part
 from sid_fast.draws import seed_of
@@ -40,6 +40,7 @@ def run(config: PretrainConfig, given: set[str]) -> None:
     if not config.data:
         raise UserError("data is missing: --data images.zip names the images to learn")
     device = parallel.pick_device(config.device)
+    kernels.dispatch.configure(config.kernels, device)
     data = open_dataset(config.data)
     network = NetworkConfig(
         architecture=config.architecture,
@@ -64,7 +65,8 @@ def run(config: PretrainConfig, given: set[str]) -> None:
 
         snapshots = Snapshots(config, trainer, trainer.ema, many_steps, data)
         name = f"teacher-{config.preset or Path(config.data).stem}"
-        headline = f"training a teacher ({network}) on {len(data):,} images, on {device}"
+        where = f"on {device} with {kernels.dispatch.choose()} kernels"
+        headline = f"training a teacher ({network}) on {len(data):,} images, {where}"
         Loop(trainer, config, snapshots, name, headline).run(resume)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 
 import torch
 
+from sid_fast import kernels
 from sid_fast.config import cli
 from sid_fast.config.settings import RunOptions, Settings, check, option, part
 from sid_fast.distiller import Distiller
@@ -43,6 +44,7 @@ def run(config: TrainConfig, given: set[str]) -> None:
             "teacher is missing: --teacher FILE, or --preset NAME with a teacher of its own"
         )
     device = parallel.pick_device(config.device)
+    kernels.dispatch.configure(config.kernels, device)
     data = open_dataset(config.data) if config.data else None
     with parallel.joined(device):
         with parallel.first_alone():  # it may download
@@ -60,7 +62,8 @@ def run(config: TrainConfig, given: set[str]) -> None:
             return heun(teacher, z, labels, config.teacher_steps)
 
         snapshots = Snapshots(config, trainer, trainer.ema, one_step, data, many_steps)
-        headline = f"distilling {config.teacher} ({teacher.config}) on {device}"
+        where = f"on {device} with {kernels.dispatch.choose()} kernels"
+        headline = f"distilling {config.teacher} ({teacher.config}), {where}"
         Loop(trainer, config, snapshots, config.preset or "distil", headline).run(resume)
 
 

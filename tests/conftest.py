@@ -28,12 +28,6 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    """Where kernels are tested: the GPU if there is one, else Triton's interpreter on the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 @pytest.fixture
 def poisoned():
     """Memory that is allocated without being initialised is NaN."""

@@ -29,6 +29,7 @@ def teacher(tmp_path):
         (["--batch-size", "100", "--micro-batch", "32"], ["batch_size=100", "nearest", "96"]),
         (["--teacher", "none.pkl"], ["none.pkl", "cifar10-uncond"]),
         (["--device", "tpu"], ["tpu", "cpu"]),
+        (["--kernels", "apex"], ["apex", "triton", "reference"]),
         (["--augment-p", "0.1", "--data", "none.zip"], ["none.zip"]),
         (["--distance-images", "10"], ["distance_images=10", "--data"]),
         (["--resume", "latest"], ["latest", "no training state"]),

@@ -103,6 +103,9 @@ class RunOptions:
     kimg: float = option(1000.0, "length of the run, thousand images", 0.001)
     seed: int = option(0, "decides every random number of the run", 0, 2**63 - 1)
     device: str = option("auto", "auto, cpu or cuda; auto takes a GPU where there is one")
+    kernels: str = option(
+        "auto", "auto, reference (PyTorch), triton or cuda; auto is what is proven on the device"
+    )
     log_every: int = option(50, "steps from one log line to the next", 1)
     snapshot_every: float = option(
         500.0, "kimg from one snapshot and sample grid to the next", 0.001
