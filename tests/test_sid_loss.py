@@ -157,7 +157,8 @@ def test_a_bad_sample_leaves_the_others_to_the_bit(device, implementation, shape
         kept[1] = False
     else:
         i = ("y", "sigma", "noise", "teacher", "fake_score").index(spoil)
-        arguments[i][(1, *[-1] * (arguments[i].dim() - 1))] = value  # in the last block
+        at = 0 if value == -torch.inf else -1  # in the first block or the last
+        arguments[i][(1, *[at] * (arguments[i].dim() - 1))] = value
     noised, found, grads, fake, fake_grad = spoiled = run(*arguments, kept)
 
     others = torch.tensor([0, 2], device=device)
