@@ -1,0 +1,15 @@
+"""Triton, or a stand-in with which the kernels' modules import where it is not built."""
+
+try:
+    import triton
+    import triton.language as tl
+
+    INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1
+except ImportError:
+    from types import SimpleNamespace
+
+    triton = SimpleNamespace(jit=lambda function: function)
+    tl = SimpleNamespace(constexpr=None)
+    INTERPRETED = False
+
+__all__ = ["INTERPRETED", "tl", "triton"]
