@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+if not torch.cuda.is_available():  # Triton kernels run in its interpreter; it reads this once
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from sid_fast.config import cli
 
 SHARED = Path(os.environ.get("SID_FAST_SHARED", Path(__file__).parents[2] / "shared"))
@@ -23,6 +26,20 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that is allocated without being initialised is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels are tested: the GPU if there is one, else Triton's interpreter on the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture
