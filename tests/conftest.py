@@ -42,26 +42,12 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture
-def poisoned():
-    """Memory that is allocated without being initialised is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Folder of numbers recorded from the published implementation."""
     if not (SHARED / "golden").is_dir():
         pytest.skip("no golden data; set SID_FAST_SHARED to the folder that holds golden/")
     return SHARED / "golden"
-
-
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    """Where kernels are tested: on a GPU, or under Triton's interpreter without one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture

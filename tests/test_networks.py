@@ -8,6 +8,7 @@ from golden import NETWORKS, TOLERANCE, check_gradients, read, relative
 
 import sid_fast
 from sid_fast.errors import UserError
+from sid_fast.kernels import dispatch
 from sid_fast.networks import EDMNetwork, NetworkConfig
 
 
@@ -20,6 +21,21 @@ def test_forward_and_gradients_match_golden(golden, name):
     assert found.dtype == torch.float32
     assert relative(found, data["D"]) <= TOLERANCE
     (found * data["cotangent"]).sum().backward()
+    assert relative(x.grad, data["grad_x"]) <= TOLERANCE
+    check_gradients(net, data, "grad")
+
+
+@pytest.mark.parametrize("name", ["ddpmpp_uncond", "adm_cond"])
+def test_the_kernels_match_golden(golden, name):
+    """The same with every Triton kernel in place: interpreted, or on the GPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    net = sid_fast.load_network(golden / f"{name}.pkl").requires_grad_(True).to(device)
+    data = {k: v.to(device) for k, v in read(golden / f"{name}.forward.npz").items()}
+    x = data["x"].requires_grad_(True)
+    with dispatch.forced("triton"):
+        found = net(x, data["sigma"], data.get("class_labels"), data.get("augment_labels"))
+        assert relative(found, data["D"]) <= TOLERANCE
+        (found * data["cotangent"]).sum().backward()
     assert relative(x.grad, data["grad_x"]) <= TOLERANCE
     check_gradients(net, data, "grad")
 
