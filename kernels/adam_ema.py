@@ -13,13 +13,8 @@ from pathlib import Path
 
 import torch
 
+from sid_fast.kernels._triton import tl, triton
 from sid_fast.kernels.dispatch import choose
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # no Triton on this platform: the reference runs
-    triton = None
 
 CHUNK = 1024
 # Columns of a row: addresses of the chunk in params, grads, exp_avg, exp_avg_sq and ema (0 where
@@ -269,99 +264,100 @@ def library() -> ctypes.CDLL | None:
     return load(path) if path else None
 
 
-if triton is not None:
+@triton.jit
+def _coefficients(step, lr, ema_beta, BETA1: tl.constexpr, BETA2: tl.constexpr):
+    """lr/(1 − β1ᵗ), √(1 − β2ᵗ) and 1 − β of the average, in float64 until they are small."""
+    t = tl.load(step)
+    rate = tl.load(lr)
+    if BETA1 > 0:
+        rate = rate / (1 - tl.exp(t * tl.log(tl.full((), BETA1, tl.float64))))
+    correction2 = 1 - tl.exp(t * tl.log(tl.full((), BETA2, tl.float64)))
+    share = 1 - tl.load(ema_beta)
+    return rate.to(tl.float32), tl.sqrt(correction2.to(tl.float32)), share.to(tl.float32)
 
-    @triton.jit
-    def _coefficients(step, lr, ema_beta, BETA1: tl.constexpr, BETA2: tl.constexpr):
-        """lr/(1 − β1ᵗ), √(1 − β2ᵗ) and 1 − β of the average, in float64 until they are small."""
-        t = tl.load(step)
-        rate = tl.load(lr)
-        if BETA1 > 0:
-            rate = rate / (1 - tl.exp(t * tl.log(tl.full((), BETA1, tl.float64))))
-        correction2 = 1 - tl.exp(t * tl.log(tl.full((), BETA2, tl.float64)))
-        share = 1 - tl.load(ema_beta)
-        return rate.to(tl.float32), tl.sqrt(correction2.to(tl.float32)), share.to(tl.float32)
 
-    @triton.jit
-    def _numbers(row, column: tl.constexpr, offsets, FULL: tl.constexpr):
-        """Pointers to the chunk's numbers in one list; a full one allows 16-byte accesses."""
-        numbers = tl.load(row + column).to(tl.pointer_type(tl.float32)) + offsets
-        return tl.multiple_of(numbers, [16]) if FULL else numbers
+@triton.jit
+def _numbers(row, column: tl.constexpr, offsets, FULL: tl.constexpr):
+    """Pointers to the chunk's numbers in one list; a full one allows 16-byte accesses."""
+    numbers = tl.load(row + column).to(tl.pointer_type(tl.float32)) + offsets
+    return tl.multiple_of(numbers, [16]) if FULL else numbers
 
-    @triton.jit
-    def _chunk(
-        row, nonfinite, on, rate, root2, share,
-        BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, MOMENT: tl.constexpr,
-        EMA: tl.constexpr, SHADOW: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
-    ):  # fmt: skip
-        offsets = tl.arange(0, CHUNK)
-        count = tl.load(row + 6).to(tl.int32)
-        inside = offsets < (CHUNK if FULL else count)
-        grads = _numbers(row, 1, offsets, FULL)
-        g = tl.load(grads, mask=inside, other=0.0)
-        finite = tl.abs(g) < float("inf")
-        g = tl.where(finite, g, tl.where(g > 0, 1e5, tl.where(g < 0, -1e5, 0.0)))
-        bad = CHUNK - tl.sum(finite.to(tl.int32))
-        if bad > 0:  # a clean gradient is not written
-            tl.store(grads, g, mask=inside & (finite == 0))
-            tl.atomic_add(nonfinite, bad.to(tl.int64), sem="relaxed")
 
-        if on:
-            params = _numbers(row, 0, offsets, FULL)
-            squares = _numbers(row, 3, offsets, FULL)
-            p = tl.load(params, mask=inside)
-            v = tl.load(squares, mask=inside)
-            first = g
-            if MOMENT:
-                moments = _numbers(row, 2, offsets, FULL)
-                first = tl.load(moments, mask=inside) * BETA1 + g * (1 - BETA1)
-                tl.store(moments, first, mask=inside)
-            if EMA:
-                averages = _numbers(row, 4, offsets, FULL)
-                average = tl.load(averages, mask=inside)
-            v = v * BETA2 + g * g * (1 - BETA2)
-            p -= rate * (first / (tl.sqrt(v) / root2 + EPS))
-            tl.store(squares, v, mask=inside)
-            tl.store(params, p, mask=inside)
-            if EMA:
-                tl.store(averages, average + (p - average) * share, mask=inside)
-            if SHADOW != 0:
-                dtype: tl.constexpr = tl.bfloat16 if SHADOW == 1 else tl.float16
-                start = tl.load(row + 7).to(tl.int32)
-                copy = tl.load(row + 5).to(tl.pointer_type(dtype))
-                taps = tl.load(row + 9).to(tl.int32)
-                if taps == 1:
-                    copies = copy + start + offsets
-                    copies = tl.multiple_of(copies, [16]) if FULL else copies
-                    tl.store(copies, p.to(dtype), mask=inside)
-                else:  # [o, i, tap] to [o, tap, i]
-                    inner = tl.load(row + 8).to(tl.int32)
-                    at = start + offsets
-                    channel = at // taps
-                    outer = channel // inner
-                    at = (outer * taps + at % taps) * inner + channel % inner
-                    tl.store(copy + at, p.to(dtype), mask=inside)
+@triton.jit
+def _chunk(
+    row, nonfinite, on, rate, root2, share,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, MOMENT: tl.constexpr,
+    EMA: tl.constexpr, SHADOW: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    offsets = tl.arange(0, CHUNK)
+    count = tl.load(row + 6).to(tl.int32)
+    inside = offsets < (CHUNK if FULL else count)
+    grads = _numbers(row, 1, offsets, FULL)
+    g = tl.load(grads, mask=inside, other=0.0)
+    finite = tl.abs(g) < float("inf")
+    g = tl.where(finite, g, tl.where(g > 0, 1e5, tl.where(g < 0, -1e5, 0.0)))
+    bad = CHUNK - tl.sum(finite.to(tl.int32))
+    if bad > 0:  # a clean gradient is not written
+        tl.store(grads, g, mask=inside & (finite == 0))
+        tl.atomic_add(nonfinite, bad.to(tl.int64), sem="relaxed")
 
-    @triton.jit
-    def _adam_ema_kernel(
-        table, step, apply, lr, ema_beta, nonfinite, rows,
-        BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, MOMENT: tl.constexpr,
-        EMA: tl.constexpr, SHADOW: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
-    ):  # fmt: skip
-        on = tl.load(apply)
-        rate, root2, share = _coefficients(step, lr, ema_beta, BETA1, BETA2)
-        for r in range(tl.program_id(0), rows, tl.num_programs(0)):
-            row = table + r * COLUMNS
-            if tl.load(row + 10) != 0:
-                _chunk(
-                    row, nonfinite, on, rate, root2, share,
-                    BETA1, BETA2, EPS, MOMENT, EMA, SHADOW, CHUNK, True,
-                )  # fmt: skip
-            else:
-                _chunk(
-                    row, nonfinite, on, rate, root2, share,
-                    BETA1, BETA2, EPS, MOMENT, EMA, SHADOW, CHUNK, False,
-                )  # fmt: skip
+    if on:
+        params = _numbers(row, 0, offsets, FULL)
+        squares = _numbers(row, 3, offsets, FULL)
+        p = tl.load(params, mask=inside)
+        v = tl.load(squares, mask=inside)
+        first = g
+        if MOMENT:
+            moments = _numbers(row, 2, offsets, FULL)
+            first = tl.load(moments, mask=inside) * BETA1 + g * (1 - BETA1)
+            tl.store(moments, first, mask=inside)
+        if EMA:
+            averages = _numbers(row, 4, offsets, FULL)
+            average = tl.load(averages, mask=inside)
+        v = v * BETA2 + g * g * (1 - BETA2)
+        p -= rate * (first / (tl.sqrt(v) / root2 + EPS))
+        tl.store(squares, v, mask=inside)
+        tl.store(params, p, mask=inside)
+        if EMA:
+            tl.store(averages, average + (p - average) * share, mask=inside)
+        if SHADOW != 0:
+            dtype: tl.constexpr = tl.bfloat16 if SHADOW == 1 else tl.float16
+            start = tl.load(row + 7).to(tl.int32)
+            copy = tl.load(row + 5).to(tl.pointer_type(dtype))
+            taps = tl.load(row + 9).to(tl.int32)
+            if taps == 1:
+                copies = copy + start + offsets
+                copies = tl.multiple_of(copies, [16]) if FULL else copies
+                tl.store(copies, p.to(dtype), mask=inside)
+            else:  # [o, i, tap] to [o, tap, i]
+                inner = tl.load(row + 8).to(tl.int32)
+                at = start + offsets
+                channel = at // taps
+                outer = channel // inner
+                at = (outer * taps + at % taps) * inner + channel % inner
+                tl.store(copy + at, p.to(dtype), mask=inside)
+
+
+@triton.jit
+def _adam_ema_kernel(
+    table, step, apply, lr, ema_beta, nonfinite, rows,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, MOMENT: tl.constexpr,
+    EMA: tl.constexpr, SHADOW: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    on = tl.load(apply)
+    rate, root2, share = _coefficients(step, lr, ema_beta, BETA1, BETA2)
+    for r in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = table + r * COLUMNS
+        if tl.load(row + 10) != 0:
+            _chunk(
+                row, nonfinite, on, rate, root2, share,
+                BETA1, BETA2, EPS, MOMENT, EMA, SHADOW, CHUNK, True,
+            )  # fmt: skip
+        else:
+            _chunk(
+                row, nonfinite, on, rate, root2, share,
+                BETA1, BETA2, EPS, MOMENT, EMA, SHADOW, CHUNK, False,
+            )  # fmt: skip
 
 
 def configurations() -> Iterator[tuple]:

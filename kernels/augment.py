@@ -12,13 +12,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from sid_fast.kernels._triton import tl, triton
 from sid_fast.kernels.dispatch import choose
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # no Triton on this platform: the reference runs
-    triton = None
 
 BLOCK = 16
 # Decomposition low-pass of the sym6 wavelet.
@@ -187,107 +182,107 @@ def _taps(device: torch.device) -> torch.Tensor:
     return torch.tensor([0.0, *SYM6, 0.0, 0.0], device=device)
 
 
-if triton is not None:
+@triton.jit
+def _neighbour(taps, v, k, flip, SIZE: tl.constexpr):
+    """The k-th pixel near v, a place among doubled pixels: where it is and what it weighs.
 
-    @triton.jit
-    def _neighbour(taps, v, k, flip, SIZE: tl.constexpr):
-        """The k-th pixel near v, a place among doubled pixels: where it is and what it weighs.
+    Pixels are those of the image reflected at both ends, 3·SIZE − 2 of them. Doubled pixel u
+    is Σ taps[5 + u − 2m]·pixel m; v lies between two of them, which 7 pixels reach.
+    """
+    low = tl.floor(v)
+    u = low.to(tl.int32)
+    m = (u >> 1) - 3 + k
+    tap = taps + (12 + (u & 1) - 2 * k)  # the tensor has a zero before the first tap
+    below, above = tl.load(tap, mask=k < 7, other=0.0), tl.load(tap + 1, mask=k < 7, other=0.0)
+    end: tl.constexpr = 2 * (3 * SIZE - 2)
+    below = tl.where((u >= 0) & (u < end), below * (1 - (v - low)), 0.0)
+    above = tl.where((u >= -1) & (u < end - 1), above * (v - low), 0.0)
+    weight = tl.where((m >= 0) & (2 * m < end), below + above, 0.0)
+    pixel = tl.abs(m - (SIZE - 1))
+    pixel = tl.where(pixel > SIZE - 1, 2 * (SIZE - 1) - pixel, pixel)
+    pixel = tl.minimum(tl.maximum(pixel, 0), SIZE - 1)
+    return tl.where(flip != 0, SIZE - 1 - pixel, pixel), weight
 
-        Pixels are those of the image reflected at both ends, 3·SIZE − 2 of them. Doubled pixel u
-        is Σ taps[5 + u − 2m]·pixel m; v lies between two of them, which 7 pixels reach.
-        """
-        low = tl.floor(v)
-        u = low.to(tl.int32)
-        m = (u >> 1) - 3 + k
-        tap = taps + (12 + (u & 1) - 2 * k)  # the tensor has a zero before the first tap
-        below, above = tl.load(tap, mask=k < 7, other=0.0), tl.load(tap + 1, mask=k < 7, other=0.0)
-        end: tl.constexpr = 2 * (3 * SIZE - 2)
-        below = tl.where((u >= 0) & (u < end), below * (1 - (v - low)), 0.0)
-        above = tl.where((u >= -1) & (u < end - 1), above * (v - low), 0.0)
-        weight = tl.where((m >= 0) & (2 * m < end), below + above, 0.0)
-        pixel = tl.abs(m - (SIZE - 1))
-        pixel = tl.where(pixel > SIZE - 1, 2 * (SIZE - 1) - pixel, pixel)
-        pixel = tl.minimum(tl.maximum(pixel, 0), SIZE - 1)
-        return tl.where(flip != 0, SIZE - 1 - pixel, pixel), weight
 
-    @triton.jit
-    def _halving(taps, at, to):
-        """Entries of the matrix that filters and halves the canvas, and crops it."""
-        tap = at - 2 * to
-        return tl.load(taps + tap, mask=(tap >= 0) & (tap <= 12), other=0.0)
+@triton.jit
+def _halving(taps, at, to):
+    """Entries of the matrix that filters and halves the canvas, and crops it."""
+    tap = at - 2 * to
+    return tl.load(taps + tap, mask=(tap >= 0) & (tap <= 12), other=0.0)
 
-    @triton.jit
-    def _augment_kernel(
-        images, stride_n, stride_c, stride_h, stride_w, xflip, yflip, scale, rotate, aniso,
-        aniso_rotate, translate, warped, labels, taps, samples,
-        CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-        COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        n = tl.program_id(0).to(tl.int64)
-        c = tl.program_id(1)
-        flip_x, flip_y = tl.load(xflip + n).to(tl.int32), tl.load(yflip + n).to(tl.int32)
-        zoom = tl.load(scale + n).to(tl.float32)
-        angle = tl.load(rotate + n).to(tl.float32)
-        stretch = tl.load(aniso + n).to(tl.float32)
-        frame = tl.load(aniso_rotate + n).to(tl.float32)
-        move_x = tl.load(translate + n).to(tl.float32)
-        move_y = tl.load(translate + samples + n).to(tl.float32)
-        cos, sin = tl.cos(angle), tl.sin(angle)
-        cos_frame, sin_frame = tl.cos(frame), tl.sin(frame)
-        if c == 0:
-            labels += n * 9
-            tl.store(labels, flip_x.to(tl.float32))
-            tl.store(labels + 1, flip_y.to(tl.float32))
-            tl.store(labels + 2, zoom)
-            tl.store(labels + 3, cos - 1)
-            tl.store(labels + 4, sin)
-            tl.store(labels + 5, stretch * cos_frame)
-            tl.store(labels + 6, stretch * sin_frame)
-            tl.store(labels + 7, move_x)
-            tl.store(labels + 8, move_y)
 
-        # S(1/s₀)·R(w)·R(−r)·S(1/s, s)·R(r) = [[xx, xy], [yx, yy]]
-        shrink = tl.exp2(-0.2 * zoom)
-        along, across = tl.exp2(-0.2 * stretch), tl.exp2(0.2 * stretch)
-        k_xx = along * cos_frame * cos_frame + across * sin_frame * sin_frame
-        k_yy = along * sin_frame * sin_frame + across * cos_frame * cos_frame
-        k_xy = (across - along) * cos_frame * sin_frame
-        xx, xy = shrink * (cos * k_xx - sin * k_xy), shrink * (cos * k_xy - sin * k_yy)
-        yx, yy = shrink * (sin * k_xx + cos * k_xy), shrink * (sin * k_xy + cos * k_yy)
-        move_x *= -0.125 * WIDTH
-        move_y *= -0.125 * HEIGHT
-        # In doubled pixels, from the canvas' corner to that of the reflected image.
-        shift_x = 2 * (xx * move_x + xy * move_y) + (3 * WIDTH - 2) - 1
-        shift_y = 2 * (yx * move_x + yy * move_y) + (3 * HEIGHT - 2) - 1
+@triton.jit
+def _augment_kernel(
+    images, stride_n, stride_c, stride_h, stride_w, xflip, yflip, scale, rotate, aniso,
+    aniso_rotate, translate, warped, labels, taps, samples,
+    CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1)
+    flip_x, flip_y = tl.load(xflip + n).to(tl.int32), tl.load(yflip + n).to(tl.int32)
+    zoom = tl.load(scale + n).to(tl.float32)
+    angle = tl.load(rotate + n).to(tl.float32)
+    stretch = tl.load(aniso + n).to(tl.float32)
+    frame = tl.load(aniso_rotate + n).to(tl.float32)
+    move_x = tl.load(translate + n).to(tl.float32)
+    move_y = tl.load(translate + samples + n).to(tl.float32)
+    cos, sin = tl.cos(angle), tl.sin(angle)
+    cos_frame, sin_frame = tl.cos(frame), tl.sin(frame)
+    if c == 0:
+        labels += n * 9
+        tl.store(labels, flip_x.to(tl.float32))
+        tl.store(labels + 1, flip_y.to(tl.float32))
+        tl.store(labels + 2, zoom)
+        tl.store(labels + 3, cos - 1)
+        tl.store(labels + 4, sin)
+        tl.store(labels + 5, stretch * cos_frame)
+        tl.store(labels + 6, stretch * sin_frame)
+        tl.store(labels + 7, move_x)
+        tl.store(labels + 8, move_y)
 
-        image = images + n * stride_n + c * stride_c
-        block = tl.arange(0, BLOCK)
-        place = tl.arange(0, BLOCK * BLOCK)
-        eight = tl.arange(0, 8)[None, :]
-        rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-        out = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for top in range(0, 2 * (HEIGHT + 6), BLOCK):
-            y = (top + place // BLOCK + 1 - (HEIGHT + 6)).to(tl.float32)
-            halved = tl.zeros([BLOCK, COLUMNS], tl.float32)
-            for left in range(0, 2 * (WIDTH + 6), BLOCK):
-                x = (left + place % BLOCK + 1 - (WIDTH + 6)).to(tl.float32)
-                u = xx * x + xy * y + shift_x
-                v = yx * x + yy * y + shift_y
-                column, weight = _neighbour(taps, u[:, None], eight, flip_x, WIDTH)
-                canvas = tl.zeros([BLOCK * BLOCK], tl.float32)
-                for k in range(7):
-                    row, row_weight = _neighbour(taps, v, k, flip_y, HEIGHT)
-                    pixels = tl.load(image + row[:, None] * stride_h + column * stride_w)
-                    canvas += row_weight * tl.sum(weight * pixels.to(tl.float32), axis=1)
-                canvas = canvas.reshape(BLOCK, BLOCK)
-                across_x = _halving(taps, (left + block)[:, None], columns[None, :])
-                halved = tl.dot(canvas, across_x, halved, input_precision="ieee")
-            down_y = _halving(taps, (top + block)[None, :], rows[:, None])
-            out = tl.dot(down_y, halved, out, input_precision="ieee")
-        at = (rows[:, None] * WIDTH + columns[None, :]) * CHANNELS + c
-        at += n * (HEIGHT * WIDTH * CHANNELS)
-        inside = (rows < HEIGHT)[:, None] & (columns < WIDTH)[None, :]
-        tl.store(warped + at, out.to(warped.dtype.element_ty), mask=inside)
+    # S(1/s₀)·R(w)·R(−r)·S(1/s, s)·R(r) = [[xx, xy], [yx, yy]]
+    shrink = tl.exp2(-0.2 * zoom)
+    along, across = tl.exp2(-0.2 * stretch), tl.exp2(0.2 * stretch)
+    k_xx = along * cos_frame * cos_frame + across * sin_frame * sin_frame
+    k_yy = along * sin_frame * sin_frame + across * cos_frame * cos_frame
+    k_xy = (across - along) * cos_frame * sin_frame
+    xx, xy = shrink * (cos * k_xx - sin * k_xy), shrink * (cos * k_xy - sin * k_yy)
+    yx, yy = shrink * (sin * k_xx + cos * k_xy), shrink * (sin * k_xy + cos * k_yy)
+    move_x *= -0.125 * WIDTH
+    move_y *= -0.125 * HEIGHT
+    # In doubled pixels, from the canvas' corner to that of the reflected image.
+    shift_x = 2 * (xx * move_x + xy * move_y) + (3 * WIDTH - 2) - 1
+    shift_y = 2 * (yx * move_x + yy * move_y) + (3 * HEIGHT - 2) - 1
+
+    image = images + n * stride_n + c * stride_c
+    block = tl.arange(0, BLOCK)
+    place = tl.arange(0, BLOCK * BLOCK)
+    eight = tl.arange(0, 8)[None, :]
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    out = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for top in range(0, 2 * (HEIGHT + 6), BLOCK):
+        y = (top + place // BLOCK + 1 - (HEIGHT + 6)).to(tl.float32)
+        halved = tl.zeros([BLOCK, COLUMNS], tl.float32)
+        for left in range(0, 2 * (WIDTH + 6), BLOCK):
+            x = (left + place % BLOCK + 1 - (WIDTH + 6)).to(tl.float32)
+            u = xx * x + xy * y + shift_x
+            v = yx * x + yy * y + shift_y
+            column, weight = _neighbour(taps, u[:, None], eight, flip_x, WIDTH)
+            canvas = tl.zeros([BLOCK * BLOCK], tl.float32)
+            for k in range(7):
+                row, row_weight = _neighbour(taps, v, k, flip_y, HEIGHT)
+                pixels = tl.load(image + row[:, None] * stride_h + column * stride_w)
+                canvas += row_weight * tl.sum(weight * pixels.to(tl.float32), axis=1)
+            canvas = canvas.reshape(BLOCK, BLOCK)
+            across_x = _halving(taps, (left + block)[:, None], columns[None, :])
+            halved = tl.dot(canvas, across_x, halved, input_precision="ieee")
+        down_y = _halving(taps, (top + block)[None, :], rows[:, None])
+        out = tl.dot(down_y, halved, out, input_precision="ieee")
+    at = (rows[:, None] * WIDTH + columns[None, :]) * CHANNELS + c
+    at += n * (HEIGHT * WIDTH * CHANNELS)
+    inside = (rows < HEIGHT)[:, None] & (columns < WIDTH)[None, :]
+    tl.store(warped + at, out.to(warped.dtype.element_ty), mask=inside)
 
 
 def configurations() -> Iterator[tuple]:

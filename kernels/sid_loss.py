@@ -12,13 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from sid_fast.kernels._triton import tl, triton
 from sid_fast.kernels.dispatch import choose
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # no Triton on this platform: the reference runs
-    triton = None
 
 BLOCK = 2048
 
@@ -312,131 +307,135 @@ def bytes_moved(elements: int, kernel: str, itemsize: int) -> int:
     return elements * (raw * itemsize + image * 4)
 
 
-if triton is not None:
+@triton.jit
+def _read(x, offsets, SIZE: tl.constexpr):
+    return tl.load(x + offsets, mask=offsets < SIZE, other=0.0).to(tl.float32)
 
-    @triton.jit
-    def _read(x, offsets, SIZE: tl.constexpr):
-        return tl.load(x + offsets, mask=offsets < SIZE, other=0.0).to(tl.float32)
 
-    @triton.jit
-    def _bad(x):
-        """How many values are not finite."""
-        return (tl.abs(x) < float("inf")).to(tl.int32) ^ 1
+@triton.jit
+def _bad(x):
+    """How many values are not finite."""
+    return (tl.abs(x) < float("inf")).to(tl.int32) ^ 1
 
-    @triton.jit
-    def _noised_kernel(
-        images, sigma, noise, known, x_t, network_input, sigma_out, c_noise, kept_out, sigma_data,
-        SIZE: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        n = tl.program_id(0).to(tl.int64)
-        at = n * SIZE
-        s = tl.load(sigma + n)
-        bad = tl.zeros([BLOCK], tl.int32)
-        for start in range(0, SIZE, BLOCK):
-            offsets = start + tl.arange(0, BLOCK)
-            bad += _bad(_read(images + at, offsets, SIZE))
-            bad += _bad(_read(noise + at, offsets, SIZE))
-        kept = (tl.sum(bad) == 0) & (_bad(s) == 0) & tl.load(known + n)
-        s = tl.where(kept, s, 1.0)
-        c_in = 1 / tl.sqrt_rn(s * s + sigma_data * sigma_data)
-        for start in range(0, SIZE, BLOCK):
-            offsets = start + tl.arange(0, BLOCK)
-            x = _read(images + at, offsets, SIZE) + s * _read(noise + at, offsets, SIZE)
-            x = tl.where(kept, x, 0.0)
-            tl.store(x_t + at + offsets, x, mask=offsets < SIZE)
-            scaled = (c_in * x).to(network_input.dtype.element_ty)
-            tl.store(network_input + at + offsets, scaled, mask=offsets < SIZE)
-        tl.store(sigma_out + n, s)
-        tl.store(c_noise + n, tl.log(s) / 4)
-        tl.store(kept_out + n, kept)
 
-    @triton.jit
-    def _denoised(raw, x_t, c_skip, c_out, offsets, SIZE: tl.constexpr):
-        return c_skip * _read(x_t, offsets, SIZE) + c_out * _read(raw, offsets, SIZE)
+@triton.jit
+def _noised_kernel(
+    images, sigma, noise, known, x_t, network_input, sigma_out, c_noise, kept_out, sigma_data,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    at = n * SIZE
+    s = tl.load(sigma + n)
+    bad = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, SIZE, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        bad += _bad(_read(images + at, offsets, SIZE))
+        bad += _bad(_read(noise + at, offsets, SIZE))
+    kept = (tl.sum(bad) == 0) & (_bad(s) == 0) & tl.load(known + n)
+    s = tl.where(kept, s, 1.0)
+    c_in = 1 / tl.sqrt_rn(s * s + sigma_data * sigma_data)
+    for start in range(0, SIZE, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        x = _read(images + at, offsets, SIZE) + s * _read(noise + at, offsets, SIZE)
+        x = tl.where(kept, x, 0.0)
+        tl.store(x_t + at + offsets, x, mask=offsets < SIZE)
+        scaled = (c_in * x).to(network_input.dtype.element_ty)
+        tl.store(network_input + at + offsets, scaled, mask=offsets < SIZE)
+    tl.store(sigma_out + n, s)
+    tl.store(c_noise + n, tl.log(s) / 4)
+    tl.store(kept_out + n, kept)
 
-    @triton.jit
-    def _store(x, offsets, value, kept, SIZE: tl.constexpr):
-        value = tl.where(kept, value, 0.0).to(x.dtype.element_ty)
-        tl.store(x + offsets, value, mask=offsets < SIZE)
 
-    @triton.jit
-    def _generator_loss_kernel(
-        teacher, fake_score, x_t, images, sigma, known, loss, distance, weight, kept_out,
-        teacher_grad, fake_score_grad, images_grad, alpha, sigma_data,
-        SIZE: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        n = tl.program_id(0).to(tl.int64)
-        at = n * SIZE
-        s = tl.load(sigma + n)
-        total = s * s + sigma_data * sigma_data
-        c_skip = sigma_data * sigma_data / total
-        c_out = s * sigma_data / tl.sqrt_rn(total)
+@triton.jit
+def _denoised(raw, x_t, c_skip, c_out, offsets, SIZE: tl.constexpr):
+    return c_skip * _read(x_t, offsets, SIZE) + c_out * _read(raw, offsets, SIZE)
 
-        bad = tl.zeros([BLOCK], tl.int32)
-        error = tl.zeros([BLOCK], tl.float32)  # |r − y|
-        product = tl.zeros([BLOCK], tl.float32)  # d·(r − y)
-        square = tl.zeros([BLOCK], tl.float32)  # d²
-        for start in range(0, SIZE, BLOCK):
-            offsets = start + tl.arange(0, BLOCK)
-            r = _denoised(teacher + at, x_t + at, c_skip, c_out, offsets, SIZE)
-            f = _denoised(fake_score + at, x_t + at, c_skip, c_out, offsets, SIZE)
-            e = r - _read(images + at, offsets, SIZE)
-            bad += _bad(r) + _bad(f)
-            error += tl.abs(e)
-            product += (r - f) * e
-            square += (r - f) * (r - f)
-        kept = (tl.sum(bad) == 0) & tl.load(known + n)
-        w = tl.where(kept, tl.maximum(tl.sum(error) / SIZE, 1e-5), 1e-5)
-        squares = tl.sum(square)
-        tl.store(loss + n, tl.where(kept, (tl.sum(product) - alpha * squares) / w, 0.0))
-        tl.store(distance + n, tl.where(kept, squares, 0.0))
-        tl.store(weight + n, w)
-        tl.store(kept_out + n, kept)
 
-        for start in range(0, SIZE, BLOCK):
-            offsets = start + tl.arange(0, BLOCK)
-            r = _denoised(teacher + at, x_t + at, c_skip, c_out, offsets, SIZE)
-            f = _denoised(fake_score + at, x_t + at, c_skip, c_out, offsets, SIZE)
-            d = (r - f) / w
-            e = (r - _read(images + at, offsets, SIZE)) / w
-            _store(teacher_grad + at, offsets, c_out * (e + (1 - 2 * alpha) * d), kept, SIZE)
-            _store(fake_score_grad + at, offsets, c_out * (2 * alpha * d - e), kept, SIZE)
-            # −d/w directly, and c_skip·d/w through x_t in r and in f.
-            _store(images_grad + at, offsets, (c_skip - 1) * d, kept, SIZE)
+@triton.jit
+def _store(x, offsets, value, kept, SIZE: tl.constexpr):
+    value = tl.where(kept, value, 0.0).to(x.dtype.element_ty)
+    tl.store(x + offsets, value, mask=offsets < SIZE)
 
-    @triton.jit
-    def _fake_score_loss_kernel(
-        fake_score, x_t, images, sigma, known, loss, distance, weight, kept_out, fake_score_grad,
-        sigma_data, SIZE: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        n = tl.program_id(0).to(tl.int64)
-        at = n * SIZE
-        s = tl.load(sigma + n)
-        total = s * s + sigma_data * sigma_data
-        c_skip = sigma_data * sigma_data / total
-        c_out = s * sigma_data / tl.sqrt_rn(total)
-        w = total / (s * sigma_data * (s * sigma_data))
 
-        bad = tl.zeros([BLOCK], tl.int32)
-        square = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, SIZE, BLOCK):
-            offsets = start + tl.arange(0, BLOCK)
-            f = _denoised(fake_score + at, x_t + at, c_skip, c_out, offsets, SIZE)
-            e = f - _read(images + at, offsets, SIZE)
-            bad += _bad(f)
-            square += e * e
-        kept = (tl.sum(bad) == 0) & tl.load(known + n)
-        squares = tl.where(kept, tl.sum(square), 0.0)
-        tl.store(loss + n, w * squares)
-        tl.store(distance + n, squares)
-        tl.store(weight + n, w)
-        tl.store(kept_out + n, kept)
+@triton.jit
+def _generator_loss_kernel(
+    teacher, fake_score, x_t, images, sigma, known, loss, distance, weight, kept_out,
+    teacher_grad, fake_score_grad, images_grad, alpha, sigma_data,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    at = n * SIZE
+    s = tl.load(sigma + n)
+    total = s * s + sigma_data * sigma_data
+    c_skip = sigma_data * sigma_data / total
+    c_out = s * sigma_data / tl.sqrt_rn(total)
 
-        for start in range(0, SIZE, BLOCK):
-            offsets = start + tl.arange(0, BLOCK)
-            f = _denoised(fake_score + at, x_t + at, c_skip, c_out, offsets, SIZE)
-            e = f - _read(images + at, offsets, SIZE)
-            _store(fake_score_grad + at, offsets, 2 * w * c_out * e, kept, SIZE)
+    bad = tl.zeros([BLOCK], tl.int32)
+    error = tl.zeros([BLOCK], tl.float32)  # |r − y|
+    product = tl.zeros([BLOCK], tl.float32)  # d·(r − y)
+    square = tl.zeros([BLOCK], tl.float32)  # d²
+    for start in range(0, SIZE, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        r = _denoised(teacher + at, x_t + at, c_skip, c_out, offsets, SIZE)
+        f = _denoised(fake_score + at, x_t + at, c_skip, c_out, offsets, SIZE)
+        e = r - _read(images + at, offsets, SIZE)
+        bad += _bad(r) + _bad(f)
+        error += tl.abs(e)
+        product += (r - f) * e
+        square += (r - f) * (r - f)
+    kept = (tl.sum(bad) == 0) & tl.load(known + n)
+    w = tl.where(kept, tl.maximum(tl.sum(error) / SIZE, 1e-5), 1e-5)
+    squares = tl.sum(square)
+    tl.store(loss + n, tl.where(kept, (tl.sum(product) - alpha * squares) / w, 0.0))
+    tl.store(distance + n, tl.where(kept, squares, 0.0))
+    tl.store(weight + n, w)
+    tl.store(kept_out + n, kept)
+
+    for start in range(0, SIZE, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        r = _denoised(teacher + at, x_t + at, c_skip, c_out, offsets, SIZE)
+        f = _denoised(fake_score + at, x_t + at, c_skip, c_out, offsets, SIZE)
+        d = (r - f) / w
+        e = (r - _read(images + at, offsets, SIZE)) / w
+        _store(teacher_grad + at, offsets, c_out * (e + (1 - 2 * alpha) * d), kept, SIZE)
+        _store(fake_score_grad + at, offsets, c_out * (2 * alpha * d - e), kept, SIZE)
+        # −d/w directly, and c_skip·d/w through x_t in r and in f.
+        _store(images_grad + at, offsets, (c_skip - 1) * d, kept, SIZE)
+
+
+@triton.jit
+def _fake_score_loss_kernel(
+    fake_score, x_t, images, sigma, known, loss, distance, weight, kept_out, fake_score_grad,
+    sigma_data, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    at = n * SIZE
+    s = tl.load(sigma + n)
+    total = s * s + sigma_data * sigma_data
+    c_skip = sigma_data * sigma_data / total
+    c_out = s * sigma_data / tl.sqrt_rn(total)
+    w = total / (s * sigma_data * (s * sigma_data))
+
+    bad = tl.zeros([BLOCK], tl.int32)
+    square = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, SIZE, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        f = _denoised(fake_score + at, x_t + at, c_skip, c_out, offsets, SIZE)
+        e = f - _read(images + at, offsets, SIZE)
+        bad += _bad(f)
+        square += e * e
+    kept = (tl.sum(bad) == 0) & tl.load(known + n)
+    squares = tl.where(kept, tl.sum(square), 0.0)
+    tl.store(loss + n, w * squares)
+    tl.store(distance + n, squares)
+    tl.store(weight + n, w)
+    tl.store(kept_out + n, kept)
+
+    for start in range(0, SIZE, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        f = _denoised(fake_score + at, x_t + at, c_skip, c_out, offsets, SIZE)
+        e = f - _read(images + at, offsets, SIZE)
+        _store(fake_score_grad + at, offsets, 2 * w * c_out * e, kept, SIZE)
 
 
 def configurations() -> Iterator[tuple]:
