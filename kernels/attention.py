@@ -15,13 +15,20 @@ from sid_fast.kernels._triton import INTERPRETED, tl, triton
 from sid_fast.kernels.dispatch import choose
 
 # Queries or keys a program owns, keys or queries it takes in a turn of its loop, warps, stages; by
-# head size, for 16-bit tensors. The largest that neither spill nor outgrow an A100's shared memory.
+# bytes an element, kernel and head size. The largest found that neither spill on sm_80, 90 and 100
+# nor outgrow an A100's shared memory; float32 stays off the tensor cores and needs the registers.
 TILES = {
-    "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (128, 64, 8, 2)},
-    "backward_q": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
-    "backward_kv": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
+    2: {
+        "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (128, 64, 8, 2)},
+        "backward_q": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
+        "backward_kv": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
+    },
+    4: {
+        "forward": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
+        "backward_q": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
+        "backward_kv": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
+    },
 }
-TILE_32BIT = (32, 32, 8, 2)  # float32, off the tensor cores
 MAX_SIZE = 256  # channels a head, beyond which the reference runs
 
 
@@ -246,7 +253,7 @@ def _backward_kv(
         queries = first + tl.arange(0, STEP)
         inside = queries < PIXELS
         q = _read(qkv, queries, STEP, 3 * CHANNELS, PIXELS, SIZE, BLOCK_SIZE)
-        norm = tl.load(lse + in_lse + queries, mask=inside, other=float("inf"))  # a weight of 0
+        norm = tl.load(lse + in_lse + queries, mask=inside, other=0.0)
         p = tl.exp2(_dot(k, tl.trans(q), None) * SCALE - norm[None, :])
         g = _read(grad + in_out, queries, STEP, CHANNELS, PIXELS, SIZE, BLOCK_SIZE)
         dv = _dot(p.to(g.dtype), g, dv)
@@ -266,7 +273,7 @@ def _configuration(
 ) -> tuple[dict[str, int], int, int]:
     """The constants of a kernel, its warps and its stages."""
     padded = max(16, 1 << (size - 1).bit_length())
-    block, step, warps, stages = TILES[kernel][max(64, padded)] if itemsize == 2 else TILE_32BIT
+    block, step, warps, stages = TILES[itemsize][kernel][max(64, padded)]
     enough = max(16, 1 << (pixels - 1).bit_length())
     constants = {
         "PIXELS": pixels,
