@@ -11,6 +11,7 @@ dropout are recomputed. It writes the sums that make up the gradients of weight 
 sample; adding the samples up is a second, deterministic step.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,18 +21,17 @@ import torch.nn.functional as F
 from sid_fast.kernels._triton import tl, triton
 from sid_fast.kernels.dispatch import choose
 
-# (channels, pixels) of every group norm of the published networks, all with 32 groups: those of
-# DDPM++, where the embedding is added to the input, and of ADM, where it scales and shifts.
-ADDED = (
-    *((128, 1024), (256, 1024), (384, 1024), (512, 1024)),
-    *((256, 256), (512, 256), (256, 64), (512, 64)),
-    *((128, 4096), (256, 4096), (384, 4096)),
-)
+# (channels, pixels) of the group norms of the published networks, 32 groups each: where the
+# embedding is added to the input (DDPM++), where it scales and shifts (ADM), and the others.
+ADDED = ((128, 4096), (256, 4096), (128, 1024), (256, 1024), (256, 256), (256, 64))
 SCALED = (
-    *((192, 4096), (384, 4096), (576, 4096)),
-    *((192, 1024), (384, 1024), (576, 1024), (768, 1024), (960, 1024)),
-    *((384, 256), (576, 256), (768, 256), (960, 256), (1152, 256), (1344, 256)),
-    *((576, 64), (768, 64), (1344, 64), (1536, 64)),
+    *((192, 4096), (384, 4096), (192, 1024), (384, 1024), (576, 1024)),
+    *((384, 256), (576, 256), (768, 256), (576, 64), (768, 64)),
+)
+UNCONDITIONED = (
+    *((512, 1024), (512, 256), (512, 64)),
+    *((576, 4096), (768, 1024), (960, 1024), (960, 256), (1152, 256), (1344, 256)),
+    *((1344, 64), (1536, 64)),
 )
 
 
@@ -101,7 +101,8 @@ def _slab_of_program(
     sample = tl.program_id(0) // SLABS
     slab = tl.program_id(0) % SLABS
     lane = tl.arange(0, LANES)
-    channel = slab * (SLAB * GROUP) + lane
+    # 8-byte accesses in 16 bit: with 16, the values a channel would take up half the registers.
+    channel = tl.max_contiguous(slab * (SLAB * GROUP) + lane, 4)
     owned = (lane < SLAB * GROUP) & (channel < CHANNELS)
     return sample, sample.to(tl.int64) * (PIXELS * CHANNELS), lane, channel, owned
 
@@ -111,7 +112,10 @@ def _place(t, channel, owned, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TILE
     """Pixels of tile t, offsets of its elements in the sample, and which of them are the slab's."""
     pixel = t * TILE + tl.arange(0, TILE)
     offset = pixel[:, None] * CHANNELS + channel[None, :]
-    return pixel, offset, owned[None, :] & (pixel < PIXELS)[:, None]
+    inside = owned[None, :]
+    if PIXELS % TILE:
+        inside &= (pixel < PIXELS)[:, None]
+    return pixel, offset, inside
 
 
 @triton.jit
@@ -202,6 +206,7 @@ def _forward_kernel(
     eps,
     residual_scale,
     drop,
+    tiles,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -214,7 +219,6 @@ def _forward_kernel(
 ):
     GROUP: tl.constexpr = CHANNELS // GROUPS
     SLABS: tl.constexpr = (GROUPS + SLAB - 1) // SLAB
-    TILES: tl.constexpr = (PIXELS + TILE - 1) // TILE
     FIRST: tl.constexpr = TILE if TILE < PIXELS else PIXELS
     sample, start, lane, channel, owned = _slab_of_program(
         PIXELS, CHANNELS, GROUP, SLAB, SLABS, LANES
@@ -229,10 +233,10 @@ def _forward_kernel(
         add += _load(add_ptr + sample * add_stride, channel, owned)
 
     pixel, offset, inside = _place(0, channel, owned, PIXELS, CHANNELS, TILE)
-    x = _read(x_ptr, residual_ptr, sum_ptr, residual_scale, offset, inside, TILES == 1)
+    x = _read(x_ptr, residual_ptr, sum_ptr, residual_scale, offset, inside, TILE >= PIXELS)
     mean = _group_sums(tl.sum(x, 0) + FIRST * add, lane, GROUP, SLOTS) / (GROUP * FIRST)
     centre = _to_channels(mean, lane, GROUP, SLOTS) - add
-    if TILES == 1:
+    if TILE >= PIXELS:
         centred = tl.where(inside, x - centre[None, :], 0.0)
         squares = tl.sum(centred * centred, 0)
         var = _group_sums(squares, lane, GROUP, SLOTS) / (GROUP * PIXELS)
@@ -240,7 +244,7 @@ def _forward_kernel(
         # About the mean of the first tile, so that a large mean cancels no digits.
         sums = tl.zeros([TILE // FOLD, LANES], tl.float32)
         squares = tl.zeros([TILE // FOLD, LANES], tl.float32)
-        for t in range(TILES):
+        for t in range(tiles):
             pixel, offset, inside = _place(t, channel, owned, PIXELS, CHANNELS, TILE)
             x = _read(x_ptr, residual_ptr, sum_ptr, residual_scale, offset, inside, True)
             centred = tl.where(inside, x - centre[None, :], 0.0)
@@ -261,15 +265,15 @@ def _forward_kernel(
     film = sample * film_stride
     gain, shift = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, film, channel, owned)
     gain *= _to_channels(rstd, lane, GROUP, SLOTS)
-    if TILES == 1:
+    if TILE >= PIXELS:
         _write(centred, gain, shift, y_ptr, seed_ptr, drop, pixel, offset, inside, SILU, SLABS)
     else:
         centre = _to_channels(mean, lane, GROUP, SLOTS) - add
         if residual_ptr is not None:
             x_ptr = sum_ptr
             tl.debug_barrier()  # what the other threads have stored
-        for t in range(TILES):
-            pixel, offset, inside = _place(TILES - 1 - t, channel, owned, PIXELS, CHANNELS, TILE)
+        for t in range(tiles):
+            pixel, offset, inside = _place(tiles - 1 - t, channel, owned, PIXELS, CHANNELS, TILE)
             centred = _load(x_ptr, offset, inside) - centre[None, :]
             _write(centred, gain, shift, y_ptr, seed_ptr, drop, pixel, offset, inside, SILU, SLABS)
 
@@ -336,6 +340,7 @@ def _backward_kernel(
     film_stride,
     residual_scale,
     drop,
+    tiles,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -348,7 +353,6 @@ def _backward_kernel(
 ):
     GROUP: tl.constexpr = CHANNELS // GROUPS
     SLABS: tl.constexpr = (GROUPS + SLAB - 1) // SLAB
-    TILES: tl.constexpr = (PIXELS + TILE - 1) // TILE
     sample, start, lane, channel, owned = _slab_of_program(
         PIXELS, CHANNELS, GROUP, SLAB, SLABS, LANES
     )
@@ -367,7 +371,7 @@ def _backward_kernel(
     gain, shift = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, film, channel, owned)
     gain *= rstd
 
-    if TILES == 1:
+    if TILE >= PIXELS:
         pixel, offset, inside = _place(0, channel, owned, PIXELS, CHANNELS, TILE)
         centred, grad = _recompute(
             h_ptr, dy_ptr, centre, gain, shift, seed_ptr, drop, pixel, offset, inside, SILU, SLABS
@@ -377,7 +381,7 @@ def _backward_kernel(
     else:
         grads = tl.zeros([TILE // FOLD, LANES], tl.float32)
         products = tl.zeros([TILE // FOLD, LANES], tl.float32)
-        for t in range(TILES):
+        for t in range(tiles):
             pixel, offset, inside = _place(t, channel, owned, PIXELS, CHANNELS, TILE)
             centred, grad = _recompute(
                 h_ptr,
@@ -403,14 +407,28 @@ def _backward_kernel(
     slope = _group_sums(gain * dgain, lane, GROUP, SLOTS) / (GROUP * PIXELS)
     slope = _to_channels(slope, lane, GROUP, SLOTS) * rstd * rstd
 
-    if TILES == 1:
+    row = sample * CHANNELS + channel
+    dgain *= rstd
+    if scale_ptr is not None:
+        weight = _load(weight_ptr, channel, owned)
+        dscale = weight * dgain + _load(bias_ptr, channel, owned) * dshift
+        tl.store(dscale_ptr + row, dscale.to(dscale_ptr.dtype.element_ty), mask=owned)
+        tl.store(dshift_ptr + row, dshift.to(dshift_ptr.dtype.element_ty), mask=owned)
+        factor = 1.0 + _load(scale_ptr, film + channel, owned)
+        dgain *= factor
+        dshift *= factor
+    if dparam_ptr is not None:
+        tl.store(dparam_ptr + row, dgain, mask=owned)
+        tl.store(dparam_ptr + samples * CHANNELS + row, dshift, mask=owned)
+
+    if TILE >= PIXELS:
         dh = _write_grad(
             centred, grad, gain, mean_part, slope, dsum_ptr, dx_ptr, residual_scale, offset, inside
         )
     else:
         dh = tl.zeros([TILE // FOLD, LANES], tl.float32)
-        for t in range(TILES):
-            pixel, offset, inside = _place(TILES - 1 - t, channel, owned, PIXELS, CHANNELS, TILE)
+        for t in range(tiles):
+            pixel, offset, inside = _place(tiles - 1 - t, channel, owned, PIXELS, CHANNELS, TILE)
             centred, grad = _recompute(
                 h_ptr,
                 dy_ptr,
@@ -439,21 +457,8 @@ def _backward_kernel(
             )
             dh += _fold(part, FOLD)
 
-    row = sample * CHANNELS + channel
-    dgain *= rstd
     if dadd_ptr is not None:
         tl.store(dadd_ptr + row, tl.sum(dh, 0).to(dadd_ptr.dtype.element_ty), mask=owned)
-    if scale_ptr is not None:
-        weight = _load(weight_ptr, channel, owned)
-        dscale = weight * dgain + _load(bias_ptr, channel, owned) * dshift
-        tl.store(dscale_ptr + row, dscale.to(dscale_ptr.dtype.element_ty), mask=owned)
-        tl.store(dshift_ptr + row, dshift.to(dshift_ptr.dtype.element_ty), mask=owned)
-        factor = 1.0 + _load(scale_ptr, film + channel, owned)
-        dgain *= factor
-        dshift *= factor
-    if dparam_ptr is not None:
-        tl.store(dparam_ptr + row, dgain, mask=owned)
-        tl.store(dparam_ptr + samples * CHANNELS + row, dshift, mask=owned)
 
 
 def _power_of_two(n: int) -> int:
@@ -469,7 +474,7 @@ def _slab(channels: int, groups: int, pixels: int) -> tuple[int, int]:
     lanes, whole 16-byte pieces come first, then slabs of equal size.
     """
     group = channels // groups
-    lanes = max(32, min(128, 8192 // _power_of_two(pixels)))
+    lanes = max(32, min(128, 4096 // _power_of_two(pixels)))
     while lanes < channels:
         fits = [k for k in range(1, groups + 1) if 3 * lanes <= 4 * k * group <= 4 * lanes]
         if fits:
@@ -478,18 +483,22 @@ def _slab(channels: int, groups: int, pixels: int) -> tuple[int, int]:
     return groups, max(8, _power_of_two(channels))
 
 
-def _launch(channels: int, groups: int, pixels: int, backward: bool) -> tuple[dict[str, int], int]:
+def _launch(x: torch.Tensor, groups: int, backward: bool) -> tuple[dict[str, int], int]:
     """The compile-time constants of a kernel that depend on the shape, and its warps.
 
-    A slab of up to 16384 elements stays in registers, 32 of them a thread. A larger one goes over
-    its tiles twice and keeps running sums of 8 rows' elements a thread (one 16-byte piece).
-    Images of 64x64 get 16 warps: one such program fills a multiprocessor and its first-level cache.
+    A slab of up to 8192 elements stays in registers, 32 of them a thread. A larger one goes over
+    its tiles twice, 64 bytes a thread at a time (of two tensors in backward), and keeps 8 elements
+    of every running sum. Slabs over 65536 elements get 16 warps: one such program has a
+    multiprocessor and its first-level cache to itself.
     """
+    _, channels, height, width = x.shape
+    pixels = height * width
     slab, lanes = _slab(channels, groups, pixels)
-    elements = _power_of_two(pixels) * lanes
-    warps, tile, fold = max(1, elements // 1024), elements // lanes, 1
-    if elements > 16384:
-        warps, fold = 8 if elements <= 65536 else 16, 2 if backward else 4
+    tile, fold = _power_of_two(pixels), 1
+    warps = max(1, tile * lanes // 1024)
+    if warps > 8:
+        warps = 8 if tile * lanes <= 65536 else 16
+        fold = (4 if backward else 8) // x.element_size()
         tile = warps * 32 * 8 * fold // lanes
     constants = {
         "PIXELS": pixels,
@@ -549,8 +558,8 @@ def _forward(
         dropout,
         residual_scale,
     )
-    n, channels, height, width = x.shape
-    constants, warps = _launch(channels, groups, height * width, backward=False)
+    n = len(x)
+    constants, warps = _launch(x, groups, backward=False)
     (add,), add_stride = _rows(add)
     (scale, shift), film_stride = _rows(scale, shift)
     with torch.cuda.device_of(x):
@@ -572,6 +581,7 @@ def _forward(
             eps,
             residual_scale,
             round(dropout * 65536),
+            -(-constants["PIXELS"] // constants["TILE"]),
             **constants,
             SILU=silu,
             num_warps=warps,
@@ -623,9 +633,9 @@ def _backward(
         residual_scale,
         parameters,
     )
-    n, channels, height, width = h.shape
+    n, channels = h.shape[:2]
     groups = stats.shape[2]
-    constants, warps = _launch(channels, groups, height * width, backward=True)
+    constants, warps = _launch(h, groups, backward=True)
     partial = stats.new_empty((2, n, channels)) if parameters else None
     (add,), add_stride = _rows(add)
     (scale, shift), film_stride = _rows(scale, shift)
@@ -651,6 +661,7 @@ def _backward(
             film_stride,
             residual_scale,
             round(dropout * 65536),
+            -(-constants["PIXELS"] // constants["TILE"]),
             **constants,
             SILU=silu,
             num_warps=warps,
@@ -808,33 +819,33 @@ def group_norm(
     return y if residual is None else (y, summed)
 
 
-def bytes_moved(x: torch.Tensor, residual: bool = False, backward: bool = False) -> int:
-    """What must go through memory for one call: every activation once, read or written."""
-    passes = 3 + residual if backward else 2 + 2 * residual
-    return passes * x.numel() * x.element_size()
-
-
 def configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
     """(label, kernel, signature, constants, warps, stages) of the real shapes in bf16 and fp32.
 
-    Each in the form that holds the most values: conditioned, with residual, activation and dropout.
+    As in a block: after the residual, and with conditioning and dropout.
     """
-    for channels, pixels in (*ADDED, *SCALED):
-        unused = ("scale", "shift") if (channels, pixels) in ADDED else ("add",)
-        for kind in ("bf16", "fp32"):
-            for kernel, backward in ((_forward_kernel, False), (_backward_kernel, True)):
-                constants, warps = _launch(channels, 32, pixels, backward)
-                constants |= {"SILU": True}
-                signature = {}
-                for name in kernel.arg_names:
-                    value = name.removesuffix("_ptr")
-                    if value.removeprefix("d") in unused:
-                        constants[name] = None
-                    elif value in ("x", "residual", "sum", "y", "h", "dy", "dsum", "dx"):
-                        signature[name] = f"*{kind}"
-                    elif name.endswith("_ptr"):
-                        signature[name] = "*i64" if value == "seed" else "*fp32"
-                    elif name.islower():
-                        signature[name] = "fp32" if name in ("eps", "residual_scale") else "i32"
-                label = f"{('forward', 'backward')[backward]} {channels}@{pixels} {kind}"
-                yield label, kernel, signature, constants, warps, 1
+    film = ("scale_ptr", "shift_ptr", "dscale_ptr", "dshift_ptr")
+    absent = {
+        "residual": ("add_ptr", "dadd_ptr", *film, "seed_ptr"),
+        "add": ("residual_ptr", "sum_ptr", "dsum_ptr", *film),
+        "scale": ("residual_ptr", "sum_ptr", "dsum_ptr", "add_ptr", "dadd_ptr"),
+    }
+    forms = [("add", shape) for shape in ADDED] + [("scale", shape) for shape in SCALED]
+    forms += [("residual", shape) for shape in (*ADDED, *SCALED, *UNCONDITIONED)]
+    dtypes = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+    kernels = {"forward": _forward_kernel, "backward": _backward_kernel}
+    kinds = {"stats": "*fp32", "seed": "*i64", "eps": "fp32", "residual_scale": "fp32"}
+    kinds |= dict.fromkeys(("weight", "bias", "dparam"), "*fp32")
+    for (form, shape), dtype, way in itertools.product(forms, dtypes, kernels):
+        x = torch.empty(1, shape[0], 1, shape[1], device="meta", dtype=dtype)
+        constants, warps = _launch(x, 32, backward=way == "backward")
+        constants |= {"SILU": True}
+        signature = {}
+        for name in kernels[way].arg_names:
+            if name in absent[form]:
+                constants[name] = None
+            elif name not in constants:
+                kind = f"*{dtypes[dtype]}" if name.endswith("_ptr") else "i32"
+                signature[name] = kinds.get(name.removesuffix("_ptr"), kind)
+        label = f"{way} {form} {shape[0]}@{shape[1]} {dtypes[dtype]}"
+        yield label, kernels[way], signature, constants, warps, 1
