@@ -9,22 +9,27 @@ import torch
 from sid_fast import augment, losses
 from sid_fast.config.settings import Settings, check, rounds_of
 from sid_fast.draws import Draw, draw_round, dropout_seed, seed_of
-from sid_fast.engine import parallel
+from sid_fast.engine import parallel, precision
 from sid_fast.engine.checkpoint import digest
+from sid_fast.engine.compile import compile_blocks
+from sid_fast.engine.graphs import StepGraphs
 from sid_fast.engine.optimizer import Optimizer, ema_beta
 from sid_fast.errors import UserError
 from sid_fast.losses import Terms, fake_score_terms, generator_terms
 from sid_fast.networks import EDMNetwork
 
 Draws = dict[str, list[Draw]]
+PHASES = ("fake", "generator")
 
 
 class Distiller:
     """Distils a teacher f_φ into a one-step generator G_θ, with a fake score f_ψ between them.
 
-    teacher: a network on the device to use; it is frozen. settings: see Settings. seed decides
-    the draws and the dropout of every step, with the step's number and the process's rank.
-    label_weights [label_dim]: in what proportion classes are drawn; uniform if None.
+    teacher: a network on the device to use; it is frozen, and converted to the compute type.
+    settings: see Settings. seed decides the draws and the dropout of every step, with the step's
+    number and the process's rank. label_weights [label_dim]: in what proportion classes are
+    drawn; uniform if None. cuda_graph replays the step's launches from CUDA graphs (what step
+    returns is then overwritten by the next); compile runs every block through torch.compile.
     Processes of torch.distributed, if there are any, each take their part of the batch.
 
     generator, fake_score and ema are modules whose state_dict has the published names; all
@@ -43,8 +48,15 @@ class Distiller:
         settings: Settings,
         seed: int = 0,
         label_weights: torch.Tensor | None = None,
+        *,
+        cuda_graph: bool = False,
+        compile: bool = False,
     ):
         check(settings)
+        self.device = next(teacher.parameters()).device
+        kind = precision.pick(settings.precision, self.device)
+        eps = settings.eps or precision.ADAM_EPS[kind]
+        settings = dataclasses.replace(settings, precision=kind, eps=eps)
         self.rounds = rounds_of(settings, parallel.world())
         if settings.augment_p and not teacher.config.augment_dim:
             raise UserError(
@@ -52,8 +64,6 @@ class Distiller:
                 "warped images would leak into the generator; use augment_p 0"
             )
         self.settings, self.seed = settings, seed
-        self.teacher = teacher.requires_grad_(False).eval()
-        self.device = next(teacher.parameters()).device
         self.label_weights = None if label_weights is None else label_weights.to(self.device)
         self.identity = dataclasses.asdict(settings) | {
             "seed": seed,
@@ -63,6 +73,9 @@ class Distiller:
         self.rng = torch.Generator(self.device)
         self.steps = self.images = 0
 
+        self.teacher = teacher.requires_grad_(False).eval()
+        if self.device.type == "cuda":
+            teacher.to(memory_format=torch.channels_last)
         self.generator, self.fake_score = copy.deepcopy(teacher), copy.deepcopy(teacher)
         for net in (self.generator, self.fake_score):
             net.set_dropout(settings.dropout)
@@ -75,32 +88,64 @@ class Distiller:
             self.generator, s.generator_beta1, s.beta2, s.eps, ema=True
         )
         self.ema = self.generator_optimizer.ema
+        # What changes from step to step lies on the device, where a CUDA graph can read it.
+        self.ema_beta = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.live = torch.ones((), dtype=torch.bool, device=self.device)  # False: a rehearsal
+
+        dtype = precision.TYPES[kind]
+        for optimizer in (self.generator_optimizer, self.fake_optimizer):
+            optimizer.compute_in(dtype)
+        self.teacher.compute_in(dtype, frozen=True)
+        self.ema.compute_dtype = dtype
+        if compile:
+            compile_blocks(self.generator, self.fake_score, self.teacher)
+        self.graphs = StepGraphs(self) if cuda_graph else None
 
     def step(self, draws: Draws | None = None) -> dict[str, torch.Tensor]:
         """Update the fake score, then the generator, then its average; once each.
 
         draws holds one Draw a round for each phase, {"fake": […], "generator": […]}; without it
-        they are drawn. Returns what Optimizer.descend says of each, as fake/… and generator/….
+        they are drawn. Returns what Optimizer.update says of each, as fake/… and generator/….
         """
         s = self.settings
-        draws = draws or self.draw()
+        self.ema_beta.fill_(
+            ema_beta(self.images, s.batch_size, s.ema_halflife_kimg, s.ema_rampup_ratio)
+        )
+        self.rng.manual_seed(seed_of(self.seed, "draws", self.steps, parallel.rank()))
         with dropout_seed(s.dropout, self.device, self.seed, self.steps, parallel.rank()):
-            fake = self.fake_optimizer.descend(
-                (self.fake_score_round(draw) for draw in draws["fake"]),
-                s.fake_loss_scale / s.batch_size,
-                s.fake_lr,
-            )
-            generator = self.generator_optimizer.descend(
-                (self.generator_round(draw) for draw in draws["generator"]),
-                s.generator_loss_scale / s.batch_size,
-                s.generator_lr,
-                ema_beta(self.images, s.batch_size, s.ema_halflife_kimg, s.ema_rampup_ratio),
-            )
+            metrics = self.graphs() if self.graphs and draws is None else self.run(draws)
         self.steps += 1
         self.images += s.batch_size
-        return {f"fake/{k}": v for k, v in fake.items()} | {
-            f"generator/{k}": v for k, v in generator.items()
-        }
+        return metrics
+
+    def run(self, draws: Draws | None = None) -> dict[str, torch.Tensor]:
+        """The launches of a step: a function of the draws, or of the state of self.rng."""
+        metrics = {}
+        for phase in PHASES:
+            for round in range(self.rounds):
+                self.accumulate(phase, draws and draws[phase][round])
+            metrics |= self.update(phase)
+        return metrics
+
+    def accumulate(self, phase: str, draw: Draw | None = None) -> None:
+        """One round of a phase: draw, forward, backward."""
+        s = self.settings
+        draw = draw or self.draw_round(phase)
+        if phase == "fake":
+            terms = self.fake_score_round(draw)
+            self.fake_optimizer.accumulate(terms, s.fake_loss_scale / s.batch_size)
+        else:
+            terms = self.generator_round(draw)
+            self.generator_optimizer.accumulate(terms, s.generator_loss_scale / s.batch_size)
+
+    def update(self, phase: str) -> dict[str, torch.Tensor]:
+        """The end of a phase: average over processes, clean up, Adam, moving average."""
+        s = self.settings
+        if phase == "fake":
+            found = self.fake_optimizer.update(s.fake_lr, apply=self.live)
+        else:
+            found = self.generator_optimizer.update(s.generator_lr, self.ema_beta, self.live)
+        return {f"{phase}/{name}": value for name, value in found.items()}
 
     def fake_score_round(self, draw: Draw) -> Terms:
         """λ(σ)·(f_ψ(y + σε) − y)² on augmented y = G(σ_init·z); no gradient into y."""
@@ -137,16 +182,13 @@ class Distiller:
 
     def draw(self) -> Draws:
         """The draws of the coming step: a function of seed, step and rank alone."""
-        s = self.settings
-        n = s.batch_size // self.rounds // parallel.world()
         self.rng.manual_seed(seed_of(self.seed, "draws", self.steps, parallel.rank()))
-        return {
-            phase: [
-                draw_round(phase, n, self.teacher.config, s, self.rng, self.label_weights)
-                for _ in range(self.rounds)
-            ]
-            for phase in ("fake", "generator")
-        }
+        return {phase: [self.draw_round(phase) for _ in range(self.rounds)] for phase in PHASES}
+
+    def draw_round(self, phase: str) -> Draw:
+        n = self.settings.batch_size // self.rounds // parallel.world()
+        config = self.teacher.config
+        return draw_round(phase, n, config, self.settings, self.rng, self.label_weights)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that make up the state, by name. Copying into them restores it, together

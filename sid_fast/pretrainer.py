@@ -60,12 +60,10 @@ class Pretrainer:
         lr = s.lr * min(1.0, (self.images + s.batch_size) / max(s.lr_rampup_kimg * 1000, 1e-8))
         self.net.train()
         with dropout_seed(s.dropout, self.device, self.seed, self.steps, parallel.rank()):
-            metrics = self.optimizer.descend(
-                (self.round(*self.draw(n)) for _ in range(self.rounds)),
-                1 / s.batch_size,
-                lr,
-                ema_beta(self.images, s.batch_size, s.ema_halflife_kimg, s.ema_rampup_ratio),
-            )
+            for _ in range(self.rounds):
+                self.optimizer.accumulate(self.round(*self.draw(n)), 1 / s.batch_size)
+        beta = ema_beta(self.images, s.batch_size, s.ema_halflife_kimg, s.ema_rampup_ratio)
+        metrics = self.optimizer.update(lr, beta)
         self.steps += 1
         self.images += s.batch_size
         return metrics

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from sid_fast.networks import EDMNetwork
+from sid_fast.networks.layers import QKV
 
 NETWORKS = ["ddpmpp_uncond", "ddpmpp_cond", "ncsnpp_uncond", "adm_cond"]
 TOLERANCE = 1e-4  # relative in norm, of values and gradients
@@ -26,15 +27,18 @@ def check_gradients(net: EDMNetwork, data: dict[str, torch.Tensor], prefix: str)
     """Compare the gradients of all parameters with PREFIX.NAME, _head and _norm."""
     checked = 0
     for name, p in net.named_parameters():
-        if (expected := data.get(f"{prefix}.{name}")) is not None:
-            found = p.grad
-        elif (expected := data.get(f"{prefix}_head.{name}")) is not None:
-            found = p.grad.flatten()[:512]
+        found = p.grad
+        layer = net.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, QKV):
+            found = found[layer.order().argsort()]
+        if (expected := data.get(f"{prefix}.{name}")) is None:
+            expected = data.get(f"{prefix}_head.{name}")
+            if expected is None:
+                assert found is None or not found.any(), f"{name}: golden has no gradient"
+                continue
             norm = float(data[f"{prefix}_norm.{name}"])
-            assert abs(float(p.grad.norm()) - norm) <= TOLERANCE * norm, name
-        else:
-            assert p.grad is None or not p.grad.any(), f"{name}: golden has no gradient"
-            continue
+            assert abs(float(found.norm()) - norm) <= TOLERANCE * norm, name
+            found = found.flatten()[:512]
         if float(expected.norm()) == 0:
             assert not found.any(), name
         else:

@@ -58,7 +58,8 @@ def golden_draws(data, step: int) -> dict[str, list[Draw]]:
 def trajectory_error(data, start, net, name: str) -> float:
     """‖p − p_golden‖ / ‖p_golden − p_start‖ over all the elements recorded of one network."""
     error = moved = 0.0
-    for key, p in net.named_parameters():
+    state = net.state_dict()  # in the published order
+    for key, p in ((key, state[key]) for key, _ in net.named_parameters()):
         if (expected := data.get(f"final.{name}.{key}")) is None:
             expected = data[f"final_head.{name}.{key}"]
         expected = expected.double().flatten()

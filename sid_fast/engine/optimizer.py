@@ -1,7 +1,6 @@
 """Adam over one network, with its moments and, where wanted, its moving average."""
 
 import copy
-from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -35,27 +34,38 @@ class Optimizer:
             p.grad = torch.zeros_like(p)
         self.exp_avg_sq = [torch.zeros_like(p) for p in self.params]
         self.exp_avg = [torch.zeros_like(p) for p in self.params] if beta1 else []
-        self.step = torch.zeros((), dtype=torch.float64, device=self.params[0].device)
+        device = self.params[0].device
+        self.step = torch.zeros((), dtype=torch.float64, device=device)
+        self.shadow: list[torch.Tensor | None] | None = None
+        self.totals = torch.zeros(4, dtype=torch.float64, device=device)  # of this step's Terms
 
-    def descend(
-        self, rounds: Iterable[Terms], scale: float, lr: float, ema_beta: float = 0.0
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Run the network in `dtype`; updates write the shadows of its weights from here on."""
+        self.net.compute_in(dtype)
+        shadows = self.net.shadows()
+        self.shadow = shadows if any(s is not None for s in shadows) else None
+
+    def accumulate(self, terms: Terms, scale: float) -> None:
+        """Add a round's gradients of scale·loss, summed over its samples and all processes."""
+        # The processes' gradients are averaged in update, their losses are to be summed.
+        (terms.loss.sum() * (scale * parallel.world())).backward()
+        self.totals += terms.totals()
+
+    def update(
+        self,
+        lr: float | torch.Tensor,
+        ema_beta: float | torch.Tensor = 0.0,
+        apply: bool | torch.Tensor = True,
     ) -> dict[str, torch.Tensor]:
-        """Accumulate the gradients of scale·loss over the rounds and processes; update once.
+        """Update once from the rounds since the last update; without `apply`, forget them.
 
-        rounds makes the terms of a round when it is asked for them. Returns scalars over all
-        processes, left on the device so that nothing waits for them: loss and distance (see
-        losses.Terms; means over the kept samples), dropped samples, nonfinite gradient values,
-        skipped: whether no sample was finite, so that nothing has changed, and failed: whether
-        it was so or most gradient values were not finite.
+        Returns scalars over all processes, left on the device so that nothing waits for them:
+        loss and distance (see losses.Terms; means over the kept samples), dropped samples,
+        nonfinite gradient values, skipped: whether no sample was finite, so that nothing has
+        changed, and failed: whether it was so or most gradient values were not finite.
         """
         grads = [p.grad for p in self.params]
-        torch._foreach_zero_(grads)
-        totals = torch.zeros(4, dtype=torch.float64, device=self.step.device)
-        for terms in rounds:
-            # The processes' gradients are averaged below, their losses are to be summed.
-            (terms.loss.sum() * (scale * parallel.world())).backward()
-            totals += terms.totals()
-        loss, distance, kept, seen = parallel.sum_(totals)
+        loss, distance, kept, seen = parallel.sum_(self.totals.clone())
         parallel.average_(grads)
         nonfinite = kernels.adam_ema(
             self.params,
@@ -63,14 +73,17 @@ class Optimizer:
             self.exp_avg,
             self.exp_avg_sq,
             list(self.ema.parameters()) if self.ema else [],
+            shadow=self.shadow,
             step=self.step,
-            apply=kept > 0,
+            apply=(kept > 0) & apply,
             lr=lr,
             beta1=self.beta1,
             beta2=self.beta2,
             eps=self.eps,
             ema_beta=ema_beta,
         )
+        self.totals.zero_()
+        torch._foreach_zero_(grads)
         return {
             "loss": loss / kept,
             "distance": distance / kept,

@@ -8,6 +8,7 @@ from torch import nn
 
 from sid_fast import kernels
 from sid_fast.errors import UserError
+from sid_fast.kernels.attention import blocked_order
 from sid_fast.networks.config import groups_of
 
 # How a layer's weight and bias are drawn: (rule, factor of the weight, factor of the bias).
@@ -24,8 +25,29 @@ def draw(shape: tuple[int, ...], rule: str, fan_in: int, fan_out: int) -> torch.
     return torch.randn(shape) * math.sqrt(1 / fan_in)
 
 
+class _Shadow(torch.autograd.Function):
+    """The 16-bit copy of a weight; its gradient goes to the float32 master."""
+
+    @staticmethod
+    def forward(ctx, master, shadow):
+        return shadow.view_as(shadow)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.float(), None
+
+
+def weight_of(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """A layer's weight in the compute type: its shadow copy where there is one, else a cast."""
+    if layer.shadow is None:
+        return layer.weight.to(dtype)
+    return _Shadow.apply(layer.weight, layer.shadow)
+
+
 class Linear(nn.Module):
     """[N, in] -> [N, out], in the dtype of the input."""
+
+    shadow: torch.Tensor | None = None  # a copy of the weight in the compute type
 
     def __init__(self, fan_in: int, fan_out: int, init: Init, bias: bool = True):
         super().__init__()
@@ -37,7 +59,7 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return F.linear(x, weight_of(self, x.dtype), bias)
 
 
 class Conv2d(nn.Module):
@@ -46,6 +68,8 @@ class Conv2d(nn.Module):
     `resample` is "up", "down" or None. Resampling comes before the convolution, except in the
     fused form, where "down" filters after it, the paddings of both taken at once.
     """
+
+    shadow: torch.Tensor | None = None  # a copy of the weight in the compute type
 
     def __init__(
         self,
@@ -71,7 +95,7 @@ class Conv2d(nn.Module):
         self.register_buffer("resample_filter", taps[None, None] if resample else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = None if self.weight is None else self.weight.to(x.dtype)
+        weight = None if self.weight is None else weight_of(self, x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         w_pad = 0 if weight is None else weight.shape[-1] // 2
         if self.resample:
@@ -90,6 +114,32 @@ class Conv2d(nn.Module):
         return F.conv_transpose2d(x, taps * 4, stride=2, padding=padding, groups=channels)
 
 
+class QKV(Conv2d):
+    """The 1x1 convolution before attention, its rows in the order that kernels.attention reads.
+
+    A state_dict has them in the published order, interleaved inside a head.
+    """
+
+    def __init__(self, channels: int, heads: int, init: Init):
+        super().__init__(channels, channels * 3, 1, init)
+        self.channels, self.heads = channels, heads
+
+    def order(self) -> torch.Tensor:
+        """The published row that each of ours is; its argsort, the other way round."""
+        return blocked_order(self.channels, self.heads)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in (f"{prefix}weight", f"{prefix}bias"):
+            destination[name] = destination[name][self.order().argsort()]
+
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        for name in (f"{prefix}weight", f"{prefix}bias"):
+            if name in state_dict:
+                state_dict[name] = state_dict[name][self.order()]
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+
 class GroupNorm(nn.Module):
     """GroupNorm with what follows it in a block; see kernels.group_norm."""
 
@@ -104,7 +154,7 @@ class GroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: torch.Tensor, **around) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, **around) -> kernels.Normed:
         return kernels.group_norm(x, self.weight, self.bias, self.groups, self.eps, **around)
 
 

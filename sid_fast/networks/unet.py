@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from sid_fast import kernels
+from sid_fast.networks import fused
 from sid_fast.networks.config import ARCHITECTURES, Architecture, NetworkConfig
 from sid_fast.networks.layers import (
+    QKV,
     Conv2d,
     FourierEmbedding,
     GroupNorm,
@@ -60,23 +62,26 @@ class Block(nn.Module):
             self.skip = Conv2d(fan_in, fan_out, kernel, init, resample, kind.filter)
         if attention:
             self.norm2 = GroupNorm(fan_out, kind.eps)
-            self.qkv = Conv2d(fan_out, fan_out * 3, 1, init_qkv)
+            self.qkv = QKV(fan_out, self.heads, init_qkv)
             self.proj = Conv2d(fan_out, fan_out, 1, init_last)
 
-    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        h = self.conv0(self.norm0(x))
+    def forward(self, x, embedding: torch.Tensor, beside: torch.Tensor | None = None):
+        """x is a feature map; or a fused.Sum, and then so is the result (see fused.block)."""
+        if isinstance(x, fused.Sum):
+            return fused.block(self, x, embedding, beside)
+        h = self.conv0(self.norm0(x).y)
         condition = self.affine(embedding)
         dropout = self.dropout if self.training else 0.0
         if self.adaptive_scale:
             scale, shift = condition.chunk(2, dim=1)
-            h = self.norm1(h, scale=scale, shift=shift, dropout=dropout)
+            h = self.norm1(h, scale=scale, shift=shift, dropout=dropout).y
         else:
-            h = self.norm1(h, add=condition, dropout=dropout)
+            h = self.norm1(h, add=condition, dropout=dropout).y
         h = self.conv1(h) + (x if self.skip is None else self.skip(x))
         h = h * self.skip_scale
         if self.heads:
-            attended = kernels.attention(self.qkv(self.norm2(h, silu=False)), self.heads)
-            h = (self.proj(attended) + h) * self.skip_scale
+            qkv = self.qkv(self.norm2(h, silu=False).y)
+            h = (self.proj(kernels.attention(qkv, self.heads)) + h) * self.skip_scale
         return h
 
 
@@ -183,6 +188,8 @@ class UNet(nn.Module):
         augment_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         embedding = self.embed(c_noise, labels, augment_labels).to(x.dtype)
+        if fused.serves(self):
+            return fused.unet(self, x, embedding)
         skips, aux = [], x
         for name, layer in self.enc.items():
             if name.endswith("_aux_residual"):
@@ -195,8 +202,11 @@ class UNet(nn.Module):
                 if x.shape[1] < layer.fan_in:
                     x = torch.cat([x, skips.pop()], dim=1)
                 x = layer(x, embedding)
-            else:  # the last norm and convolution of a SongUNet
-                x = layer(x)
-        if self.kind.model_type == "DhariwalUNet":
-            x = self.out_conv(self.out_norm(x))
-        return x
+        norm, conv = self.tail()
+        return conv(norm(x).y)
+
+    def tail(self) -> tuple[GroupNorm, Conv2d]:
+        """The last norm and convolution; a SongUNet has them among its decoder's layers."""
+        if self.kind.model_type == "SongUNet":
+            return tuple(self.dec.values())[-2:]
+        return self.out_norm, self.out_conv

@@ -1,0 +1,183 @@
+"""Counts the passes over feature maps that a block makes, in the published form and in ours.
+
+    python -m benchmarks.passes > benchmarks/PASSES.md
+
+Runs on fake tensors, in seconds: a pass is an operation that reads or writes a tensor of
+activation size, its bytes are those tensors'. Convolutions count like all others.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sid_fast.kernels import dispatch
+from sid_fast.networks import EDMNetwork, NetworkConfig
+from sid_fast.networks.fused import Sum
+
+BATCH = 61  # a prime, by which the sizes of weights do not divide
+
+# Operations that move no data.
+FREE = {
+    "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand", "new_empty",
+    "new_empty_strided", "permute", "select", "slice", "split", "split_with_sizes", "t",
+    "transpose", "unsqueeze", "view", "_unsafe_view", "_reshape_alias",
+}  # fmt: skip
+# What a fast path consists of; all else is idle.
+WORK = {
+    "convolution", "convolution_backward", "mm", "addmm", "addmm_", "bmm", "_softmax",
+    "_softmax_backward_data", "native_group_norm", "native_group_norm_backward",
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Pass:
+    name: str  # "aten::convolution"
+    bytes: int
+    backward: bool
+
+    @property
+    def idle(self) -> bool:
+        """Neither convolution, matrix product, attention nor group norm."""
+        library, _, name = self.name.partition("::")
+        return library == "aten" and name not in WORK
+
+
+class Passes(TorchDispatchMode):
+    """Notes every operation on a tensor of BATCH samples of more than `image` numbers each."""
+
+    def __init__(self, image: int):
+        super().__init__()
+        self.image, self.backward = image, False
+        self.found: list[Pass] = []
+
+    def activation(self, t: object) -> bool:
+        if not isinstance(t, torch.Tensor):
+            return False
+        return t.numel() % BATCH == 0 and t.numel() > self.image * BATCH
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = function.name().partition(".")[0]
+        inputs = [t for t in tree_leaves((args, kwargs)) if self.activation(t)]
+        outputs = [t for t in tree_leaves(out) if self.activation(t)]
+        outputs = [t for t in outputs if not any(t is i for i in inputs)]
+        library, _, short = name.partition("::")
+        if (inputs or outputs) and library != "prim" and short not in FREE:
+            moved = sum(t.numel() * t.element_size() for t in inputs + outputs)
+            self.found.append(Pass(name, moved, self.backward))
+        return out
+
+
+def count(run: Callable[[], torch.Tensor], image: int) -> list[Pass]:
+    """The passes of run() and of the backward from what it returns, whose gradient is given."""
+    with Passes(image) as mode:
+        out = run()
+        grad = torch.empty_like(out)
+        mode.backward = True
+        out.backward(grad)
+    return mode.found
+
+
+# A block of each type: what it is, and where it stands in the network of a preset.
+CIFAR10 = NetworkConfig("ddpmpp", resolution=32, augment_dim=9, dropout=0.13)
+IMAGENET64 = NetworkConfig(
+    "adm", resolution=64, label_dim=1000, model_channels=192, channel_mult=(1, 2, 3, 4),
+    num_blocks=3, attention_resolutions=(32, 16, 8), dropout=0.1,
+)  # fmt: skip
+BLOCKS = {
+    "DDPM++ encoder, same width": (CIFAR10, "enc.32x32_block1"),
+    "DDPM++ encoder, wider (1x1 skip)": (CIFAR10, "enc.32x32_block0"),
+    "DDPM++ encoder, attention": (CIFAR10, "enc.16x16_block1"),
+    "DDPM++ down": (CIFAR10, "enc.16x16_down"),
+    "DDPM++ up": (CIFAR10, "dec.32x32_up"),
+    "DDPM++ decoder (cat, 1x1 skip)": (CIFAR10, "dec.32x32_block1"),
+    "DDPM++ decoder, attention": (CIFAR10, "dec.16x16_block4"),
+    "ADM encoder, attention": (IMAGENET64, "enc.32x32_block1"),
+    "ADM down": (IMAGENET64, "enc.32x32_down"),
+    "ADM up": (IMAGENET64, "dec.64x64_up"),
+    "ADM decoder (cat, 1x1 skip), attention": (IMAGENET64, "dec.32x32_block1"),
+}
+
+
+def sides(name: str, block: torch.nn.Module) -> tuple[int, int]:
+    """Pixels along a side where the block reads."""
+    side = int(name.split(".")[1].split("x")[0])
+    return {"down": side * 2, "up": side // 2}.get(block.conv0.resample, side)
+
+
+def of_block(config: NetworkConfig, name: str, fused: bool, dtype: torch.dtype) -> list[Pass]:
+    """The passes of one block in training, its input summed up and its gradients given.
+
+    An encoder's output has a second reader, in the decoder.
+    """
+    with FakeTensorMode(), dispatch.forced("triton" if fused else "reference"):
+        net = EDMNetwork(config).train()
+        net.compute_in(dtype)
+        block = net.model.get_submodule(name)
+        side = sides(name, block)
+        encoder = name.startswith("enc.")
+
+        def features(channels: int) -> torch.Tensor:
+            x = torch.empty(BATCH, channels, side, side, dtype=dtype, requires_grad=True)
+            return x.to(memory_format=torch.channels_last) if fused else x
+
+        # A decoder's cat: as wide a skip as makes up what the block reads.
+        beside = 0 if encoder or "_block" not in name else block.fan_in - block.conv0.weight.shape[0]
+        x, residual = features(block.fan_in - beside), features(block.fan_in - beside)
+        skip = features(beside) if beside else None
+        bias = torch.empty(x.shape[1], requires_grad=True)
+        embedding = torch.empty(BATCH, config.model_channels * 4, dtype=dtype)
+        with Passes(config.channels * config.resolution**2) as mode:
+            if fused:
+                out, fork = block(Sum(x, residual, bias, block.skip_scale), embedding, skip)
+                ends = [out.x, out.residual] + [fork] * encoder
+            else:
+                whole = x if skip is None else torch.cat([x, skip], dim=1)
+                out = block(whole, embedding)
+                ends = [out.view_as(out), out.view_as(out)] if encoder else [out]
+            grads = [torch.empty_like(end) for end in ends]
+            mode.found = [p for p in mode.found if p.name != "aten::empty_like"]
+            mode.backward = True
+            torch.autograd.backward(ends, grads)
+        return mode.found
+
+
+def row(passes: list[Pass]) -> str:
+    """Passes and bytes an image, forward and backward."""
+    cells = []
+    for backward in (False, True):
+        of = [p for p in passes if p.backward == backward]
+        cells += [f"{len(of)} ({sum(p.idle for p in of)})"]
+        cells += [f"{sum(p.bytes for p in of) / BATCH / 2**20:.2f}"]
+    return " | ".join(cells)
+
+
+def lines() -> Iterator[str]:
+    yield "# Passes over feature maps, by block"
+    yield ""
+    yield (
+        "Counted on fake tensors by `python -m benchmarks.passes`: operations that read or write a "
+        "feature map, in brackets those that are neither convolution, matrix product, attention "
+        "nor group norm, and MiB an image that they move. A block in training; its tail counts "
+        "where it is added up, which in our form is the next block's first norm. PyTorch's group "
+        "norm counts as one pass though it reads its input twice."
+    )
+    yield ""
+    yield "| block | form | forward | MiB | backward | MiB |"
+    yield "|---|---|---|---|---|---|"
+    for title, (config, name) in BLOCKS.items():
+        forms = {
+            "published, float32": (False, torch.float32),
+            "published, bfloat16": (False, torch.bfloat16),
+            "ours, bfloat16": (True, torch.bfloat16),
+        }
+        for form, how in forms.items():
+            yield f"| {title} | {form} | {row(of_block(config, name, *how))} |"
+
+
+if __name__ == "__main__":
+    print("\n".join(lines()))

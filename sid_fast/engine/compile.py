@@ -1,0 +1,24 @@
+"""torch.compile around what the kernels leave: every residual block, as one graph."""
+
+import os
+
+import torch
+from platformdirs import user_cache_dir
+from torch import nn
+
+from sid_fast.networks.unet import Block
+
+# Blocks share their code but not their shapes, and each runs in training, frozen and without
+# gradients; torch would give up after 8.
+VARIANTS = 512
+
+
+def compile_blocks(*nets: nn.Module, backend: str = "inductor") -> None:
+    """Compile the blocks of networks in place; the first calls take minutes, then a cache helps."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", user_cache_dir("sid_fast") + "/inductor")
+    torch._dynamo.config.recompile_limit = VARIANTS
+    torch._dynamo.config.accumulated_recompile_limit = VARIANTS
+    for net in nets:
+        for module in net.modules():
+            if isinstance(module, Block):
+                module.compile(fullgraph=True, dynamic=False, backend=backend)

@@ -1,0 +1,102 @@
+"""CUDA graphs: what a step launches is recorded once, and then launched as one."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sid_fast.engine import parallel
+
+if TYPE_CHECKING:
+    from sid_fast.distiller import Distiller
+
+FEW = 4  # rounds up to which a step is one graph
+
+
+class Graph:
+    """A function without arguments, captured; calling it replays what it launched.
+
+    The function reads and writes tensors that keep their addresses, waits for nothing, and has
+    run before, so that nothing is tuned or allocated for good during the capture. What it
+    returns is overwritten by the next replay. generators are those it draws from, besides the
+    device's own; each replay goes on where their state stands. pool: another graph, not replayed
+    at the same time, whose memory this one may share.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[], Any],
+        generators: Sequence[torch.Generator] = (),
+        pool: "Graph | None" = None,
+    ):
+        self.graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            self.graph.register_generator_state(generator)
+        # Threads that load data or talk to other processes would break a capture of all.
+        with torch.cuda.graph(
+            self.graph,
+            pool=pool and pool.graph.pool(),
+            capture_error_mode="thread_local",
+        ):
+            self.result = function()
+
+    def __call__(self) -> Any:
+        self.graph.replay()
+        return self.result
+
+
+def warm_up(function: Callable[[], Any], times: int = 2) -> None:
+    """Run on a side stream, as capture demands, so that libraries and kernels settle."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(times):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+
+
+class StepGraphs:
+    """A Distiller's step, drawing its own random numbers: one graph if its rounds are few.
+
+    Otherwise a graph a round and one an update, which launches from the host where processes
+    have to meet in it.
+    """
+
+    def __init__(self, distiller: "Distiller"):
+        self.distiller = distiller
+        self.parts: dict[str, Callable[[], Any]] = {}
+
+    def __call__(self) -> dict[str, torch.Tensor]:
+        """What Distiller.run does."""
+        if not self.parts:
+            self._capture()
+        if "step" in self.parts:
+            return self.parts["step"]()
+        metrics = {}
+        for phase in ("fake", "generator"):
+            for _ in range(self.distiller.rounds):
+                self.parts[phase]()
+            metrics |= self.parts[f"{phase} update"]()
+        return metrics
+
+    def _capture(self) -> None:
+        """After two rehearsals, which change nothing; the draws begin anew behind them."""
+        d = self.distiller
+        states = d.rng.get_state(), torch.cuda.get_rng_state(d.device)
+        d.live.fill_(False)
+        warm_up(d.run)
+        d.live.fill_(True)
+        d.rng.set_state(states[0])
+        torch.cuda.set_rng_state(states[1], d.device)
+
+        alone = parallel.world() == 1
+        if alone and d.rounds <= FEW:
+            self.parts["step"] = Graph(d.run, [d.rng])
+            return
+        pool = None
+        for phase in ("fake", "generator"):
+            self.parts[phase] = pool = Graph(partial(d.accumulate, phase), [d.rng], pool)
+            update = partial(d.update, phase)
+            self.parts[f"{phase} update"] = Graph(update, pool=pool) if alone else update
