@@ -105,7 +105,7 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: torch.Tensor, **around) -> torch.Tensor:
-        return kernels.group_norm(x, self.weight, self.bias, self.groups, self.eps, **around)
+        return kernels.group_norm(x, self.weight, self.bias, self.groups, self.eps, **around).y
 
 
 class PositionalEmbedding(nn.Module):
