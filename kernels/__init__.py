@@ -7,10 +7,11 @@ decided behind them and nowhere else.
 from sid_fast.kernels.adam_ema import adam_ema
 from sid_fast.kernels.attention import attention
 from sid_fast.kernels.augment import augment
-from sid_fast.kernels.group_norm import group_norm
+from sid_fast.kernels.group_norm import Normed, group_norm
 from sid_fast.kernels.sid_loss import fake_score_loss, generator_loss, noised
 
 __all__ = [
+    "Normed",
     "adam_ema",
     "attention",
     "augment",

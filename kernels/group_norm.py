@@ -1,5 +1,9 @@
 """Group normalisation with everything the EDM U-Net does around it, one pass over memory.
 
+Before the norm: the end of the block before (bias of its convolution, residual, scale), the
+decoder's concatenation, conditioning; after it: conditioning, activation, dropout, resampling by
+two. Two tensors are normalised as one where they lie; a group may straddle the seam.
+
 A channels-last group is a narrow column: C/groups channels (8 to 96 bytes in 16 bit) of every
 pixel. A program therefore takes a slab of adjacent groups of one sample, so that it reads whole
 sectors, and all of its pixels. Where they fit, they stay in registers between statistics and
@@ -7,13 +11,12 @@ normalisation; where they do not, the program goes over its tiles again in rever
 what it read last is still in the first-level cache and nothing is read from memory twice.
 
 The backward kernel keeps the input and the statistics only; normalised values, activation and
-dropout are recomputed. It writes the sums that make up the gradients of weight and bias per
-sample; adding the samples up is a second, deterministic step.
+dropout are recomputed. It takes every incoming gradient of the input apart and adds them up
+itself. It writes the sums that make up the gradients of weight, bias and x_bias per sample; adding
+the samples up is a second, deterministic step.
 """
 
-import itertools
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,18 +24,21 @@ import torch.nn.functional as F
 from sid_fast.kernels._triton import tl, triton
 from sid_fast.kernels.dispatch import choose
 
-# (channels, pixels) of the group norms of the published networks, 32 groups each: where the
-# embedding is added to the input (DDPM++), where it scales and shifts (ADM), and the others.
-ADDED = ((128, 4096), (256, 4096), (128, 1024), (256, 1024), (256, 256), (256, 64))
-SCALED = (
-    *((192, 4096), (384, 4096), (192, 1024), (384, 1024), (576, 1024)),
-    *((384, 256), (576, 256), (768, 256), (576, 64), (768, 64)),
-)
-UNCONDITIONED = (
-    *((512, 1024), (512, 256), (512, 64)),
-    *((576, 4096), (768, 1024), (960, 1024), (960, 256), (1152, 256), (1344, 256)),
-    *((1344, 64), (1536, 64)),
-)
+
+class Normed(NamedTuple):
+    """What a group norm gives; each output takes a gradient of its own.
+
+    y is the result, [N, C, H', W']; h the sum that was normalised, [N, C1, H, W], x itself where
+    there was nothing to add; fork is h once more, for a second consumer; beside what was
+    normalised with h, passed through for its second consumer; resampled is h, resampled as y is.
+    Adding up the gradients of several consumers thus takes no pass of its own.
+    """
+
+    y: torch.Tensor
+    h: torch.Tensor
+    fork: torch.Tensor
+    beside: torch.Tensor | None
+    resampled: torch.Tensor | None
 
 
 def group_norm_ref(
@@ -41,27 +47,47 @@ def group_norm_ref(
     bias: torch.Tensor,
     groups: int,
     eps: float,
+    *,
+    beside: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    x_bias: torch.Tensor | None = None,
+    x_scale: float = 1.0,
     add: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
     silu: bool = True,
     dropout: float = 0.0,
-    residual: torch.Tensor | None = None,
-    residual_scale: float = 1.0,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    resample: str | None = None,
+) -> Normed:
     """group_norm in plain PyTorch; dropout draws from torch's generator."""
-    if residual is not None:
-        x = summed = (x + residual) * residual_scale
+    h = x if residual is None else x + residual
+    if x_bias is not None:
+        h = h + x_bias[:, None, None].to(h.dtype)
+    if x_scale != 1:
+        h = h * x_scale
+    y = h if beside is None else torch.cat([h, beside], dim=1)
     if add is not None:
-        x = x + add[:, :, None, None].to(x.dtype)
-    x = F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+        y = y + add[:, :, None, None].to(y.dtype)
+    y = F.group_norm(y, groups, weight.to(y.dtype), bias.to(y.dtype), eps)
     if scale is not None:
-        scale, shift = (v[:, :, None, None].to(x.dtype) for v in (scale, shift))
-        x = torch.addcmul(shift, x, scale + 1)
+        scale, shift = (v[:, :, None, None].to(y.dtype) for v in (scale, shift))
+        y = torch.addcmul(shift, y, scale + 1)
     if silu:
-        x = F.silu(x)
-    x = F.dropout(x, dropout) if dropout else x
-    return x if residual is None else (x, summed)
+        y = F.silu(y)
+    if dropout:
+        y = F.dropout(y, dropout)
+    if resample is None:
+        return Normed(y, h, h, beside, None)
+    change = {"down": _halved, "up": _doubled}[resample]
+    return Normed(change(y), h, h, beside, change(h))
+
+
+def _halved(x: torch.Tensor) -> torch.Tensor:
+    return F.avg_pool2d(x, 2)
+
+
+def _doubled(x: torch.Tensor) -> torch.Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 @triton.jit
@@ -90,32 +116,125 @@ def _load(ptr, offset, inside):
 
 @triton.jit
 def _slab_of_program(
-    PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    LEFT: tl.constexpr,
     GROUP: tl.constexpr,
     SLAB: tl.constexpr,
     SLABS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Which sample and where it starts; the slab's lanes, their channels and which it owns."""
+    """Which sample; the slab's lanes, their channels, which it owns, and which of those are h's."""
     sample = tl.program_id(0) // SLABS
     slab = tl.program_id(0) % SLABS
     lane = tl.arange(0, LANES)
     # 8-byte accesses in 16 bit: with 16, the values a channel would take up half the registers.
     channel = tl.max_contiguous(slab * (SLAB * GROUP) + lane, 4)
     owned = (lane < SLAB * GROUP) & (channel < CHANNELS)
-    return sample, sample.to(tl.int64) * (PIXELS * CHANNELS), lane, channel, owned
+    return sample, lane, channel, owned, owned & (channel < LEFT)
 
 
 @triton.jit
-def _place(t, channel, owned, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr):
-    """Pixels of tile t, offsets of its elements in the sample, and which of them are the slab's."""
-    pixel = t * TILE + tl.arange(0, TILE)
-    offset = pixel[:, None] * CHANNELS + channel[None, :]
+def _joined(left_ptr, right_ptr, start, channel, LEFT: tl.constexpr, CHANNELS: tl.constexpr):
+    """Where every channel of pixel `start` lies in cat(left, right)."""
+    left = left_ptr + (start * LEFT + channel)
+    if right_ptr is None:
+        return left
+    RIGHT: tl.constexpr = CHANNELS - LEFT
+    return tl.where(channel < LEFT, left, right_ptr + (start * RIGHT + (channel - LEFT)))
+
+
+@triton.jit
+def _first_of_four(pixel, WIDTH: tl.constexpr):
+    """A pixel's upper left one of four at twice the resolution; WIDTH is the coarse one's."""
+    return 2 * (pixel + pixel // WIDTH * WIDTH)
+
+
+@triton.jit
+def _place(
+    t,
+    channel,
+    owned,
+    left,
+    PIXELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    LEFT: tl.constexpr,
+    TILE: tl.constexpr,
+    RESAMPLE: tl.constexpr,
+):
+    """Where tile t is.
+
+    Its pixels; theirs in y (the first of four for "up"); the offsets of its elements from pixel 0;
+    which of them are the slab's, and which of those are h's.
+    """
+    row = tl.arange(0, TILE)
+    if RESAMPLE == "down":
+        # Rows a quarter of the tile apart are 2x2 pixels, so that one thread averages them.
+        target = t * (TILE // 4) + row % (TILE // 4)
+        member = row // (TILE // 4)
+        pixel = _first_of_four(target, WIDTH // 2) + member // 2 * WIDTH + member % 2
+    elif RESAMPLE == "up":
+        pixel = t * TILE + row
+        target = _first_of_four(pixel, WIDTH)
+    else:
+        pixel = t * TILE + row
+        target = pixel
     inside = owned[None, :]
+    if LEFT < CHANNELS:
+        stride = tl.where(channel < LEFT, LEFT, CHANNELS - LEFT)
+        offset = pixel[:, None] * stride[None, :]
+        near = left[None, :]
+    else:
+        offset = pixel[:, None] * CHANNELS + tl.zeros_like(channel)[None, :]
+        near = inside
     if PIXELS % TILE:
         inside &= (pixel < PIXELS)[:, None]
-    return pixel, offset, inside
+        near &= (pixel < PIXELS)[:, None]
+    return pixel, target, offset, inside, near
+
+
+@triton.jit
+def _store_resampled(
+    ptr,
+    value,
+    t,
+    target,
+    inside,
+    owned,
+    PIXELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    RESAMPLE: tl.constexpr,
+):
+    """A tile, resampled, to where ptr has its channels."""
+    if RESAMPLE == "down":
+        rows: tl.constexpr = value.shape[0] // 4
+        pixel = t * rows + tl.arange(0, rows)
+        value = (_fold(value, 4) * 0.25).to(ptr.dtype.element_ty)
+        inside = owned[None, :] & (pixel < PIXELS // 4)[:, None]
+        tl.store(ptr[None, :] + pixel[:, None] * CHANNELS, value, mask=inside)
+    else:
+        value = value.to(ptr.dtype.element_ty)
+        tl.store(ptr[None, :] + target[:, None] * CHANNELS, value, mask=inside)
+        if RESAMPLE == "up":
+            for i in tl.static_range(1, 4):
+                pixel = target + (i // 2 * 2 * WIDTH + i % 2)
+                tl.store(ptr[None, :] + pixel[:, None] * CHANNELS, value, mask=inside)
+
+
+@triton.jit
+def _load_resampled(
+    ptr, target, inside, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, RESAMPLE: tl.constexpr
+):
+    """The transpose of _store_resampled: the gradient of a tile from that of what was stored."""
+    value = _load(ptr[None, :], target[:, None] * CHANNELS, inside)
+    if RESAMPLE == "down":
+        value *= 0.25
+    if RESAMPLE == "up":
+        for i in tl.static_range(1, 4):
+            pixel = target + (i // 2 * 2 * WIDTH + i % 2)
+            value += _load(ptr[None, :], pixel[:, None] * CHANNELS, inside)
+    return value
 
 
 @triton.jit
@@ -152,47 +271,42 @@ def _dropout(values, seed_ptr, drop, pixel, SLABS: tl.constexpr):
 
 
 @triton.jit
-def _read(x_ptr, residual_ptr, sum_ptr, residual_scale, offset, inside, WRITE: tl.constexpr):
-    """x, or (x + residual)·residual_scale, which it also writes; 0 outside."""
-    x = _load(x_ptr, offset, inside)
-    if residual_ptr is not None:
-        x = (x + _load(residual_ptr, offset, inside)) * residual_scale
+def _read(x_ptr, residual_ptr, h_ptr, x_bias, x_scale, offset, inside, near, WRITE: tl.constexpr):
+    """cat(h, beside) of a tile, 0 outside; x_ptr has x and beside. Writes h unless it is x."""
+    x = _load(x_ptr[None, :], offset, inside)
+    if h_ptr is not None:
+        if residual_ptr is not None:
+            x += _load(residual_ptr[None, :], offset, near)
+        x = tl.where(inside, (x + x_bias[None, :]) * x_scale[None, :], 0.0)
         # Rounded as it is stored: backward sees the stored sum and nothing else.
-        rounded = x.to(sum_ptr.dtype.element_ty)
+        rounded = x.to(h_ptr.dtype.element_ty)
         if WRITE:
-            tl.store(sum_ptr + offset, rounded, mask=inside)
+            tl.store(h_ptr[None, :] + offset, rounded, mask=near)
         x = rounded.to(tl.float32)
     return x
 
 
 @triton.jit
-def _write(
-    centred,
-    gain,
-    shift,
-    y_ptr,
-    seed_ptr,
-    drop,
-    pixel,
-    offset,
-    inside,
-    SILU: tl.constexpr,
-    SLABS: tl.constexpr,
+def _activated(
+    centred, gain, shift, seed_ptr, drop, pixel, SILU: tl.constexpr, SLABS: tl.constexpr
 ):
     y = centred * gain[None, :] + shift[None, :]
     if SILU:
         y *= tl.sigmoid(y)
     if seed_ptr is not None:
         y = _dropout(y, seed_ptr, drop, pixel, SLABS)
-    tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
+    return y
 
 
 @triton.jit
 def _forward_kernel(
     x_ptr,
+    beside_ptr,
     residual_ptr,
-    sum_ptr,
+    x_bias_ptr,
+    h_ptr,
     y_ptr,
+    resampled_ptr,
     stats_ptr,
     weight_ptr,
     bias_ptr,
@@ -204,11 +318,13 @@ def _forward_kernel(
     add_stride,
     film_stride,
     eps,
-    residual_scale,
+    x_scale,
     drop,
     tiles,
     PIXELS: tl.constexpr,
+    WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr,
+    LEFT: tl.constexpr,
     GROUPS: tl.constexpr,
     SLAB: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -216,27 +332,43 @@ def _forward_kernel(
     TILE: tl.constexpr,
     FOLD: tl.constexpr,
     SILU: tl.constexpr,
+    RESAMPLE: tl.constexpr,
 ):
     GROUP: tl.constexpr = CHANNELS // GROUPS
     SLABS: tl.constexpr = (GROUPS + SLAB - 1) // SLAB
     FIRST: tl.constexpr = TILE if TILE < PIXELS else PIXELS
-    sample, start, lane, channel, owned = _slab_of_program(
-        PIXELS, CHANNELS, GROUP, SLAB, SLABS, LANES
+    TARGETS: tl.constexpr = (
+        PIXELS * 4 if RESAMPLE == "up" else PIXELS // 4 if RESAMPLE == "down" else PIXELS
     )
-    x_ptr += start
-    y_ptr += start
+    sample, lane, channel, owned, left = _slab_of_program(CHANNELS, LEFT, GROUP, SLAB, SLABS, LANES)
+    start = sample.to(tl.int64) * PIXELS
+    x_ptr = _joined(x_ptr, beside_ptr, start, channel, LEFT, CHANNELS)
     if residual_ptr is not None:
-        residual_ptr += start
-        sum_ptr += start
+        residual_ptr += start * LEFT + channel
+    if h_ptr is not None:
+        h_ptr += start * LEFT + channel
+    y_ptr += sample.to(tl.int64) * (TARGETS * CHANNELS) + channel
+    if resampled_ptr is not None:
+        resampled_ptr += sample.to(tl.int64) * (TARGETS * LEFT) + channel
+    x_bias = tl.zeros([LANES], tl.float32)
+    if x_bias_ptr is not None:
+        x_bias += _load(x_bias_ptr, channel, left)
+    x_scale = tl.where(left, x_scale, 1.0)
     add = tl.zeros([LANES], tl.float32)
     if add_ptr is not None:
         add += _load(add_ptr + sample * add_stride, channel, owned)
 
-    pixel, offset, inside = _place(0, channel, owned, PIXELS, CHANNELS, TILE)
-    x = _read(x_ptr, residual_ptr, sum_ptr, residual_scale, offset, inside, TILE >= PIXELS)
+    pixel, target, offset, inside, near = _place(
+        0, channel, owned, left, PIXELS, WIDTH, CHANNELS, LEFT, TILE, RESAMPLE
+    )
+    x = _read(x_ptr, residual_ptr, h_ptr, x_bias, x_scale, offset, inside, near, TILE >= PIXELS)
     mean = _group_sums(tl.sum(x, 0) + FIRST * add, lane, GROUP, SLOTS) / (GROUP * FIRST)
     centre = _to_channels(mean, lane, GROUP, SLOTS) - add
     if TILE >= PIXELS:
+        if resampled_ptr is not None:
+            _store_resampled(
+                resampled_ptr, x, 0, target, inside, owned, PIXELS, WIDTH, LEFT, RESAMPLE
+            )
         centred = tl.where(inside, x - centre[None, :], 0.0)
         squares = tl.sum(centred * centred, 0)
         var = _group_sums(squares, lane, GROUP, SLOTS) / (GROUP * PIXELS)
@@ -245,8 +377,14 @@ def _forward_kernel(
         sums = tl.zeros([TILE // FOLD, LANES], tl.float32)
         squares = tl.zeros([TILE // FOLD, LANES], tl.float32)
         for t in range(tiles):
-            pixel, offset, inside = _place(t, channel, owned, PIXELS, CHANNELS, TILE)
-            x = _read(x_ptr, residual_ptr, sum_ptr, residual_scale, offset, inside, True)
+            pixel, target, offset, inside, near = _place(
+                t, channel, owned, left, PIXELS, WIDTH, CHANNELS, LEFT, TILE, RESAMPLE
+            )
+            x = _read(x_ptr, residual_ptr, h_ptr, x_bias, x_scale, offset, inside, near, True)
+            if resampled_ptr is not None:
+                _store_resampled(
+                    resampled_ptr, x, t, target, inside, owned, PIXELS, WIDTH, LEFT, RESAMPLE
+                )
             centred = tl.where(inside, x - centre[None, :], 0.0)
             sums += _fold(centred, FOLD)
             squares += _fold(centred * centred, FOLD)
@@ -266,36 +404,45 @@ def _forward_kernel(
     gain, shift = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, film, channel, owned)
     gain *= _to_channels(rstd, lane, GROUP, SLOTS)
     if TILE >= PIXELS:
-        _write(centred, gain, shift, y_ptr, seed_ptr, drop, pixel, offset, inside, SILU, SLABS)
+        y = _activated(centred, gain, shift, seed_ptr, drop, pixel, SILU, SLABS)
+        _store_resampled(y_ptr, y, 0, target, inside, owned, PIXELS, WIDTH, CHANNELS, RESAMPLE)
     else:
         centre = _to_channels(mean, lane, GROUP, SLOTS) - add
-        if residual_ptr is not None:
-            x_ptr = sum_ptr
+        if h_ptr is not None:
+            x_ptr = tl.where(channel < LEFT, h_ptr, x_ptr)
             tl.debug_barrier()  # what the other threads have stored
-        for t in range(tiles):
-            pixel, offset, inside = _place(tiles - 1 - t, channel, owned, PIXELS, CHANNELS, TILE)
-            centred = _load(x_ptr, offset, inside) - centre[None, :]
-            _write(centred, gain, shift, y_ptr, seed_ptr, drop, pixel, offset, inside, SILU, SLABS)
+        for i in range(tiles):
+            t = tiles - 1 - i
+            pixel, target, offset, inside, near = _place(
+                t, channel, owned, left, PIXELS, WIDTH, CHANNELS, LEFT, TILE, RESAMPLE
+            )
+            centred = _load(x_ptr[None, :], offset, inside) - centre[None, :]
+            y = _activated(centred, gain, shift, seed_ptr, drop, pixel, SILU, SLABS)
+            _store_resampled(y_ptr, y, t, target, inside, owned, PIXELS, WIDTH, CHANNELS, RESAMPLE)
 
 
 @triton.jit
 def _recompute(
     h_ptr,
-    dy_ptr,
+    y_grad_ptr,
     centre,
     gain,
     shift,
     seed_ptr,
     drop,
     pixel,
+    target,
     offset,
     inside,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
     SILU: tl.constexpr,
+    RESAMPLE: tl.constexpr,
     SLABS: tl.constexpr,
 ):
     """Input less its mean, and the gradient of what the activation was given; 0 outside."""
-    centred = _load(h_ptr, offset, inside) - centre[None, :]
-    grad = _load(dy_ptr, offset, inside)
+    centred = _load(h_ptr[None, :], offset, inside) - centre[None, :]
+    grad = _load_resampled(y_grad_ptr, target, inside, WIDTH, CHANNELS, RESAMPLE)
     if seed_ptr is not None:
         grad = _dropout(grad, seed_ptr, drop, pixel, SLABS)
     if SILU:
@@ -307,23 +454,51 @@ def _recompute(
 
 @triton.jit
 def _write_grad(
-    centred, grad, gain, mean_part, slope, dsum_ptr, dx_ptr, residual_scale, offset, inside
+    centred,
+    grad,
+    gain,
+    mean_part,
+    slope,
+    h_grad_ptr,
+    fork_grad_ptr,
+    resampled_grad_ptr,
+    dx_ptr,
+    x_scale,
+    target,
+    offset,
+    inside,
+    near,
+    WIDTH: tl.constexpr,
+    LEFT: tl.constexpr,
+    RESAMPLE: tl.constexpr,
 ):
-    """The gradient of the norm's input, returned, 0 outside; with the residual's it makes dx."""
+    """The gradients of the norm's input and, with all that came in, of x; both 0 outside."""
     dh = grad * gain[None, :] - mean_part[None, :] - centred * slope[None, :]
+    dh = tl.where(inside, dh, 0.0)
     dx = dh
-    if dsum_ptr is not None:
-        dx = (dh + _load(dsum_ptr, offset, inside)) * residual_scale
-    tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-    return tl.where(inside, dh, 0.0)
+    if h_grad_ptr is not None:
+        dx += _load(h_grad_ptr[None, :], offset, inside)
+    if fork_grad_ptr is not None:
+        dx += _load(fork_grad_ptr[None, :], offset, near)
+    if resampled_grad_ptr is not None:
+        dx += _load_resampled(resampled_grad_ptr, target, inside, WIDTH, LEFT, RESAMPLE)
+    dx *= x_scale[None, :]
+    tl.store(dx_ptr[None, :] + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    return dh, dx
 
 
 @triton.jit
 def _backward_kernel(
     h_ptr,
-    dy_ptr,
-    dsum_ptr,
+    beside_ptr,
+    y_grad_ptr,
+    h_grad_ptr,
+    fork_grad_ptr,
+    beside_grad_ptr,
+    resampled_grad_ptr,
     dx_ptr,
+    dbeside_ptr,
+    dx_bias_ptr,
     stats_ptr,
     weight_ptr,
     bias_ptr,
@@ -338,11 +513,13 @@ def _backward_kernel(
     samples,
     add_stride,
     film_stride,
-    residual_scale,
+    x_scale,
     drop,
     tiles,
     PIXELS: tl.constexpr,
+    WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr,
+    LEFT: tl.constexpr,
     GROUPS: tl.constexpr,
     SLAB: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -350,17 +527,25 @@ def _backward_kernel(
     TILE: tl.constexpr,
     FOLD: tl.constexpr,
     SILU: tl.constexpr,
+    RESAMPLE: tl.constexpr,
 ):
     GROUP: tl.constexpr = CHANNELS // GROUPS
     SLABS: tl.constexpr = (GROUPS + SLAB - 1) // SLAB
-    sample, start, lane, channel, owned = _slab_of_program(
-        PIXELS, CHANNELS, GROUP, SLAB, SLABS, LANES
+    TARGETS: tl.constexpr = (
+        PIXELS * 4 if RESAMPLE == "up" else PIXELS // 4 if RESAMPLE == "down" else PIXELS
     )
-    h_ptr += start
-    dy_ptr += start
-    dx_ptr += start
-    if dsum_ptr is not None:
-        dsum_ptr += start
+    sample, lane, channel, owned, left = _slab_of_program(CHANNELS, LEFT, GROUP, SLAB, SLABS, LANES)
+    start = sample.to(tl.int64) * PIXELS
+    h_ptr = _joined(h_ptr, beside_ptr, start, channel, LEFT, CHANNELS)
+    dx_ptr = _joined(dx_ptr, dbeside_ptr, start, channel, LEFT, CHANNELS)
+    if h_grad_ptr is not None:
+        h_grad_ptr = _joined(h_grad_ptr, beside_grad_ptr, start, channel, LEFT, CHANNELS)
+    if fork_grad_ptr is not None:
+        fork_grad_ptr += start * LEFT + channel
+    y_grad_ptr += sample.to(tl.int64) * (TARGETS * CHANNELS) + channel
+    if resampled_grad_ptr is not None:
+        resampled_grad_ptr += sample.to(tl.int64) * (TARGETS * LEFT) + channel
+    x_scale = tl.where(left, x_scale, 1.0)
 
     group = channel // GROUP
     centre = _load(stats_ptr + sample * GROUPS, group, owned)
@@ -372,31 +557,26 @@ def _backward_kernel(
     gain *= rstd
 
     if TILE >= PIXELS:
-        pixel, offset, inside = _place(0, channel, owned, PIXELS, CHANNELS, TILE)
-        centred, grad = _recompute(
-            h_ptr, dy_ptr, centre, gain, shift, seed_ptr, drop, pixel, offset, inside, SILU, SLABS
+        pixel, target, offset, inside, near = _place(
+            0, channel, owned, left, PIXELS, WIDTH, CHANNELS, LEFT, TILE, RESAMPLE
         )
+        centred, grad = _recompute(
+            h_ptr, y_grad_ptr, centre, gain, shift, seed_ptr, drop, pixel, target, offset, inside,
+            WIDTH, CHANNELS, SILU, RESAMPLE, SLABS,
+        )  # fmt: skip
         dshift = tl.sum(grad, 0)
         dgain = tl.sum(grad * centred, 0)
     else:
         grads = tl.zeros([TILE // FOLD, LANES], tl.float32)
         products = tl.zeros([TILE // FOLD, LANES], tl.float32)
         for t in range(tiles):
-            pixel, offset, inside = _place(t, channel, owned, PIXELS, CHANNELS, TILE)
-            centred, grad = _recompute(
-                h_ptr,
-                dy_ptr,
-                centre,
-                gain,
-                shift,
-                seed_ptr,
-                drop,
-                pixel,
-                offset,
-                inside,
-                SILU,
-                SLABS,
+            pixel, target, offset, inside, near = _place(
+                t, channel, owned, left, PIXELS, WIDTH, CHANNELS, LEFT, TILE, RESAMPLE
             )
+            centred, grad = _recompute(
+                h_ptr, y_grad_ptr, centre, gain, shift, seed_ptr, drop, pixel, target, offset,
+                inside, WIDTH, CHANNELS, SILU, RESAMPLE, SLABS,
+            )  # fmt: skip
             grads += _fold(grad, FOLD)
             products += _fold(grad * centred, FOLD)
         dshift = tl.sum(grads, 0)
@@ -410,10 +590,11 @@ def _backward_kernel(
     row = sample * CHANNELS + channel
     dgain *= rstd
     if scale_ptr is not None:
-        weight = _load(weight_ptr, channel, owned)
-        dscale = weight * dgain + _load(bias_ptr, channel, owned) * dshift
-        tl.store(dscale_ptr + row, dscale.to(dscale_ptr.dtype.element_ty), mask=owned)
-        tl.store(dshift_ptr + row, dshift.to(dshift_ptr.dtype.element_ty), mask=owned)
+        if dscale_ptr is not None:
+            weight = _load(weight_ptr, channel, owned)
+            dscale = weight * dgain + _load(bias_ptr, channel, owned) * dshift
+            tl.store(dscale_ptr + row, dscale.to(dscale_ptr.dtype.element_ty), mask=owned)
+            tl.store(dshift_ptr + row, dshift.to(dshift_ptr.dtype.element_ty), mask=owned)
         factor = 1.0 + _load(scale_ptr, film + channel, owned)
         dgain *= factor
         dshift *= factor
@@ -422,43 +603,35 @@ def _backward_kernel(
         tl.store(dparam_ptr + samples * CHANNELS + row, dshift, mask=owned)
 
     if TILE >= PIXELS:
-        dh = _write_grad(
-            centred, grad, gain, mean_part, slope, dsum_ptr, dx_ptr, residual_scale, offset, inside
-        )
+        dh, dx = _write_grad(
+            centred, grad, gain, mean_part, slope, h_grad_ptr, fork_grad_ptr, resampled_grad_ptr,
+            dx_ptr, x_scale, target, offset, inside, near, WIDTH, LEFT, RESAMPLE,
+        )  # fmt: skip
     else:
         dh = tl.zeros([TILE // FOLD, LANES], tl.float32)
+        dx = tl.zeros([TILE // FOLD, LANES], tl.float32)
         for t in range(tiles):
-            pixel, offset, inside = _place(tiles - 1 - t, channel, owned, PIXELS, CHANNELS, TILE)
+            pixel, target, offset, inside, near = _place(
+                tiles - 1 - t, channel, owned, left, PIXELS, WIDTH, CHANNELS, LEFT, TILE, RESAMPLE
+            )
             centred, grad = _recompute(
-                h_ptr,
-                dy_ptr,
-                centre,
-                gain,
-                shift,
-                seed_ptr,
-                drop,
-                pixel,
-                offset,
-                inside,
-                SILU,
-                SLABS,
-            )
-            part = _write_grad(
-                centred,
-                grad,
-                gain,
-                mean_part,
-                slope,
-                dsum_ptr,
-                dx_ptr,
-                residual_scale,
-                offset,
-                inside,
-            )
-            dh += _fold(part, FOLD)
+                h_ptr, y_grad_ptr, centre, gain, shift, seed_ptr, drop, pixel, target, offset,
+                inside, WIDTH, CHANNELS, SILU, RESAMPLE, SLABS,
+            )  # fmt: skip
+            dh_part, dx_part = _write_grad(
+                centred, grad, gain, mean_part, slope, h_grad_ptr, fork_grad_ptr,
+                resampled_grad_ptr, dx_ptr, x_scale, target, offset, inside, near, WIDTH, LEFT,
+                RESAMPLE,
+            )  # fmt: skip
+            if dadd_ptr is not None:
+                dh += _fold(dh_part, FOLD)
+            if dx_bias_ptr is not None:
+                dx += _fold(dx_part, FOLD)
 
     if dadd_ptr is not None:
         tl.store(dadd_ptr + row, tl.sum(dh, 0).to(dadd_ptr.dtype.element_ty), mask=owned)
+    if dx_bias_ptr is not None:
+        tl.store(dx_bias_ptr + sample * LEFT + channel, tl.sum(dx, 0), mask=left)
 
 
 def _power_of_two(n: int) -> int:
@@ -483,34 +656,47 @@ def _slab(channels: int, groups: int, pixels: int) -> tuple[int, int]:
     return groups, max(8, _power_of_two(channels))
 
 
-def _launch(x: torch.Tensor, groups: int, backward: bool) -> tuple[dict[str, int], int]:
-    """The compile-time constants of a kernel that depend on the shape, and its warps.
+def _launch(
+    shape: tuple[int, ...],
+    left: int,
+    itemsize: int,
+    groups: int,
+    silu: bool,
+    resample: str | None,
+    backward: bool,
+) -> dict[str, Any]:
+    """The compile-time constants of a kernel, and its warps, for [N, C, H, W].
 
     A slab of up to 8192 elements stays in registers, 32 of them a thread. A larger one goes over
     its tiles twice, 64 bytes a thread at a time (of two tensors in backward), and keeps 8 elements
     of every running sum. Slabs over 65536 elements get 16 warps: one such program has a
     multiprocessor and its first-level cache to itself.
     """
-    _, channels, height, width = x.shape
+    _, channels, height, width = shape
     pixels = height * width
     slab, lanes = _slab(channels, groups, pixels)
     tile, fold = _power_of_two(pixels), 1
     warps = max(1, tile * lanes // 1024)
     if warps > 8:
         warps = 8 if tile * lanes <= 65536 else 16
-        fold = (4 if backward else 8) // x.element_size()
+        fold = (4 if backward else 8) // itemsize
         tile = warps * 32 * 8 * fold // lanes
-    constants = {
+    return {
         "PIXELS": pixels,
+        "WIDTH": width,
         "CHANNELS": channels,
+        "LEFT": left,
         "GROUPS": groups,
         "SLAB": slab,
         "SLOTS": _power_of_two(slab),
         "LANES": lanes,
         "TILE": tile,
         "FOLD": fold,
+        "SILU": silu,
+        "RESAMPLE": resample,
+        "num_warps": warps,
+        "num_stages": 1,
     }
-    return constants, warps
 
 
 def _rows(*values: torch.Tensor | None) -> tuple[tuple[torch.Tensor | None, ...], int]:
@@ -523,87 +709,85 @@ def _rows(*values: torch.Tensor | None) -> tuple[tuple[torch.Tensor | None, ...]
     return values, values[0].stride(0)
 
 
+def _resampled_size(x: torch.Tensor, resample: str | None) -> list[int]:
+    height, width = x.shape[2:]
+    if resample == "up":
+        return [2 * height, 2 * width]
+    return [height // 2, width // 2] if resample == "down" else [height, width]
+
+
+def _empty(x: torch.Tensor, channels: int, size: list[int]) -> torch.Tensor:
+    shape = (len(x), channels, *size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
 @torch.library.custom_op("sid_fast::group_norm", mutates_args=())
 def _forward(
     x: torch.Tensor,
+    beside: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    x_bias: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor,
     add: torch.Tensor | None,
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
-    residual: torch.Tensor | None,
     seed: torch.Tensor | None,
+    x_scale: float,
     groups: int,
     eps: float,
     silu: bool,
     dropout: float,
-    residual_scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output, (x + residual)·residual_scale (empty without a residual), [2, N, groups] statistics.
+    resample: str | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y, h (empty where it is x), resampled h (empty without), [2, N, groups] statistics.
 
-    x and residual are dense in channels-last order.
+    x, beside and residual are dense in channels-last order.
     """
-    y, summed, stats = _forward_fake(
-        x,
-        weight,
-        bias,
-        add,
-        scale,
-        shift,
-        residual,
-        seed,
-        groups,
-        eps,
-        silu,
-        dropout,
-        residual_scale,
+    y, h, resampled, stats = out = _forward_fake(
+        x, beside, residual, x_bias, weight, bias, add, scale, shift, seed,
+        x_scale, groups, eps, silu, dropout, resample,
+    )  # fmt: skip
+    n, channels = y.shape[:2]
+    constants = _launch(
+        (n, channels, *x.shape[2:]), x.shape[1], x.element_size(), groups, silu, resample, False
     )
-    n = len(x)
-    constants, warps = _launch(x, groups, backward=False)
     (add,), add_stride = _rows(add)
     (scale, shift), film_stride = _rows(scale, shift)
     with torch.cuda.device_of(x):
         _forward_kernel[(-(-groups // constants["SLAB"]) * n,)](
-            x,
-            residual,
-            None if residual is None else summed,
-            y,
-            stats,
-            weight,
-            bias,
-            add,
-            scale,
-            shift,
-            seed,
-            n,
-            add_stride,
-            film_stride,
-            eps,
-            residual_scale,
-            round(dropout * 65536),
-            -(-constants["PIXELS"] // constants["TILE"]),
-            **constants,
-            SILU=silu,
-            num_warps=warps,
-            num_stages=1,
-        )
-    return y, summed, stats
+            x, beside, residual, x_bias, h if h.numel() else None, y,
+            resampled if resample else None, stats, weight, bias, add, scale, shift, seed,
+            n, add_stride, film_stride, eps, x_scale, round(dropout * 65536),
+            -(-constants["PIXELS"] // constants["TILE"]), **constants,
+        )  # fmt: skip
+    return out
 
 
 @_forward.register_fake
 def _forward_fake(
-    x, weight, bias, add, scale, shift, residual, seed, groups, eps, silu, dropout, residual_scale
-):
-    summed = x.new_empty(0) if residual is None else torch.empty_like(x)
-    stats = x.new_empty((2, len(x), groups), dtype=torch.float32)
-    return torch.empty_like(x), summed, stats
+    x, beside, residual, x_bias, weight, bias, add, scale, shift, seed,
+    x_scale, groups, eps, silu, dropout, resample,
+):  # fmt: skip
+    size = _resampled_size(x, resample)
+    same = residual is None and x_bias is None and x_scale == 1
+    return (
+        _empty(x, len(weight), size),
+        x.new_empty(0) if same else torch.empty_like(x),
+        x.new_empty(0) if resample is None else _empty(x, x.shape[1], size),
+        x.new_empty((2, len(x), groups), dtype=torch.float32),
+    )
 
 
 @torch.library.custom_op("sid_fast::group_norm_backward", mutates_args=())
 def _backward(
-    dy: torch.Tensor,
-    dsum: torch.Tensor | None,
+    y_grad: torch.Tensor,
+    h_grad: torch.Tensor | None,
+    fork_grad: torch.Tensor | None,
+    beside_grad: torch.Tensor | None,
+    resampled_grad: torch.Tensor | None,
     h: torch.Tensor,
+    beside: torch.Tensor | None,
     stats: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
@@ -611,145 +795,122 @@ def _backward(
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
     seed: torch.Tensor | None,
+    x_scale: float,
     silu: bool,
     dropout: float,
-    residual_scale: float,
-    parameters: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of h, (weight, bias) as [2, C], add, scale and shift; empty where there is none."""
-    dx, dparam, dadd, dscale, dshift = _backward_fake(
-        dy,
-        dsum,
-        h,
-        stats,
-        weight,
-        bias,
-        add,
-        scale,
-        shift,
-        seed,
-        silu,
-        dropout,
-        residual_scale,
-        parameters,
+    resample: str | None,
+    wanted: list[bool],
+) -> tuple[
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+]:
+    """Gradients of x, beside, x_bias, (weight, bias) as [2, C], add, scale and shift.
+
+    wanted says which of x_bias, weight or bias, add, scale or shift to find; what is not wanted or
+    not there is empty. h_grad and beside_grad come together if there is a beside.
+    """
+    dx, dbeside, dx_bias, dparam, dadd, dscale, dshift = out = _backward_fake(
+        y_grad, h_grad, fork_grad, beside_grad, resampled_grad, h, beside, stats, weight, bias,
+        add, scale, shift, seed, x_scale, silu, dropout, resample, wanted,
+    )  # fmt: skip
+    n, channels, groups = len(h), len(weight), stats.shape[2]
+    constants = _launch(
+        (n, channels, *h.shape[2:]), h.shape[1], h.element_size(), groups, silu, resample, True
     )
-    n, channels = h.shape[:2]
-    groups = stats.shape[2]
-    constants, warps = _launch(h, groups, backward=True)
-    partial = stats.new_empty((2, n, channels)) if parameters else None
+    has_x_bias, has_param, has_add, has_film = wanted
+    x_bias_sums = stats.new_empty((n, h.shape[1])) if has_x_bias else None
+    param_sums = stats.new_empty((2, n, channels)) if has_param else None
     (add,), add_stride = _rows(add)
     (scale, shift), film_stride = _rows(scale, shift)
     with torch.cuda.device_of(h):
         _backward_kernel[(-(-groups // constants["SLAB"]) * n,)](
-            h,
-            dy,
-            dsum,
-            dx,
-            stats,
-            weight,
-            bias,
-            partial,
-            add,
-            None if add is None else dadd,
-            scale,
-            shift,
-            None if scale is None else dscale,
-            None if scale is None else dshift,
-            seed,
-            n,
-            add_stride,
-            film_stride,
-            residual_scale,
-            round(dropout * 65536),
-            -(-constants["PIXELS"] // constants["TILE"]),
-            **constants,
-            SILU=silu,
-            num_warps=warps,
-            num_stages=1,
-        )
-        if parameters:
-            torch.sum(partial, 1, out=dparam)
-    return dx, dparam, dadd, dscale, dshift
+            h, beside, y_grad, h_grad, fork_grad, beside_grad, resampled_grad,
+            dx, None if beside is None else dbeside, x_bias_sums, stats, weight, bias, param_sums,
+            add, dadd if has_add else None, scale, shift,
+            *((dscale, dshift) if has_film else (None, None)), seed,
+            n, add_stride, film_stride, x_scale, round(dropout * 65536),
+            -(-constants["PIXELS"] // constants["TILE"]), **constants,
+        )  # fmt: skip
+        if has_x_bias:
+            torch.sum(x_bias_sums, 0, out=dx_bias)
+        if has_param:
+            torch.sum(param_sums, 1, out=dparam)
+    return out
 
 
 @_backward.register_fake
 def _backward_fake(
-    dy,
-    dsum,
-    h,
-    stats,
-    weight,
-    bias,
-    add,
-    scale,
-    shift,
-    seed,
-    silu,
-    dropout,
-    residual_scale,
-    parameters,
-):
-    dparam = stats.new_empty((2, h.shape[1]) if parameters else 0)
-    rows = [h.new_empty(0) if v is None else v.new_empty(v.shape) for v in (add, scale, shift)]
-    return torch.empty_like(h), dparam, *rows
-
-
-def _save(ctx, inputs, output):
-    x, weight, bias, add, scale, shift, residual, seed, _, _, *ctx.options = inputs
-    _, summed, stats = output
-    h = x if residual is None else summed
-    ctx.save_for_backward(h, stats, weight, bias, add, scale, shift, seed)
-    ctx.has_residual = residual is not None
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx, dy, dsum, _):
-    h, stats, weight, bias, add, scale, shift, seed = ctx.saved_tensors
-    silu, dropout, residual_scale = ctx.options
-    if not ctx.has_residual:
-        dsum = None
-    elif dsum is None:
-        dsum = torch.zeros_like(h)
-    else:
-        dsum = dsum.contiguous(memory_format=torch.channels_last)
-    if dy is None:
-        dy = torch.zeros_like(h)
-    dy = dy.contiguous(memory_format=torch.channels_last)
-    parameters = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    dx, dparam, dadd, dscale, dshift = _backward(
-        dy,
-        dsum,
-        h,
-        stats,
-        weight,
-        bias,
-        add,
-        scale,
-        shift,
-        seed,
-        silu,
-        dropout,
-        residual_scale,
-        parameters,
-    )
-    dweight, dbias = dparam.to(weight.dtype) if parameters else (None, None)
+    y_grad, h_grad, fork_grad, beside_grad, resampled_grad, h, beside, stats, weight, bias,
+    add, scale, shift, seed, x_scale, silu, dropout, resample, wanted,
+):  # fmt: skip
+    has_x_bias, has_param, has_add, has_film = wanted
     return (
-        dx,
-        dweight,
-        dbias,
-        None if add is None else dadd,
-        *((None, None) if scale is None else (dscale, dshift)),
-        dx if ctx.has_residual else None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
+        torch.empty_like(h),
+        h.new_empty(0) if beside is None else torch.empty_like(beside),
+        stats.new_empty(h.shape[1] if has_x_bias else 0),
+        stats.new_empty((2, len(weight)) if has_param else 0),
+        add.new_empty(add.shape) if has_add else h.new_empty(0),
+        *(v.new_empty(v.shape) if has_film else h.new_empty(0) for v in (scale, shift)),
     )
 
 
-_forward.register_autograd(_gradients, setup_context=_save)
+def _dense(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous(memory_format=torch.channels_last)
+
+
+class _GroupNorm(torch.autograd.Function):
+    """The two kernels; every output is a tensor of its own, so that each brings its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, beside, residual, x_bias, weight, bias, add, scale, shift, seed, *options):
+        y, h, resampled, stats = _forward(
+            x, beside, residual, x_bias, weight, bias, add, scale, shift, seed, *options
+        )
+        if not h.numel():
+            h = x.view_as(x)
+        ctx.save_for_backward(h, beside, stats, weight, bias, add, scale, shift, seed)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return (
+            y,
+            h,
+            h.view_as(h),
+            None if beside is None else beside.view_as(beside),
+            resampled if resampled.numel() else None,
+        )
+
+    @staticmethod
+    def backward(ctx, *grads):
+        h, beside, stats, weight, bias, add, scale, shift, seed = ctx.saved_tensors
+        x_scale, _, _, silu, dropout, resample = ctx.options
+        y_grad, h_grad, fork_grad, beside_grad, resampled_grad = map(_dense, grads)
+        if y_grad is None:
+            y_grad = _empty(h, len(weight), _resampled_size(h, resample)).zero_()
+        if (h_grad is None) != (beside_grad is None) and beside is not None:
+            h_grad = torch.zeros_like(h) if h_grad is None else h_grad
+            beside_grad = torch.zeros_like(beside) if beside_grad is None else beside_grad
+        needs = ctx.needs_input_grad
+        wanted = [needs[3], needs[4] or needs[5], needs[6], needs[7] or needs[8]]
+        dx, dbeside, dx_bias, dparam, dadd, dscale, dshift = _backward(
+            y_grad, h_grad, fork_grad, beside_grad, resampled_grad, h, beside, stats, weight, bias,
+            add, scale, shift, seed, x_scale, silu, dropout, resample, wanted,
+        )  # fmt: skip
+        has_x_bias, has_param, has_add, has_film = wanted
+        return (
+            dx,
+            None if beside is None else dbeside,
+            dx if needs[2] else None,
+            dx_bias if has_x_bias else None,
+            *(dparam.to(weight.dtype).unbind() if has_param else (None, None)),
+            dadd if has_add else None,
+            *((dscale, dshift) if has_film else (None, None)),
+            *[None] * (1 + len(ctx.options)),
+        )
 
 
 def group_norm(
@@ -758,94 +919,66 @@ def group_norm(
     bias: torch.Tensor,
     groups: int,
     eps: float,
+    *,
+    beside: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    x_bias: torch.Tensor | None = None,
+    x_scale: float = 1.0,
     add: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
     silu: bool = True,
     dropout: float = 0.0,
-    residual: torch.Tensor | None = None,
-    residual_scale: float = 1.0,
     seed: torch.Tensor | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """dropout(silu(norm(h + add)·(scale + 1) + shift)) of h = (x + residual)·residual_scale.
+    resample: str | None = None,
+) -> Normed:
+    """resample(dropout(silu(norm(cat(h, beside) + add)·(scale + 1) + shift))), and h.
 
-    Every part but the norm (Wu and He, arXiv 1803.08494) is optional. x and residual are
-    [N, C, H, W], float32 or 16 bit; weight and bias are [C]; add, scale and shift are [N, C],
-    scale and shift together. dropout is the probability of a zero, 0 ≤ dropout < 1, 0 outside
+    h = (x + residual + x_bias)·x_scale. Every part but the norm (Wu and He, arXiv 1803.08494) is
+    optional. x and residual are [N, C1, H, W], float32 or 16 bit; beside is [N, C2, H, W] of the
+    dtype of x; C = C1 + C2. weight and bias are [C]; x_bias is [C1], float32; add, scale and shift
+    are [N, C], scale and shift together. resample is None, "down" (the mean of 2x2 pixels) or "up"
+    (every pixel becomes 2x2). dropout is the probability of a zero, 0 ≤ dropout < 1, 0 outside
     training. seed is an int64 [2] on the device of x, the key and stream of the dropout; without
     one it is drawn from torch's generator. The reference takes torch's own dropout.
 
-    Returns the shape and dtype of x, in channels-last order from the Triton kernel; with a
-    residual, that and h.
+    Outputs have the dtype of x, in channels-last order from the Triton kernel. ValueError for a
+    combination that has no kernel (resample with dropout or beside) or for shapes that do not fit.
     """
+    _check(x, weight, groups, beside, dropout, resample)
+    around = {
+        "beside": beside, "residual": residual, "x_bias": x_bias, "x_scale": x_scale, "add": add,
+        "scale": scale, "shift": shift, "silu": silu, "dropout": dropout, "resample": resample,
+    }  # fmt: skip
     if choose() == "reference":
-        return group_norm_ref(
-            x,
-            weight,
-            bias,
-            groups,
-            eps,
-            add,
-            scale,
-            shift,
-            silu,
-            dropout,
-            residual,
-            residual_scale,
+        return group_norm_ref(x, weight, bias, groups, eps, **around)
+    if dropout and seed is None:
+        seed = torch.randint(-(2**63), 2**63 - 1, (2,), device=x.device)
+    x, beside, residual = map(_dense, (x, beside, residual))
+    out = _GroupNorm.apply(
+        x, beside, residual, x_bias, weight, bias, add, scale, shift, seed if dropout else None,
+        x_scale, groups, eps, silu, dropout, resample,
+    )  # fmt: skip
+    return Normed(*out)
+
+
+def _check(x, weight, groups, beside, dropout, resample) -> None:
+    channels = x.shape[1] + (0 if beside is None else beside.shape[1])
+    if channels != len(weight) or channels % groups:
+        raise ValueError(
+            f"{channels} channels: weight has {len(weight)}, and they must divide into "
+            f"groups={groups}"
+        )
+    if beside is not None and (beside.dtype != x.dtype or beside.shape[2:] != x.shape[2:]):
+        raise ValueError(
+            f"beside is {beside.dtype} {tuple(beside.shape)}: must be like x, {x.dtype} "
+            f"{tuple(x.shape)}, in all but channels"
         )
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout}: must be at least 0 and less than 1")
-    if dropout and seed is None:
-        seed = torch.randint(-(2**63), 2**63 - 1, (2,), device=x.device)
-    x, residual = (
-        None if v is None else v.contiguous(memory_format=torch.channels_last)
-        for v in (x, residual)
-    )
-    y, summed, _ = _forward(
-        x,
-        weight,
-        bias,
-        add,
-        scale,
-        shift,
-        residual,
-        seed if dropout else None,
-        groups,
-        eps,
-        silu,
-        dropout,
-        residual_scale,
-    )
-    return y if residual is None else (y, summed)
-
-
-def configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
-    """(label, kernel, signature, constants, warps, stages) of the real shapes in bf16 and fp32.
-
-    As in a block: after the residual, and with conditioning and dropout.
-    """
-    film = ("scale_ptr", "shift_ptr", "dscale_ptr", "dshift_ptr")
-    absent = {
-        "residual": ("add_ptr", "dadd_ptr", *film, "seed_ptr"),
-        "add": ("residual_ptr", "sum_ptr", "dsum_ptr", *film),
-        "scale": ("residual_ptr", "sum_ptr", "dsum_ptr", "add_ptr", "dadd_ptr"),
-    }
-    forms = [("add", shape) for shape in ADDED] + [("scale", shape) for shape in SCALED]
-    forms += [("residual", shape) for shape in (*ADDED, *SCALED, *UNCONDITIONED)]
-    dtypes = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-    kernels = {"forward": _forward_kernel, "backward": _backward_kernel}
-    kinds = {"stats": "*fp32", "seed": "*i64", "eps": "fp32", "residual_scale": "fp32"}
-    kinds |= dict.fromkeys(("weight", "bias", "dparam"), "*fp32")
-    for (form, shape), dtype, way in itertools.product(forms, dtypes, kernels):
-        x = torch.empty(1, shape[0], 1, shape[1], device="meta", dtype=dtype)
-        constants, warps = _launch(x, 32, backward=way == "backward")
-        constants |= {"SILU": True}
-        signature = {}
-        for name in kernels[way].arg_names:
-            if name in absent[form]:
-                constants[name] = None
-            elif name not in constants:
-                kind = f"*{dtypes[dtype]}" if name.endswith("_ptr") else "i32"
-                signature[name] = kinds.get(name.removesuffix("_ptr"), kind)
-        label = f"{way} {form} {shape[0]}@{shape[1]} {dtypes[dtype]}"
-        yield label, kernels[way], signature, constants, warps, 1
+    if resample not in (None, "down", "up"):
+        raise ValueError(f"resample={resample!r}: choose from None, 'down', 'up'")
+    if resample and (dropout or beside is not None):
+        raise ValueError(f"resample={resample!r} goes with neither dropout nor beside")
+    if resample == "down" and (x.shape[2] % 2 or x.shape[3] % 2):
+        raise ValueError(f"resample='down' of {x.shape[2]}x{x.shape[3]} pixels: sides must be even")
