@@ -90,7 +90,7 @@ def _adam_ema(
     ema_beta: torch.Tensor,
 ) -> torch.Tensor:
     lists = params, grads, exp_avg, exp_avg_sq, ema, shadow
-    implementation = choose(cuda=library() is not None)
+    implementation = choose("adam_ema", cuda=library() is not None)
     if implementation == "reference":
         return adam_ema_ref(*lists, step, apply, lr, beta1, beta2, eps, ema_beta)
 

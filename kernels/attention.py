@@ -44,7 +44,7 @@ def attention(qkv: torch.Tensor, heads: int, blocked: bool = False) -> torch.Ten
     """
     if qkv.shape[1] % (3 * heads):
         raise ValueError(f"attention: {qkv.shape[1]} channels do not divide into {heads} heads")
-    if choose() == "reference" or qkv.shape[1] // (3 * heads) > MAX_SIZE:
+    if choose("attention") == "reference" or qkv.shape[1] // (3 * heads) > MAX_SIZE:
         return attention_ref(qkv, heads, blocked)
     if not blocked:
         qkv = qkv.unflatten(1, (heads, -1, 3)).permute(0, 4, 5, 3, 1, 2)

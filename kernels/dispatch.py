@@ -1,55 +1,127 @@
-"""Which implementation of a kernel runs: decided here and nowhere else."""
+"""Which implementation of each operation runs: decided here and nowhere else."""
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from sid_fast.errors import UserError
+from sid_fast.kernels import _apex
 
-IMPLEMENTATIONS = ("cuda", "triton", "reference")
-_forced: str | None = None
+# What each operation has beside plain PyTorch, "reference". `block` is how the others are put
+# together: the reference is networks/unet.py, its other form networks/fused.py.
+FORMS = {
+    "block": ("triton",),
+    "group_norm": ("triton", "apex"),
+    "attention": ("triton",),
+    "sid_loss": ("triton",),
+    "augment": ("triton",),
+    "adam_ema": ("triton", "cuda"),
+}
+IMPLEMENTATIONS = ("cuda", "triton", "reference", "apex")
+_forced: dict[str, str] = {}
 
 
-def choose(cuda: bool = False) -> str:
-    """The implementation of an operation that has a CUDA C++ form, built, or has none.
+def implementations() -> list[str]:
+    """The names that can be asked for here."""
+    return [name for name in IMPLEMENTATIONS if name != "apex" or _apex.installed()]
 
-    Where it has none, Triton stands in for it.
+
+def choose(operation: str, cuda: bool = False) -> str:
+    """The implementation of an operation, which is called as its module.
+
+    cuda: whether its CUDA C++ form, if it has one, was built. Triton stands in for a form that
+    an operation does not have.
     """
+    return _resolve(_forced, operation, cuda)
+
+
+def _resolve(forced: Mapping[str, str], operation: str, cuda: bool) -> str:
     # PyTorch's own wherever nothing else is asked for: the kernels are proven by interpreter and
     # compiler, and become a GPU's default with their figures measured on one.
-    name = _forced or "reference"
-    return "triton" if name == "cuda" and not cuda else name
+    name = forced.get(operation, "reference")
+    missing = name not in ("reference", *FORMS[operation]) or (name == "cuda" and not cuda)
+    return "triton" if missing else name
 
 
-def force(name: str | None) -> None:
+def _runs(forced: Mapping[str, str]) -> dict[str, str]:
+    from sid_fast.kernels.adam_ema import library  # which itself asks this module
+
+    built = {"adam_ema": library() is not None}
+    return {name: _resolve(forced, name, built.get(name, False)) for name in FORMS}
+
+
+def report() -> str:
+    """What runs, in a line: one name, or one for each operation if they differ."""
+    runs = _runs(_forced)
+    if len(set(runs.values())) == 1:
+        return runs["group_norm"]
+    return ", ".join(f"{operation} {name}" for operation, name in runs.items())
+
+
+def force(names: str | Mapping[str, str] | None) -> None:
     """Run one implementation from here on, wherever the tensors are; None: as `choose` says.
 
-    Triton on a CPU needs TRITON_INTERPRET=1 in the environment before triton is imported; CUDA
-    on a CPU runs the host build of the same arithmetic. Raises ValueError for an unknown name.
+    A mapping of operations to names leaves the other operations as they are. Triton on a CPU
+    needs TRITON_INTERPRET=1 in the environment before triton is imported; CUDA on a CPU runs
+    the host build of the same arithmetic. Raises ValueError for an unknown name or operation.
     """
     global _forced
-    if name not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"kernels={name!r}: choose from {', '.join(IMPLEMENTATIONS)}")
-    _forced = name
-
-
-def configure(name: str, device: torch.device) -> None:
-    """What --kernels asks for on a device; UserError for what cannot run there."""
-    if name not in ("auto", *IMPLEMENTATIONS):
-        raise UserError(f"kernels={name!r} is unknown: choose auto, {', '.join(IMPLEMENTATIONS)}")
-    if name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise UserError("kernels=triton on a CPU is for tests: set TRITON_INTERPRET=1 (slow)")
-    force(None if name == "auto" else name)
+    if isinstance(names, Mapping):
+        names = _forced | names
+    else:
+        names = dict.fromkeys(FORMS, names) if names else {}
+    if unknown := (set(names) - set(FORMS)) | (set(names.values()) - set(implementations())):
+        raise ValueError(
+            f"kernels={unknown.pop()!r} is unknown: choose {', '.join(implementations())}, "
+            f"for {', '.join(FORMS)}"
+        )
+    _forced = names
 
 
 @contextlib.contextmanager
-def forced(name: str) -> Iterator[None]:
+def forced(names: str | Mapping[str, str]) -> Iterator[None]:
     """`force` for the length of the block."""
+    global _forced
     before = _forced
-    force(name)
+    force(names)
     try:
         yield
     finally:
-        force(before)
+        _forced = before
+
+
+def configure(text: str, device: torch.device) -> None:
+    """What --kernels asks for on a device; UserError for what cannot run there.
+
+    A name for all operations, OPERATION=NAME for single ones, or both, with commas between.
+    """
+    global _forced
+    names = {}
+    for part in text.split(","):
+        operation, _, name = part.rpartition("=")
+        names |= dict.fromkeys([operation] if operation else FORMS, _known(text, operation, name))
+    names = {operation: name for operation, name in names.items() if name != "auto"}
+    runs = _runs(names).values()
+    if device.type == "cpu" and "apex" in runs:
+        raise UserError(f"kernels={text}: apex runs on NVIDIA GPUs only, not on {device}")
+    if device.type == "cpu" and "triton" in runs and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError(
+            f"kernels={text}: Triton on a CPU is for tests: set TRITON_INTERPRET=1 (slow)"
+        )
+    _forced = names
+
+
+def _known(text: str, operation: str, name: str) -> str:
+    """The name, if the operation (any, where it is empty) can be run by it here."""
+    if operation and operation not in FORMS:
+        raise UserError(f"kernels={text}: {operation!r} is no operation: choose {', '.join(FORMS)}")
+    forms = ["reference", *FORMS[operation]] if operation else IMPLEMENTATIONS
+    forms = ["auto", *(form for form in forms if form in implementations())]
+    if name not in forms:
+        what = repr(name) + (f" of {operation}" if operation else "")
+        if name == "apex" and not _apex.installed():
+            what = "NVIDIA's apex with its group norm (PyPI's apex is another package)"
+        raise UserError(f"kernels={text}: there is no {what}: choose {', '.join(forms)}")
+    return name

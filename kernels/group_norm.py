@@ -950,7 +950,7 @@ def group_norm(
         "beside": beside, "residual": residual, "x_bias": x_bias, "x_scale": x_scale, "add": add,
         "scale": scale, "shift": shift, "silu": silu, "dropout": dropout, "resample": resample,
     }  # fmt: skip
-    if choose() == "reference":
+    if choose("group_norm") == "reference":
         return group_norm_ref(x, weight, bias, groups, eps, **around)
     if dropout and seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (2,), device=x.device)

@@ -65,7 +65,7 @@ def run(config: PretrainConfig, given: set[str]) -> None:
 
         snapshots = Snapshots(config, trainer, trainer.ema, many_steps, data)
         name = f"teacher-{config.preset or Path(config.data).stem}"
-        where = f"on {device} with {kernels.dispatch.choose()} kernels"
+        where = f"on {device}, kernels: {kernels.dispatch.report()}"
         headline = f"training a teacher ({network}) on {len(data):,} images, {where}"
         Loop(trainer, config, snapshots, name, headline).run(resume)
 

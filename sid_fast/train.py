@@ -62,7 +62,7 @@ def run(config: TrainConfig, given: set[str]) -> None:
             return heun(teacher, z, labels, config.teacher_steps)
 
         snapshots = Snapshots(config, trainer, trainer.ema, one_step, data, many_steps)
-        where = f"on {device} with {kernels.dispatch.choose()} kernels"
+        where = f"on {device}, kernels: {kernels.dispatch.report()}"
         headline = f"distilling {config.teacher} ({teacher.config}), {where}"
         Loop(trainer, config, snapshots, config.preset or "distil", headline).run(resume)
 

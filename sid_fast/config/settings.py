@@ -109,7 +109,9 @@ class RunOptions:
     seed: int = option(0, "decides every random number of the run", 0, 2**63 - 1)
     device: str = option("auto", "auto, cpu or cuda; auto takes a GPU where there is one")
     kernels: str = option(
-        "auto", "auto, reference (PyTorch), triton or cuda; auto is what is proven on the device"
+        "auto",
+        "auto, reference (PyTorch), triton or cuda, and OPERATION=NAME for single operations "
+        "(triton,group_norm=reference); auto is what is proven on the device",
     )
     log_every: int = option(50, "steps from one log line to the next", 1)
     snapshot_every: float = option(

@@ -1,0 +1,196 @@
+"""Which implementation runs: forced, asked for by --kernels, or NVIDIA's apex; and its report."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sid_fast import augment, kernels
+from sid_fast.errors import UserError
+from sid_fast.kernels import _apex, dispatch
+
+CPU = torch.device("cpu")
+NVIDIA = [*(f"apex/{file}" for file in _apex.FILES), f"{_apex.EXTENSION}.py"]
+
+
+@pytest.fixture(autouse=True)
+def unforced():
+    dispatch.force(None)
+    yield
+    dispatch.force(None)
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """packages(*files) puts a folder with these Python files first on sys.path; all raise."""
+    _apex._module.cache_clear()
+    for name in [name for name in sys.modules if name.split(".")[0] in ("apex", _apex.EXTENSION)]:
+        monkeypatch.delitem(sys.modules, name)
+
+    def make(*files: str) -> Path:
+        for file in files:
+            path = tmp_path / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("raise AssertionError('a package was run only to know what it is')")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        return tmp_path
+
+    yield make
+    _apex._module.cache_clear()
+    for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
+        del sys.modules[name]
+
+
+def test_everything_is_pytorchs_unless_asked_for():
+    assert {dispatch.choose(operation) for operation in dispatch.FORMS} == {"reference"}
+    assert dispatch.report() == "reference"
+
+
+def test_triton_stands_in_for_a_form_that_an_operation_does_not_have():
+    with dispatch.forced("cuda"):
+        assert dispatch.choose("adam_ema", cuda=True) == "cuda"
+        assert dispatch.choose("adam_ema") == "triton"
+        assert dispatch.choose("attention") == "triton"
+
+
+def test_one_operation_is_taken_out_and_put_back():
+    with dispatch.forced("triton"):
+        with dispatch.forced({"group_norm": "reference"}):
+            assert dispatch.choose("group_norm") == "reference"
+            assert dispatch.choose("attention") == "triton"
+            assert dispatch.report() == (
+                "group_norm reference, attention triton, sid_loss triton, augment triton, "
+                "adam_ema triton"
+            )
+        assert dispatch.report() == "triton"
+    assert dispatch.report() == "reference"
+
+
+def test_an_operation_does_what_is_said_of_it_alone(monkeypatch):
+    """Every public function asks for itself by its own name."""
+    asked = []
+    for module in dispatch.FORMS:
+        name = f"sid_fast.kernels.{module}"
+        monkeypatch.setattr(
+            sys.modules[name], "choose", lambda op, cuda=False: asked.append(op) or "reference"
+        )
+    ones = torch.ones(1, 12, 4, 4)
+    kernels.group_norm(ones, ones[0, :, 0, 0], ones[0, :, 0, 0], 4, 1e-5)
+    kernels.attention(ones, 1)
+    noised = kernels.noised(ones, torch.ones(1), ones)
+    kernels.generator_loss(ones, ones, noised, ones, 1.2)
+    kernels.fake_score_loss(ones, noised, ones)
+    kernels.augment(ones, augment.draw(1, 0.5, torch.Generator()))
+    zero, lists = torch.zeros((), dtype=torch.float64), [[torch.ones(2)] for _ in range(3)]
+    update = {"apply": zero > 1, "lr": 1e-3, "beta1": 0.0, "beta2": 0.9, "eps": 1e-8}
+    kernels.adam_ema(*lists[:2], [], lists[2], [], step=zero, **update)
+    assert asked == ["group_norm", "attention", *["sid_loss"] * 3, "augment", "adam_ema"]
+
+
+@pytest.mark.parametrize("names", ["cudnn", {"group_norm": "cudnn"}, {"softmax": "triton"}, "apex"])
+def test_an_unknown_name_is_refused(names, packages):
+    packages("apex/__init__.py")
+    with pytest.raises(ValueError, match="unknown"):
+        dispatch.force(names)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("auto", "reference"),
+        ("triton", "triton"),
+        ("triton,group_norm=reference", {"group_norm": "reference", "attention": "triton"}),
+        ("sid_loss=triton,augment=triton", {"group_norm": "reference", "sid_loss": "triton"}),
+        ("triton,attention=auto", {"attention": "reference", "augment": "triton"}),
+    ],
+)
+def test_kernels_option(text, wanted, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    dispatch.configure(text, CPU)
+    if isinstance(wanted, str):
+        assert dispatch.report() == wanted
+    else:
+        assert {operation: dispatch.choose(operation) for operation in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("cudnn", ["no 'cudnn'", "auto, cuda, triton, reference"]),
+        ("triton,softmax=reference", ["'softmax'", "group_norm, attention"]),
+        ("attention=cuda", ["no 'cuda' of attention", "auto, reference, triton"]),
+        ("triton,", ["no ''", "auto"]),
+        ("group_norm=apex", ["NVIDIA's", "PyPI", "auto, reference, triton"]),
+        ("adam_ema=apex", ["apex", "auto, reference, triton, cuda"]),
+    ],
+)
+def test_kernels_option_refuses(text, words, packages):
+    packages("apex/__init__.py", "apex/models.py")
+    with pytest.raises(UserError) as refused:
+        dispatch.configure(text, CPU)
+    assert all(word in str(refused.value) for word in [f"kernels={text}", *words]), refused.value
+
+
+@pytest.mark.parametrize("text", ["triton", "cuda", "augment=triton"])
+def test_triton_on_a_cpu_needs_its_interpreter(text, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match="TRITON_INTERPRET"):
+        dispatch.configure(text, CPU)
+    assert dispatch.report() == "reference"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        [],
+        ["apex/__init__.py", "apex/models.py"],  # PyPI's
+        ["apex.py"],
+        ["apex/__init__.py", *NVIDIA[:-1]],  # built without the extension
+        ["apex/__init__.py", NVIDIA[0], NVIDIA[-1]],
+        ["apex/__init__.py", NVIDIA[1], NVIDIA[-1]],
+    ],
+)
+def test_another_apex_is_neither_used_nor_run(files, packages):
+    packages(*files)
+    assert not _apex.installed()
+    assert "apex" not in dispatch.implementations()
+    with pytest.raises(RuntimeError, match="not installed"):
+        _apex._module()
+
+
+def test_an_apex_already_imported_decides(packages, monkeypatch):
+    """It is what `import apex` would give, whatever lies on the path."""
+    packages("apex/__init__.py", *NVIDIA)
+    assert _apex.installed()
+    monkeypatch.setitem(sys.modules, "apex", type(sys)("apex"))
+    assert not _apex.installed()
+
+
+def test_nvidias_apex_is_offered_for_the_group_norm_alone(packages):
+    packages("apex/__init__.py", *NVIDIA)
+    with dispatch.forced("apex"):
+        assert dispatch.choose("group_norm") == "apex"
+        assert dispatch.choose("adam_ema", cuda=True) == "triton"
+    with pytest.raises(UserError, match="NVIDIA GPUs only"):
+        dispatch.configure("group_norm=apex", CPU)
+    dispatch.configure("group_norm=apex", torch.device("cuda"))
+    assert dispatch.report().startswith("group_norm apex, attention reference")
+
+
+def test_apex_is_called_in_its_own_terms(packages):
+    """Two passes above 1024 pixels, and its name for the activation."""
+    folder = packages("apex/__init__.py", *NVIDIA)
+    (folder / "apex/__init__.py").write_text("")
+    (folder / NVIDIA[0]).write_text(
+        "class GroupNorm:\n"
+        "    SUPPORTED_CHANNELS, SUPPORTED_GROUPS = {128}, {32}\n"
+        "def cuda_group_norm_nhwc_one_pass(*a): return 'one', *a\n"
+        "def cuda_group_norm_nhwc_two_pass(*a): return 'two', *a\n"
+    )
+    x = torch.zeros(1, 128, 32, 32)
+    assert _apex.group_norm(x, None, None, 32, 1e-6, True)[0] == "one"
+    assert _apex.group_norm(x, 1, 2, 32, 1e-6, True)[2:] == (32, 1, 2, 1e-6, "silu")
+    assert _apex.group_norm(x, 1, 2, 32, 1e-6, False)[-1] == ""
+    assert _apex.group_norm(torch.zeros(1, 128, 33, 32), 1, 2, 32, 1e-6, True)[0] == "two"
+    assert not _apex.takes(x, 32)  # on a CPU
