@@ -7,7 +7,7 @@ activation size, its bytes are those tensors'. Convolutions count like all other
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch._subclasses import FakeTensorMode
@@ -72,14 +72,17 @@ class Passes(TorchDispatchMode):
         return out
 
 
-def count(run: Callable[[], torch.Tensor], image: int) -> list[Pass]:
-    """The passes of run() and of the backward from what it returns, whose gradient is given."""
-    with Passes(image) as mode:
-        out = run()
-        grad = torch.empty_like(out)
-        mode.backward = True
-        out.backward(grad)
-    return mode.found
+def of_network(config: NetworkConfig, form: str, dtype: torch.dtype) -> list[Pass]:
+    """The passes of a training network, of its image's gradient too; form: see --kernels."""
+    with FakeTensorMode(), dispatch.forced(form):
+        net = EDMNetwork(config).train()
+        net.compute_in(dtype)
+        x = torch.empty(BATCH, config.channels, *[config.resolution] * 2, requires_grad=True)
+        with Passes(x[0].numel()) as mode:
+            out = net(x, torch.ones(BATCH))
+            mode.backward = True
+            out.sum().backward()
+        return mode.found
 
 
 # A block of each type: what it is, and where it stands in the network of a preset.
@@ -109,12 +112,13 @@ def sides(name: str, block: torch.nn.Module) -> tuple[int, int]:
     return {"down": side * 2, "up": side // 2}.get(block.conv0.resample, side)
 
 
-def of_block(config: NetworkConfig, name: str, fused: bool, dtype: torch.dtype) -> list[Pass]:
+def of_block(config: NetworkConfig, name: str, form: str, dtype: torch.dtype) -> list[Pass]:
     """The passes of one block in training, its input summed up and its gradients given.
 
     An encoder's output has a second reader, in the decoder.
     """
-    with FakeTensorMode(), dispatch.forced("triton" if fused else "reference"):
+    fused = form != "reference"
+    with FakeTensorMode(), dispatch.forced(form):
         net = EDMNetwork(config).train()
         net.compute_in(dtype)
         block = net.model.get_submodule(name)
@@ -140,9 +144,9 @@ def of_block(config: NetworkConfig, name: str, fused: bool, dtype: torch.dtype) 
                 out = block(whole, embedding)
                 ends = [out.view_as(out), out.view_as(out)] if encoder else [out]
             grads = [torch.empty_like(end) for end in ends]
-            mode.found = [p for p in mode.found if p.name != "aten::empty_like"]
             mode.backward = True
-            torch.autograd.backward(ends, grads)
+            wanted = [x, *([residual] if fused else []), *([skip] if beside else [])]
+            torch.autograd.grad(ends, [*wanted, *block.parameters()], grads, allow_unused=True)
         return mode.found
 
 
@@ -169,14 +173,17 @@ def lines() -> Iterator[str]:
     yield ""
     yield "| block | form | forward | MiB | backward | MiB |"
     yield "|---|---|---|---|---|---|"
-    for title, (config, name) in BLOCKS.items():
-        forms = {
-            "published, float32": (False, torch.float32),
-            "published, bfloat16": (False, torch.bfloat16),
-            "ours, bfloat16": (True, torch.bfloat16),
-        }
+    forms = {
+        "published, float32": ("reference", torch.float32),
+        "published, bfloat16": ("reference", torch.bfloat16),
+        "ours, bfloat16": ("triton", torch.bfloat16),
+    }
+    for title, place in BLOCKS.items():
         for form, how in forms.items():
-            yield f"| {title} | {form} | {row(of_block(config, name, *how))} |"
+            yield f"| {title} | {form} | {row(of_block(*place, *how))} |"
+    for title, config in {"CIFAR-10": CIFAR10, "ImageNet 64": IMAGENET64}.items():
+        for form, how in forms.items():
+            yield f"| whole network, {title} | {form} | {row(of_network(config, *how))} |"
 
 
 if __name__ == "__main__":
