@@ -4,6 +4,11 @@ The algorithm is FlashAttention's (arXiv 2205.14135, 2307.08691): softmax with a
 and sum, of which the logarithm is kept, so that the backward pass recomputes the weights. The
 backward pass is two kernels, one owning blocks of queries and one blocks of keys, so that every
 gradient is summed in a fixed order.
+
+A bias of qkv costs no pass. That of v is added to the output, the weights adding up to 1, and
+that of k would add the same to all logits of a query, which softmax does not see. Where a kernel
+holds queries it adds theirs on reading them; where it holds keys, that part of the logits,
+(k·b), is one number a key.
 """
 
 import math
@@ -19,41 +24,57 @@ from sid_fast.kernels.dispatch import choose
 # nor outgrow an A100's shared memory; float32 stays off the tensor cores and needs the registers.
 TILES = {
     2: {
-        "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (128, 64, 8, 2)},
+        "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
         "backward_q": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
         "backward_kv": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
     },
     4: {
         "forward": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
-        "backward_q": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
+        "backward_q": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 4, 2)},
         "backward_kv": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
     },
 }
 MAX_SIZE = 256  # channels a head, beyond which the reference runs
 
 
-def attention(qkv: torch.Tensor, heads: int, blocked: bool = False) -> torch.Tensor:
+def attention(
+    qkv: torch.Tensor, heads: int, blocked: bool = False, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """Softmax attention of every pixel to every pixel, head by head.
 
     qkv is [N, 3·C, H, W], float32, bfloat16 or float16; C must divide by heads. Its channels
     are laid out [head, channel, {q, k, v}], as in published weights, or, with blocked=True,
     [{q, k, v}, head, channel] (see blocked_order), which is read where it lies and saves a
-    pass. The softmax runs over the keys in float32 with scale 1/√(C/heads). Returns
-    [N, C, H, W] in the dtype of qkv, channels-last on a GPU. Raises ValueError if the channels
-    do not divide.
+    pass. bias, [3·C] in blocked order and usually float32, is added to qkv without a pass over
+    it, but its part for k has no effect; it is for blocked qkv only. The softmax runs over the
+    keys in float32 with scale 1/√(C/heads). Returns [N, C, H, W] in the dtype of qkv,
+    channels-last on a GPU. Raises ValueError if the channels do not divide or the bias does not
+    fit.
     """
     if qkv.shape[1] % (3 * heads):
         raise ValueError(f"attention: {qkv.shape[1]} channels do not divide into {heads} heads")
+    if bias is not None and not (blocked and bias.shape == qkv.shape[1:2]):
+        raise ValueError(
+            f"attention: a bias {tuple(bias.shape)} for {qkv.shape[1]} channels with blocked="
+            f"{blocked}; give one for each, in blocked order"
+        )
     if choose("attention") == "reference" or qkv.shape[1] // (3 * heads) > MAX_SIZE:
-        return attention_ref(qkv, heads, blocked)
+        return attention_ref(qkv, heads, blocked, bias)
     if not blocked:
         qkv = qkv.unflatten(1, (heads, -1, 3)).permute(0, 4, 5, 3, 1, 2)
         qkv = qkv.flatten(3).permute(0, 3, 1, 2)  # one copy, to channels-last
-    return _attention(qkv, heads)[0]
+    return _attention(qkv, heads, bias)[0]
 
 
-def attention_ref(qkv: torch.Tensor, heads: int, blocked: bool = False) -> torch.Tensor:
-    """attention in plain PyTorch, on any device and also in float64; N×N weights in memory."""
+def attention_ref(
+    qkv: torch.Tensor, heads: int, blocked: bool = False, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """attention in plain PyTorch, on any device and also in float64; N×N weights in memory.
+
+    A bias is in the order of qkv, blocked or not.
+    """
+    if bias is not None:
+        qkv = qkv + bias.to(qkv.dtype)[:, None, None]
     n, c3, height, width = qkv.shape
     size = c3 // 3 // heads
     if blocked:
@@ -130,6 +151,38 @@ def _write(
 
 
 @triton.jit
+def _bias(
+    bias, head, PART: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, LANES: tl.constexpr
+):
+    """One head's bias of q (PART 0) or v (2), zeros beyond its channels."""
+    lane = tl.arange(0, LANES)
+    at = (PART * HEADS + head % HEADS) * SIZE + lane
+    return tl.load(bias + at, mask=lane < SIZE, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _read_queries(
+    qkv,
+    bias,
+    head,
+    queries,
+    BLOCK: tl.constexpr,
+    PIXELS: tl.constexpr,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """One head's queries with their bias; zeros beyond the last, whose weights stay finite."""
+    q = _read(qkv, queries, BLOCK, 3 * HEADS * SIZE, PIXELS, SIZE, BLOCK_SIZE)
+    if bias is not None:
+        biased = q.to(tl.float32) + _bias(bias, head, 0, HEADS, SIZE, BLOCK_SIZE)[None, :]
+        if PIXELS % BLOCK:
+            biased = tl.where(queries[:, None] < PIXELS, biased, 0.0)
+        q = biased.to(q.dtype)
+    return q
+
+
+@triton.jit
 def _dot(a, b, sum):
     """sum + a·b in float32; float32 operands are not rounded to tf32."""
     if INTERPRETED:  # whose bfloat16 products multiply bit patterns (triton issue 11584)
@@ -140,6 +193,7 @@ def _dot(a, b, sum):
 @triton.jit
 def _forward(
     qkv,
+    bias,
     out,
     lse,
     PIXELS: tl.constexpr,
@@ -157,7 +211,7 @@ def _forward(
     queries = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     in_qkv, in_out, in_lse = _starts(head, PIXELS, HEADS, SIZE)
     qkv += in_qkv
-    q = _read(qkv, queries, BLOCK, 3 * CHANNELS, PIXELS, SIZE, BLOCK_SIZE)
+    q = _read_queries(qkv, bias, head, queries, BLOCK, PIXELS, HEADS, SIZE, BLOCK_SIZE)
     highest = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     mean = tl.zeros([BLOCK, BLOCK_SIZE], tl.float32)
@@ -175,6 +229,8 @@ def _forward(
         v = _read(qkv + 2 * CHANNELS, keys, STEP, 3 * CHANNELS, PIXELS, SIZE, BLOCK_SIZE)
         mean = _dot(p.to(v.dtype), v, mean * shrink[:, None])
     mean = mean / total[:, None]
+    if bias is not None:
+        mean += _bias(bias, head, 2, HEADS, SIZE, BLOCK_SIZE)[None, :]
     _write(out + in_out, queries, mean, CHANNELS, PIXELS, SIZE, BLOCK_SIZE)
     tl.store(lse + in_lse + queries, highest + tl.log2(total), mask=queries < PIXELS)
 
@@ -182,11 +238,13 @@ def _forward(
 @triton.jit
 def _backward_q(
     qkv,
+    bias,
     out,
     grad,
     lse,
     delta,
     grad_qkv,
+    bias_sums,
     PIXELS: tl.constexpr,
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
@@ -194,7 +252,11 @@ def _backward_q(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """A program owns BLOCK queries: writes their gradient, and delta = Σ out·grad for the keys'."""
+    """A program owns BLOCK queries: writes their gradient, and delta = Σ out·grad for the keys'.
+
+    bias_sums [image, block of pixels, {q, k, v}, head, channel], where wanted, are this program's
+    part of the gradient of the bias.
+    """
     CHANNELS: tl.constexpr = HEADS * SIZE
     SCALE: tl.constexpr = 1.4426950408889634 * SIZE**-0.5
     blocks: tl.constexpr = (PIXELS + BLOCK - 1) // BLOCK
@@ -202,10 +264,13 @@ def _backward_q(
     queries = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     in_qkv, in_out, in_lse = _starts(head, PIXELS, HEADS, SIZE)
     qkv += in_qkv
-    q = _read(qkv, queries, BLOCK, 3 * CHANNELS, PIXELS, SIZE, BLOCK_SIZE)
+    q = _read_queries(qkv, bias, head, queries, BLOCK, PIXELS, HEADS, SIZE, BLOCK_SIZE)
     g = _read(grad + in_out, queries, BLOCK, CHANNELS, PIXELS, SIZE, BLOCK_SIZE)
     o = _read(out + in_out, queries, BLOCK, CHANNELS, PIXELS, SIZE, BLOCK_SIZE)
-    d = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
+    o = o.to(tl.float32)
+    if bias is not None:  # Σ weight·(grad·v) is wanted, of v without it
+        o -= _bias(bias, head, 2, HEADS, SIZE, BLOCK_SIZE)[None, :]
+    d = tl.sum(o * g.to(tl.float32), 1)
     tl.store(delta + in_lse + queries, d, mask=queries < PIXELS)
     norm = tl.load(lse + in_lse + queries, mask=queries < PIXELS, other=0.0)
     dq = tl.zeros([BLOCK, BLOCK_SIZE], tl.float32)
@@ -220,11 +285,20 @@ def _backward_q(
         dq = _dot(ds.to(k.dtype), k, dq)
     dq *= SIZE**-0.5
     _write(grad_qkv + in_qkv, queries, dq, 3 * CHANNELS, PIXELS, SIZE, BLOCK_SIZE)
+    if bias_sums is not None:
+        lane = tl.arange(0, BLOCK_SIZE)
+        part = head // HEADS * blocks + tl.program_id(0) % blocks
+        bias_sums += part * (3 * CHANNELS) + head % HEADS * SIZE + lane
+        tl.store(bias_sums, tl.sum(dq, 0), mask=lane < SIZE)
+        tl.store(bias_sums + CHANNELS, tl.zeros([BLOCK_SIZE], tl.float32), mask=lane < SIZE)
+        g = _read(grad + in_out, queries, BLOCK, CHANNELS, PIXELS, SIZE, BLOCK_SIZE)
+        tl.store(bias_sums + 2 * CHANNELS, tl.sum(g.to(tl.float32), 0), mask=lane < SIZE)
 
 
 @triton.jit
 def _backward_kv(
     qkv,
+    bias,
     grad,
     lse,
     delta,
@@ -247,24 +321,36 @@ def _backward_kv(
     grad_qkv += in_qkv
     k = _read(qkv + CHANNELS, keys, BLOCK, 3 * CHANNELS, PIXELS, SIZE, BLOCK_SIZE)
     v = _read(qkv + 2 * CHANNELS, keys, BLOCK, 3 * CHANNELS, PIXELS, SIZE, BLOCK_SIZE)
+    if bias is not None:
+        q_bias = _bias(bias, head, 0, HEADS, SIZE, BLOCK_SIZE)
+        biased = tl.sum(k.to(tl.float32) * q_bias[None, :], 1)
+        total = tl.zeros([BLOCK], tl.float32)
     dk = tl.zeros([BLOCK, BLOCK_SIZE], tl.float32)
     dv = tl.zeros([BLOCK, BLOCK_SIZE], tl.float32)
     for first in range(0, PIXELS, STEP):
         queries = first + tl.arange(0, STEP)
         inside = queries < PIXELS
         q = _read(qkv, queries, STEP, 3 * CHANNELS, PIXELS, SIZE, BLOCK_SIZE)
-        norm = tl.load(lse + in_lse + queries, mask=inside, other=0.0)
-        p = tl.exp2(_dot(k, tl.trans(q), None) * SCALE - norm[None, :])
+        norm = tl.load(lse + in_lse + queries, mask=inside, other=float("inf"))
+        logits = _dot(k, tl.trans(q), None)
+        if bias is not None:
+            logits += biased[:, None]
+        p = tl.exp2(logits * SCALE - norm[None, :])
         g = _read(grad + in_out, queries, STEP, CHANNELS, PIXELS, SIZE, BLOCK_SIZE)
         dv = _dot(p.to(g.dtype), g, dv)
         d = tl.load(delta + in_lse + queries, mask=inside, other=0.0)
         ds = p * (_dot(v, tl.trans(g), None) - d[None, :])
         dk = _dot(ds.to(q.dtype), q, dk)
+        if bias is not None:
+            total += tl.sum(ds, 1)
+    if bias is not None:
+        dk += total[:, None] * _bias(bias, head, 0, HEADS, SIZE, BLOCK_SIZE)[None, :]
     dk *= SIZE**-0.5
     _write(grad_qkv + CHANNELS, keys, dk, 3 * CHANNELS, PIXELS, SIZE, BLOCK_SIZE)
     _write(grad_qkv + 2 * CHANNELS, keys, dv, 3 * CHANNELS, PIXELS, SIZE, BLOCK_SIZE)
 
 
+FLOATS = ("bias", "lse", "delta", "bias_sums")
 KERNELS = {"forward": _forward, "backward_q": _backward_q, "backward_kv": _backward_kv}
 
 
@@ -286,7 +372,7 @@ def _configuration(
     return constants, warps, stages
 
 
-def _launch(kernel: str, qkv: torch.Tensor, heads: int, *others: torch.Tensor) -> None:
+def _launch(kernel: str, qkv: torch.Tensor, heads: int, *others: torch.Tensor | None) -> None:
     images, c3, height, width = qkv.shape
     constants, warps, stages = _configuration(
         kernel, height * width, heads, c3 // 3 // heads, qkv.itemsize
@@ -307,42 +393,65 @@ def _empty(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.library.custom_op("sid_fast::attention", mutates_args=())
-def _attention(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _attention(
+    qkv: torch.Tensor, heads: int, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Blocked qkv -> out, lse."""
     qkv = qkv.contiguous(memory_format=torch.channels_last)
     out, lse = _empty(qkv, heads)
-    _launch("forward", qkv, heads, out, lse)
+    _launch("forward", qkv, heads, bias, out, lse)
     return out, lse
+
+
+@_attention.register_fake
+def _(qkv, heads, bias):
+    return _empty(qkv, heads)
 
 
 @torch.library.custom_op("sid_fast::attention_backward", mutates_args=())
 def _attention_backward(
-    grad: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, heads: int
-) -> torch.Tensor:
+    grad: torch.Tensor,
+    qkv: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    heads: int,
+    sums: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of qkv, and of the bias by image and block of pixels, if those are wanted."""
     qkv = qkv.contiguous(memory_format=torch.channels_last)
     grad = grad.contiguous(memory_format=torch.channels_last)
-    grad_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    _launch("backward_q", qkv, heads, out, grad, lse, delta, grad_qkv)
-    _launch("backward_kv", qkv, heads, grad, lse, delta, grad_qkv)
-    return grad_qkv
+    grad_qkv, bias_sums = _backward_like(grad, qkv, bias, out, lse, heads, sums)
+    delta = torch.empty_like(lse)
+    written = grad_qkv, bias_sums if sums else None
+    _launch("backward_q", qkv, heads, bias, out, grad, lse, delta, *written)
+    _launch("backward_kv", qkv, heads, bias, grad, lse, delta, grad_qkv)
+    return grad_qkv, bias_sums
 
 
 @_attention_backward.register_fake
-def _(grad, qkv, out, lse, heads):
-    return torch.empty_like(qkv, memory_format=torch.channels_last)
+def _backward_like(grad, qkv, bias, out, lse, heads, sums):
+    images, c3, height, width = qkv.shape
+    pixels = height * width
+    block = _configuration("backward_q", pixels, heads, c3 // 3 // heads, qkv.itemsize)[0]["BLOCK"]
+    shape = (images, -(-pixels // block), c3) if sums else (0,)
+    grad_qkv = torch.empty_like(qkv, memory_format=torch.channels_last)
+    return grad_qkv, torch.empty(shape, device=qkv.device, dtype=torch.float32)
 
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # of lse, which no one uses
-    ctx.save_for_backward(inputs[0], *output)
-    ctx.heads = inputs[1]
+    qkv, ctx.heads, bias = inputs
+    ctx.save_for_backward(qkv, bias, *output)
 
 
 def _differentiate(ctx, grad, _):
-    return _attention_backward(grad, *ctx.saved_tensors, ctx.heads), None
+    qkv, bias, out, lse = ctx.saved_tensors
+    wanted = bias is not None and ctx.needs_input_grad[2]
+    grad_qkv, sums = _attention_backward(grad, qkv, bias, out, lse, ctx.heads, wanted)
+    return grad_qkv, None, sums.sum((0, 1)).to(bias.dtype) if wanted else None
 
 
-_attention.register_fake(_empty)
 _attention.register_autograd(_differentiate, setup_context=_save)
 
 
@@ -357,7 +466,7 @@ def configurations() -> Iterator[tuple]:
                     name, pixels, heads, size, 4 if element == "fp32" else 2
                 )
                 signature = {
-                    argument: "*fp32" if argument in ("lse", "delta") else f"*{element}"
+                    argument: "*fp32" if argument in FLOATS else f"*{element}"
                     for argument in kernel.arg_names
                     if argument not in constants
                 }

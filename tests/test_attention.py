@@ -4,12 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden import relative
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sid_fast import kernels
 from sid_fast.kernels.attention import attention_ref, blocked_order
 from sid_fast.kernels.dispatch import forced
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+BIASED = TOLERANCE | {torch.bfloat16: 1.5e-2}  # PyTorch's own bfloat16 comes to 1e-2
 
 # images, heads, channels a head, height, width
 SHAPES = [
@@ -35,11 +37,21 @@ def tensors(shape, dtype, device):
     return (t.contiguous(memory_format=torch.channels_last) for t in (qkv, grad))
 
 
-def differentiate(function, qkv, grad, *arguments):
-    """The output and the gradient of qkv."""
+def differentiate(function, qkv, grad, *arguments, bias=None):
+    """The output and the gradient of qkv, and of the bias if there is one."""
     qkv = qkv.detach().requires_grad_()
-    out = function(qkv, *arguments)
-    return out.detach(), torch.autograd.grad(out, qkv, grad)[0]
+    if bias is None:
+        out = function(qkv, *arguments)
+        return out.detach(), torch.autograd.grad(out, qkv, grad)[0]
+    bias = bias.detach().requires_grad_()
+    out = function(qkv, *arguments, bias)
+    return out.detach(), *torch.autograd.grad(out, (qkv, bias), grad)
+
+
+def random_bias(qkv):
+    """float32, as the master weights are."""
+    rng = torch.Generator().manual_seed(1)
+    return torch.randn(qkv.shape[1], generator=rng).to(qkv.device)
 
 
 def parts(qkv, heads, blocked):
@@ -51,16 +63,26 @@ def parts(qkv, heads, blocked):
     return [t.flatten(3).transpose(2, 3) for t in three]
 
 
-def check(qkv, grad, heads, blocked):
+def check(qkv, grad, heads, blocked, bias=None, tolerance=None):
+    tolerance = tolerance or (TOLERANCE if bias is None else BIASED)[qkv.dtype]
     with forced("triton"):
-        out, grad_qkv = differentiate(kernels.attention, qkv, grad, heads, blocked)
+        out, grad_qkv, *grad_bias = differentiate(
+            kernels.attention, qkv, grad, heads, blocked, bias=bias
+        )
     assert out.dtype == grad_qkv.dtype == qkv.dtype
     assert out.is_contiguous(memory_format=torch.channels_last)
-    expected = differentiate(attention_ref, qkv.double(), grad.double(), heads, blocked)
-    assert relative(out, expected[0]) <= TOLERANCE[qkv.dtype]
+    exact = None if bias is None else bias.double()
+    expected = differentiate(attention_ref, qkv.double(), grad.double(), heads, blocked, bias=exact)
+    assert relative(out, expected[0]) <= tolerance
     found, wanted = (parts(g, heads, blocked) for g in (grad_qkv, expected[1]))
     for name, a, b in zip("qkv", found, wanted, strict=True):
-        assert relative(a, b) <= TOLERANCE[qkv.dtype], f"gradient of {name}"
+        assert relative(a, b) <= tolerance, f"gradient of {name}"
+    if bias is not None:
+        assert grad_bias[0].dtype == bias.dtype
+        found, wanted = grad_bias[0].chunk(3), expected[2].chunk(3)
+        for name, a, b in zip("qv", found[::2], wanted[::2], strict=True):
+            assert relative(a, b) <= tolerance, f"gradient of {name}'s bias"
+        assert not found[1].any()
 
 
 @pytest.mark.parametrize("blocked", [True, False])
@@ -75,6 +97,56 @@ def test_reference_is_softmax_attention(blocked):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_float64(shape, dtype, device, poisoned):
     check(*tensors(shape, dtype, device), heads=shape[1], blocked=True)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 1, 256, 8, 8),
+        pytest.param((1, 6, 64, 32, 32), marks=pytest.mark.gpu),
+        (1, 2, 64, 12, 12),  # more than one block of pixels
+        (2, 2, 32, 9, 9),
+        (3, 2, 12, 5, 3),
+    ],
+    ids=str,
+)
+def test_bias_matches_float64(shape, dtype, device, poisoned):
+    qkv, grad = tensors(shape, dtype, device)
+    check(qkv, grad, shape[1], True, random_bias(qkv))
+
+
+@pytest.mark.parametrize("blocked", [True, False])
+def test_reference_adds_the_bias_to_qkv(blocked):
+    qkv, _ = tensors((2, 3, 8, 4, 5), torch.float64, "cpu")
+    bias = random_bias(qkv)
+    expected = attention_ref(qkv + bias.double()[:, None, None], 3, blocked)
+    assert torch.equal(attention_ref(qkv, 3, blocked, bias), expected)
+
+
+def test_a_frozen_bias_costs_no_sums(device):
+    qkv, grad = tensors((2, 2, 16, 5, 5), torch.float32, device)
+    bias = random_bias(qkv)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append((str(op), args[-1] if args else None))
+            return op(*args, **kwargs or {})
+
+    with forced("triton"):
+        wanted = differentiate(kernels.attention, qkv, grad, 2, True, bias=bias)[1]
+        with Watch():
+            found = differentiate(lambda x: kernels.attention(x, 2, True, bias), qkv, grad)[1]
+    assert torch.equal(found, wanted)
+    # And no copy of anything: forward and backward are all there is.
+    seen = [(op, last) for op, last in seen if "detach" not in op]
+    assert [op for op, _ in seen] == [
+        "sid_fast.attention.default",
+        "sid_fast.attention_backward.default",
+    ]
+    assert seen[1][1] is False
+    assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -114,6 +186,17 @@ def test_large_logits_neither_overflow_nor_vanish(logit, device):
     assert relative(grad_qkv, expected[1]) <= 1e-4
 
 
+@pytest.mark.parametrize("logit", [-400.0, 400.0])
+def test_logits_made_large_by_the_bias(logit, device):
+    """Beyond the 81st pixel there is no query, and no bias may make one: exp of it is infinite."""
+    qkv, grad = tensors((1, 1, 64, 9, 9), torch.float32, device)
+    qkv = qkv * 0.1
+    qkv[:, 64:128] += 7.0
+    bias = torch.zeros(192, device=device)
+    bias[:64] = logit * 8 / 64 / 7.0
+    check(qkv, grad, 1, True, bias, tolerance=1e-4)
+
+
 def test_a_nan_stays_in_its_image(device):
     qkv, grad = tensors((3, 2, 32, 5, 5), torch.float32, device)
     spoilt = qkv.clone()
@@ -144,25 +227,36 @@ def test_heads_must_divide():
         kernels.attention(torch.zeros(1, 96, 2, 2), 5)
 
 
-def test_operators_are_registered_soundly(device):
+@pytest.mark.parametrize("channels, blocked", [(96, False), (32, True)])
+def test_a_bias_must_fit(channels, blocked):
+    with pytest.raises(ValueError, match="blocked"):
+        kernels.attention(torch.zeros(1, 96, 2, 2), 2, blocked, torch.zeros(channels))
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_operators_are_registered_soundly(device, biased):
     """Schema, fake tensors and autograd agree with what the operators do, NCHW input included."""
     qkv, grad = tensors((1, 1, 16, 2, 3), torch.float32, device)
     qkv = qkv.contiguous()
     forward, backward = torch.ops.sid_fast.attention, torch.ops.sid_fast.attention_backward
-    torch.library.opcheck(backward.default, (grad, qkv, *forward(qkv, 1), 1))
-    torch.library.opcheck(forward.default, (qkv.requires_grad_(), 1))
+    bias = random_bias(qkv) if biased else None
+    results = forward(qkv, 1, bias)
+    torch.library.opcheck(backward.default, (grad, qkv, bias, *results, 1, biased))
+    bias = bias if bias is None else bias.requires_grad_()
+    torch.library.opcheck(forward.default, (qkv.requires_grad_(), 1, bias))
 
 
-@pytest.mark.parametrize("blocked", [True, False])
-def test_compiles_without_a_graph_break(device, blocked):
+@pytest.mark.parametrize("blocked, biased", [(True, False), (True, True), (False, False)])
+def test_compiles_without_a_graph_break(device, blocked, biased):
     qkv, grad = tensors((1, 2, 16, 3, 3), torch.float32, device)
+    bias = random_bias(qkv) if biased else None
 
-    def block(x):
-        return kernels.attention(x * 2, 2, blocked) + 1
+    def block(x, *bias):
+        return kernels.attention(x * 2, 2, blocked, *bias) + 1
 
     with forced("triton"):
-        expected = differentiate(block, qkv, grad)
+        expected = differentiate(block, qkv, grad, bias=bias)
         compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-        found = differentiate(compiled, qkv, grad)
+        found = differentiate(compiled, qkv, grad, bias=bias)
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)

@@ -7,7 +7,8 @@ from golden import TOLERANCE, read, relative
 
 from sid_fast import augment, kernels
 from sid_fast.kernels import dispatch
-from sid_fast.kernels.augment import augment_ref
+from sid_fast.kernels._triton import tl, triton
+from sid_fast.kernels.augment import _cos_sin, augment_ref
 
 # Of the kernel, relative in norm to float64: a place in the image is known to 1e-6 of its size.
 KERNEL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -67,6 +68,30 @@ def test_warp_matches_float64(device, implementation, shape, dtype, channels_las
 def kernel_labels(parameters):
     _, labels = augment_ref(torch.zeros(len(parameters["scale"]), 1, 4, 4), parameters)
     return labels
+
+
+@triton.jit
+def _cos_sin_of(x, cos, sin, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    c, s = _cos_sin(tl.load(x + at))
+    tl.store(cos + at, c)
+    tl.store(sin + at, s)
+
+
+def test_cosine_and_sine_are_right_to_an_ulp(device):
+    """All around, at the seams between quarters, close to 0, and some turns away."""
+    seams = torch.arange(-8, 9) * np.pi / 4
+    x = torch.cat(
+        [torch.linspace(-np.pi, np.pi, 3000), seams, seams * (1 + 1e-6), seams * (1 - 1e-6)]
+    )
+    tiny = torch.logspace(-30, -1, 500)
+    x = torch.cat([x, tiny, -tiny, torch.tensor([0.0])]).float()
+    x = torch.cat([x, torch.linspace(-100, 100, 4096 - len(x))]).to(device)
+    cos, sin = torch.empty_like(x), torch.empty_like(x)
+    _cos_sin_of[(1,)](x, cos, sin, len(x))
+    assert float((cos - x.double().cos()).abs().max()) <= 2**-23
+    assert float((sin - x.double().sin()).abs().max()) <= 2**-23
+    assert float((sin / x - (x.double().sin() / x)).nan_to_num(0).abs().max()) <= 2**-23
 
 
 def test_traced_without_a_break(device):
