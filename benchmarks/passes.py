@@ -130,7 +130,9 @@ def of_block(config: NetworkConfig, name: str, form: str, dtype: torch.dtype) ->
             return x.to(memory_format=torch.channels_last) if fused else x
 
         # A decoder's cat: as wide a skip as makes up what the block reads.
-        beside = 0 if encoder or "_block" not in name else block.fan_in - block.conv0.weight.shape[0]
+        beside = (
+            0 if encoder or "_block" not in name else block.fan_in - block.conv0.weight.shape[0]
+        )
         x, residual = features(block.fan_in - beside), features(block.fan_in - beside)
         skip = features(beside) if beside else None
         bias = torch.empty(x.shape[1], requires_grad=True)

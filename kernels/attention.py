@@ -37,59 +37,42 @@ TILES = {
 MAX_SIZE = 256  # channels a head, beyond which the reference runs
 
 
-def attention(
-    qkv: torch.Tensor, heads: int, blocked: bool = False, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def attention(qkv: torch.Tensor, heads: int, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Softmax attention of every pixel to every pixel, head by head.
 
-    qkv is [N, 3·C, H, W], float32, bfloat16 or float16; C must divide by heads. Its channels
-    are laid out [head, channel, {q, k, v}], as in published weights, or, with blocked=True,
-    [{q, k, v}, head, channel] (see blocked_order), which is read where it lies and saves a
-    pass. bias, [3·C] in blocked order and usually float32, is added to qkv without a pass over
-    it, but its part for k has no effect; it is for blocked qkv only. The softmax runs over the
-    keys in float32 with scale 1/√(C/heads). Returns [N, C, H, W] in the dtype of qkv,
-    channels-last on a GPU. Raises ValueError if the channels do not divide or the bias does not
-    fit.
+    qkv is [N, 3·C, H, W], float32, bfloat16 or float16, its channels [{q, k, v}, head, channel]
+    (see blocked_order); C must divide by heads. bias, [3·C] in the same order and usually
+    float32, is added to qkv without a pass over it, but its part for k has no effect. The
+    softmax runs over the keys in float32 with scale 1/√(C/heads). Returns [N, C, H, W] in the
+    dtype of qkv, channels-last on a GPU. Raises ValueError if the channels do not divide or the
+    bias does not fit.
     """
     if qkv.shape[1] % (3 * heads):
         raise ValueError(f"attention: {qkv.shape[1]} channels do not divide into {heads} heads")
-    if bias is not None and not (blocked and bias.shape == qkv.shape[1:2]):
-        raise ValueError(
-            f"attention: a bias {tuple(bias.shape)} for {qkv.shape[1]} channels with blocked="
-            f"{blocked}; give one for each, in blocked order"
-        )
+    if bias is not None and bias.shape != qkv.shape[1:2]:
+        raise ValueError(f"attention: a bias {tuple(bias.shape)} for {qkv.shape[1]} channels")
     if choose("attention") == "reference" or qkv.shape[1] // (3 * heads) > MAX_SIZE:
-        return attention_ref(qkv, heads, blocked, bias)
-    if not blocked:
-        qkv = qkv.unflatten(1, (heads, -1, 3)).permute(0, 4, 5, 3, 1, 2)
-        qkv = qkv.flatten(3).permute(0, 3, 1, 2)  # one copy, to channels-last
+        return attention_ref(qkv, heads, bias)
     return _attention(qkv, heads, bias)[0]
 
 
-def attention_ref(
-    qkv: torch.Tensor, heads: int, blocked: bool = False, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """attention in plain PyTorch, on any device and also in float64; N×N weights in memory.
-
-    A bias is in the order of qkv, blocked or not.
-    """
+def attention_ref(qkv: torch.Tensor, heads: int, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """attention in plain PyTorch, on any device and also in float64; N×N weights in memory."""
     if bias is not None:
         qkv = qkv + bias.to(qkv.dtype)[:, None, None]
     n, c3, height, width = qkv.shape
     size = c3 // 3 // heads
-    if blocked:
-        q, k, v = qkv.reshape(n, 3, heads, size, height * width).unbind(1)
-    else:
-        q, k, v = qkv.reshape(n, heads, size, 3, height * width).unbind(3)
+    q, k, v = qkv.reshape(n, 3, heads, size, height * width).unbind(1)
     logits = (q.transpose(-1, -2) @ k).to(torch.promote_types(qkv.dtype, torch.float32))
     weights = (logits / math.sqrt(size)).softmax(-1).to(qkv.dtype)
     return (v @ weights.transpose(-1, -2)).reshape(n, c3 // 3, height, width)
 
 
 def blocked_order(channels: int, heads: int) -> torch.Tensor:
-    """The rows of a published qkv weight (or bias) in blocked order: int64 [3·channels].
+    """The row of a published qkv weight that each of ours is: int64 [3·channels].
 
-    weight[blocked_order(…)] makes a convolution write the blocked layout; its argsort undoes it.
+    Published rows are [head, channel, {q, k, v}]. weight[blocked_order(…)] makes a convolution
+    write what attention reads; its argsort undoes it.
     """
     published = torch.arange(3 * channels).reshape(heads, channels // heads, 3)
     return published.permute(2, 0, 1).flatten()

@@ -54,27 +54,24 @@ def random_bias(qkv):
     return torch.randn(qkv.shape[1], generator=rng).to(qkv.device)
 
 
-def parts(qkv, heads, blocked):
+def parts(qkv, heads):
     """q, k and v, each [N, heads, pixels, channels]."""
-    if blocked:
-        three = qkv.unflatten(1, (3, heads, -1)).unbind(1)
-    else:
-        three = qkv.unflatten(1, (heads, -1, 3)).unbind(3)
+    three = qkv.unflatten(1, (3, heads, -1)).unbind(1)
     return [t.flatten(3).transpose(2, 3) for t in three]
 
 
-def check(qkv, grad, heads, blocked, bias=None, tolerance=None):
+def check(qkv, grad, heads, bias=None, tolerance=None):
     tolerance = tolerance or (TOLERANCE if bias is None else BIASED)[qkv.dtype]
     with forced("triton"):
         out, grad_qkv, *grad_bias = differentiate(
-            kernels.attention, qkv, grad, heads, blocked, bias=bias
+            kernels.attention, qkv, grad, heads, bias=bias
         )
     assert out.dtype == grad_qkv.dtype == qkv.dtype
     assert out.is_contiguous(memory_format=torch.channels_last)
     exact = None if bias is None else bias.double()
-    expected = differentiate(attention_ref, qkv.double(), grad.double(), heads, blocked, bias=exact)
+    expected = differentiate(attention_ref, qkv.double(), grad.double(), heads, bias=exact)
     assert relative(out, expected[0]) <= tolerance
-    found, wanted = (parts(g, heads, blocked) for g in (grad_qkv, expected[1]))
+    found, wanted = (parts(g, heads) for g in (grad_qkv, expected[1]))
     for name, a, b in zip("qkv", found, wanted, strict=True):
         assert relative(a, b) <= tolerance, f"gradient of {name}"
     if bias is not None:
@@ -85,18 +82,17 @@ def check(qkv, grad, heads, blocked, bias=None, tolerance=None):
         assert not found[1].any()
 
 
-@pytest.mark.parametrize("blocked", [True, False])
-def test_reference_is_softmax_attention(blocked):
+def test_reference_is_softmax_attention():
     qkv, _ = tensors((2, 3, 8, 4, 5), torch.float64, "cpu")
-    q, k, v = parts(qkv, 3, blocked)
+    q, k, v = parts(qkv, 3)
     expected = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(2, 24, 4, 5)
-    assert relative(attention_ref(qkv, 3, blocked), expected) < 1e-12
+    assert relative(attention_ref(qkv, 3), expected) < 1e-12
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_float64(shape, dtype, device, poisoned):
-    check(*tensors(shape, dtype, device), heads=shape[1], blocked=True)
+    check(*tensors(shape, dtype, device), heads=shape[1])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -113,15 +109,14 @@ def test_matches_float64(shape, dtype, device, poisoned):
 )
 def test_bias_matches_float64(shape, dtype, device, poisoned):
     qkv, grad = tensors(shape, dtype, device)
-    check(qkv, grad, shape[1], True, random_bias(qkv))
+    check(qkv, grad, shape[1], random_bias(qkv))
 
 
-@pytest.mark.parametrize("blocked", [True, False])
-def test_reference_adds_the_bias_to_qkv(blocked):
+def test_reference_adds_the_bias_to_qkv():
     qkv, _ = tensors((2, 3, 8, 4, 5), torch.float64, "cpu")
     bias = random_bias(qkv)
-    expected = attention_ref(qkv + bias.double()[:, None, None], 3, blocked)
-    assert torch.equal(attention_ref(qkv, 3, blocked, bias), expected)
+    expected = attention_ref(qkv + bias.double()[:, None, None], 3)
+    assert torch.equal(attention_ref(qkv, 3, bias), expected)
 
 
 def test_a_frozen_bias_costs_no_sums(device):
@@ -135,9 +130,9 @@ def test_a_frozen_bias_costs_no_sums(device):
             return op(*args, **kwargs or {})
 
     with forced("triton"):
-        wanted = differentiate(kernels.attention, qkv, grad, 2, True, bias=bias)[1]
+        wanted = differentiate(kernels.attention, qkv, grad, 2, bias=bias)[1]
         with Watch():
-            found = differentiate(lambda x: kernels.attention(x, 2, True, bias), qkv, grad)[1]
+            found = differentiate(lambda x: kernels.attention(x, 2, bias), qkv, grad)[1]
     assert torch.equal(found, wanted)
     # And no copy of anything: forward and backward are all there is.
     seen = [(op, last) for op, last in seen if "detach" not in op]
@@ -149,27 +144,21 @@ def test_a_frozen_bias_costs_no_sums(device):
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("shape", [(2, 3, 64, 5, 7), (1, 1, 256, 8, 8)], ids=str)
-def test_published_layout_matches_float64(shape, dtype, device, poisoned):
-    check(*tensors(shape, dtype, device), heads=shape[1], blocked=False)
-
-
-@pytest.mark.parametrize("blocked", [True, False])
-def test_any_strides(device, blocked):
+def test_any_strides(device):
     qkv, grad = tensors((2, 2, 16, 4, 4), torch.float32, device)
-    check(qkv.contiguous(), grad.contiguous(), 2, blocked)
-    check(qkv.repeat(1, 1, 1, 2)[..., ::2], grad.mT, 2, blocked)
-    check(qkv, grad[:1, :1, :1, :1].expand_as(grad), 2, blocked)
+    check(qkv.contiguous(), grad.contiguous(), 2)
+    check(qkv.repeat(1, 1, 1, 2)[..., ::2], grad.mT, 2)
+    check(qkv, grad[:1, :1, :1, :1].expand_as(grad), 2)
 
 
-def test_blocked_order_permutes_a_published_weight(device):
-    qkv, _ = tensors((1, 2, 32, 3, 3), torch.float32, device)
-    order = blocked_order(64, 2).to(device)
-    with forced("triton"):
-        found = kernels.attention(qkv[:, order], 2, blocked=True)
-        assert torch.equal(found, kernels.attention(qkv, 2))
-    assert torch.equal(order[order.argsort()], torch.arange(192, device=device))
+def test_blocked_order_permutes_a_published_weight():
+    """Published: [head, channel, {q, k, v}]."""
+    qkv, _ = tensors((1, 2, 32, 3, 3), torch.float32, "cpu")
+    order = blocked_order(64, 2)
+    q, k, v = (t.flatten(3).mT for t in qkv.unflatten(1, (2, 32, 3)).unbind(3))
+    expected = F.scaled_dot_product_attention(q, k, v).mT.reshape(1, 64, 3, 3)
+    assert relative(attention_ref(qkv[:, order], 2), expected) < 1e-5
+    assert torch.equal(order[order.argsort()], torch.arange(192))
 
 
 @pytest.mark.parametrize("logit", [-400.0, 400.0])
@@ -180,8 +169,8 @@ def test_large_logits_neither_overflow_nor_vanish(logit, device):
     qkv[:, :64] += 7.0
     qkv[:, 64:128] += logit * 8 / 64 / 7.0
     with forced("triton"):
-        out, grad_qkv = differentiate(kernels.attention, qkv, grad, 1, True)
-    expected = differentiate(attention_ref, qkv.double(), grad.double(), 1, True)
+        out, grad_qkv = differentiate(kernels.attention, qkv, grad, 1)
+    expected = differentiate(attention_ref, qkv.double(), grad.double(), 1)
     assert relative(out, expected[0]) <= 1e-4  # logits of 400 carry an error of 400 · 2⁻²⁴ each
     assert relative(grad_qkv, expected[1]) <= 1e-4
 
@@ -194,7 +183,7 @@ def test_logits_made_large_by_the_bias(logit, device):
     qkv[:, 64:128] += 7.0
     bias = torch.zeros(192, device=device)
     bias[:64] = logit * 8 / 64 / 7.0
-    check(qkv, grad, 1, True, bias, tolerance=1e-4)
+    check(qkv, grad, 1, bias, tolerance=1e-4)
 
 
 def test_a_nan_stays_in_its_image(device):
@@ -202,8 +191,8 @@ def test_a_nan_stays_in_its_image(device):
     spoilt = qkv.clone()
     spoilt[1, 70, 2, 3] = torch.nan
     with forced("triton"):
-        expected = differentiate(kernels.attention, qkv, grad, 2, True)
-        found = differentiate(kernels.attention, spoilt, grad, 2, True)
+        expected = differentiate(kernels.attention, qkv, grad, 2)
+        found = differentiate(kernels.attention, spoilt, grad, 2)
     for a, b in zip(found, expected, strict=True):
         assert a[1].isnan().any()
         assert torch.equal(a[[0, 2]], b[[0, 2]])
@@ -212,7 +201,7 @@ def test_a_nan_stays_in_its_image(device):
 def test_gradients_are_deterministic(device):
     qkv, grad = tensors((1, 2, 64, 9, 9), torch.bfloat16, device)
     with forced("triton"):
-        first, second = (differentiate(kernels.attention, qkv, grad, 2, True)[1] for _ in range(2))
+        first, second = (differentiate(kernels.attention, qkv, grad, 2)[1] for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -227,10 +216,9 @@ def test_heads_must_divide():
         kernels.attention(torch.zeros(1, 96, 2, 2), 5)
 
 
-@pytest.mark.parametrize("channels, blocked", [(96, False), (32, True)])
-def test_a_bias_must_fit(channels, blocked):
-    with pytest.raises(ValueError, match="blocked"):
-        kernels.attention(torch.zeros(1, 96, 2, 2), 2, blocked, torch.zeros(channels))
+def test_a_bias_must_fit():
+    with pytest.raises(ValueError, match="for 96 channels"):
+        kernels.attention(torch.zeros(1, 96, 2, 2), 2, torch.zeros(32))
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -246,13 +234,13 @@ def test_operators_are_registered_soundly(device, biased):
     torch.library.opcheck(forward.default, (qkv.requires_grad_(), 1, bias))
 
 
-@pytest.mark.parametrize("blocked, biased", [(True, False), (True, True), (False, False)])
-def test_compiles_without_a_graph_break(device, blocked, biased):
+@pytest.mark.parametrize("biased", [True, False])
+def test_compiles_without_a_graph_break(device, biased):
     qkv, grad = tensors((1, 2, 16, 3, 3), torch.float32, device)
     bias = random_bias(qkv) if biased else None
 
     def block(x, *bias):
-        return kernels.attention(x * 2, 2, blocked, *bias) + 1
+        return kernels.attention(x * 2, 2, *bias) + 1
 
     with forced("triton"):
         expected = differentiate(block, qkv, grad, bias=bias)

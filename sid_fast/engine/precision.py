@@ -25,7 +25,8 @@ def pick(name: str, device: torch.device) -> str:
         raise UserError(f"precision={name!r} is unknown: choose auto, {', '.join(TYPES)}")
     cuda = device.type == "cuda"
     if name == "auto":
-        name = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bf16" if bf16 else "fp32"
     if name == "tf32" and not cuda:
         raise UserError("precision=tf32 is a type of NVIDIA GPUs; use fp32 or bf16 on a CPU")
     torch.backends.cuda.matmul.allow_tf32 = name == "tf32"

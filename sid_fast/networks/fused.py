@@ -43,6 +43,7 @@ def unet(net: nn.Module, image: torch.Tensor, embedding: torch.Tensor) -> torch.
     """F of [N, channels, R, R], in its dtype."""
     first, *encoder = net.enc.values()
     bottom, *decoder = [layer for name, layer in net.dec.items() if "_aux_" not in name]
+    image = image.contiguous(memory_format=torch.channels_last)  # and so all that is made of it
     x, skips = Sum(convolve(first, image), bias=first.bias), []
     for layer in (*encoder, bottom):
         x, fork = layer(x, embedding)
@@ -93,9 +94,7 @@ def convolve(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
 
 
-def condition(
-    affine: nn.Module, embedding: torch.Tensor, bias: torch.Tensor
-) -> torch.Tensor:
+def condition(affine: nn.Module, embedding: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return F.linear(embedding, weight_of(affine, embedding.dtype), bias.to(embedding.dtype))
 
 

@@ -1,0 +1,152 @@
+"""The form of the U-Net that makes no idle passes."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from golden import relative
+
+from benchmarks import passes
+from sid_fast.kernels import dispatch
+from sid_fast.networks import EDMNetwork, NetworkConfig
+from sid_fast.networks.fused import Sum
+from sid_fast.networks.unet import Block
+
+FFHQ64 = dataclasses.replace(passes.CIFAR10, resolution=64, channel_mult=(1, 2, 2, 2))
+SMALL = NetworkConfig(
+    "ddpmpp", resolution=8, model_channels=16, channel_mult=(1, 2), num_blocks=1,
+    attention_resolutions=(4,), label_dim=10, augment_dim=9,
+)  # fmt: skip
+NETWORKS = {"cifar10": passes.CIFAR10, "imagenet64": passes.IMAGENET64, "ffhq64": FFHQ64}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_pass_is_idle(name):
+    """Element-wise, cat, pad, cast or layout operation on a feature map: there is none."""
+    found = passes.of_network(NETWORKS[name], "triton", torch.bfloat16)
+    assert {p.name.partition("::")[0] for p in found} == {"aten", "sid_fast"}
+    # What attention's kernel leaves to add up, of the bias, is larger than an image in ADM.
+    idle = [p for p in found if p.idle and not (p.name == "aten::sum" and p.backward)]
+    assert not idle
+    assert max((p.bytes for p in found if p.name == "aten::sum"), default=0) < 2**23
+    plain = passes.of_network(NETWORKS[name], "reference", torch.bfloat16)
+    assert sum(p.bytes for p in found) < 0.52 * sum(p.bytes for p in plain)
+
+
+def test_the_count_sees_an_idle_pass(monkeypatch):
+    def halves(self, x, embedding, beside=None):
+        x, fork = forward(self, x, embedding, beside)
+        return x._replace(x=x.x * 0.5), fork
+
+    forward = Block.forward
+    monkeypatch.setattr(Block, "forward", halves)
+    found = passes.of_network(SMALL, "triton", torch.bfloat16)
+    assert {p.name for p in found if p.idle} == {"aten::mul"}
+
+
+def small(architecture: str = "ddpmpp") -> EDMNetwork:
+    torch.manual_seed(0)
+    width = 64 if architecture == "adm" else 16
+    net = EDMNetwork(dataclasses.replace(SMALL, architecture=architecture, model_channels=width))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return net
+
+
+def outcome(net: EDMNetwork, form, **kwargs) -> list[torch.Tensor]:
+    """D of fixed images, its gradient into them and into every parameter."""
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 3, 8, 8, generator=rng).requires_grad_()
+    labels = torch.eye(10)[[1, 5, 7]]
+    net.zero_grad()
+    with dispatch.forced(form):
+        out = net(x, torch.tensor([0.1, 1.0, 10.0]), labels, torch.ones(3, 9) * 0.1)
+        (out * torch.randn(out.shape, generator=rng)).sum().backward()
+    return [out.detach(), x.grad, *(p.grad.clone() for p in net.parameters())]
+
+
+@pytest.mark.parametrize("architecture", ["ddpmpp", "adm"])
+def test_equals_the_plain_form(architecture):
+    """With PyTorch's own operations in both; golden data compare the kernels."""
+    net = small(architecture)
+    pairs = zip(outcome(net, {"block": "triton"}), outcome(net, "reference"), strict=True)
+    for found, expected in pairs:
+        assert relative(found, expected) <= 1e-5 or not expected.any()
+
+
+def test_sixteen_bit_stays_close_and_gradients_reach_the_float32_weights():
+    net = small()
+    expected = outcome(net, {"block": "triton"})
+    half = copy.deepcopy(net)
+    half.compute_in(torch.bfloat16)
+    found = outcome(half, {"block": "triton"})
+    assert all(p.grad.dtype == torch.float32 for p in half.parameters())
+    assert relative(found[0], expected[0]) <= 2e-2
+    errors = [relative(a, b) for a, b in zip(found[1:], expected[1:], strict=True) if b.any()]
+    assert sorted(errors)[len(errors) // 2] <= 5e-2
+
+
+def test_shadows_follow_their_weights():
+    net = small()
+    net.compute_in(torch.bfloat16)
+    shadows = dict(zip((n for n, _ in net.named_parameters()), net.shadows(), strict=True))
+    assert shadows["model.enc.8x8_block0.conv0.weight"].dtype == torch.bfloat16
+    assert shadows["model.enc.8x8_block0.affine.weight"] is not None
+    assert shadows["model.enc.8x8_block0.norm0.weight"] is None
+    assert shadows["model.map_layer0.weight"] is None
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(2)
+    net.refresh()
+    for p, shadow in zip(net.parameters(), net.shadows(), strict=True):
+        assert shadow is None or torch.equal(shadow, p.to(torch.bfloat16))
+
+
+def test_a_frozen_network_keeps_no_float32_copy_of_what_it_computes_with():
+    net = small()
+    net.compute_in(torch.bfloat16, frozen=True)
+    kinds = {layer.weight.dtype for layer in net.computing()}
+    assert kinds == {torch.bfloat16}
+    assert all(s is None for s in net.shadows())
+    net(torch.randn(2, 3, 8, 8), torch.ones(2))
+
+
+@pytest.mark.parametrize("architecture", ["ddpmpp", "adm"])
+def test_a_block_compiles_without_a_graph_break(architecture):
+    """With its custom operations, forward and backward."""
+    net = small(architecture).train()
+    block = net.model.dec["4x4_in0"]  # with attention
+    net.set_dropout(0.0)
+    channels = block.fan_in
+    x, residual = (torch.randn(2, channels, 4, 4).requires_grad_() for _ in range(2))
+    bias, embedding = torch.randn(channels), torch.randn(2, net.config.model_channels * 4)
+
+    def run(block):
+        out, fork = block(Sum(x, residual, bias, block.skip_scale), embedding)
+        ends = [out.x, out.residual, fork]
+        grads = torch.autograd.grad(
+            ends, [x, residual, block.qkv.bias], [torch.ones_like(e) for e in ends]
+        )
+        return *ends, *grads
+
+    with dispatch.forced("triton"):
+        expected = run(block)
+        block.compile(fullgraph=True, backend="aot_eager")
+        found = run(block)
+    for a, b in zip(found, expected, strict=True):
+        assert relative(a, b) <= 1e-6
+
+
+@pytest.mark.parametrize("architecture", ["ddpmpp", "adm"])
+def test_a_state_dict_has_the_published_order_of_qkv(architecture):
+    net = small(architecture)
+    qkv = net.model.dec["4x4_in0"].qkv
+    state = net.state_dict()
+    published = state["model.dec.4x4_in0.qkv.weight"]
+    size = qkv.channels // qkv.heads
+    rows = published.unflatten(0, (qkv.heads, size, 3))
+    assert torch.equal(rows[:, :, 1].flatten(0, 1), qkv.weight.chunk(3)[1])
+    again = EDMNetwork(net.config)
+    again.load_state_dict(state)
+    assert all(map(torch.equal, again.parameters(), net.parameters()))
