@@ -54,9 +54,7 @@ class Distiller:
     ):
         check(settings)
         self.device = next(teacher.parameters()).device
-        kind = precision.pick(settings.precision, self.device)
-        eps = settings.eps or precision.ADAM_EPS[kind]
-        settings = dataclasses.replace(settings, precision=kind, eps=eps)
+        settings = precision.settle(settings, self.device)
         self.rounds = rounds_of(settings, parallel.world())
         if settings.augment_p and not teacher.config.augment_dim:
             raise UserError(
@@ -92,7 +90,7 @@ class Distiller:
         self.ema_beta = torch.zeros((), dtype=torch.float64, device=self.device)
         self.live = torch.ones((), dtype=torch.bool, device=self.device)  # False: a rehearsal
 
-        dtype = precision.TYPES[kind]
+        dtype = precision.TYPES[settings.precision]
         for optimizer in (self.generator_optimizer, self.fake_optimizer):
             optimizer.compute_in(dtype)
         self.teacher.compute_in(dtype, frozen=True)
@@ -198,3 +196,8 @@ class Distiller:
         return self.fake_optimizer.tensors("fake_score") | self.generator_optimizer.tensors(
             "generator"
         )
+
+    def refresh(self) -> None:
+        """After a restore: what is made of the state's tensors is made of them anew."""
+        for net in (self.generator, self.fake_score):
+            net.refresh()

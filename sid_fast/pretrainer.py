@@ -9,7 +9,7 @@ import torch
 from sid_fast import augment, noise
 from sid_fast.config.settings import PretrainSettings, check, rounds_of
 from sid_fast.draws import dropout_seed, seed_of
-from sid_fast.engine import parallel
+from sid_fast.engine import parallel, precision
 from sid_fast.engine.checkpoint import digest
 from sid_fast.engine.optimizer import Optimizer, ema_beta
 from sid_fast.losses import Terms, fake_score_terms
@@ -34,13 +34,18 @@ class Pretrainer:
         seed: int = 0,
     ):
         check(settings)
+        self.device = next(net.parameters()).device
+        settings = precision.settle(settings, self.device)
         self.rounds = rounds_of(settings, parallel.world())
         self.settings, self.seed = settings, seed
         self.net = net
-        self.device = next(net.parameters()).device
+        if self.device.type == "cuda":
+            net.to(memory_format=torch.channels_last)
         self.net.set_dropout(settings.dropout)
         self.optimizer = Optimizer(net, settings.beta1, settings.beta2, settings.eps, ema=True)
         self.ema = self.optimizer.ema
+        self.ema.compute_dtype = precision.TYPES[settings.precision]
+        self.optimizer.compute_in(self.ema.compute_dtype)
         self.data = torch.from_numpy(images)
         self.labels = None if labels is None else torch.from_numpy(labels)
         self.identity = dataclasses.asdict(settings) | {
@@ -91,3 +96,7 @@ class Pretrainer:
     def tensors(self) -> dict[str, torch.Tensor]:
         """As Distiller.tensors."""
         return self.optimizer.tensors("teacher")
+
+    def refresh(self) -> None:
+        """As Distiller.refresh."""
+        self.net.refresh()

@@ -12,6 +12,7 @@ from sid_fast.config import cli
 from sid_fast.config.settings import RunOptions, Settings, check, option, part
 from sid_fast.distiller import Distiller
 from sid_fast.engine import parallel
+from sid_fast.engine.graphs import usable
 from sid_fast.engine.loop import Loop
 from sid_fast.engine.snapshot import Snapshots
 from sid_fast.errors import UserError
@@ -30,6 +31,12 @@ class TrainConfig(RunOptions, Settings):
     )
     data: str | None = option(
         None, "data set whose label distribution to use; uniform labels without. No image is used"
+    )
+    cuda_graph: str = option(
+        "auto", "replay the step's launches from CUDA graphs: auto, on or off; auto is on a GPU"
+    )
+    compile: bool = option(
+        False, "run every block through torch.compile; the first steps take minutes"
     )
     teacher_steps: int = option(
         18, "steps of the teacher's sampler, where its distance is measured too", 1, 1000
@@ -52,7 +59,15 @@ def run(config: TrainConfig, given: set[str]) -> None:
         if data:
             check_data(data, teacher.config)
         settings = part(config, Settings)
-        trainer = Distiller(teacher, settings, config.seed, label_weights(data, teacher.config))
+        graphs, note = usable(config.cuda_graph, device)
+        trainer = Distiller(
+            teacher,
+            settings,
+            config.seed,
+            label_weights(data, teacher.config),
+            cuda_graph=graphs,
+            compile=config.compile,
+        )
 
         def one_step(z: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
             sigma = torch.full((len(z),), settings.init_sigma, device=z.device)
@@ -62,8 +77,12 @@ def run(config: TrainConfig, given: set[str]) -> None:
             return heun(teacher, z, labels, config.teacher_steps)
 
         snapshots = Snapshots(config, trainer, trainer.ema, one_step, data, many_steps)
-        where = f"on {device}, kernels: {kernels.dispatch.report()}"
+        where = (
+            f"on {device} in {trainer.settings.precision}, kernels: {kernels.dispatch.report()}"
+            f"{', CUDA graphs' * graphs}{', torch.compile' * config.compile}"
+        )
         headline = f"distilling {config.teacher} ({teacher.config}), {where}"
+        headline += note and f"\nnote: {note}"
         Loop(trainer, config, snapshots, config.preset or "distil", headline).run(resume)
 
 

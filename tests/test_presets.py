@@ -43,4 +43,4 @@ def test_published_hyperparameters(name):
     )  # fmt: skip
     assert found == TABLE[name]
     assert (c.tmax, c.init_sigma, c.fake_loss_scale, c.generator_loss_scale) == (800, 2.5, 1, 100)
-    assert (c.fake_beta1, c.beta2, c.eps) == (0, 0.999, 1e-8)
+    assert (c.fake_beta1, c.beta2, c.eps) == (0, 0.999, None)  # 1e-8, and 1e-6 with fp16

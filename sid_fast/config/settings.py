@@ -7,6 +7,10 @@ from typing import Any
 from sid_fast.errors import UserError
 
 LARGE = 1e12
+PRECISION = (
+    "type the network computes in: fp32, tf32, bf16 or fp16; auto is bf16 on a GPU that has it and "
+    "fp32 elsewhere. Weights, averages, losses and statistics are float32 in all"
+)
 
 
 def option(default: Any, help: str, low: float | None = None, high: float = LARGE) -> Any:
@@ -64,11 +68,7 @@ class Settings:
     )
     fake_loss_scale: float = option(1.0, "factor of the fake score's loss", 0)
     generator_loss_scale: float = option(100.0, "factor of the generator's loss", 0)
-    precision: str = option(
-        "auto",
-        "type the networks compute in: fp32, tf32, bf16 or fp16; auto is bf16 on a GPU that has it "
-        "and fp32 elsewhere. Weights, averages, losses and statistics are float32 in all",
-    )
+    precision: str = option("auto", PRECISION)
     batch_size: int = option(256, "images a step, over all processes and rounds", 1, 2**24)
     micro_batch: int | None = option(
         None, "images a round on one process, if the batch is to be made in rounds", 1
@@ -87,11 +87,12 @@ class PretrainSettings:
     lr_rampup_kimg: float = option(10_000.0, "the learning rate rises linearly over so many", 0)
     beta1: float = option(0.9, "Adam β1", 0, 0.9999)
     beta2: float = option(0.999, "Adam β2", 0, 0.999999)
-    eps: float = option(1e-8, "Adam ε", 1e-15)
+    eps: float | None = option(None, "Adam ε; default 1e-8, and 1e-6 with fp16", 1e-15)
     ema_halflife_kimg: float = option(500.0, "half-life of the average, kimg", 0)
     ema_rampup_ratio: float = option(
         0.05, "the half-life is at most this part of the images so far; 0 for no ramp-up", 0
     )
+    precision: str = option("auto", PRECISION)
     batch_size: int = option(512, "images a step, over all processes and rounds", 1, 2**24)
     micro_batch: int | None = option(
         None, "images a round on one process, if the batch is to be made in rounds", 1

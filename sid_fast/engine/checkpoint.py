@@ -29,6 +29,8 @@ class Trainer(Protocol):
 
     def tensors(self) -> dict[str, torch.Tensor]: ...
 
+    def refresh(self) -> None: ...
+
 
 def digest(tensors: Iterable[torch.Tensor]) -> str:
     """A short fingerprint of values."""
@@ -104,5 +106,6 @@ def load_state(path: Path, trainer: Trainer) -> dict[str, Any]:
     with torch.no_grad():
         for name, target in trainer.tensors().items():
             target.copy_(tensors[name])
+    trainer.refresh()
     trainer.steps, trainer.images = header["steps"], header["images"]
     return header

@@ -7,11 +7,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sid_fast.engine import parallel
+from sid_fast.errors import UserError
 
 if TYPE_CHECKING:
     from sid_fast.distiller import Distiller
 
 FEW = 4  # rounds up to which a step is one graph
+
+
+def usable(choice: str, device: torch.device, sharded: bool = False) -> tuple[bool, str]:
+    """What --cuda-graph (auto, on or off) comes to, and a line on why not, if it was auto.
+
+    Raises UserError for an unknown choice, and for `on` where there can be none.
+    """
+    if choice not in ("auto", "on", "off"):
+        raise UserError(f"cuda-graph={choice!r} is unknown: choose auto, on or off")
+    reason = ""
+    if device.type != "cuda":
+        reason = f"there are none on {device}"
+    elif sharded:
+        reason = "weights are gathered and freed while a step runs"
+    if choice == "on" and reason:
+        raise UserError(f"cuda-graph=on cannot be: {reason}; use auto")
+    note = f"CUDA graphs are off: {reason}" if choice == "auto" and sharded else ""
+    return choice != "off" and not reason, note
 
 
 class Graph:

@@ -94,13 +94,14 @@ class Optimizer:
         }
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
-        """Everything that makes up the state, by name; copying into them restores it."""
+        """Everything that makes up the state, by name; copying into them restores it.
+
+        Shadows are made anew from the weights (EDMNetwork.refresh); buffers are constants.
+        """
         found = {f"{prefix}.step": self.step}
-        for name, value in self.net.state_dict().items():
-            found[f"{prefix}.net.{name}"] = value
+        found |= {f"{prefix}.net.{name}": p for name, p in self.net.named_parameters()}
         if self.ema:
-            for name, value in self.ema.state_dict().items():
-                found[f"{prefix}.ema.{name}"] = value
+            found |= {f"{prefix}.ema.{name}": p for name, p in self.ema.named_parameters()}
         names = [name for name, _ in self.net.named_parameters()]
         for kind, values in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
             found |= {f"{prefix}.{kind}.{n}": v for n, v in zip(names, values, strict=False)}

@@ -1,5 +1,8 @@
 """In which types a network computes (--precision); its parameters are float32 in all of them."""
 
+import dataclasses
+from typing import Any
+
 import torch
 
 from sid_fast.errors import UserError
@@ -32,3 +35,9 @@ def pick(name: str, device: torch.device) -> str:
     torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
     torch.backends.cudnn.allow_tf32 = name == "tf32"
     return name
+
+
+def settle(settings: Any, device: torch.device) -> Any:
+    """Settings with precision and eps as they come out on the device, if they were left open."""
+    kind = pick(settings.precision, device)
+    return dataclasses.replace(settings, precision=kind, eps=settings.eps or ADAM_EPS[kind])
