@@ -4,7 +4,8 @@ D(x; σ) = c_skip·x + c_out·F(c_in·x) is never written to memory: `noised` ma
 each loss takes F's output to the loss of every sample and its gradients in one launch. A program
 holds a sample: one pass over it for the sums that its weight needs, one for the gradients.
 
-A sample that is not finite is dropped: its loss and its gradients are 0, whatever it holds.
+A sample that is not finite, or beyond LIMIT, is dropped: its loss and its gradients are 0,
+whatever it holds.
 """
 
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ from sid_fast.kernels._triton import tl, triton
 from sid_fast.kernels.dispatch import choose
 
 BLOCK = 2048
+# A value beyond this is as good as infinite: no image, noise or denoised image comes near it, and
+# within it no sum over a sample overflows. σ must not be below its inverse either.
+LIMIT = 1e6
 
 
 class Noised(NamedTuple):
@@ -37,7 +41,7 @@ class Losses(NamedTuple):
     """The loss of each sample, summed over its elements, and what else is known of it; [N].
 
     Only loss has a gradient. distance is ‖f_φ − f_ψ‖² (generator) or ‖f_ψ − y‖² (fake score),
-    weight what the loss divides (w) or multiplies (λ) by, kept whether all was finite.
+    weight what the loss divides (w) or multiplies (λ) by, kept whether all was within LIMIT.
     """
 
     loss: torch.Tensor
@@ -59,6 +63,9 @@ def noised(
     images and noise are [N, C, H, W] in any floating type, sigma has N elements; kept, bool [N],
     excludes samples already known to be bad. dtype is the compute type of the network. The
     results are channels-last.
+
+    A gradient that comes back not finite in a sample counts as 0 there: of a sample that only a
+    loss drops, for what a network made of it, the network's backward pass makes 0·inf.
     """
     if kept is None:
         kept = torch.ones(len(images), dtype=torch.bool, device=images.device)
@@ -106,12 +113,12 @@ def _per_sample(v: torch.Tensor) -> torch.Tensor:
     return v.reshape(-1, 1, 1, 1)
 
 
-def _finite(*tensors: torch.Tensor) -> torch.Tensor:
-    return torch.stack([t.isfinite().flatten(1).all(1) for t in tensors]).all(0)
+def _within(*tensors: torch.Tensor, limit: float = LIMIT) -> torch.Tensor:
+    return torch.stack([(t.abs() <= limit).flatten(1).all(1) for t in tensors]).all(0)
 
 
 def _launch(x: torch.Tensor) -> dict:
-    return {"SIZE": x[0].numel(), "BLOCK": BLOCK, "num_warps": 8}
+    return {"SIZE": x[0].numel(), "BLOCK": BLOCK, "LIMIT": LIMIT, "num_warps": 8}
 
 
 # ---- noised
@@ -145,7 +152,7 @@ def _noised_like(images, sigma, noise, kept, dtype, sigma_data):
 
 def noised_ref(images, sigma, noise, kept, dtype, sigma_data):
     """noised in plain PyTorch; computes in float32, or float64 if sigma is."""
-    kept = kept & sigma.isfinite() & _finite(images, noise)
+    kept = kept & (sigma >= 1 / LIMIT) & (sigma <= LIMIT) & _within(images, noise)
     sigma = torch.where(kept, sigma, 1.0)
     x_t = images.to(sigma.dtype) + _per_sample(sigma) * noise
     x_t = torch.where(_per_sample(kept), x_t, 0.0)
@@ -164,6 +171,7 @@ def _noised_context(ctx, inputs, output):
 def _noised_backward(ctx, _, grad, *__):
     sigma, kept = ctx.saved_tensors
     c_in = _per_sample((sigma**2 + ctx.sigma_data**2).rsqrt())
+    kept = kept & _within(grad, limit=torch.finfo(grad.dtype).max)
     grad = torch.where(_per_sample(kept), c_in * grad, 0.0).to(ctx.dtype)
     return grad, None, None, None, None, None
 
@@ -212,14 +220,11 @@ def _generator_loss_like(teacher, fake_score, x_t, images, sigma, kept, alpha, s
 
 def generator_loss_ref(teacher, fake_score, x_t, images, sigma, kept, alpha, sigma_data):
     """generator_loss and its gradients in plain PyTorch; float32, or float64 if sigma is."""
-    kept = kept & _finite(teacher, fake_score)
-    keep = _per_sample(kept)
     total = _per_sample(sigma**2 + sigma_data**2)
     c_skip, c_out = sigma_data**2 / total, _per_sample(sigma) * sigma_data / total.sqrt()
-    y, r, f = (
-        torch.where(keep, v.to(sigma.dtype), 0.0)
-        for v in (images, c_skip * x_t + c_out * teacher, c_skip * x_t + c_out * fake_score)
-    )
+    r, f = c_skip * x_t + c_out * teacher, c_skip * x_t + c_out * fake_score
+    kept = kept & _within(r, f)
+    y, r, f = (torch.where(_per_sample(kept), v.to(sigma.dtype), 0.0) for v in (images, r, f))
     d, e = r - f, r - y
     weight = e.abs().mean((1, 2, 3)).clamp(min=1e-5)
     w = _per_sample(weight)
@@ -279,13 +284,13 @@ def _fake_score_loss_like(fake_score, x_t, images, sigma, kept, sigma_data):
 
 def fake_score_loss_ref(fake_score, x_t, images, sigma, kept, sigma_data):
     """fake_score_loss and its gradient in plain PyTorch; float32, or float64 if sigma is."""
-    kept = kept & _finite(fake_score)
-    keep = _per_sample(kept)
     total = sigma**2 + sigma_data**2
     weight = total / (sigma * sigma_data) ** 2
     c_skip = _per_sample(sigma_data**2 / total)
     c_out = _per_sample(sigma * sigma_data / total.sqrt())
-    e = torch.where(keep, c_skip * x_t + c_out * fake_score - images, 0.0)
+    f = c_skip * x_t + c_out * fake_score
+    kept = kept & _within(f)
+    e = torch.where(_per_sample(kept), f - images, 0.0)
     distance = e.square().sum((1, 2, 3))
     grad = 2 * _per_sample(weight) * c_out * e
     return weight * distance, distance, weight, kept, grad.to(fake_score.dtype)
@@ -313,15 +318,15 @@ def _read(x, offsets, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _bad(x):
-    """How many values are not finite."""
-    return (tl.abs(x) < float("inf")).to(tl.int32) ^ 1
+def _bad(x, LIMIT: tl.constexpr):
+    """1 where a value is beyond LIMIT or NaN."""
+    return (tl.abs(x) <= LIMIT).to(tl.int32) ^ 1
 
 
 @triton.jit
 def _noised_kernel(
     images, sigma, noise, known, x_t, network_input, sigma_out, c_noise, kept_out, sigma_data,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     at = n * SIZE
@@ -329,9 +334,9 @@ def _noised_kernel(
     bad = tl.zeros([BLOCK], tl.int32)
     for start in range(0, SIZE, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
-        bad += _bad(_read(images + at, offsets, SIZE))
-        bad += _bad(_read(noise + at, offsets, SIZE))
-    kept = (tl.sum(bad) == 0) & (_bad(s) == 0) & tl.load(known + n)
+        bad += _bad(_read(images + at, offsets, SIZE), LIMIT)
+        bad += _bad(_read(noise + at, offsets, SIZE), LIMIT)
+    kept = (tl.sum(bad) == 0) & (s >= 1 / LIMIT) & (s <= LIMIT) & tl.load(known + n)
     s = tl.where(kept, s, 1.0)
     c_in = 1 / tl.sqrt_rn(s * s + sigma_data * sigma_data)
     for start in range(0, SIZE, BLOCK):
@@ -361,7 +366,7 @@ def _store(x, offsets, value, kept, SIZE: tl.constexpr):
 def _generator_loss_kernel(
     teacher, fake_score, x_t, images, sigma, known, loss, distance, weight, kept_out,
     teacher_grad, fake_score_grad, images_grad, alpha, sigma_data,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     at = n * SIZE
@@ -379,7 +384,7 @@ def _generator_loss_kernel(
         r = _denoised(teacher + at, x_t + at, c_skip, c_out, offsets, SIZE)
         f = _denoised(fake_score + at, x_t + at, c_skip, c_out, offsets, SIZE)
         e = r - _read(images + at, offsets, SIZE)
-        bad += _bad(r) + _bad(f)
+        bad += _bad(r, LIMIT) + _bad(f, LIMIT)
         error += tl.abs(e)
         product += (r - f) * e
         square += (r - f) * (r - f)
@@ -406,7 +411,7 @@ def _generator_loss_kernel(
 @triton.jit
 def _fake_score_loss_kernel(
     fake_score, x_t, images, sigma, known, loss, distance, weight, kept_out, fake_score_grad,
-    sigma_data, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    sigma_data, SIZE: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     at = n * SIZE
@@ -422,7 +427,7 @@ def _fake_score_loss_kernel(
         offsets = start + tl.arange(0, BLOCK)
         f = _denoised(fake_score + at, x_t + at, c_skip, c_out, offsets, SIZE)
         e = f - _read(images + at, offsets, SIZE)
-        bad += _bad(f)
+        bad += _bad(f, LIMIT)
         square += e * e
     kept = (tl.sum(bad) == 0) & tl.load(known + n)
     squares = tl.where(kept, tl.sum(square), 0.0)
@@ -443,7 +448,7 @@ def configurations() -> Iterator[tuple]:
     sums = dict(loss="*fp32", distance="*fp32", weight="*fp32", kept_out="*i1")
     common = dict(x_t="*fp32", images="*fp32", sigma="*fp32", known="*i1", sigma_data="fp32")
     for resolution in (32, 64):
-        constants = dict(SIZE=3 * resolution**2, BLOCK=BLOCK)
+        constants = dict(SIZE=3 * resolution**2, BLOCK=BLOCK, LIMIT=LIMIT)
         for raw in ("fp32", "bf16", "fp16"):
             signatures = (
                 ("noised", _noised_kernel, dict(

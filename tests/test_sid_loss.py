@@ -1,11 +1,15 @@
 """The losses on raw network outputs against float64 autograd of the plain formulas."""
 
+import importlib
+
 import pytest
 import torch
 from golden import relative
 
 from sid_fast import kernels, losses
 from sid_fast.kernels import dispatch
+
+module = importlib.import_module("sid_fast.kernels.sid_loss")
 
 # Relative in norm, by the dtype of the networks' outputs and so of their gradients.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 6e-4}
@@ -146,7 +150,7 @@ def test_the_gradient_returns_through_the_networks(device, implementation):
     assert relative(a.grad, b.grad) <= 1e-5
 
 
-@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf, 1e8])
 @pytest.mark.parametrize("spoil", ["y", "sigma", "noise", "teacher", "fake_score", "kept"])
 @pytest.mark.parametrize("shape", [(3, 3, 8, 8), (3, 4, 25, 27)])
 def test_a_bad_sample_leaves_the_others_to_the_bit(device, implementation, shape, spoil, value):
@@ -166,7 +170,7 @@ def test_a_bad_sample_leaves_the_others_to_the_bit(device, implementation, shape
         assert torch.equal(a[others], b[others])
     assert float(found.loss[1]) == 0 == float(found.distance[1])
     assert found.kept.tolist() == [True, False, True]
-    assert not any(g[1].any() or g[1].isnan().any() for g in grads)
+    assert not any(g[1].any() for g in grads)  # NaN would be one
     if spoil in ("y", "sigma", "noise", "kept"):
         assert noised.kept.tolist() == [True, False, True]
         assert not noised.network_input[1].any() and not noised.x_t[1].any()
@@ -174,6 +178,69 @@ def test_a_bad_sample_leaves_the_others_to_the_bit(device, implementation, shape
     if spoil != "teacher":
         assert fake.kept.tolist() == [True, False, True]
         assert float(fake.loss[1]) == 0 and not fake_grad[1].any()
+
+
+@pytest.mark.parametrize("spoil", ["teacher", "fake_score"])
+def test_an_overflow_to_float16_drops_its_sample_alone(device, implementation, spoil):
+    arguments = make((3, 3, 8, 8), device, torch.float16)
+    clean = run(*arguments)
+    arguments[3 + (spoil == "fake_score")][1, 0, 0, 0] = 1e5  # inf in float16
+    noised, found, grads, fake, fake_grad = spoiled = run(*arguments)
+    for a, b in zip(flattened(clean), flattened(spoiled), strict=True):
+        assert torch.equal(a[[0, 2]], b[[0, 2]])
+    assert noised.kept.all() and found.kept.tolist() == [True, False, True]
+    assert not any(g[1].any() for g in grads)
+    assert fake.kept.tolist() == [True, spoil == "teacher", True]
+    assert bool(fake_grad[1].any()) == (spoil == "teacher")
+
+
+def test_the_limit_is_the_training_steps(device, implementation):
+    """The last value on either side of it, of every input and of a denoised image."""
+    assert module.LIMIT == losses.LIMIT
+    limit, least = (torch.tensor(v, device=device) for v in (1e6, 1e-6))
+    zero = torch.zeros_like(limit)
+    beyond, below = limit.nextafter(2 * limit), least.nextafter(zero)
+    inputs = [zero, limit, beyond, -limit, -beyond]
+    sigmas = [limit, beyond, least, below, zero, -limit, limit * torch.nan]
+    n = 2 * len(inputs) + len(sigmas)
+    images, noise = (torch.zeros(n, 2, 3, 3, device=device) for _ in range(2))
+    sigma = torch.ones(n, device=device)
+    images[: len(inputs), 1, 2, 2] = torch.stack(inputs)
+    noise[len(inputs) : 2 * len(inputs), 0, 1, 0] = torch.stack(inputs)
+    sigma[2 * len(inputs) :] = torch.stack(sigmas)
+    wanted = [True, True, False, True, False] * 2 + [True, False, True, *[False] * 4]
+    noised = kernels.noised(images, sigma, noise)
+    assert noised.kept.tolist() == losses._clean(images, sigma, noise)[0].tolist() == wanted
+
+    # x_t = 0, so that r is c_out·F. At σ = 1, c_out = √0.2: r is 0.97 of the limit, then 1.03.
+    zeros = torch.zeros(4, 2, 3, 3, device=device)
+    raw = zeros.clone()
+    raw[1, 0, 0, 0], raw[2, 1, 2, 2], raw[3, 1, 2, 2] = 2.17e6, 2.3e6, -2.3e6
+    noised = kernels.noised(zeros, torch.ones(4, device=device), zeros)
+    wanted = [True, True, False, False]
+    assert kernels.generator_loss(raw, zeros, noised, zeros, ALPHA).kept.tolist() == wanted
+    assert kernels.generator_loss(zeros, raw, noised, zeros, ALPHA).kept.tolist() == wanted
+    assert kernels.fake_score_loss(raw, noised, zeros).kept.tolist() == wanted
+
+
+def test_an_overflow_inside_a_network_leaves_its_image_without_a_gradient(device, implementation):
+    """exp of a finite input is infinite, and its backward pass makes 0·inf = NaN of it."""
+    y, sigma, noise, *_ = make((3, 3, 8, 8), device)
+
+    def gradient(y):
+        y = y.clone().requires_grad_(True)
+        noised = kernels.noised(y, sigma, noise)
+        raw = [v * noised.network_input + 1e-3 * noised.network_input.exp() for v in (1.0, 1.3)]
+        found = kernels.generator_loss(*raw, noised, y, ALPHA)
+        found.loss.sum().backward()
+        return y.grad, noised.kept, found.kept
+
+    clean, *_ = gradient(y)
+    y[1, 0, 0, 0] = 1e5
+    found, before, after = gradient(y)
+    assert before.all() and after.tolist() == [True, False, True]
+    assert torch.equal(found[[0, 2]], clean[[0, 2]])
+    assert not found[1].any()
 
 
 def flattened(results):
