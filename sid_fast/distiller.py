@@ -15,7 +15,7 @@ from sid_fast.engine.compile import compile_blocks
 from sid_fast.engine.graphs import StepGraphs
 from sid_fast.engine.optimizer import Optimizer, ema_beta
 from sid_fast.errors import UserError
-from sid_fast.losses import Terms, fake_score_terms, generator_terms
+from sid_fast.kernels import Losses
 from sid_fast.networks import EDMNetwork
 
 Draws = dict[str, list[Draw]]
@@ -130,11 +130,11 @@ class Distiller:
         s = self.settings
         draw = draw or self.draw_round(phase)
         if phase == "fake":
-            terms = self.fake_score_round(draw)
-            self.fake_optimizer.accumulate(terms, s.fake_loss_scale / s.batch_size)
+            found = self.fake_score_round(draw)
+            self.fake_optimizer.accumulate(found, s.fake_loss_scale / s.batch_size)
         else:
-            terms = self.generator_round(draw)
-            self.generator_optimizer.accumulate(terms, s.generator_loss_scale / s.batch_size)
+            found = self.generator_round(draw)
+            self.generator_optimizer.accumulate(found, s.generator_loss_scale / s.batch_size)
 
     def update(self, phase: str) -> dict[str, torch.Tensor]:
         """The end of a phase: average over processes, clean up, Adam, moving average."""
@@ -145,7 +145,7 @@ class Distiller:
             found = self.generator_optimizer.update(s.generator_lr, self.ema_beta, self.live)
         return {f"{phase}/{name}": value for name, value in found.items()}
 
-    def fake_score_round(self, draw: Draw) -> Terms:
+    def fake_score_round(self, draw: Draw) -> Losses:
         """λ(σ)·(f_ψ(y + σε) − y)² on augmented y = G(σ_init·z); no gradient into y."""
         with torch.no_grad():
             y = self.generate(self.generator.eval(), draw)
@@ -153,16 +153,16 @@ class Distiller:
             if draw.augment is not None:
                 y, labels = augment.apply(y, draw.augment)
         self.fake_score.requires_grad_(True).train()
-        return fake_score_terms(
+        return losses.fake_score_loss(
             self.fake_score, y, draw.sigma, draw.noise, draw.class_labels, labels
         )
 
-    def generator_round(self, draw: Draw) -> Terms:
+    def generator_round(self, draw: Draw) -> Losses:
         """d·((r − y) − α·d)/w, through both frozen networks into y = G(σ_init·z)."""
         y = self.generate(self.generator.train(), draw)
         self.fake_score.requires_grad_(False).eval()
         alpha = self.settings.alpha
-        return generator_terms(
+        return losses.generator_loss(
             self.teacher, self.fake_score, y, draw.sigma, draw.noise, alpha, draw.class_labels
         )
 

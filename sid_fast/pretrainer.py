@@ -12,7 +12,8 @@ from sid_fast.draws import dropout_seed, seed_of
 from sid_fast.engine import parallel, precision
 from sid_fast.engine.checkpoint import digest
 from sid_fast.engine.optimizer import Optimizer, ema_beta
-from sid_fast.losses import Terms, fake_score_terms
+from sid_fast.kernels import Losses
+from sid_fast.losses import fake_score_loss
 from sid_fast.networks import EDMNetwork
 
 
@@ -73,9 +74,9 @@ class Pretrainer:
         self.images += s.batch_size
         return metrics
 
-    def round(self, y, sigma, eps, labels, augment_labels) -> Terms:
+    def round(self, y, sigma, eps, labels, augment_labels) -> Losses:
         """λ(σ)·(D(y + σε) − y)² on real images: the fake score's loss, on other data."""
-        return fake_score_terms(self.net, y, sigma, eps, labels, augment_labels)
+        return fake_score_loss(self.net, y, sigma, eps, labels, augment_labels)
 
     def draw(self, n: int) -> tuple[torch.Tensor | None, ...]:
         """n augmented images in [-1, 1], noise levels, noise and labels, on the device."""

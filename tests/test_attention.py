@@ -63,9 +63,7 @@ def parts(qkv, heads):
 def check(qkv, grad, heads, bias=None, tolerance=None):
     tolerance = tolerance or (TOLERANCE if bias is None else BIASED)[qkv.dtype]
     with forced("triton"):
-        out, grad_qkv, *grad_bias = differentiate(
-            kernels.attention, qkv, grad, heads, bias=bias
-        )
+        out, grad_qkv, *grad_bias = differentiate(kernels.attention, qkv, grad, heads, bias=bias)
     assert out.dtype == grad_qkv.dtype == qkv.dtype
     assert out.is_contiguous(memory_format=torch.channels_last)
     exact = None if bias is None else bias.double()

@@ -142,7 +142,7 @@ def test_networks_are_in_the_modes_that_the_method_wants():
         def note(module, inputs, net=net):
             modes.setdefault((phase, net), set()).add(module.training)
 
-        getattr(distiller, net).register_forward_pre_hook(note)
+        getattr(distiller, net).model.register_forward_pre_hook(note)
     phase = "fake"
     distiller.fake_score_round(draws["fake"][0])
     phase = "generator"

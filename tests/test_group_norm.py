@@ -190,9 +190,7 @@ def mask(shape, groups, dropout, seed, device):
     zeros = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
     flat = zeros[0, :, 0, 0]
     with forced("triton"):
-        out = group_norm(
-            zeros, flat, flat + 1, groups, EPS, silu=False, dropout=dropout, seed=seed
-        )
+        out = group_norm(zeros, flat, flat + 1, groups, EPS, silu=False, dropout=dropout, seed=seed)
     return out.y
 
 
@@ -406,9 +404,7 @@ def test_no_pass_but_the_kernels(form, device):
         calls = [call for call in calls if not call[0].is_view]
         assert [call[0] for call in calls] == [operator.default]
         with forced("triton"):
-            torch.library.opcheck(
-                *calls[0][:2], test_utils=("test_schema", "test_faketensor")
-            )
+            torch.library.opcheck(*calls[0][:2], test_utils=("test_schema", "test_faketensor"))
 
 
 def test_a_frozen_norm(device):

@@ -6,6 +6,7 @@ from golden import NETWORKS, TOLERANCE, check_gradients, read, relative
 
 import sid_fast
 from sid_fast import losses, noise
+from sid_fast.networks import NetworkConfig
 
 
 def load(golden, name, loss="loss"):
@@ -26,12 +27,12 @@ def generator(teacher, fake_score, data, y):
         data["g_noise"],
         float(data["alpha"]),
         data.get("class_labels"),
-    )
+    ).loss
 
 
 def fake(fake_score, data, y):
     labels = data.get("class_labels")
-    return losses.fake_score_loss(fake_score, y, data["f_sigma"], data["f_noise"], labels)
+    return losses.fake_score_loss(fake_score, y, data["f_sigma"], data["f_noise"], labels).loss
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -107,12 +108,18 @@ def test_the_others_gradients_are_exactly_theirs(golden, value, spoil):
 def test_a_network_that_overflows_on_one_sample_spoils_only_that_sample():
     """Finite inputs, NaN out: the sample's gradient is 0 and not 0·NaN."""
 
-    def network(x, sigma, labels=None, augment_labels=None):
-        return x * torch.tensor([0.5, torch.nan, 0.5]).reshape(-1, 1, 1, 1)
+    class Network:
+        config, compute_dtype = NetworkConfig("ddpmpp", resolution=4), torch.float32
+
+        def __init__(self, gain):
+            self.gain = gain
+
+        def raw(self, x, c_noise, labels=None, augment_labels=None):
+            return x * torch.tensor([0.5, torch.nan, 0.5]).reshape(-1, 1, 1, 1) * self.gain
 
     y = torch.randn(3, 1, 4, 4, requires_grad=True)
     arguments = y, torch.ones(3), torch.randn(3, 1, 4, 4), 1.2
-    loss = losses.generator_loss(network, lambda *a: network(*a) * 0.9, *arguments)
+    loss = losses.generator_loss(Network(1.0), Network(0.9), *arguments).loss
     loss.sum().backward()
     assert float(loss[1]) == 0
     assert not y.grad[1].any()

@@ -7,7 +7,7 @@ from torch import nn
 
 from sid_fast import kernels
 from sid_fast.engine import parallel
-from sid_fast.losses import Terms
+from sid_fast.kernels import Losses
 
 
 def ema_beta(images: int, batch: int, halflife_kimg: float, rampup_ratio: float) -> float:
@@ -37,7 +37,9 @@ class Optimizer:
         device = self.params[0].device
         self.step = torch.zeros((), dtype=torch.float64, device=device)
         self.shadow: list[torch.Tensor | None] | None = None
-        self.totals = torch.zeros(4, dtype=torch.float64, device=device)  # of this step's Terms
+        self.totals = torch.zeros(
+            4, dtype=torch.float64, device=device
+        )  # loss, distance, kept, seen
 
     def compute_in(self, dtype: torch.dtype) -> None:
         """Run the network in `dtype`; updates write the shadows of its weights from here on."""
@@ -45,11 +47,12 @@ class Optimizer:
         shadows = self.net.shadows()
         self.shadow = shadows if any(s is not None for s in shadows) else None
 
-    def accumulate(self, terms: Terms, scale: float) -> None:
+    def accumulate(self, losses: Losses, scale: float) -> None:
         """Add a round's gradients of scale·loss, summed over its samples and all processes."""
         # The processes' gradients are averaged in update, their losses are to be summed.
-        (terms.loss.sum() * (scale * parallel.world())).backward()
-        self.totals += terms.totals()
+        (losses.loss.sum() * (scale * parallel.world())).backward()
+        values = losses.loss.detach(), losses.distance, losses.kept, torch.ones_like(losses.kept)
+        self.totals += torch.stack([v.sum(dtype=torch.float64) for v in values])
 
     def update(
         self,
@@ -60,7 +63,7 @@ class Optimizer:
         """Update once from the rounds since the last update; without `apply`, forget them.
 
         Returns scalars over all processes, left on the device so that nothing waits for them:
-        loss and distance (see losses.Terms; means over the kept samples), dropped samples,
+        loss and distance (see kernels.Losses; means over the kept samples), dropped samples,
         nonfinite gradient values, skipped: whether no sample was finite, so that nothing has
         changed, and failed: whether it was so or most gradient values were not finite.
         """
