@@ -16,6 +16,8 @@ itself. It writes the sums that make up the gradients of weight, bias and x_bias
 the samples up is a second, deterministic step.
 """
 
+import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -136,11 +138,11 @@ def _slab_of_program(
 @triton.jit
 def _joined(left_ptr, right_ptr, start, channel, LEFT: tl.constexpr, CHANNELS: tl.constexpr):
     """Where every channel of pixel `start` lies in cat(left, right)."""
-    left = left_ptr + (start * LEFT + channel)
-    if right_ptr is None:
-        return left
-    RIGHT: tl.constexpr = CHANNELS - LEFT
-    return tl.where(channel < LEFT, left, right_ptr + (start * RIGHT + (channel - LEFT)))
+    ptr = left_ptr + (start * LEFT + channel)
+    if right_ptr is not None:
+        right = right_ptr + (start * (CHANNELS - LEFT) + (channel - LEFT))
+        ptr = tl.where(channel < LEFT, ptr, right)
+    return ptr
 
 
 @triton.jit
@@ -969,7 +971,7 @@ def _check(x, weight, groups, beside, dropout, resample) -> None:
             f"{channels} channels: weight has {len(weight)}, and they must divide into "
             f"groups={groups}"
         )
-    if beside is not None and (beside.dtype != x.dtype or beside.shape[2:] != x.shape[2:]):
+    if beside is not None and (beside.dtype, beside[:, 0].shape) != (x.dtype, x[:, 0].shape):
         raise ValueError(
             f"beside is {beside.dtype} {tuple(beside.shape)}: must be like x, {x.dtype} "
             f"{tuple(x.shape)}, in all but channels"
@@ -982,3 +984,82 @@ def _check(x, weight, groups, beside, dropout, resample) -> None:
         raise ValueError(f"resample={resample!r} goes with neither dropout nor beside")
     if resample == "down" and (x.shape[2] % 2 or x.shape[3] % 2):
         raise ValueError(f"resample='down' of {x.shape[2]}x{x.shape[3]} pixels: sides must be even")
+
+
+# Where the published networks normalise: form -> (channels, side). norm0 of a block normalises what
+# the block before gave it: all of it ("plain", after attention), or convolution, bias and residual
+# ("sum"), with a skip connection beside it in the decoder: (of x, of the connection, side). norm1
+# has the embedding added (DDPM++), or scale and shift besides the bias of the convolution (ADM).
+# norm2, before attention, has no activation.
+PLACES = {
+    "plain": ((384, 32), (576, 16), (256, 16), (256, 8), (768, 8)),
+    "plain down": ((384, 32), (256, 16), (576, 16)),
+    "plain up": ((384, 32), (256, 16), (576, 16), (768, 8)),
+    "plain beside": (
+        *((384, 192, 32), (384, 384, 32), (576, 384, 16), (576, 576, 16)),
+        *((768, 576, 8), (768, 768, 8)),
+    ),
+    "sum": (
+        *((128, 64), (192, 64), (256, 32), (128, 32), (192, 32)),
+        *((256, 16), (384, 16), (256, 8), (576, 8)),
+    ),
+    "sum down": ((128, 64), (192, 64), (256, 32)),
+    "sum up": ((256, 32), (256, 8)),
+    "sum beside": (
+        *((128, 128, 64), (256, 128, 64), (192, 192, 64), (384, 192, 64)),
+        *((256, 128, 32), (256, 256, 32), (576, 384, 32), (256, 256, 16), (768, 576, 16)),
+        *((256, 256, 8), (768, 768, 8)),
+    ),
+    "norm1 add": ((128, 64), (256, 64), (128, 32), (256, 32), (256, 16), (256, 8)),
+    "norm1 film": (
+        *((192, 64), (384, 64), (192, 32), (384, 32), (576, 32)),
+        *((384, 16), (576, 16), (768, 16), (576, 8), (768, 8)),
+    ),
+    "norm2": ((384, 32), (256, 16), (576, 16), (256, 8), (768, 8)),
+}
+
+
+def configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
+    """(label, kernel, signature, constants, warps, stages) of the PLACES in bf16 and fp32.
+
+    Backward is that of a training network, every output used.
+    """
+    present = {
+        "plain": "h_grad",
+        "sum": "residual x_bias h h_grad fork_grad dx_bias",
+        "norm1": "seed",
+        "norm2": "residual x_bias h h_grad dx_bias",
+        "add": "add dadd",
+        "film": "add dadd scale shift dscale dshift",
+        "beside": "beside beside_grad dbeside",
+        "down": "resampled resampled_grad",
+        "up": "resampled resampled_grad",
+    }
+    always = {"x", "y", "y_grad", "dx", "stats", "weight", "bias", "dparam"}
+    float32 = {"stats", "weight", "bias", "dparam", "x_bias", "dx_bias"}
+    kinds = {f"{name}_ptr": "*fp32" for name in float32}
+    kinds |= {"seed_ptr": "*i64", "eps": "fp32", "x_scale": "fp32"}
+    dtypes = {"bf16": 2, "fp32": 4}
+    kernels = {"forward": _forward_kernel, "backward": _backward_kernel}
+    for form, way, dtype in itertools.product(PLACES, kernels, dtypes):
+        resample = next((r for r in ("down", "up") if r in form), None)
+        given = always.union(*(present[part].split() for part in form.split()))
+        if way == "backward":
+            given.add("h")
+            if resample:
+                given.discard("h_grad")
+        for *channels, side in PLACES[form]:
+            constants = _launch(
+                (1, sum(channels), side, side), channels[0], dtypes[dtype], 32,
+                form != "norm2", resample, way == "backward",
+            )  # fmt: skip
+            warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+            signature = {}
+            for name in kernels[way].arg_names:
+                if name.endswith("_ptr") and name.removesuffix("_ptr") not in given:
+                    constants[name] = None
+                elif name not in constants:
+                    kind = f"*{dtype}" if name.endswith("_ptr") else "i32"
+                    signature[name] = kinds.get(name, kind)
+            label = f"{way} {form} {'+'.join(map(str, channels))}@{side}x{side} {dtype}"
+            yield label, kernels[way], signature, constants, warps, stages
