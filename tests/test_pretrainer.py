@@ -38,7 +38,9 @@ def test_the_loss_falls():
 def test_the_network_learns_in_training_mode_and_is_told_of_the_warps():
     trainer = pretrainer(dropout=0.2, augment_p=1.0)
     seen = []
-    trainer.net.register_forward_pre_hook(lambda net, args: seen.append((net.training, args[3])))
+    trainer.net.model.register_forward_pre_hook(
+        lambda net, args: seen.append((net.training, args[3]))
+    )
     trainer.step()
     training, augment_labels = seen[0]
     assert training
