@@ -237,12 +237,12 @@ def steps(
     rounds: Iterable[int],
     precision: str = "bf16",
     form: str = "triton",
-    prepare: Callable[[Distiller], None] = lambda distiller: None,
+    prepare: Callable[..., None] = lambda *nets: None,
 ) -> list[Step]:
     """Count a step of Distiller for every number of images a round.
 
     settings: their batch and micro-batch do not matter. form: of the kernels, "triton" or
-    "reference". prepare: what is to be done to the Distiller first.
+    "reference". prepare: called with teacher, generator and fake score before the first step.
     """
     settings = dataclasses.replace(settings, batch_size=1, micro_batch=None)
     found = []
@@ -253,7 +253,7 @@ def steps(
         nets = distiller.teacher, distiller.generator, distiller.fake_score
         for net in nets:
             net.compute_dtype = DTYPES[precision]
-        prepare(distiller)
+        prepare(*nets)
         for kind, tensors in _resident(distiller).items():
             count.call(kind, *tensors)
         for n in rounds:
