@@ -174,6 +174,11 @@ def bytes_moved(numel: int, moment: bool, ema: bool, shadow: bool) -> int:
     return numel * (4 + 8 + 8 + 8 * moment + 8 * ema + 2 * shadow)
 
 
+def flop(numel: int, moment: bool, ema: bool) -> int:
+    """What an update of numel parameters computes: 4 for g² and its mean, 6 for the step."""
+    return numel * (10 + 3 * moment + 3 * ema)
+
+
 # Tables by everything they are made of. They are never dropped: a CUDA graph may read them.
 _tables: dict[tuple, torch.Tensor] = {}
 

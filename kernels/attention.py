@@ -95,6 +95,22 @@ def blocked_order(channels: int, heads: int) -> torch.Tensor:
     return published.permute(2, 0, 1).flatten()
 
 
+def bytes_moved(
+    images: int, heads: int, size: int, pixels: int, itemsize: int, backward: bool = False
+) -> int:
+    """What one direction must read and write at least; size is the channels a head.
+
+    Forward: qkv, and out and lse written. Backward: qkv, out, its gradient and lse, and the
+    gradient of qkv written. itemsize is that of the type of qkv.
+    """
+    return images * heads * pixels * (size * itemsize * (8 if backward else 4) + 4)
+
+
+def flop(images: int, heads: int, size: int, pixels: int, backward: bool = False) -> int:
+    """Of the matrix products: two forward, five backward, of which two are made twice here."""
+    return images * heads * 2 * pixels**2 * size * (5 if backward else 2)
+
+
 # What follows sees memory as qkv [image, pixel, {q, k, v}, head, channel] and
 # out [image, pixel, head, channel]; `head` counts over the heads of all images.
 

@@ -322,3 +322,9 @@ def test_cuda_library_compiles_for_the_three_architectures(tmp_path):
     assert module.load(found).sid_fast_adam_ema_cuda.restype is ctypes.c_int
     for arch in (80, 90, 100):
         assert f"sm_{arch}".encode() in found.read_bytes()
+
+
+def test_floors_are_those_counted_by_hand():
+    """p, v, moment and average read and written, the gradient read, the copy written."""
+    assert module.bytes_moved(10, moment=True, ema=True, shadow=True) == 10 * (4 * 8 + 4 + 2)
+    assert module.flop(10, moment=True, ema=False) == 10 * (4 + 6 + 3)
