@@ -312,6 +312,11 @@ def bytes_moved(elements: int, kernel: str, itemsize: int) -> int:
     return elements * (raw * itemsize + image * 4)
 
 
+def flop(elements: int, kernel: str) -> int:
+    """What a launch over so many elements computes, in both passes over a sample."""
+    return elements * {"noised": 3, "generator_loss": 28, "fake_score_loss": 11}[kernel]
+
+
 @triton.jit
 def _read(x, offsets, SIZE: tl.constexpr):
     return tl.load(x + offsets, mask=offsets < SIZE, other=0.0).to(tl.float32)
