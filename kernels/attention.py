@@ -368,7 +368,8 @@ def _configuration(
         "SIZE": size,
         "BLOCK_SIZE": padded,
         "BLOCK": min(block, enough),
-        "STEP": min(step, enough),
+        # Of a loop of one turn straight code is made, which spills.
+        "STEP": min(step, max(16, enough // 2)),
     }
     return constants, warps, stages
 
