@@ -31,8 +31,9 @@ PERCENTILES = ("p20", "p50", "p80")
 class Form:
     """The columns of a benchmark: keys say what a row is of, figures what was found.
 
-    timed: whether there is "ms" besides, with its percentiles. Memory is in GiB; floor_share is
-    the part of the time that the counted bytes or FLOP would take.
+    timed: whether there is "ms" besides, with its percentiles: of a call, or of a whole step in
+    rounds of micro_batch. Memory is in GiB; floor_share is the part of the time that the counted
+    bytes or FLOP would take.
     """
 
     keys: tuple[str, ...]
