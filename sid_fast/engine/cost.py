@@ -213,15 +213,17 @@ def fake(form: str = "triton") -> Iterator[None]:
         yield
 
 
-def forward(config: NetworkConfig, precision: str = "bf16", form: str = "triton") -> list[Op]:
-    """The operations of a forward of one image, with the layers they are in."""
+def forward(
+    config: NetworkConfig, precision: str = "bf16", form: str = "triton", images: int = 1
+) -> list[Op]:
+    """The operations of a forward of so many images, with the layers they are in."""
     with fake(form), torch.no_grad():
         net = EDMNetwork(config).eval()
         net.compute_in(TYPES[precision])
-        image = torch.empty(1, config.channels, config.resolution, config.resolution)
-        labels = torch.empty(1, config.label_dim) if config.label_dim else None
+        x = torch.empty(images, config.channels, config.resolution, config.resolution)
+        labels = torch.empty(images, config.label_dim) if config.label_dim else None
         with Count(layers=True) as count:
-            net(image, torch.ones(1), labels)
+            net(x, torch.ones(images), labels)
     return count.ops
 
 
