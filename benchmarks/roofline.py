@@ -20,6 +20,7 @@ from sid_fast.config.cli import presets
 from sid_fast.config.settings import Settings, option, part
 from sid_fast.engine import cost
 from sid_fast.engine.cards import Card, card
+from sid_fast.engine.precision import TYPES
 from sid_fast.errors import UserError
 from sid_fast.files.atomic import atomic_path
 from sid_fast.plan import network_of
@@ -139,8 +140,8 @@ def run(options: Options, given: set[str]) -> None:
     known = presets("train")
     if not options.preset:
         raise UserError(f"preset is missing: --preset with one of {', '.join(known)}")
-    if options.precision not in cost.DTYPES:
-        choices = ", ".join(cost.DTYPES)
+    if options.precision not in TYPES:
+        choices = ", ".join(TYPES)
         raise UserError(f"precision={options.precision!r} is unknown: choose from {choices}")
     chosen, precision, images = card(options.card), options.precision, options.images
     config = TrainConfig(**known[options.preset])
@@ -154,7 +155,8 @@ def run(options: Options, given: set[str]) -> None:
     forward = cost.forward(network, precision, options.kernels, images)
     layers = rows("forward", forward, chosen, precision)
     show("a forward, layer by layer", layers, images)
-    (step,) = cost.steps(network, settings, [images], precision, options.kernels)
+    settings = dataclasses.replace(settings, precision=precision)
+    (step,) = cost.steps(network, settings, [images], options.kernels)
     kinds = rows("step", step.ops, chosen, precision)
     show("the whole step", kinds, images)
     floor_s = sum(row["floor_us"] for row in kinds) / 1e6
