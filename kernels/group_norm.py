@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from sid_fast.kernels import _apex
 from sid_fast.kernels._triton import tl, triton
 from sid_fast.kernels.dispatch import choose
 
@@ -673,7 +674,7 @@ def _launch(
     float32, where 32 spilled on sm_100. A larger one goes over its tiles twice, 64 bytes a thread
     at a time (of two tensors in backward), and keeps 8 elements of every running sum. Slabs over
     65536 elements get 16 warps: one such program has a multiprocessor and its first-level cache to
-    itself.
+    itself; float32's backward, which spilled so, stays with 8.
     """
     _, channels, height, width = shape
     pixels = height * width
@@ -682,7 +683,7 @@ def _launch(
     held = 16 if backward and itemsize == 4 else 32
     warps = max(1, tile * lanes // (32 * held))
     if tile * lanes > 8192:
-        warps = 8 if tile * lanes <= 65536 else 16
+        warps = 8 if tile * lanes <= 65536 or held == 16 else 16
         fold = (4 if backward else 8) // itemsize
         tile = warps * 32 * 8 * fold // lanes
     return {
@@ -953,7 +954,13 @@ def group_norm(
         "residual": residual, "x_bias": x_bias, "add": add, "scale": scale, "shift": shift,
     }  # fmt: skip
     _check(x, weight, groups, beside, dropout, resample, parts)
-    if choose("group_norm") == "reference":
+    implementation = choose("group_norm")
+    if implementation == "apex" and _apex.takes(x, groups):
+        alone = beside is None and all(part is None for part in parts.values())
+        if alone and x_scale == 1 and not dropout and resample is None:
+            y = _apex.group_norm(x, weight, bias, groups, eps, silu)
+            return Normed(y, x, x, None, None)
+    if implementation == "reference":
         return group_norm_ref(
             x, weight, bias, groups, eps, beside=beside, x_scale=x_scale, silu=silu,
             dropout=dropout, resample=resample, **parts,
