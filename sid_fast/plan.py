@@ -93,12 +93,19 @@ def check_request(settings: Settings, options: PlanOptions) -> None:
 
 
 def counts(
-    network: NetworkConfig, settings: Settings, precision: str, recompute: bool = False
+    network: NetworkConfig,
+    settings: Settings,
+    precision: str,
+    recompute: bool = False,
+    form: str = "triton",
 ) -> Counts:
-    """Count a step at one image and at two; memory is linear in them."""
+    """Count a step at one image and at two; memory is linear in them.
+
+    recompute: with --checkpoint-activations; form: of the kernels, "triton" or "reference".
+    """
     prepare = {"prepare": checkpoint_activations} if recompute else {}
     forwards = cost.FORWARDS + 4 * recompute  # of ψ, and of G, φ and ψ, once more
-    one, two = cost.steps(network, settings, [1, 2], precision, **prepare)
+    one, two = cost.steps(network, settings, [1, 2], precision, form, **prepare)
     kinds = {*one.peak, *two.peak}
     image = Counter({kind: two.peak[kind] - one.peak[kind] for kind in kinds})
     return Counts(
