@@ -86,8 +86,9 @@ def show_plan(command: Command) -> None:
     settings, options = part(command, Settings), part(command, plan.PlanOptions)
     plan.check_request(settings, options)
     network = plan.network_of(command.teacher)
-    print("counting a step of one image and of two …", file=sys.stderr, flush=True)
-    found = plan.counts(network, settings, command.checkpoint_activations)
+    form = "reference" if command.kernels == "reference" else "triton"
+    print(f"counting a step, {form} kernels …", file=sys.stderr, flush=True)
+    found = plan.counts(network, settings, command.checkpoint_activations, form)
     name = command.preset or command.teacher
     print(plan.text(name, network, found, settings, command.kimg, options))
 
@@ -157,7 +158,8 @@ def micro_batch_that_fits(teacher: EDMNetwork, config: TrainConfig, device: torc
 
     def estimate() -> int:
         recompute = config.checkpoint_activations
-        found = plan.counts(teacher.config, precision.settle(settings, device), recompute)
+        form = kernels.dispatch.choose("block")
+        found = plan.counts(teacher.config, precision.settle(settings, device), recompute, form)
         room = torch.cuda.mem_get_info()[0]
         return plan.estimated_micro_batch(found, batch, room, world, sharded=False)
 
