@@ -25,7 +25,8 @@ class Distiller:
     teacher: a network on the device to use; it is frozen. settings: see Settings. seed decides
     the draws and the dropout of every step, with the step's number and the process's rank.
     label_weights [label_dim]: in what proportion classes are drawn; uniform if None.
-    Processes of torch.distributed, if there are any, each take their part of the batch.
+    Processes of torch.distributed, if there are any, each take their part of the batch; layout
+    says what of the networks each of them keeps.
 
     generator, fake_score and ema are modules whose state_dict has the published names; all
     start from the teacher. Raises UserError for settings that cannot be used.
@@ -43,6 +44,7 @@ class Distiller:
         settings: Settings,
         seed: int = 0,
         label_weights: torch.Tensor | None = None,
+        layout: parallel.Layout = parallel.WHOLE,
     ):
         check(settings)
         self.rounds = rounds_of(settings, parallel.world())
@@ -70,11 +72,15 @@ class Distiller:
             teacher.config, init_sigma=settings.init_sigma, dropout=settings.dropout
         )
         s = settings
-        self.fake_optimizer = Optimizer(self.fake_score, s.fake_beta1, s.beta2, s.eps)
+        self.fake_optimizer = Optimizer(
+            self.fake_score, s.fake_beta1, s.beta2, s.eps, layout=layout
+        )
         self.generator_optimizer = Optimizer(
-            self.generator, s.generator_beta1, s.beta2, s.eps, ema=True
+            self.generator, s.generator_beta1, s.beta2, s.eps, ema=True, layout=layout
         )
         self.ema = self.generator_optimizer.ema
+        if not layout.gathered:  # else it would be whole most of the time, and only cost a message
+            layout.shard(self.teacher)
 
     def step(self, draws: Draws | None = None) -> dict[str, torch.Tensor]:
         """Update the fake score, then the generator, then its average; once each.
@@ -86,12 +92,14 @@ class Distiller:
         draws = draws or self.draw()
         with dropout_seed(s.dropout, self.device, self.seed, self.steps, parallel.rank()):
             fake = self.fake_optimizer.descend(
-                (self.fake_score_round(draw) for draw in draws["fake"]),
+                self.fake_score_round,
+                draws["fake"],
                 s.fake_loss_scale / s.batch_size,
                 s.fake_lr,
             )
             generator = self.generator_optimizer.descend(
-                (self.generator_round(draw) for draw in draws["generator"]),
+                self.generator_round,
+                draws["generator"],
                 s.generator_loss_scale / s.batch_size,
                 s.generator_lr,
                 ema_beta(self.images, s.batch_size, s.ema_halflife_kimg, s.ema_rampup_ratio),

@@ -32,6 +32,7 @@ class Pretrainer:
         images: np.ndarray,
         labels: np.ndarray | None,
         seed: int = 0,
+        layout: parallel.Layout = parallel.WHOLE,
     ):
         check(settings)
         self.rounds = rounds_of(settings, parallel.world())
@@ -39,7 +40,9 @@ class Pretrainer:
         self.net = net
         self.device = next(net.parameters()).device
         self.net.set_dropout(settings.dropout)
-        self.optimizer = Optimizer(net, settings.beta1, settings.beta2, settings.eps, ema=True)
+        self.optimizer = Optimizer(
+            net, settings.beta1, settings.beta2, settings.eps, ema=True, layout=layout
+        )
         self.ema = self.optimizer.ema
         self.data = torch.from_numpy(images)
         self.labels = None if labels is None else torch.from_numpy(labels)
@@ -61,7 +64,8 @@ class Pretrainer:
         self.net.train()
         with dropout_seed(s.dropout, self.device, self.seed, self.steps, parallel.rank()):
             metrics = self.optimizer.descend(
-                (self.round(*self.draw(n)) for _ in range(self.rounds)),
+                lambda _: self.round(*self.draw(n)),
+                range(self.rounds),
                 1 / s.batch_size,
                 lr,
                 ema_beta(self.images, s.batch_size, s.ema_halflife_kimg, s.ema_rampup_ratio),

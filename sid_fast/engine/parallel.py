@@ -1,14 +1,26 @@
-"""Processes: who we are among them, and what they add up. One process needs none of it."""
+"""Processes: who we are among them, how they share networks, and what they add up.
+
+One process needs none of it. Three layouts: `ddp` keeps whole networks everywhere and averages
+gradients; `fsdp` keeps a part of every tensor on every process (FSDP2); `hsdp` does so inside
+groups that are copies of one another, such as the nodes of a cluster.
+"""
 
 import contextlib
+import dataclasses
 import datetime
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sid_fast.errors import UserError
+from sid_fast.networks import EDMNetwork
+from sid_fast.networks.unet import Block
+
+MODES = ("auto", "ddp", "fsdp", "hsdp")
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -41,16 +53,22 @@ _hosts: dist.ProcessGroup | None = None  # for words between hosts, whatever the
 
 
 @contextlib.contextmanager
-def joined(device: torch.device) -> Iterator[None]:
-    """Among the other processes, if torchrun started us with any, for the length of the block."""
+def joined(device: torch.device, mode: str = "auto") -> Iterator[None]:
+    """Among the other processes, if torchrun started us with any, for the length of the block.
+
+    A process alone forms a group of one where the mode asks for sharding.
+    """
     global _hosts
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if alone and mode in ("auto", "ddp"):
         yield
         return
-    if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device, timeout=TIMEOUT)
-    else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+    backend = (
+        {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+    )
+    if alone:
+        backend |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(**backend, timeout=TIMEOUT)
     _hosts = dist.new_group(backend="gloo", timeout=TIMEOUT)
     try:
         yield
@@ -116,11 +134,242 @@ def sum_(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def average_(tensors: list[torch.Tensor]) -> None:
-    """Average tensors over the processes, in place and in one message."""
-    if not dist.is_initialized():
-        return
-    flat = torch._utils._flatten_dense_tensors(tensors)
-    dist.all_reduce(flat)
-    flat /= world()
-    torch._foreach_copy_(tensors, torch._utils._unflatten_dense_tensors(flat, tensors))
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How networks and their optimisers lie over the processes; see plan().
+
+    mesh: of the processes, [shards] or [copies, shards]; None: whole networks everywhere.
+    gathered: weights stay whole on the device between their uses in a step, and only gradients,
+    moments, masters and the average are in parts.
+    """
+
+    mesh: DeviceMesh | None = None
+    gathered: bool = True
+    text: str = "one process"  # what it is, for people
+
+    def shard(self, net: nn.Module) -> None:
+        """Leave of the network's parameters this process's part (FSDP2), in place."""
+        if self.mesh is None:
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        for module in [m for m in net.modules() if isinstance(m, Block)] + [net]:
+            fully_shard(module, mesh=self.mesh, reshard_after_forward=not self.gathered)
+            module.set_reshard_after_backward(not self.gathered)
+
+    def gradients(self, net: nn.Module) -> "Gradients":
+        """Give the network's parameters gradients, and the processes a way to average them."""
+        if self.mesh is not None:
+            return ShardedGradients(net, self.mesh)
+        return ReplicatedGradients(net) if world() > 1 else Gradients(net)
+
+
+WHOLE = Layout()
+
+# Bytes a parameter: masters, gradients and second moments of two networks, masters of the teacher
+# and the average, and 16-bit copies or first moments, which are left out where there are none.
+STATE = 40
+GATHERED = 16  # of these, what is whole on every process while weights stay gathered
+SHARE = 0.5  # of a device's memory that they may take; the rest is for activations
+
+
+def plan(
+    mode: str, parameters: int, device: torch.device, shard_group: int | None = None
+) -> "Layout":
+    """The layout that --parallel means for networks of so many parameters.
+
+    auto takes ddp where the state fits beside the activations, and always on a CPU; then hsdp on
+    several nodes and fsdp on one. shard_group: processes of an hsdp group, a node's by default.
+    Sharded weights stay gathered between their uses where memory allows. Raises UserError for an
+    unknown mode and for a group size that does not divide the processes.
+    """
+    if mode not in MODES:
+        raise UserError(f"parallel={mode!r} is unknown: choose from {', '.join(MODES)}")
+    group = shard_group or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    memory = float("inf")
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory * SHARE
+    if mode == "auto":
+        if world() == 1 or parameters * STATE <= memory:
+            mode = "ddp"
+        else:
+            mode = "hsdp" if world() > group else "fsdp"
+    if mode == "ddp":
+        text = f"whole on each of {world()} processes" if world() > 1 else "one process"
+        return Layout(text=f"{text}: about {parameters * STATE / 1e9:.2g} GB of state")
+    if mode == "fsdp":
+        group, shape, names = world(), (world(),), ("shards",)
+    else:
+        if world() % group:
+            raise UserError(
+                f"shard_group={group} does not divide {world()} processes; choose a divisor, or "
+                "--parallel fsdp"
+            )
+        shape, names = (world() // group, group), ("copies", "shards")
+    gathered = parameters * (GATHERED + (STATE - GATHERED) / group) <= memory
+    each = GATHERED + (STATE - GATHERED) / group if gathered else STATE / group
+    text = f"{mode}: state in {group} parts"
+    text += f", {world() // group} copies" if mode == "hsdp" else ""
+    text += ", weights gathered" if gathered else ", weights gathered block by block"
+    return Layout(
+        init_device_mesh(device.type, shape, mesh_dim_names=names),
+        gathered,
+        f"{text}: about {parameters * each / 1e9:.2g} GB a process",
+    )
+
+
+class Gradients:
+    """The gradients of a network on one process: zero, accumulated by backward, used.
+
+    They keep their addresses. The calls of a step: zero(), then backward(loss, last) a round, then
+    wait() before the gradients are read, and updated() once the parameters have changed.
+    """
+
+    def __init__(self, net: nn.Module):
+        self.params = list(net.parameters())
+        for p in self.params:
+            p.grad = torch.zeros_like(p)
+
+    def zero(self) -> None:
+        torch._foreach_zero_(local([p.grad for p in self.params]))
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Accumulate; the last round's backward carries the averaging over processes along."""
+        loss.backward()
+
+    def wait(self) -> None:
+        """Return when the gradients are averages over the processes."""
+
+    def updated(self) -> None:
+        """The parameters have new values."""
+
+    def total(self, count: torch.Tensor) -> torch.Tensor:
+        """What each process has counted in its own part of the gradients, over all parts."""
+        return count
+
+
+class ReplicatedGradients(Gradients):
+    """Averages in buckets, each sent as soon as the last backward has filled it.
+
+    Written out because the libraries' forms do not fit a network that is trained in one phase and
+    frozen in the next: DDP and `replicate` expect, at every forward that could take gradients, a
+    gradient for every parameter that could (map_augment gets none in the generator step; ψ none at
+    all in it), and FSDP2 over a mesh without shards keeps second copies of all parameters.
+    """
+
+    BUCKET = 2**23  # numbers: 32 MiB, enough to fill a link
+    ALIGN = 64  # numbers: every gradient starts where a kernel may load 16 bytes at a time
+
+    def __init__(self, net: nn.Module):
+        self.params = list(net.parameters())
+        self.buckets: list[torch.Tensor] = []
+        self.sizes: list[int] = []  # gradients in a bucket
+        # Backward comes to the last layers first, so they go into the first buckets.
+        bucket: list[nn.Parameter] = []
+        for p in reversed(self.params):
+            bucket.append(p)
+            if sum(q.numel() for q in bucket) >= self.BUCKET:
+                self._add(bucket)
+                bucket = []
+        if bucket:
+            self._add(bucket)
+        self.armed = False
+
+    def _add(self, params: list[nn.Parameter]) -> None:
+        starts = [0]
+        for p in params:
+            starts.append(starts[-1] + -(-p.numel() // self.ALIGN) * self.ALIGN)
+        flat = params[0].new_zeros(starts[-1], requires_grad=False)
+        number = len(self.buckets)
+        for p, start in zip(params, starts, strict=False):
+            p.grad = flat[start : start + p.numel()].view_as(p)
+            p.register_post_accumulate_grad_hook(lambda _: self._filled(number))
+        self.buckets.append(flat)
+        self.sizes.append(len(params))
+
+    def zero(self) -> None:
+        torch._foreach_zero_(self.buckets)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        self.armed, self.missing, self.works = last, list(self.sizes), []
+        loss.backward()
+        self.armed = False
+
+    def _filled(self, number: int) -> None:
+        if self.armed:
+            self.missing[number] -= 1
+            # In order, whatever backward's: all processes must send the same.
+            while len(self.works) < len(self.sizes) and self.missing[len(self.works)] == 0:
+                self._send()
+
+    def _send(self) -> None:
+        self.works.append(dist.all_reduce(self.buckets[len(self.works)], async_op=True))
+
+    def wait(self) -> None:
+        while len(self.works) < len(self.buckets):  # held up by one that got no gradient
+            self._send()
+        for work in self.works:
+            work.wait()
+        torch._foreach_div_(self.buckets, world())
+
+
+class ShardedGradients(Gradients):
+    """FSDP2 averages, and leaves every process its part."""
+
+    def __init__(self, net: nn.Module, mesh: DeviceMesh):
+        super().__init__(net)
+        self.modules = sharded_modules(net)
+        self.shards = mesh.get_group(mesh.ndim - 1)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        for module in self.modules:
+            module.set_requires_gradient_sync(last, recurse=False)
+        loss.backward()
+
+    def updated(self) -> None:
+        for module in self.modules:
+            module.reshard()
+
+    def total(self, count: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(count, group=self.shards)
+        return count
+
+
+def sharded_modules(net: nn.Module) -> list:
+    """The modules that FSDP2 shards; none if the network is whole."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return [m for m in net.modules() if isinstance(m, FSDPModule)]
+
+
+@torch.no_grad()
+def local(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """This process's part of each tensor, where it has one: the memory itself, not a copy."""
+    parts = [getattr(t, "to_local", lambda t=t: t)() for t in tensors]
+    return [part for part in parts if part.numel()]
+
+
+@torch.no_grad()
+def whole(net: EDMNetwork) -> EDMNetwork | None:
+    """The network on the first process, gathered if it is sharded; None on the others.
+
+    Every process has to call it. Tensor after tensor: no other process holds more than one whole.
+    """
+    modules = sharded_modules(net)
+    if not modules:
+        return None if rank() else net
+    for module in modules:
+        module.reshard()
+    device = next(net.parameters()).device
+    if rank() == 0:
+        with torch.device("meta"):
+            copy = EDMNetwork(net.config)
+        copy = copy.to_empty(device=device).requires_grad_(False).eval()
+        copy.compute_dtype = net.compute_dtype
+        for name, buffer in net.named_buffers():
+            copy.get_buffer(name).copy_(buffer)
+    for name, p in net.named_parameters():
+        value = p.full_tensor()
+        if rank() == 0:
+            copy.get_parameter(name).copy_(value)
+    return None if rank() else copy
