@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from sid_fast import augment, losses
-from sid_fast.config.settings import Settings, check, rounds_of
+from sid_fast.config.settings import Settings, check, identity_of, rounds_of
 from sid_fast.draws import Draw, draw_round, dropout_seed, seed_of
 from sid_fast.engine import parallel
 from sid_fast.engine.checkpoint import digest
@@ -57,7 +57,7 @@ class Distiller:
         self.teacher = teacher.requires_grad_(False).eval()
         self.device = next(teacher.parameters()).device
         self.label_weights = None if label_weights is None else label_weights.to(self.device)
-        self.identity = dataclasses.asdict(settings) | {
+        self.identity = identity_of(settings) | {
             "seed": seed,
             "teacher": digest(teacher.state_dict().values()),
             "label weights": None if label_weights is None else digest([label_weights]),
@@ -73,10 +73,16 @@ class Distiller:
         )
         s = settings
         self.fake_optimizer = Optimizer(
-            self.fake_score, s.fake_beta1, s.beta2, s.eps, layout=layout
+            self.fake_score, s.fake_beta1, s.beta2, s.eps, name="fake score", layout=layout
         )
         self.generator_optimizer = Optimizer(
-            self.generator, s.generator_beta1, s.beta2, s.eps, ema=True, layout=layout
+            self.generator,
+            s.generator_beta1,
+            s.beta2,
+            s.eps,
+            ema=True,
+            name="generator",
+            layout=layout,
         )
         self.ema = self.generator_optimizer.ema
         if not layout.gathered:  # else it would be whole most of the time, and only cost a message

@@ -1,13 +1,12 @@
 """One step of training an EDM teacher on real images (arXiv 2206.00364)."""
 
-import dataclasses
 from typing import ClassVar
 
 import numpy as np
 import torch
 
 from sid_fast import augment, noise
-from sid_fast.config.settings import PretrainSettings, check, rounds_of
+from sid_fast.config.settings import PretrainSettings, check, identity_of, rounds_of
 from sid_fast.draws import dropout_seed, seed_of
 from sid_fast.engine import parallel
 from sid_fast.engine.checkpoint import digest
@@ -41,12 +40,18 @@ class Pretrainer:
         self.device = next(net.parameters()).device
         self.net.set_dropout(settings.dropout)
         self.optimizer = Optimizer(
-            net, settings.beta1, settings.beta2, settings.eps, ema=True, layout=layout
+            net,
+            settings.beta1,
+            settings.beta2,
+            settings.eps,
+            ema=True,
+            name="teacher",
+            layout=layout,
         )
         self.ema = self.optimizer.ema
         self.data = torch.from_numpy(images)
         self.labels = None if labels is None else torch.from_numpy(labels)
-        self.identity = dataclasses.asdict(settings) | {
+        self.identity = identity_of(settings) | {
             "seed": seed,
             **{f"network {k}": v for k, v in net.config.to_dict().items()},
             "data": digest([self.data]),

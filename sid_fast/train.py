@@ -4,6 +4,7 @@ python -m sid_fast.train --preset digits
 """
 
 import dataclasses
+import functools
 
 import torch
 
@@ -18,7 +19,7 @@ from sid_fast.errors import UserError
 from sid_fast.files.dataset import ImageDataset
 from sid_fast.files.digits import open_dataset
 from sid_fast.files.network import load_network
-from sid_fast.networks import NetworkConfig
+from sid_fast.networks import EDMNetwork, NetworkConfig
 from sid_fast.sampling import heun
 
 
@@ -46,23 +47,23 @@ def run(config: TrainConfig, given: set[str]) -> None:
     device = parallel.pick_device(config.device)
     kernels.dispatch.configure(config.kernels, device)
     data = open_dataset(config.data) if config.data else None
-    with parallel.joined(device):
+    with parallel.joined(device, config.parallel, config.timeout):
         with parallel.first_alone():  # it may download
             teacher = load_network(config.teacher).to(device)
         if data:
             check_data(data, teacher.config)
         settings = part(config, Settings)
-        trainer = Distiller(teacher, settings, config.seed, label_weights(data, teacher.config))
+        layout = parallel.plan(config.parallel, teacher, device, config.shard_group)
+        weights = label_weights(data, teacher.config)
+        trainer = Distiller(teacher, settings, config.seed, weights, layout)
 
-        def one_step(z: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        def one_step(net: EDMNetwork, z: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
             sigma = torch.full((len(z),), settings.init_sigma, device=z.device)
-            return trainer.ema(z * settings.init_sigma, sigma, labels)
+            return net(z * settings.init_sigma, sigma, labels)
 
-        def many_steps(z: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-            return heun(teacher, z, labels, config.teacher_steps)
-
-        snapshots = Snapshots(config, trainer, trainer.ema, one_step, data, many_steps)
-        where = f"on {device} with {kernels.dispatch.choose()} kernels"
+        many_steps = functools.partial(heun, num_steps=config.teacher_steps)
+        snapshots = Snapshots(config, trainer, trainer.ema, one_step, data, (teacher, many_steps))
+        where = f"on {device} with {kernels.dispatch.choose()} kernels, {layout.text}"
         headline = f"distilling {config.teacher} ({teacher.config}), {where}"
         Loop(trainer, config, snapshots, config.preset or "distil", headline).run(resume)
 

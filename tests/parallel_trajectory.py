@@ -4,9 +4,7 @@ Each layout named as NETWORK:MODE runs in turn; MODE is one of --parallel, or `t
 nothing kept gathered.
 """
 
-import copy
 import dataclasses
-import os
 import sys
 from pathlib import Path
 
@@ -38,7 +36,9 @@ def trajectory(name: str, mode: str) -> None:
     start = {k: v.clone() for k, v in teacher.state_dict().items()}
     settings = golden_settings(data)
     settings.micro_batch = max(settings.micro_batch // world, 1)
-    layout = parallel.plan("fsdp" if mode == "tight" else mode, 0, cpu, shard_group=min(world, 2))
+    layout = parallel.plan(
+        "fsdp" if mode == "tight" else mode, teacher, cpu, shard_group=min(world, 2)
+    )
     layout = dataclasses.replace(layout, gathered=mode != "tight")
     distiller = sid_fast.Distiller(teacher, settings, layout=layout)
     for step in range(int(data["steps"])):
@@ -58,5 +58,8 @@ def trajectory(name: str, mode: str) -> None:
 with parallel.joined(cpu, "fsdp"):
     rank, world = dist.get_rank(), dist.get_world_size()
     import time
+
     for case in cases:
-        t=time.process_time(); trajectory(*case.split(":")); print(rank, case, time.process_time()-t)
+        t = time.process_time()
+        trajectory(*case.split(":"))
+        print(rank, case, time.process_time() - t)

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
@@ -29,3 +31,9 @@ def python_until(ready: Callable[[], bool], send: signal.Signals, *arguments: ob
         time.sleep(0.01)
     process.send_signal(send)
     return process.wait(60)
+
+
+def tensors_of(state: Path) -> dict:
+    """The tensors of a state that one process wrote."""
+    files = [load_file(path) for path in sorted(state.glob("*.safetensors"))]
+    return {name: tensor for file in files for name, tensor in file.items()}

@@ -9,6 +9,7 @@ from torch import nn
 
 from sid_fast import kernels
 from sid_fast.engine import parallel
+from sid_fast.errors import OutOfMemory
 from sid_fast.losses import Terms
 
 Round = TypeVar("Round")
@@ -28,8 +29,8 @@ def ema_beta(images: int, batch: int, halflife_kimg: float, rampup_ratio: float)
 class Optimizer:
     """Holds the gradients, moments and average of a network; every tensor keeps its address.
 
-    layout says how network, average and all else lie over the processes; the network and its
-    average are sharded in place where it says so.
+    name: of the phase, for messages. layout says how network, average and all else lie over the
+    processes; the network and its average are sharded in place where it says so.
     """
 
     def __init__(
@@ -39,11 +40,12 @@ class Optimizer:
         beta2: float,
         eps: float,
         ema: bool = False,
+        name: str = "network",
         layout: parallel.Layout = parallel.WHOLE,
     ):
         self.net = net.requires_grad_(True)
         self.ema = copy.deepcopy(net).requires_grad_(False).eval() if ema else None
-        self.beta1, self.beta2, self.eps = beta1, beta2, eps
+        self.beta1, self.beta2, self.eps, self.name = beta1, beta2, eps, name
         layout.shard(self.net)
         if self.ema:
             layout.shard(self.ema)
@@ -76,10 +78,16 @@ class Optimizer:
         self.gradients.zero()
         totals = torch.zeros(4, dtype=torch.float64, device=self.step.device)
         for number, round in enumerate(rounds, start=1):
-            terms = terms_of(round)
-            # The processes' gradients are averaged, their losses are to be summed.
-            loss = terms.loss.sum() * (scale * parallel.world())
-            self.gradients.backward(loss, last=number == len(rounds))
+            try:
+                terms = terms_of(round)
+                # The processes' gradients are averaged, their losses are to be summed.
+                loss = terms.loss.sum() * (scale * parallel.world())
+                self.gradients.backward(loss, last=number == len(rounds))
+            except torch.OutOfMemoryError as error:
+                what = ". ".join(str(error).split(". ")[:2])  # what was asked for; then statistics
+                raise OutOfMemory(
+                    f"{self.name} step, round {number} of {len(rounds)}: {what}"
+                ) from error
             totals += terms.totals()
         loss, distance, kept, seen = parallel.sum_(totals)
         self.gradients.wait()

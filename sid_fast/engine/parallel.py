@@ -9,14 +9,17 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from sid_fast.errors import UserError
+from sid_fast.errors import RunFailed, UserError
 from sid_fast.networks import EDMNetwork
 from sid_fast.networks.unet import Block
 
@@ -47,42 +50,98 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-# The others wait while the first process measures a snapshot.
-TIMEOUT = datetime.timedelta(hours=1)
-_hosts: dist.ProcessGroup | None = None  # for words between hosts, whatever the device
+MINUTES = 10.0  # that a process waits for the others, unless --timeout says otherwise
+PATIENCE = datetime.timedelta(days=7)  # for what has no stated length: downloads, snapshots
+GRACE = 5.0  # seconds in which a process that has lost another one says that it is there
+
+
+class _Group(NamedTuple):
+    """Words between hosts, whatever the device; each on connections of its own."""
+
+    store: dist.Store
+    hosts: dist.ProcessGroup  # in every step
+    patient: dist.ProcessGroup  # to wait for the first process
+    saving: dist.ProcessGroup  # of the thread that writes states
+
+
+_group: _Group | None = None
 
 
 @contextlib.contextmanager
-def joined(device: torch.device, mode: str = "auto") -> Iterator[None]:
+def joined(device: torch.device, mode: str = "auto", minutes: float = MINUTES) -> Iterator[None]:
     """Among the other processes, if torchrun started us with any, for the length of the block.
 
-    A process alone forms a group of one where the mode asks for sharding.
+    A process alone forms a group of one where the mode asks for sharding. Raises RunFailed, with
+    the names of the processes that do not answer, when one is lost or silent for so many minutes.
     """
-    global _hosts
+    global _group
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     if alone and mode in ("auto", "ddp"):
         yield
         return
-    backend = (
-        {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+    store, me, count = (dist.HashStore(), 0, 1) if alone else next(dist.rendezvous("env://"))
+    timeout = datetime.timedelta(minutes=minutes)
+    device_id = device if device.type == "cuda" else None
+    dist.init_process_group(
+        "nccl" if device_id else "gloo",
+        store=dist.PrefixStore("processes", store),
+        rank=me,
+        world_size=count,
+        timeout=timeout,
+        device_id=device_id,
     )
-    if alone:
-        backend |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(**backend, timeout=TIMEOUT)
-    _hosts = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    groups = (dist.new_group(backend="gloo", timeout=t) for t in (timeout, PATIENCE, PATIENCE))
+    _group = _Group(dist.PrefixStore("sid_fast", store), *groups)
+    _group.store.set(f"host/{me}", socket.gethostname())
     try:
         yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo/" not in str(error):
+            raise
+        missing = _missing()
+        what = "was lost" if "onnection" in str(error) else f"was silent for {minutes:g} minutes"
+        raise RunFailed(
+            f"{missing or 'another process'} {what}; torchrun's report says which failed first. "
+            f"--resume goes on from the last state, and torchrun --max-restarts N does so by itself"
+        ) from error
     finally:
-        dist.destroy_process_group()
-        _hosts = None
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        _group = None
+
+
+def _missing() -> str:
+    """The processes that do not say that they are there, once one has been lost."""
+    store = _group.store
+    store.set(f"here/{rank()}", "")
+    me, missing, deadline = rank(), [], time.monotonic() + GRACE
+    dist.destroy_process_group()  # closes connections: so that the others, too, notice at once
+    for other in range(int(os.environ["WORLD_SIZE"])):
+        left = datetime.timedelta(seconds=max(deadline - time.monotonic(), 0.1))
+        try:
+            store.wait([f"here/{other}"], left)
+        except RuntimeError:
+            missing.append(f"process {other} on {store.get(f'host/{other}').decode()}")
+    return f"process {me}: " + ", ".join(missing) if missing else ""
+
+
+def saving_group() -> dist.ProcessGroup | None:
+    """The group that reads and writes states."""
+    return _group and _group.saving
+
+
+def wait_for_first() -> None:
+    """Return once the first process is here too, however long it takes: it measures alone."""
+    if _group is not None:
+        dist.barrier(group=_group.patient)
 
 
 def from_first(make: Callable[[], int]) -> int:
     """A number that the first process makes, on every process."""
-    if _hosts is None:
+    if _group is None:
         return make()
     word = torch.tensor(make() if rank() == 0 else 0)
-    dist.broadcast(word, src=0, group=_hosts)
+    dist.broadcast(word, src=0, group=_group.hosts)
     return int(word)
 
 
@@ -90,32 +149,32 @@ def from_first(make: Callable[[], int]) -> int:
 def first_alone() -> Iterator[None]:
     """The first process of each node goes through the block before the others do."""
     local = int(os.environ.get("LOCAL_RANK", 0))
-    if _hosts is not None and local:
-        dist.barrier(group=_hosts)
+    if local:
+        wait_for_first()
     try:
         yield
     finally:
-        if _hosts is not None and not local:
-            dist.barrier(group=_hosts)
+        if not local:
+            wait_for_first()
 
 
 def gather(mine: torch.Tensor, total: int) -> torch.Tensor:
     """The rows of all processes, [total, …], where process r of w holds rows r, r + w, …"""
-    if _hosts is None:
+    if _group is None:
         return mine
     padded = mine.new_zeros(-(-total // world()), *mine.shape[1:])
     padded[: len(mine)] = mine
     parts = [torch.empty_like(padded) for _ in range(world())]
-    dist.all_gather(parts, padded, group=_hosts)
+    dist.all_gather(parts, padded, group=_group.hosts)
     return torch.stack(parts, dim=1).flatten(0, 1)[:total]
 
 
 def any_(flag: bool) -> bool:
     """Whether the flag is set on any process: a word between the hosts, not the devices."""
-    if _hosts is None:
+    if _group is None:
         return flag
     word = torch.tensor(int(flag))
-    dist.all_reduce(word, group=_hosts)
+    dist.all_reduce(word, group=_group.hosts)
     return bool(word)
 
 
@@ -174,9 +233,9 @@ SHARE = 0.5  # of a device's memory that they may take; the rest is for activati
 
 
 def plan(
-    mode: str, parameters: int, device: torch.device, shard_group: int | None = None
+    mode: str, net: nn.Module, device: torch.device, shard_group: int | None = None
 ) -> "Layout":
-    """The layout that --parallel means for networks of so many parameters.
+    """The layout that --parallel means for training networks of this one's size.
 
     auto takes ddp where the state fits beside the activations, and always on a CPU; then hsdp on
     several nodes and fsdp on one. shard_group: processes of an hsdp group, a node's by default.
@@ -186,7 +245,7 @@ def plan(
     if mode not in MODES:
         raise UserError(f"parallel={mode!r} is unknown: choose from {', '.join(MODES)}")
     group = shard_group or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    memory = float("inf")
+    parameters, memory = sum(p.numel() for p in net.parameters()), float("inf")
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory * SHARE
     if mode == "auto":
