@@ -819,33 +819,77 @@ def group_norm(
     return y if residual is None else (y, summed)
 
 
-def configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
-    """(label, kernel, signature, constants, warps, stages) of the real shapes in bf16 and fp32.
+# Which arguments a part of a form brings, forward and backward.
+_ALWAYS = "x y stats weight bias", "h y_grad dx stats weight bias dparam"
+_ARGUMENTS = {
+    "plain": ("", "h_grad fork_grad"),
+    "sum": ("residual x_bias h", "h_grad fork_grad dx_bias"),
+    "norm1": ("seed", "seed"),
+    "norm2": ("residual x_bias h", "h_grad dx_bias"),
+    "add": ("add", "add dadd"),
+    "film": ("add scale shift", "add dadd scale shift dscale dshift"),
+    "beside": ("beside", "beside beside_grad dbeside"),
+    "down": ("resampled", "resampled_grad"),
+    "up": ("resampled", "resampled_grad"),
+}
+# Outputs that a part leaves without a consumer: h is used resampled, and the encoder alone forks.
+_UNUSED = {"down": {"h_grad"}, "up": {"h_grad", "fork_grad"}, "beside": {"fork_grad"}}
 
-    As in a block: after the residual, and with conditioning and dropout.
+
+def _arguments(form: str, backward: bool) -> set[str]:
+    given = set(_ALWAYS[backward].split())
+    for part in form.split():
+        given |= set(_ARGUMENTS[part][backward].split())
+    return given.difference(*(_UNUSED.get(part, ()) for part in form.split()))
+
+
+def _resample_of(form: str) -> str | None:
+    return next((part for part in form.split() if part in ("down", "up")), None)
+
+
+def bytes_moved(
+    form: str, place: tuple[int, ...], samples: int, itemsize: int, backward: bool
+) -> int:
+    """What a launch must read and write of activations; form and place as in PLACES.
+
+    The second pass over a sample finds it in the cache. Backward is that of a training network.
     """
-    film = ("scale_ptr", "shift_ptr", "dscale_ptr", "dshift_ptr")
-    absent = {
-        "residual": ("add_ptr", "dadd_ptr", *film, "seed_ptr"),
-        "add": ("residual_ptr", "sum_ptr", "dsum_ptr", *film),
-        "scale": ("residual_ptr", "sum_ptr", "dsum_ptr", "add_ptr", "dadd_ptr"),
+    *channels, side = place
+    left, total = channels[0], sum(channels)
+    width = {"down": side // 2, "up": side * 2, None: side}[_resample_of(form)]
+    elements = {
+        **dict.fromkeys(("x", "residual", "h", "h_grad", "fork_grad", "dx"), left * side**2),
+        **dict.fromkeys(("beside", "beside_grad", "dbeside"), (total - left) * side**2),
+        **dict.fromkeys(("y", "y_grad"), total * width**2),
+        **dict.fromkeys(("resampled", "resampled_grad"), left * width**2),
     }
-    forms = [("add", shape) for shape in ADDED] + [("scale", shape) for shape in SCALED]
-    forms += [("residual", shape) for shape in (*ADDED, *SCALED, *UNCONDITIONED)]
-    dtypes = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+    return samples * itemsize * sum(elements.get(v, 0) for v in _arguments(form, backward))
+
+
+def configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
+    """(label, kernel, signature, constants, warps, stages) of the PLACES in bf16 and fp32.
+
+    Backward is that of a training network.
+    """
+    kinds = dict.fromkeys(("stats", "weight", "bias", "dparam", "x_bias", "dx_bias"), "*fp32")
+    kinds |= {"seed": "*i64", "eps": "fp32", "x_scale": "fp32"}
+    dtypes = {"bf16": 2, "fp32": 4}
     kernels = {"forward": _forward_kernel, "backward": _backward_kernel}
-    kinds = {"stats": "*fp32", "seed": "*i64", "eps": "fp32", "residual_scale": "fp32"}
-    kinds |= dict.fromkeys(("weight", "bias", "dparam"), "*fp32")
-    for (form, shape), dtype, way in itertools.product(forms, dtypes, kernels):
-        x = torch.empty(1, shape[0], 1, shape[1], device="meta", dtype=dtype)
-        constants, warps = _launch(x, 32, backward=way == "backward")
-        constants |= {"SILU": True}
-        signature = {}
-        for name in kernels[way].arg_names:
-            if name in absent[form]:
-                constants[name] = None
-            elif name not in constants:
-                kind = f"*{dtypes[dtype]}" if name.endswith("_ptr") else "i32"
-                signature[name] = kinds.get(name.removesuffix("_ptr"), kind)
-        label = f"{way} {form} {shape[0]}@{shape[1]} {dtypes[dtype]}"
-        yield label, kernels[way], signature, constants, warps, 1
+    for form, (way, kernel), dtype in itertools.product(PLACES, kernels.items(), dtypes):
+        given = _arguments(form, way == "backward")
+        for place in PLACES[form]:
+            *channels, side = place
+            shape = (1, sum(channels), side, side)
+            around = form != "norm2", _resample_of(form), way == "backward"
+            constants = _launch(shape, channels[0], dtypes[dtype], 32, *around)
+            warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+            signature = {}
+            for argument in kernel.arg_names:
+                name = argument.removesuffix("_ptr")
+                if name != argument and name not in given:
+                    constants[argument] = None
+                elif argument not in constants:
+                    kind = "i32" if name == argument else f"*{dtype}"
+                    signature[argument] = kinds.get(name, kind)
+            label = f"{way} {form} {'+'.join(map(str, channels))}@{side}x{side} {dtype}"
+            yield label, kernel, signature, constants, warps, stages

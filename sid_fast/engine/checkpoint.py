@@ -85,12 +85,12 @@ class States:
             _remove(self.temporary)
         tensors = self.trainer.tensors()
         # A file holds a part of the tensors only: one at a time is doubled in memory to be written.
-        files = {name: 1 + i * FILES // len(tensors) for i, name in enumerate(tensors)}
+        files = {f"state.{n}": 1 + i * FILES // len(tensors) for i, n in enumerate(tensors)}
         writer = HuggingFaceStorageWriter(
             str(self.temporary), fqn_to_index_mapping=files, save_distributed=True
         )
         self.writing = async_save(
-            tensors, storage_writer=writer, process_group=parallel.saving_group()
+            {"state": tensors}, storage_writer=writer, process_group=parallel.saving_group()
         )
         return problem
 
@@ -100,6 +100,8 @@ class States:
 
     def finish(self) -> str | None:
         """Wait until the state is written, as poll() does."""
+        from torch.distributed.checkpoint.api import CheckpointException
+
         if self.writing is None:
             return None
         writing, self.writing = self.writing, None
@@ -107,7 +109,7 @@ class States:
             writing.result()
             if parallel.rank() == 0:
                 self._complete()
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # the latter is none of the former
             if parallel.rank() == 0:
                 _remove(self.temporary)
             return f"{self.path} could not be written: {_reason(error)}"
@@ -223,7 +225,7 @@ def load_state(path: Path, trainer: Trainer) -> dict[str, Any]:
             )
     try:
         load(
-            trainer.tensors(),
+            {"state": trainer.tensors()},
             storage_reader=HuggingFaceStorageReader(str(path)),
             process_group=parallel.saving_group(),
         )

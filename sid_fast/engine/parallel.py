@@ -52,6 +52,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 MINUTES = 10.0  # that a process waits for the others, unless --timeout says otherwise
 PATIENCE = datetime.timedelta(days=7)  # for what has no stated length: downloads, snapshots
+WRITING = datetime.timedelta(hours=1)  # a state
 GRACE = 5.0  # seconds in which a process that has lost another one says that it is there
 
 
@@ -90,7 +91,7 @@ def joined(device: torch.device, mode: str = "auto", minutes: float = MINUTES) -
         timeout=timeout,
         device_id=device_id,
     )
-    groups = (dist.new_group(backend="gloo", timeout=t) for t in (timeout, PATIENCE, PATIENCE))
+    groups = (dist.new_group(backend="gloo", timeout=t) for t in (timeout, PATIENCE, WRITING))
     _group = _Group(dist.PrefixStore("sid_fast", store), *groups)
     _group.store.set(f"host/{me}", socket.gethostname())
     try:
