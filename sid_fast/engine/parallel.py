@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -81,6 +82,8 @@ def joined(device: torch.device, mode: str = "auto", minutes: float = MINUTES) -
         yield
         return
     store, me, count = (dist.HashStore(), 0, 1) if alone else next(dist.rendezvous("env://"))
+    # torchrun may give a restarted run the store of the one before, with its addresses.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     timeout = datetime.timedelta(minutes=minutes)
     device_id = device if device.type == "cuda" else None
     dist.init_process_group(
@@ -99,11 +102,12 @@ def joined(device: torch.device, mode: str = "auto", minutes: float = MINUTES) -
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo/" not in str(error):
             raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from torchrun: it kills us soon enough
         missing = _missing()
         what = "was lost" if "onnection" in str(error) else f"was silent for {minutes:g} minutes"
         raise RunFailed(
             f"{missing or 'another process'} {what}; torchrun's report says which failed first. "
-            f"--resume goes on from the last state, and torchrun --max-restarts N does so by itself"
+            "--resume goes on from the last state, and torchrun --max-restarts N does so by itself"
         ) from error
     finally:
         if dist.is_initialized():
@@ -113,17 +117,17 @@ def joined(device: torch.device, mode: str = "auto", minutes: float = MINUTES) -
 
 def _missing() -> str:
     """The processes that do not say that they are there, once one has been lost."""
-    store = _group.store
+    store, count = _group.store, world()
     store.set(f"here/{rank()}", "")
-    me, missing, deadline = rank(), [], time.monotonic() + GRACE
+    missing, deadline = [], time.monotonic() + GRACE
     dist.destroy_process_group()  # closes connections: so that the others, too, notice at once
-    for other in range(int(os.environ["WORLD_SIZE"])):
+    for other in range(count):
         left = datetime.timedelta(seconds=max(deadline - time.monotonic(), 0.1))
         try:
             store.wait([f"here/{other}"], left)
         except RuntimeError:
             missing.append(f"process {other} on {store.get(f'host/{other}').decode()}")
-    return f"process {me}: " + ", ".join(missing) if missing else ""
+    return ", ".join(missing)
 
 
 def saving_group() -> dist.ProcessGroup | None:
