@@ -35,9 +35,7 @@ def part(rounds: list[sid_fast.Draw]) -> list[sid_fast.Draw]:
     return [sid_fast.Draw(*chunk) for chunk in zip(*chunks, strict=True)]
 
 
-def distiller_of(
-    teacher: EDMNetwork, mode: str, settings: sid_fast.Settings
-) -> sid_fast.Distiller:
+def distiller_of(teacher: EDMNetwork, mode: str, settings: sid_fast.Settings) -> sid_fast.Distiller:
     name = "fsdp" if mode == "tight" else mode
     layout = parallel.plan(name, teacher, cpu, shard_group=min(world, 2))
     layout = dataclasses.replace(layout, gathered=mode != "tight")

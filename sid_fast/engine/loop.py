@@ -160,8 +160,9 @@ class Loop:
                     disable=not (first and sys.stderr.isatty()),
                 )
             )
-            started = self.trainer.steps
-            caught = stack.enter_context(signals(lambda: self.trainer.steps == started))
+            self.started = self.trainer.steps
+            caught = stack.enter_context(signals(self._nothing_to_save))
+            stack.push(self._stopped_early)
             self._say(f"{self.headline}; run folder {self.folder}")
             if header:
                 self._say(f"resumed {resume} at {self.trainer.images / 1000:g} kimg")
@@ -174,6 +175,13 @@ class Loop:
                 self._snapshot()
             self._steps(caught)
             self._say(f"done: snapshots, samples and log are in {self.folder}")
+
+    def _nothing_to_save(self) -> bool:
+        return self.trainer.steps == self.started
+
+    def _stopped_early(self, kind: type | None, *exception: object) -> None:
+        if kind is SystemExit and self._nothing_to_save():
+            self._say("stopped before the end of its first step: there is no new state to save")
 
     def _steps(self, caught: list[signal.Signals]) -> None:
         trainer, options = self.trainer, self.options

@@ -91,7 +91,7 @@ def joined(device: torch.device, mode: str = "auto", minutes: float = MINUTES) -
         store=dist.PrefixStore("processes", store),
         rank=me,
         world_size=count,
-        timeout=timeout,
+        timeout=2 * timeout if device_id else timeout,  # the hosts find out first, and say who
         device_id=device_id,
     )
     groups = (dist.new_group(backend="gloo", timeout=t) for t in (timeout, PATIENCE, WRITING))

@@ -54,7 +54,7 @@ class Snapshots:
 
     def __call__(self, folder: Path) -> dict[str, float]:
         net = parallel.whole(self.net)
-        teacher = self.teacher and (parallel.whole(self.teacher[0]), self.teacher[1])
+        teacher = self.count and self.teacher and (parallel.whole(self.teacher[0]), self.teacher[1])
         if net is None:
             return {}
         images = f"{self.trainer.images:010d}"
