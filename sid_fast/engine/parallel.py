@@ -106,7 +106,7 @@ def joined(device: torch.device, mode: str = "auto", minutes: float = MINUTES) -
         missing = _missing()
         what = "was lost" if "onnection" in str(error) else f"was silent for {minutes:g} minutes"
         raise RunFailed(
-            f"{missing or 'another process'} {what}; torchrun's report says which failed first. "
+            f"{missing or 'another process'} {what}. "
             "--resume goes on from the last state, and torchrun --max-restarts N does so by itself"
         ) from error
     finally:
