@@ -4,6 +4,7 @@ python -m sid_fast.pretrain --data images.zip --out runs/teacher
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import torch
@@ -54,18 +55,16 @@ def run(config: PretrainConfig, given: set[str]) -> None:
         attention_resolutions=config.attention_resolutions,
         dropout=config.dropout,
     )
-    with parallel.joined(device):
+    with parallel.joined(device, config.parallel, config.timeout):
         torch.manual_seed(seed_of(config.seed, "weights"))
         net = EDMNetwork(network).to(device)
         settings = part(config, PretrainSettings)
-        trainer = Pretrainer(net, settings, data.images(), data.labels, config.seed)
-
-        def many_steps(z: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-            return heun(trainer.ema, z, labels, config.sampler_steps)
-
+        layout = parallel.plan(config.parallel, net, device, config.shard_group)
+        trainer = Pretrainer(net, settings, data.images(), data.labels, config.seed, layout)
+        many_steps = functools.partial(heun, num_steps=config.sampler_steps)
         snapshots = Snapshots(config, trainer, trainer.ema, many_steps, data)
         name = f"teacher-{config.preset or Path(config.data).stem}"
-        where = f"on {device}, kernels: {kernels.dispatch.report()}"
+        where = f"on {device}, kernels: {kernels.dispatch.report()}, {layout.text}"
         headline = f"training a teacher ({network}) on {len(data):,} images, {where}"
         Loop(trainer, config, snapshots, name, headline).run(resume)
 

@@ -4,6 +4,7 @@ python -m sid_fast.train --preset digits
 """
 
 import dataclasses
+import functools
 import sys
 from typing import Any
 
@@ -107,7 +108,7 @@ def run(config: TrainConfig, given: set[str], auto_micro_batch: bool = False) ->
     device = parallel.pick_device(config.device)
     kernels.dispatch.configure(config.kernels, device)
     data = open_dataset(config.data) if config.data else None
-    with parallel.joined(device):
+    with parallel.joined(device, config.parallel, config.timeout):
         with parallel.first_alone():  # it may download
             teacher = load_network(config.teacher).to(device)
         if data:
@@ -115,29 +116,30 @@ def run(config: TrainConfig, given: set[str], auto_micro_batch: bool = False) ->
         if auto_micro_batch and device.type == "cuda":
             config.micro_batch = micro_batch_that_fits(teacher, config, device)
         settings = part(config, Settings)
-        graphs, note = usable(config.cuda_graph, device, config.checkpoint_activations)
+        layout = parallel.plan(config.parallel, teacher, device, config.shard_group)
+        sharded = layout.mesh is not None
+        graphs, note = usable(config.cuda_graph, device, config.checkpoint_activations, sharded)
         trainer = Distiller(
             teacher,
             settings,
             config.seed,
             label_weights(data, teacher.config),
+            layout,
             cuda_graph=graphs,
             compile=config.compile,
         )
         prepare(trainer, config)
         teacher = trainer.teacher
 
-        def one_step(z: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        def one_step(net: EDMNetwork, z: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
             sigma = torch.full((len(z),), settings.init_sigma, device=z.device)
-            return trainer.ema(z * settings.init_sigma, sigma, labels)
+            return net(z * settings.init_sigma, sigma, labels)
 
-        def many_steps(z: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-            return heun(teacher, z, labels, config.teacher_steps)
-
-        snapshots = Snapshots(config, trainer, trainer.ema, one_step, data, many_steps)
+        many_steps = functools.partial(heun, num_steps=config.teacher_steps)
+        snapshots = Snapshots(config, trainer, trainer.ema, one_step, data, (teacher, many_steps))
         where = (
             f"on {device} in {trainer.settings.precision}, kernels: {kernels.dispatch.report()}"
-            f"{', CUDA graphs' * graphs}{', torch.compile' * config.compile}"
+            f"{', CUDA graphs' * graphs}{', torch.compile' * config.compile}, {layout.text}"
         )
         headline = f"distilling {config.teacher} ({teacher.config}), {where}"
         headline += note and f"\nnote: {note}"

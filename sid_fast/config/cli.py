@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from sid_fast.engine.checkpoint import find_state, read_state
+from sid_fast.engine.checkpoint import PATTERN, find_state, read_header, restarted
 from sid_fast.errors import RunFailed, UserError
 
 if sys.version_info >= (3, 11):
@@ -107,18 +107,26 @@ def command(config: type, run: Callable[[Any, set[str]], None], kind: str | None
     )
 
 
+# Options that belong to a machine rather than to a run.
+MACHINE = {"resume", "device", "parallel", "shard_group", "timeout"}
+
+
 def resume(config: Any, given: set[str]) -> Path | None:
     """The state to resume, if any; what was not given anew is then as in the run it is of."""
+    if folder := restarted(config.out):
+        config.out = str(folder)
+        if any(folder.glob(PATTERN)):
+            config.resume = str(folder)
     if not config.resume:
         return None
     state = find_state(config.resume, config.out)
-    header = read_state(state, header_only=True)[1]
+    header = read_header(state)
     saved, kind = header["options"], type(config).__name__
     if header["kind"] != kind:
         raise UserError(f"{state} is the state of another command's run ({header['kind']})")
     if config.preset and config.preset != saved["preset"]:
         raise UserError(f"{state} was written with preset={saved['preset']}, not {config.preset}")
-    for name in {f.name for f in dataclasses.fields(config)} - given - {"resume", "device"}:
+    for name in {f.name for f in dataclasses.fields(config)} - given - MACHINE:
         if name in saved:
             value = saved[name]
             setattr(config, name, tuple(value) if isinstance(value, list) else value)

@@ -49,6 +49,18 @@ def rounds_of(settings: Any, processes: int = 1) -> int:
     return batch // chunk if micro else 1
 
 
+def identity_of(settings: Any) -> dict[str, Any]:
+    """The settings that a resumed run must share: not how its steps are fitted into memory."""
+    return {k: v for k, v in dataclasses.asdict(settings).items() if k != "micro_batch"}
+
+
+def smaller_micro_batch(settings: Any, processes: int = 1) -> int | None:
+    """The largest micro-batch below the present one with which the batch divides; None below 1."""
+    share = settings.batch_size // processes
+    now = settings.micro_batch or share
+    return next((n for n in range(now - 1, 0, -1) if share % n == 0), None)
+
+
 @dataclasses.dataclass
 class Settings:
     """What one step of the distillation depends on, besides the teacher."""
@@ -113,6 +125,17 @@ class RunOptions:
         "auto",
         "auto, reference (PyTorch), triton or cuda, and OPERATION=NAME for single operations "
         "(triton,group_norm=reference); auto is what is proven on the device",
+    )
+    parallel: str = option(
+        "auto",
+        "how several processes share the networks: ddp (whole everywhere), fsdp (in parts), hsdp "
+        "(in parts inside a node, copies between nodes); auto takes ddp where memory allows",
+    )
+    shard_group: int | None = option(
+        None, "processes that share one copy in hsdp; default: those of a node", 1
+    )
+    timeout: float = option(
+        10.0, "minutes without a word from another process after which a run gives up", 0.05, 1e5
     )
     log_every: int = option(50, "steps from one log line to the next", 1)
     snapshot_every: float = option(

@@ -18,7 +18,7 @@ from sid_fast.files.images import save_grid, to_uint8
 from sid_fast.files.network import save_network
 from sid_fast.networks import EDMNetwork
 
-Make = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+Make = Callable[[EDMNetwork, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 GRID = 100  # images
 BATCH = 128  # images made at a time
@@ -27,8 +27,9 @@ BATCH = 128  # images made at a time
 class Snapshots:
     """Called at a snapshot: writes into a run's folder and returns figures for its log.
 
-    net is saved; make(latents, labels) gives its images. data: real images that theirs, and
-    once those of `teacher` for comparison, are compared with. Acts on the first process alone.
+    net is saved; make(net, latents, labels) gives its images. data: real images that theirs, and
+    once those of `teacher`, a network with its own `make`, are compared with. Every process gives
+    its part of a sharded network; all else the first process does alone.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Snapshots:
         net: EDMNetwork,
         make: Make,
         data: ImageDataset | None,
-        teacher: Make | None = None,
+        teacher: tuple[EDMNetwork, Make] | None = None,
     ):
         self.trainer, self.net, self.make, self.teacher = trainer, net, make, teacher
         self.seed, self.keep = options.seed, options.keep_snapshots
@@ -52,36 +53,40 @@ class Snapshots:
                 self.distance = PixelDistance(data)
 
     def __call__(self, folder: Path) -> dict[str, float]:
-        if parallel.rank():
+        net = parallel.whole(self.net)
+        teacher = self.count and self.teacher and (parallel.whole(self.teacher[0]), self.teacher[1])
+        if net is None:
             return {}
         images = f"{self.trainer.images:010d}"
-        save_network(folder / f"snapshot-{images}.safetensors", self.net)
+        save_network(folder / f"snapshot-{images}.safetensors", net)
         prune(folder, "snapshot-*.safetensors", self.keep)
-        columns = self.net.config.label_dim
+        columns = net.config.label_dim
         columns = columns if 1 < columns <= 16 else 10
-        grid = self._images(self.make, GRID // columns * columns)
+        grid = self._images(net, self.make, GRID // columns * columns)
         save_grid(folder / f"samples-{images}.png", grid, columns)
-        return self._measure(folder) if self.distance else {}
+        return self._measure(folder, net, teacher) if self.distance else {}
 
-    def _measure(self, folder: Path) -> dict[str, float]:
+    def _measure(
+        self, folder: Path, net: EDMNetwork, teacher: tuple[EDMNetwork, Make] | None
+    ) -> dict[str, float]:
         figures = {}
         records = [r for r in read_log(folder / "log.jsonl") if NAME in r]
         baseline = next((r["teacher"] for r in records if "teacher" in r), None)
-        if baseline is None and self.teacher:
-            baseline = figures["teacher"] = self.distance(self._images(self.teacher, self.count))
-        figures[NAME] = self.distance(self._images(self.make, self.count))
+        if baseline is None and teacher:
+            baseline = figures["teacher"] = self.distance(self._images(*teacher, self.count))
+        figures[NAME] = self.distance(self._images(net, self.make, self.count))
         points = [(r["images"], r[NAME]) for r in records] + [(self.trainer.images, figures[NAME])]
         images, distances = zip(*points, strict=True)
         save_curve(folder / "distance.png", images, distances, NAME, baseline)
         return figures
 
     @torch.no_grad()
-    def _images(self, make: Make, n: int) -> torch.Tensor:
+    def _images(self, net: EDMNetwork, make: Make, n: int) -> torch.Tensor:
         """n images of fixed latents and labels, uint8."""
-        device = next(self.net.parameters()).device
-        z, labels = gallery(self.net.config, self.seed, n)
+        device = next(net.parameters()).device
+        z, labels = gallery(net.config, self.seed, n)
         done = []
         for i in range(0, n, BATCH):
             c = None if labels is None else labels[i : i + BATCH].to(device)
-            done.append(to_uint8(make(z[i : i + BATCH].to(device), c)).cpu())
+            done.append(to_uint8(make(net, z[i : i + BATCH].to(device), c)).cpu())
         return torch.cat(done)
