@@ -52,6 +52,11 @@ class ImageDataset:
         self.labels = self._read_labels() if _LABELS in names else None
         self.label_dim = 0 if self.labels is None else int(self.labels.max()) + 1
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the images: one zip, or every PNG of a folder."""
+        return [self.path] if self._zip else [self.path / name for name in self._names]
+
     def __len__(self) -> int:
         return len(self._names)
 
