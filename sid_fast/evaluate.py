@@ -67,7 +67,13 @@ class EvaluateConfig(DetectorOptions):
         "edm: the best of 3 draws, covariances over N−1; sid: mean ± std of 10 draws, over N; "
         "default: 1 draw, over N−1. Draw i takes the seeds from i·num on",
     )
-    num: int | None = option(None, f"images a draw; default: {NUM:,}, or all of --images", 2)
+    num: int | None = option(
+        None,
+        f"images a draw; default: {NUM:,}, or all of --images. Behind torchrun write -n: it takes "
+        "--num for an option of its own",
+        2,
+        short="-n",
+    )
     seeds: str | None = option(None, "in place of --num: these seeds, as in 0-999, in one draw")
     steps: int = option(
         1, "1, or the sampler steps of a teacher: 18 at 32x32 pixels, 40 at 64x64", 1, 1000

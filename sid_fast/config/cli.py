@@ -56,7 +56,8 @@ def _option(f: dataclasses.Field, hint: Any) -> click.Option:
         return click.Option([f"--{name}/--no-{name}", f.name], **common)
     kind = NumberList() if typing.get_origin(hint) is tuple else hint
     metavar = {int: "N", float: "X", str: "TEXT"}.get(hint)
-    return click.Option([f"--{name}", f.name], type=kind, metavar=metavar, **common)
+    names = [n for n in (f.metadata["short"], f"--{name}", f.name) if n]
+    return click.Option(names, type=kind, metavar=metavar, **common)
 
 
 def _choose_preset(kind: str):

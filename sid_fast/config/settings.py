@@ -9,9 +9,15 @@ from sid_fast.errors import UserError
 LARGE = 1e12
 
 
-def option(default: Any, help: str, low: float | None = None, high: float = LARGE) -> Any:
-    """A dataclass field that explains itself on the command line and knows its range."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
+def option(
+    default: Any, help: str, low: float | None = None, high: float = LARGE, short: str = ""
+) -> Any:
+    """A dataclass field that explains itself on the command line and knows its range.
+
+    short: another name for it there, such as -n.
+    """
+    metadata = {"help": help, "low": low, "high": high, "short": short}
+    return field(default=default, metadata=metadata)
 
 
 def check(settings: Any) -> None:

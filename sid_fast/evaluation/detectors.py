@@ -62,6 +62,7 @@ class Detector:
                 parts.append(features[: len(some)].flatten(1).float())
         return torch.cat(parts)
 
+    @torch.no_grad()
     def probabilities(self, features: torch.Tensor) -> torch.Tensor | None:
         """Class probabilities [N, C], float64; None if there is no last layer to give them.
 

@@ -64,11 +64,11 @@ def measure(
     data: ImageDataset, detector: Detector | Pixels, clock: Clock, reader: str = "plain"
 ) -> Sample:
     """The statistics of all images of a data set, and features of up to KEPT spread over it."""
-    step = -(-len(data) // KEPT)
-    first = range(0, len(data), step)
-    order = [*first, *(i for i in range(len(data)) if i % step)]
+    total, kept = len(data), min(len(data), KEPT)
+    first = [i * total // kept for i in range(kept)]
+    order = first + sorted(set(range(total)) - set(first))
     batches = read(data, share(order), clock.device, reader)
-    return look(batches, len(data), detector, clock, f"reading {data.path.name}")
+    return look(batches, total, detector, clock, f"reading {data.path.name}")
 
 
 def reference_of(
