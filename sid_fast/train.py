@@ -13,13 +13,12 @@ from sid_fast.config.settings import RunOptions, Settings, check, option, part
 from sid_fast.distiller import Distiller
 from sid_fast.engine import parallel
 from sid_fast.engine.loop import Loop
-from sid_fast.engine.snapshot import Snapshots
+from sid_fast.engine.snapshot import Evaluations, Snapshots
 from sid_fast.errors import UserError
 from sid_fast.files.dataset import ImageDataset
 from sid_fast.files.digits import open_dataset
 from sid_fast.files.network import load_network
 from sid_fast.networks import NetworkConfig
-from sid_fast.sampling import heun
 
 
 @dataclasses.dataclass
@@ -29,10 +28,11 @@ class TrainConfig(RunOptions, Settings):
         None, "a pickle, .safetensors, run folder, https address, or a published teacher's name"
     )
     data: str | None = option(
-        None, "data set whose label distribution to use; uniform labels without. No image is used"
+        None,
+        "data set whose label distribution to use; uniform labels without. No image is trained on",
     )
     teacher_steps: int = option(
-        18, "steps of the teacher's sampler, where its distance is measured too", 1, 1000
+        18, "sampler steps of the teacher, evaluated once for comparison; 0: it is not", 0, 1000
     )
 
 
@@ -58,13 +58,21 @@ def run(config: TrainConfig, given: set[str]) -> None:
             sigma = torch.full((len(z),), settings.init_sigma, device=z.device)
             return trainer.ema(z * settings.init_sigma, sigma, labels)
 
-        def many_steps(z: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-            return heun(teacher, z, labels, config.teacher_steps)
-
-        snapshots = Snapshots(config, trainer, trainer.ema, one_step, data, many_steps)
+        snapshots = Snapshots(config, trainer, trainer.ema, one_step)
+        evaluations = None
+        if config.eval_every:
+            evaluations = Evaluations(
+                config,
+                trainer,
+                trainer.ema,
+                data,
+                teacher=teacher if config.teacher_steps else None,
+                teacher_steps=config.teacher_steps,
+            )
         where = f"on {device} with {kernels.dispatch.choose()} kernels"
         headline = f"distilling {config.teacher} ({teacher.config}), {where}"
-        Loop(trainer, config, snapshots, config.preset or "distil", headline).run(resume)
+        name = config.preset or "distil"
+        Loop(trainer, config, snapshots, name, headline, evaluations).run(resume)
 
 
 def check_data(data: ImageDataset, network: NetworkConfig) -> None:

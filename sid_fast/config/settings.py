@@ -122,6 +122,17 @@ class RunOptions:
     resume: str | None = option(
         None, "go on from a state file, a run folder, or `latest`: the newest in --out or runs/"
     )
-    distance_images: int = option(
-        0, "images of a snapshot's pixel-space Fréchet distance to --data; 0: no distance", 0
+    eval_every: float | None = option(
+        None,
+        "kimg from one evaluation of the network's images to the next; default: none. The best "
+        "network is kept as best-*.safetensors",
+        0.001,
+    )
+    eval_images: int = option(50_000, "images of an evaluation; of fewer, KID tells more", 2)
+    detector: str = option(
+        "inception", "feature network of an evaluation, as in python -m sid_fast.evaluate"
+    )
+    trust: bool = option(False, "run a detector that is not known here; it is a program")
+    ref: str | None = option(
+        None, "statistics of real images (.npz) to evaluate against; default: the images of --data"
     )

@@ -28,6 +28,8 @@ def kernel_distance(
     size = min(subset_size, len(real), len(generated))
     if size < 2:
         raise UserError(f"a kernel distance needs 2 images of each kind, not {size}")
+    if size == len(real) == len(generated):
+        subsets = 1  # of everything there is but one
     rng = torch.Generator().manual_seed(0)
 
     def some(features: torch.Tensor) -> torch.Tensor:
