@@ -4,7 +4,6 @@ python -m sid_fast.train --preset digits
 """
 
 import dataclasses
-import functools
 import sys
 from typing import Any
 
@@ -19,13 +18,12 @@ from sid_fast.engine.fit import largest_micro_batch
 from sid_fast.engine.graphs import usable
 from sid_fast.engine.loop import Loop
 from sid_fast.engine.recompute import checkpoint_activations
-from sid_fast.engine.snapshot import Snapshots
+from sid_fast.engine.snapshot import Evaluations, Snapshots
 from sid_fast.errors import UserError
 from sid_fast.files.dataset import ImageDataset
 from sid_fast.files.digits import open_dataset
 from sid_fast.files.network import load_network
 from sid_fast.networks import EDMNetwork, NetworkConfig
-from sid_fast.sampling import heun
 
 
 @dataclasses.dataclass
@@ -35,7 +33,8 @@ class TrainConfig(RunOptions, Settings):
         None, "a pickle, .safetensors, run folder, https address, or a published teacher's name"
     )
     data: str | None = option(
-        None, "data set whose label distribution to use; uniform labels without. No image is used"
+        None,
+        "data set whose label distribution to use; uniform labels without. No image is trained on",
     )
     cuda_graph: str = option(
         "auto", "replay the step's launches from CUDA graphs: auto, on or off; auto is on a GPU"
@@ -44,7 +43,7 @@ class TrainConfig(RunOptions, Settings):
         False, "run every block through torch.compile; the first steps take minutes"
     )
     teacher_steps: int = option(
-        18, "steps of the teacher's sampler, where its distance is measured too", 1, 1000
+        18, "sampler steps of the teacher, evaluated once for comparison; 0: it is not", 0, 1000
     )
     checkpoint_activations: bool = option(
         False, "blocks keep their input alone and run again in backward: less memory, more time"
@@ -135,15 +134,25 @@ def run(config: TrainConfig, given: set[str], auto_micro_batch: bool = False) ->
             sigma = torch.full((len(z),), settings.init_sigma, device=z.device)
             return net(z * settings.init_sigma, sigma, labels)
 
-        many_steps = functools.partial(heun, num_steps=config.teacher_steps)
-        snapshots = Snapshots(config, trainer, trainer.ema, one_step, data, (teacher, many_steps))
+        snapshots = Snapshots(config, trainer, trainer.ema, one_step)
+        evaluations = None
+        if config.eval_every:
+            evaluations = Evaluations(
+                config,
+                trainer,
+                trainer.ema,
+                data,
+                teacher=teacher if config.teacher_steps else None,
+                teacher_steps=config.teacher_steps,
+            )
         where = (
             f"on {device} in {trainer.settings.precision}, kernels: {kernels.dispatch.report()}"
             f"{', CUDA graphs' * graphs}{', torch.compile' * config.compile}, {layout.text}"
         )
         headline = f"distilling {config.teacher} ({teacher.config}), {where}"
         headline += note and f"\nnote: {note}"
-        Loop(trainer, config, snapshots, config.preset or "distil", headline).run(resume)
+        name = config.preset or "distil"
+        Loop(trainer, config, snapshots, name, headline, evaluations).run(resume)
 
 
 def prepare(trainer: Distiller, config: TrainConfig) -> None:

@@ -56,7 +56,8 @@ def _option(f: dataclasses.Field, hint: Any) -> click.Option:
         return click.Option([f"--{name}/--no-{name}", f.name], **common)
     kind = NumberList() if typing.get_origin(hint) is tuple else hint
     metavar = {int: "N", float: "X", str: "TEXT"}.get(hint)
-    return click.Option([f"--{name}", f.name], type=kind, metavar=metavar, **common)
+    names = [n for n in (f.metadata["short"], f"--{name}", f.name) if n]
+    return click.Option(names, type=kind, metavar=metavar, **common)
 
 
 def _choose_preset(kind: str):
@@ -71,10 +72,17 @@ def _choose_preset(kind: str):
     return callback
 
 
-def command(config: type, run: Callable[[Any, set[str]], None], kind: str | None, help: str):
+def command(
+    config: type,
+    run: Callable[[Any, set[str]], None],
+    kind: str | None,
+    help: str,
+    **subcommands: click.Command,
+) -> click.Command:
     """A click command that fills dataclass `config` and calls run(config, given).
 
     given: the fields named on the command line. kind: which presets --preset offers.
+    subcommands: run in its place where one is named.
     """
     hints = typing.get_type_hints(config)
     fields = {f.name: f for f in dataclasses.fields(config)}
@@ -94,17 +102,21 @@ def command(config: type, run: Callable[[Any, set[str]], None], kind: str | None
         )
 
     def body(**values: Any) -> None:
+        if click.get_current_context().invoked_subcommand:
+            return
         source = click.get_current_context().get_parameter_source
         given = {n for n in values if source(n) == click.core.ParameterSource.COMMANDLINE}
         run(config(**values), given)
 
-    return click.Command(
-        config.__name__,
-        params=params,
-        callback=body,
-        help=help,
-        context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
-    )
+    common = {
+        "params": params,
+        "callback": body,
+        "help": help.replace("\n\npython", "\n\n\b\npython"),  # lines of their own
+        "context_settings": {"max_content_width": 100, "help_option_names": ["-h", "--help"]},
+    }
+    if not subcommands:
+        return click.Command(config.__name__, **common)
+    return click.Group(config.__name__, commands=subcommands, invoke_without_command=True, **common)
 
 
 # Options that belong to a machine rather than to a run.

@@ -13,9 +13,15 @@ PRECISION = (
 )
 
 
-def option(default: Any, help: str, low: float | None = None, high: float = LARGE) -> Any:
-    """A dataclass field that explains itself on the command line and knows its range."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
+def option(
+    default: Any, help: str, low: float | None = None, high: float = LARGE, short: str = ""
+) -> Any:
+    """A dataclass field that explains itself on the command line and knows its range.
+
+    short: another name for it there, such as -n.
+    """
+    metadata = {"help": help, "low": low, "high": high, "short": short}
+    return field(default=default, metadata=metadata)
 
 
 def check(settings: Any) -> None:
@@ -147,6 +153,17 @@ class RunOptions:
     resume: str | None = option(
         None, "go on from a state file, a run folder, or `latest`: the newest in --out or runs/"
     )
-    distance_images: int = option(
-        0, "images of a snapshot's pixel-space Fréchet distance to --data; 0: no distance", 0
+    eval_every: float | None = option(
+        None,
+        "kimg from one evaluation of the network's images to the next; default: none. The best "
+        "network is kept as best-*.safetensors",
+        0.001,
+    )
+    eval_images: int = option(50_000, "images of an evaluation; of fewer, KID tells more", 2)
+    detector: str = option(
+        "inception", "feature network of an evaluation, as in python -m sid_fast.evaluate"
+    )
+    trust: bool = option(False, "run a detector that is not known here; it is a program")
+    ref: str | None = option(
+        None, "statistics of real images (.npz) to evaluate against; default: the images of --data"
     )

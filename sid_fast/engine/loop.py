@@ -106,9 +106,10 @@ class Meter:
 class Loop:
     """Steps a trainer through its run, and writes what should be left of it into a folder.
 
-    snapshot(folder) writes what the trainer has made so far and returns figures for the log; it
-    is called on every process. Only the first process writes logs and states. name: of the
-    folder, if the options do not say; headline: what is trained, in a line.
+    snapshot(folder) writes what the trainer has made so far, evaluate(folder) measures it if
+    options.eval_every says when; both return figures for the log and are called on every process.
+    Only the first process writes logs and states. name: of the folder, if the options do not say;
+    headline: what is trained, in a line.
     """
 
     def __init__(
@@ -118,8 +119,10 @@ class Loop:
         snapshot: Callable[[Path], dict[str, float]],
         name: str,
         headline: str,
+        evaluate: Callable[[Path], dict[str, float]] | None = None,
     ):
-        self.trainer, self.options, self.snapshot = trainer, options, snapshot
+        self.trainer, self.options = trainer, options
+        self.snapshot, self.evaluate = snapshot, evaluate
         self.name, self.headline = name, headline
         self.end = round(options.kimg * 1000)
         self.meter = Meter()
@@ -172,7 +175,9 @@ class Loop:
                         "on: other random numbers from here than in an unbroken run"
                     )
             else:
-                self._snapshot()
+                self._call("snapshot", self.snapshot)
+                if self.evaluate:
+                    self._call("evaluation", self.evaluate)
             self._steps(caught)
             self._say(f"done: snapshots, samples and log are in {self.folder}")
 
@@ -216,7 +221,9 @@ class Loop:
             self._warn(self.states.poll())
             with self.meter.paused():
                 if end or self._crossed(before, options.snapshot_every):
-                    self._snapshot()
+                    self._call("snapshot", self.snapshot)
+                if self.evaluate and (end or self._crossed(before, options.eval_every)):
+                    self._call("evaluation", self.evaluate)
                 if end or stop:
                     self._save_last()
                 elif self._crossed(before, options.state_every):
@@ -244,11 +251,11 @@ class Loop:
         if problem:
             self._say(f"warning: {problem}; training goes on, with the states that there are")
 
-    def _snapshot(self) -> None:
-        figures = self.snapshot(self.folder)
+    def _call(self, what: str, make: Callable[[Path], dict[str, float]]) -> None:
+        figures = make(self.folder)
         parallel.wait_for_first()
         self._record(figures)
-        parts = [f"{self.trainer.images / 1000:9.2f} kimg  snapshot"]
+        parts = [f"{self.trainer.images / 1000:9.2f} kimg  {what}"]
         self._say("  ".join(parts + [f"{name} {value:.4g}" for name, value in figures.items()]))
 
     def _say(self, line: str) -> None:

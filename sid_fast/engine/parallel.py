@@ -427,18 +427,19 @@ def local(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def whole(net: EDMNetwork) -> EDMNetwork | None:
-    """The network on the first process, gathered if it is sharded; None on the others.
+def whole(net: EDMNetwork, everywhere: bool = False) -> EDMNetwork | None:
+    """The network, gathered if it is sharded, on the first process; None on the others, unless
 
-    Every process has to call it. Tensor after tensor: no other process holds more than one whole.
+    it is wanted everywhere. Every process has to call it. Tensor after tensor: a process that gets
+    none holds no more than one whole.
     """
-    modules = sharded_modules(net)
+    modules, mine = sharded_modules(net), everywhere or rank() == 0
     if not modules:
-        return None if rank() else net
+        return net if mine else None
     for module in modules:
         module.reshard()
-    device = next(net.parameters()).device
-    if rank() == 0:
+    device, copy = next(net.parameters()).device, None
+    if mine:
         with torch.device("meta"):
             copy = EDMNetwork(net.config)
         copy = copy.to_empty(device=device).requires_grad_(False).eval()
@@ -447,6 +448,6 @@ def whole(net: EDMNetwork) -> EDMNetwork | None:
             copy.get_buffer(name).copy_(buffer)
     for name, p in net.named_parameters():
         value = p.full_tensor()
-        if rank() == 0:
+        if copy is not None:
             copy.get_parameter(name).copy_(value)
-    return None if rank() else copy
+    return copy
