@@ -1,5 +1,6 @@
 """Teachers by name, URL or path."""
 
+import dataclasses
 import hashlib
 import http.client
 import os
@@ -7,7 +8,6 @@ import re
 import sys
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import platformdirs
@@ -15,27 +15,41 @@ from tqdm import tqdm
 
 from sid_fast.errors import UserError
 from sid_fast.files.atomic import atomic_path
+from sid_fast.networks.config import NetworkConfig
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Teacher:
-    """Where a pretrained teacher is published; `sha256` is None where no digest is known."""
+    """Where a pretrained teacher is published; `sha256` is None where no digest is known.
+
+    network: what the file holds, known without downloading it.
+    """
 
     url: str
+    network: NetworkConfig
     sha256: str | None = None
 
 
 _EDM = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained"
+_DDPMPP_32 = NetworkConfig("ddpmpp", 32, augment_dim=9, dropout=0.13)
+_DDPMPP_64 = NetworkConfig("ddpmpp", 64, augment_dim=9, channel_mult=(1, 2, 2, 2), dropout=0.05)
+_ADM_64 = NetworkConfig(
+    "adm", 64, label_dim=1000, model_channels=192, channel_mult=(1, 2, 3, 4), num_blocks=3,
+    attention_resolutions=(32, 16, 8), dropout=0.1,
+)  # fmt: skip
 TEACHERS: dict[str, Teacher] = {
     "cifar10-uncond": Teacher(
         f"{_EDM}/edm-cifar10-32x32-uncond-vp.pkl",
+        _DDPMPP_32,
         # NVIDIA publishes no digests; two unrelated public projects record this one.
         "4d5dcc1f1d0d41c8934ad21626eeddbdc0460182becf9fc059a0631b1eedb4da",
     ),
-    "cifar10-cond": Teacher(f"{_EDM}/edm-cifar10-32x32-cond-vp.pkl"),
-    "imagenet64-cond": Teacher(f"{_EDM}/edm-imagenet-64x64-cond-adm.pkl"),
-    "ffhq64": Teacher(f"{_EDM}/edm-ffhq-64x64-uncond-vp.pkl"),
-    "afhqv2-64": Teacher(f"{_EDM}/edm-afhqv2-64x64-uncond-vp.pkl"),
+    "cifar10-cond": Teacher(
+        f"{_EDM}/edm-cifar10-32x32-cond-vp.pkl", dataclasses.replace(_DDPMPP_32, label_dim=10)
+    ),
+    "imagenet64-cond": Teacher(f"{_EDM}/edm-imagenet-64x64-cond-adm.pkl", _ADM_64),
+    "ffhq64": Teacher(f"{_EDM}/edm-ffhq-64x64-uncond-vp.pkl", _DDPMPP_64),
+    "afhqv2-64": Teacher(f"{_EDM}/edm-afhqv2-64x64-uncond-vp.pkl", _DDPMPP_64),
 }
 
 

@@ -1,0 +1,139 @@
+"""What is counted of a step: against known figures, and against a small case done by hand."""
+
+from collections import Counter
+
+import pytest
+import torch
+from test_distiller import SMALL
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from sid_fast import Settings, losses
+from sid_fast.config.cli import presets
+from sid_fast.engine import cost
+from sid_fast.files.download import TEACHERS
+from sid_fast.networks import EDMNetwork
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("name", "gflop", "million", "tensors", "norms", "attentions"),
+    [
+        ("cifar10-uncond", 42.4, 55.7, 417, 73, 6),
+        ("ffhq64", 83.7, 61.8, 541, 95, 6),
+        ("imagenet64-cond", 219.3, 295.9, 541, 95, 22),
+    ],
+)
+def test_a_forward_of_the_published_networks_costs_what_is_known(
+    name, gflop, million, tensors, norms, attentions
+):
+    network = TEACHERS[name].network
+    with torch.device("meta"):
+        params = list(EDMNetwork(network).parameters())
+    assert len(params) == tensors
+    assert sum(p.numel() for p in params) / 1e6 == pytest.approx(million, abs=0.05)
+    ops = cost.forward(network)
+    assert sum(op.flops for op in ops) / 1e9 == pytest.approx(gflop, abs=0.05)
+    kinds = Counter(op.name for op in ops)
+    assert (kinds["group_norm"], kinds["attention"]) == (norms, attentions)
+
+
+def test_every_layer_is_charged_for_its_own_work_and_bytes():
+    by_layer = {}
+    for op in cost.forward(SMALL, "bf16"):
+        by_layer.setdefault((op.layer, op.name), op)
+    block = "EDMNetwork.model.enc.8x8_block0"  # 16 -> 16 channels at 8x8
+    conv = by_layer[f"{block}.conv0", "convolution"]
+    assert conv.flops == 2 * 16 * 16 * 9 * 64
+    assert conv.nbytes == 2 * (2 * 16 * 64 + 16 * 16 * 9 + 16)  # x and y, weight, bias
+    norm = by_layer[f"{block}.norm1", "group_norm"]
+    # x and y and the added row in 16 bit; weight, bias and two statistics of 4 groups in 32.
+    assert norm.nbytes == 2 * (2 * 16 * 64 + 16) + 4 * (2 * 16 + 2 * 4)
+    attention = by_layer["EDMNetwork.model.dec.4x4_in0", "attention"]  # 32 channels, 16 pixels
+    assert attention.flops == 2 * 2 * 16 * 16 * 32
+
+
+def test_the_reference_moves_more_than_the_kernels():
+    """Published form: norm, add, activation each pass over memory; the kernel reads and writes."""
+
+    def passes(form):
+        ops = [op for op in cost.forward(SMALL, "bf16", form) if op.layer.endswith("norm1")]
+        return sum(op.nbytes for op in ops)
+
+    assert 2.5 < passes("reference") / passes("triton") < 5
+
+
+@pytest.fixture(scope="module")
+def cifar():
+    """Two steps of a round of one image and of two, of the real network in bf16."""
+    preset = presets("train")["cifar10-uncond"]
+    settings = Settings(dropout=preset["dropout"], augment_p=preset["augment_p"])
+    return cost.steps(TEACHERS["cifar10-uncond"].network, settings, [1, 2, 2], "bf16")
+
+
+def test_a_step_is_eleven_forwards(cifar):
+    forward = sum(op.flops for op in cost.forward(TEACHERS["cifar10-uncond"].network))
+    for step in cifar:
+        found = sum(op.flops for op in step.ops) / step.images
+        assert found == pytest.approx(cost.FORWARDS * forward, rel=0.01)
+
+
+def test_a_step_does_the_same_every_time(cifar):
+    """What a CUDA graph needs: no operation or shape depends on the step or the numbers."""
+    assert cifar[1].ops == cifar[2].ops
+    assert cifar[1].peak == cifar[2].peak
+
+
+def test_memory_is_what_the_networks_and_the_images_need(cifar):
+    weights = 55_733_891 * 4 / MIB
+    small, large = ({k: v / MIB for k, v in step.peak.items()} for step in cifar[:2])
+    for kind, networks in (
+        ("teacher", 1),
+        ("weights", 2),
+        ("gradients", 2),
+        ("optimiser", 2),  # β1 = 0 keeps no first moment
+        ("average", 1),
+        ("copies", 1.5),  # three networks in 16 bit, their GroupNorms excepted
+    ):
+        assert small[kind] == large[kind]
+        assert small[kind] == pytest.approx(networks * weights, rel=0.1), kind
+    # Rounding to whole allocations aside, the rest goes with the images.
+    for kind in ("activations", "workspace"):
+        assert large[kind] == pytest.approx(2 * small[kind], rel=0.02), kind
+
+
+def test_activations_are_what_autograd_saves():
+    """A convolution keeps its input, silu its own; of two chained, 2 + 1 tensors live at most."""
+    with cost.fake(), cost.Count() as count:
+        weight = torch.empty(8, 8, 3, 3, requires_grad=True)
+        x = torch.empty(4, 8, 16, 16)
+        count.call("weights", weight)
+        y = torch.nn.functional.silu(torch.nn.functional.conv2d(x, weight, padding=1))
+        assert count.live["activations"] == 2 * x.nbytes
+        assert count.live["workspace"] == x.nbytes
+        y.sum().backward()
+        del x, y
+    assert count.live["weights"] == weight.nbytes + 256  # 512-byte allocations
+    assert count.live["activations"] == 0
+    assert count.peak.total() > count.live.total()
+
+
+@pytest.mark.parametrize(
+    ("read", "error"),
+    [
+        (lambda x: x.sum().item(), DataDependentOutputException),
+        (lambda x: x[x > 0], DynamicOutputShapeException),
+    ],
+)
+@pytest.mark.parametrize("form", ["triton", "reference"])
+def test_a_step_that_reads_its_numbers_fails(monkeypatch, read, error, form):
+    finite = losses.finite
+
+    def spoiled(*tensors):
+        read(tensors[0])
+        return finite(*tensors)
+
+    cost.steps(SMALL, Settings(), [1], "fp32", form)
+    monkeypatch.setattr(losses, "finite", spoiled)
+    with pytest.raises(error):
+        cost.steps(SMALL, Settings(), [1], "fp32", form)
