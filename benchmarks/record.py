@@ -33,8 +33,9 @@ class Form:
     """The columns of a benchmark: keys say what a row is of, figures what was found.
 
     timed: whether there is "ms" besides, with its percentiles: of a call, or of a step of one
-    round of micro_batch images. Memory is in GiB; floor_share is the part of the time that the counted
-    bytes or FLOP would take.
+    round of micro_batch images. Memory is in GiB; floor_share is the part of the time that the
+    counted bytes or FLOP would take; to_ours is the time as a multiple of that of the variant
+    "ours", measured in turns with it; status is "ok", or why there are no figures: they are null.
     """
 
     keys: tuple[str, ...]
