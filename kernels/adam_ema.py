@@ -17,10 +17,10 @@ from sid_fast.kernels._triton import tl, triton
 from sid_fast.kernels.dispatch import choose
 
 CHUNK = 1024
-# Columns of a row: addresses of the chunk in params, grads, exp_avg, exp_avg_sq and ema (0 where
-# there is none); address of the whole shadow tensor; numbers in the chunk; where it starts in its
-# tensor; input channels and taps of the shadow's order (taps 1: the parameter's own order);
-# whether the chunk is full and every address fit for 16-byte accesses.
+# Columns of a row: addresses of the chunk in params, grads, exp_avg, exp_avg_sq and ema, and of the
+# whole shadow tensor (0 where there is none); numbers in the chunk; where it starts in its tensor;
+# input channels and taps of the shadow's order (taps 1: the parameter's own order); whether the
+# chunk is full and every address fit for 16-byte accesses.
 COLUMNS = 11
 SHADOWS = {torch.bfloat16: 1, torch.float16: 2}
 
@@ -40,15 +40,15 @@ def adam_ema(
     beta2: float,
     eps: float,
     ema_beta: float | torch.Tensor = 0.0,
-    shadow: list[torch.Tensor] | None = None,
+    shadow: list[torch.Tensor | None] | None = None,
 ) -> torch.Tensor:
     """Adam (arXiv 1412.6980, algorithm 1) on cleaned gradients; then ema ← p + β(ema − p).
 
     Lists run over the parameters, float32, and are updated in place. Gradients are cleaned
     first, as the published implementation does: NaN → 0, ±inf → ±1e5. exp_avg is empty when
     β1 = 0: the first moment is then the gradient and is not kept. ema is empty where no average
-    is wanted. shadow, if given, holds a bfloat16 or float16 copy of every parameter, in its own
-    memory order or channels-last.
+    is wanted. shadow, if given, holds a 16-bit copy of every parameter, all bfloat16 or all
+    float16, in its own memory order or channels-last, and None for one that is used as it is.
 
     step is a float64 scalar, the updates made so far; apply is a bool scalar, and False leaves
     all but the gradients as it was, to the bit. Both are tensors, so that the host need not know
@@ -80,7 +80,7 @@ def _adam_ema(
     exp_avg: list[torch.Tensor],
     exp_avg_sq: list[torch.Tensor],
     ema: list[torch.Tensor],
-    shadow: list[torch.Tensor],
+    shadow: list[torch.Tensor | None],
     step: torch.Tensor,
     apply: torch.Tensor,
     lr: torch.Tensor,
@@ -97,7 +97,7 @@ def _adam_ema(
     table = _table(*lists)
     step += apply
     nonfinite = torch.zeros((), dtype=torch.int64, device=step.device)
-    shadow_type = SHADOWS[shadow[0].dtype] if shadow else 0
+    shadow_type = next((SHADOWS[t.dtype] for t in shadow if t is not None), 0)
     programs = min(len(table), _resident(step.device))
     if implementation == "triton":
         _adam_ema_kernel[(programs,)](
@@ -159,7 +159,8 @@ def adam_ema_ref(
         distance = torch._foreach_sub(moved, ema)
         torch._foreach_mul_(distance, 1 - ema_beta)
         _write(apply, ema, torch._foreach_add(ema, distance))
-    _write(apply, shadow, moved[: len(shadow)])
+    copied = [i for i, t in enumerate(shadow) if t is not None]
+    _write(apply, [shadow[i] for i in copied], [moved[i] for i in copied])
     return nonfinite
 
 
@@ -173,6 +174,11 @@ def bytes_moved(numel: int, moment: bool, ema: bool, shadow: bool) -> int:
     return numel * (4 + 8 + 8 + 8 * moment + 8 * ema + 2 * shadow)
 
 
+def flop(numel: int, moment: bool, ema: bool) -> int:
+    """What an update of numel parameters computes: 4 for g² and its mean, 6 for the step."""
+    return numel * (10 + 3 * moment + 3 * ema)
+
+
 # Tables by everything they are made of. They are never dropped: a CUDA graph may read them.
 _tables: dict[tuple, torch.Tensor] = {}
 
@@ -181,8 +187,13 @@ def _table(params, grads, exp_avg, exp_avg_sq, ema, shadow) -> torch.Tensor:
     """The rows of COLUMNS numbers for these tensors, int64 on their device."""
     companions = [grads, exp_avg, exp_avg_sq, ema]
     everything = [t for tensors in (params, *companions, shadow) for t in tensors]
-    key = params[0].device, tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in everything)
+    key = (
+        params[0].device,
+        tuple(t if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in everything),
+    )
     if key not in _tables:
+        if len({t.dtype for t in shadow if t is not None}) > 1:
+            raise ValueError("adam_ema: shadow has copies of both types; use one for all")
         rows = [
             _rows(p, [tensors[i] if tensors else None for tensors in (*companions, shadow)])
             for i, p in enumerate(params)
@@ -323,9 +334,12 @@ def _chunk(
         if SHADOW != 0:
             dtype: tl.constexpr = tl.bfloat16 if SHADOW == 1 else tl.float16
             start = tl.load(row + 7).to(tl.int32)
-            copy = tl.load(row + 5).to(tl.pointer_type(dtype))
+            address = tl.load(row + 5)
+            copy = address.to(tl.pointer_type(dtype))
             taps = tl.load(row + 9).to(tl.int32)
-            if taps == 1:
+            if address == 0:  # this parameter has none
+                pass
+            elif taps == 1:
                 copies = copy + start + offsets
                 copies = tl.multiple_of(copies, [16]) if FULL else copies
                 tl.store(copies, p.to(dtype), mask=inside)

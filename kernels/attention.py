@@ -24,14 +24,14 @@ from sid_fast.kernels.dispatch import choose
 # nor outgrow an A100's shared memory; float32 stays off the tensor cores and needs the registers.
 TILES = {
     2: {
-        "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
-        "backward_q": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
-        "backward_kv": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
+        "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
+        "backward_q": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
+        "backward_kv": {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
     },
     4: {
         "forward": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
-        "backward_q": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 4, 2)},
-        "backward_kv": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
+        "backward_q": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
+        "backward_kv": {64: (32, 16, 8, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
     },
 }
 MAX_SIZE = 256  # channels a head, beyond which the reference runs
@@ -76,6 +76,22 @@ def blocked_order(channels: int, heads: int) -> torch.Tensor:
     """
     published = torch.arange(3 * channels).reshape(heads, channels // heads, 3)
     return published.permute(2, 0, 1).flatten()
+
+
+def bytes_moved(
+    images: int, heads: int, size: int, pixels: int, itemsize: int, backward: bool = False
+) -> int:
+    """What one direction must read and write at least; size is the channels a head.
+
+    Forward: qkv, and out and lse written. Backward: qkv, out, its gradient and lse, and the
+    gradient of qkv written. itemsize is that of the type of qkv.
+    """
+    return images * heads * pixels * (size * itemsize * (8 if backward else 4) + 4)
+
+
+def flop(images: int, heads: int, size: int, pixels: int, backward: bool = False) -> int:
+    """Of the matrix products: two forward, five backward, of which two are made twice here."""
+    return images * heads * 2 * pixels**2 * size * (5 if backward else 2)
 
 
 # What follows sees memory as qkv [image, pixel, {q, k, v}, head, channel] and
@@ -255,6 +271,12 @@ def _backward_q(
         o -= _bias(bias, head, 2, HEADS, SIZE, BLOCK_SIZE)[None, :]
     d = tl.sum(o * g.to(tl.float32), 1)
     tl.store(delta + in_lse + queries, d, mask=queries < PIXELS)
+    if bias_sums is not None:
+        lane = tl.arange(0, BLOCK_SIZE)
+        part = head // HEADS * blocks + tl.program_id(0) % blocks
+        bias_sums += part * (3 * CHANNELS) + head % HEADS * SIZE + lane
+        tl.store(bias_sums + CHANNELS, tl.zeros([BLOCK_SIZE], tl.float32), mask=lane < SIZE)
+        tl.store(bias_sums + 2 * CHANNELS, tl.sum(g.to(tl.float32), 0), mask=lane < SIZE)
     norm = tl.load(lse + in_lse + queries, mask=queries < PIXELS, other=0.0)
     dq = tl.zeros([BLOCK, BLOCK_SIZE], tl.float32)
     for first in range(0, PIXELS, STEP):
@@ -269,13 +291,7 @@ def _backward_q(
     dq *= SIZE**-0.5
     _write(grad_qkv + in_qkv, queries, dq, 3 * CHANNELS, PIXELS, SIZE, BLOCK_SIZE)
     if bias_sums is not None:
-        lane = tl.arange(0, BLOCK_SIZE)
-        part = head // HEADS * blocks + tl.program_id(0) % blocks
-        bias_sums += part * (3 * CHANNELS) + head % HEADS * SIZE + lane
         tl.store(bias_sums, tl.sum(dq, 0), mask=lane < SIZE)
-        tl.store(bias_sums + CHANNELS, tl.zeros([BLOCK_SIZE], tl.float32), mask=lane < SIZE)
-        g = _read(grad + in_out, queries, BLOCK, CHANNELS, PIXELS, SIZE, BLOCK_SIZE)
-        tl.store(bias_sums + 2 * CHANNELS, tl.sum(g.to(tl.float32), 0), mask=lane < SIZE)
 
 
 @triton.jit
@@ -343,6 +359,8 @@ def _configuration(
     """The constants of a kernel, its warps and its stages."""
     padded = max(16, 1 << (size - 1).bit_length())
     block, step, warps, stages = TILES[itemsize][kernel][max(64, padded)]
+    if size < padded and itemsize == 2:  # the masks of its channels take registers
+        block = max(16, block // 2)
     enough = max(16, 1 << (pixels - 1).bit_length())
     constants = {
         "PIXELS": pixels,
@@ -350,7 +368,8 @@ def _configuration(
         "SIZE": size,
         "BLOCK_SIZE": padded,
         "BLOCK": min(block, enough),
-        "STEP": min(step, enough),
+        # Of a loop of one turn straight code is made, which spills.
+        "STEP": min(step, max(16, enough // 2)),
     }
     return constants, warps, stages
 

@@ -171,9 +171,15 @@ def augment_ref(images: torch.Tensor, parameters: Parameters) -> tuple[torch.Ten
     return x[..., margin:-margin, margin:-margin], labels_of(parameters)
 
 
-def bytes_moved(elements: int) -> int:
-    """What a warp of so many float32 numbers must read and write."""
-    return elements * 8
+def bytes_moved(elements: int, itemsize: int = 4) -> int:
+    """What a warp of so many numbers must read and write."""
+    return elements * 2 * itemsize
+
+
+def flop(images: int, channels: int, height: int, width: int) -> int:
+    """Of the 7 × 7 pixels behind each of the canvas, and of its filter of 12 taps either way."""
+    rows, columns = 2 * (height + 6), 2 * (width + 6)
+    return images * channels * (rows * columns * 7 * 16 + (rows + height) * width * 24)
 
 
 @functools.cache

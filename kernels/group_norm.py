@@ -947,13 +947,15 @@ def group_norm(
     Outputs have the dtype of x, in channels-last order from the Triton kernel. ValueError for a
     combination that has no kernel (resample with dropout or beside) or for shapes that do not fit.
     """
-    _check(x, weight, groups, beside, dropout, resample)
-    around = {
-        "beside": beside, "residual": residual, "x_bias": x_bias, "x_scale": x_scale, "add": add,
-        "scale": scale, "shift": shift, "silu": silu, "dropout": dropout, "resample": resample,
+    parts = {
+        "residual": residual, "x_bias": x_bias, "add": add, "scale": scale, "shift": shift,
     }  # fmt: skip
+    _check(x, weight, groups, beside, dropout, resample, parts)
     if choose("group_norm") == "reference":
-        return group_norm_ref(x, weight, bias, groups, eps, **around)
+        return group_norm_ref(
+            x, weight, bias, groups, eps, beside=beside, x_scale=x_scale, silu=silu,
+            dropout=dropout, resample=resample, **parts,
+        )  # fmt: skip
     if dropout and seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (2,), device=x.device)
     x, beside, residual = map(_dense, (x, beside, residual))
@@ -964,26 +966,32 @@ def group_norm(
     return Normed(*out)
 
 
-def _check(x, weight, groups, beside, dropout, resample) -> None:
-    channels = x.shape[1] + (0 if beside is None else beside.shape[1])
+def _check(x, weight, groups, beside, dropout, resample, parts) -> None:
+    n, left, *size = x.shape
+    right = 0 if beside is None else beside.shape[1]
+    channels = left + right
     if channels != len(weight) or channels % groups:
         raise ValueError(
             f"{channels} channels: weight has {len(weight)}, and they must divide into "
             f"groups={groups}"
         )
-    if beside is not None and (beside.dtype, beside[:, 0].shape) != (x.dtype, x[:, 0].shape):
-        raise ValueError(
-            f"beside is {beside.dtype} {tuple(beside.shape)}: must be like x, {x.dtype} "
-            f"{tuple(x.shape)}, in all but channels"
-        )
+    shapes = {"residual": (n, left, *size), "beside": (n, right, *size), "x_bias": (left,)}
+    for name, value in {"beside": beside, **parts}.items():
+        shape = shapes.get(name, (n, channels))
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{name} is {tuple(value.shape)}: must be {shape}")
+    if beside is not None and beside.dtype != x.dtype:
+        raise ValueError(f"beside is {beside.dtype}: must be {x.dtype} as x is")
+    if (parts["scale"] is None) != (parts["shift"] is None):
+        raise ValueError("scale and shift come together: only one is given")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout}: must be at least 0 and less than 1")
     if resample not in (None, "down", "up"):
         raise ValueError(f"resample={resample!r}: choose from None, 'down', 'up'")
     if resample and (dropout or beside is not None):
         raise ValueError(f"resample={resample!r} goes with neither dropout nor beside")
-    if resample == "down" and (x.shape[2] % 2 or x.shape[3] % 2):
-        raise ValueError(f"resample='down' of {x.shape[2]}x{x.shape[3]} pixels: sides must be even")
+    if resample == "down" and any(side % 2 for side in size):
+        raise ValueError(f"resample='down' of {size[0]}x{size[1]} pixels: sides must be even")
 
 
 # Where the published networks normalise: form -> (channels, side). norm0 of a block normalises what

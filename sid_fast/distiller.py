@@ -25,7 +25,7 @@ PHASES = ("fake", "generator")
 class Distiller:
     """Distils a teacher f_φ into a one-step generator G_θ, with a fake score f_ψ between them.
 
-    teacher: a network on the device to use; it is frozen, and converted to the compute type.
+    teacher: a network on the device to use; it is frozen, or copied where its type has to change.
     settings: see Settings. seed decides the draws and the dropout of every step, with the step's
     number and the process's rank. label_weights [label_dim]: in what proportion classes are
     drawn; uniform if None. cuda_graph replays the step's launches from CUDA graphs (what step
@@ -71,9 +71,11 @@ class Distiller:
         self.rng = torch.Generator(self.device)
         self.steps = self.images = 0
 
-        self.teacher = teacher.requires_grad_(False).eval()
+        dtype = precision.TYPES[settings.precision]
         if self.device.type == "cuda":
             teacher.to(memory_format=torch.channels_last)
+        self.teacher = teacher if dtype == torch.float32 else copy.deepcopy(teacher)
+        self.teacher.requires_grad_(False).eval().compute_in(dtype, frozen=True)
         self.generator, self.fake_score = copy.deepcopy(teacher), copy.deepcopy(teacher)
         for net in (self.generator, self.fake_score):
             net.set_dropout(settings.dropout)
@@ -90,10 +92,8 @@ class Distiller:
         self.ema_beta = torch.zeros((), dtype=torch.float64, device=self.device)
         self.live = torch.ones((), dtype=torch.bool, device=self.device)  # False: a rehearsal
 
-        dtype = precision.TYPES[settings.precision]
         for optimizer in (self.generator_optimizer, self.fake_optimizer):
             optimizer.compute_in(dtype)
-        self.teacher.compute_in(dtype, frozen=True)
         self.ema.compute_dtype = dtype
         if compile:
             compile_blocks(self.generator, self.fake_score, self.teacher)

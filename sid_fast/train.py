@@ -4,22 +4,26 @@ python -m sid_fast.train --preset digits
 """
 
 import dataclasses
+import sys
+from typing import Any
 
 import torch
 
-from sid_fast import kernels
+from sid_fast import kernels, plan
 from sid_fast.config import cli
-from sid_fast.config.settings import RunOptions, Settings, check, option, part
+from sid_fast.config.settings import RunOptions, Settings, check, option, part, rounds_of
 from sid_fast.distiller import Distiller
-from sid_fast.engine import parallel
+from sid_fast.engine import parallel, precision
+from sid_fast.engine.fit import largest_micro_batch
 from sid_fast.engine.graphs import usable
 from sid_fast.engine.loop import Loop
+from sid_fast.engine.recompute import checkpoint_activations
 from sid_fast.engine.snapshot import Snapshots
 from sid_fast.errors import UserError
 from sid_fast.files.dataset import ImageDataset
 from sid_fast.files.digits import open_dataset
 from sid_fast.files.network import load_network
-from sid_fast.networks import NetworkConfig
+from sid_fast.networks import EDMNetwork, NetworkConfig
 from sid_fast.sampling import heun
 
 
@@ -41,15 +45,64 @@ class TrainConfig(RunOptions, Settings):
     teacher_steps: int = option(
         18, "steps of the teacher's sampler, where its distance is measured too", 1, 1000
     )
+    checkpoint_activations: bool = option(
+        False, "blocks keep their input alone and run again in backward: less memory, more time"
+    )
 
 
-def run(config: TrainConfig, given: set[str]) -> None:
-    resume = cli.resume(config, given)
-    check(config)
+@dataclasses.dataclass
+class Command(TrainConfig, plan.PlanOptions):
+    """A run's configuration, and what the command line alone knows of."""
+
+    micro_batch: str | None = option(
+        None, "images a round on one process: a number, or auto for the most that fit on the GPU"
+    )
+
+
+def start(command: Command, given: set[str]) -> None:
+    """Train, or print the plan."""
+    auto = command.micro_batch == "auto"
+    command.micro_batch = None if auto else _number("micro_batch", command.micro_batch)
+    if command.plan:
+        return show_plan(command)
+    if stray := sorted(given & plan.PLAN_ONLY):
+        raise UserError(
+            f"{stray[0]}={getattr(command, stray[0])} is for --plan alone; torchrun says how many "
+            "GPUs a run has"
+        )
+    run(part(command, TrainConfig), given, auto)
+
+
+def _number(name: str, value: Any) -> int | None:
+    try:
+        return value if value is None else int(value)
+    except ValueError:
+        raise UserError(f"{name}={value!r} is neither a whole number nor auto") from None
+
+
+def show_plan(command: Command) -> None:
+    check(command)
+    require_teacher(command)
+    settings, options = part(command, Settings), part(command, plan.PlanOptions)
+    plan.check_request(settings, options)
+    network = plan.network_of(command.teacher)
+    print("counting a step of one image and of two …", file=sys.stderr, flush=True)
+    found = plan.counts(network, settings, command.checkpoint_activations)
+    name = command.preset or command.teacher
+    print(plan.text(name, network, found, settings, command.kimg, options))
+
+
+def require_teacher(config: TrainConfig) -> None:
     if not config.teacher:
         raise UserError(
             "teacher is missing: --teacher FILE, or --preset NAME with a teacher of its own"
         )
+
+
+def run(config: TrainConfig, given: set[str], auto_micro_batch: bool = False) -> None:
+    resume = cli.resume(config, given)
+    check(config)
+    require_teacher(config)
     device = parallel.pick_device(config.device)
     kernels.dispatch.configure(config.kernels, device)
     data = open_dataset(config.data) if config.data else None
@@ -58,8 +111,10 @@ def run(config: TrainConfig, given: set[str]) -> None:
             teacher = load_network(config.teacher).to(device)
         if data:
             check_data(data, teacher.config)
+        if auto_micro_batch and device.type == "cuda":
+            config.micro_batch = micro_batch_that_fits(teacher, config, device)
         settings = part(config, Settings)
-        graphs, note = usable(config.cuda_graph, device)
+        graphs, note = usable(config.cuda_graph, device, config.checkpoint_activations)
         trainer = Distiller(
             teacher,
             settings,
@@ -68,6 +123,8 @@ def run(config: TrainConfig, given: set[str]) -> None:
             cuda_graph=graphs,
             compile=config.compile,
         )
+        prepare(trainer, config)
+        teacher = trainer.teacher
 
         def one_step(z: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
             sigma = torch.full((len(z),), settings.init_sigma, device=z.device)
@@ -84,6 +141,40 @@ def run(config: TrainConfig, given: set[str]) -> None:
         headline = f"distilling {config.teacher} ({teacher.config}), {where}"
         headline += note and f"\nnote: {note}"
         Loop(trainer, config, snapshots, config.preset or "distil", headline).run(resume)
+
+
+def prepare(trainer: Distiller, config: TrainConfig) -> None:
+    if config.checkpoint_activations:
+        checkpoint_activations(trainer.teacher, trainer.generator, trainer.fake_score)
+
+
+def micro_batch_that_fits(teacher: EDMNetwork, config: TrainConfig, device: torch.device) -> int:
+    """The largest micro-batch for this process's GPU: estimated, then tried."""
+    settings, world = part(config, Settings), parallel.world()
+    rounds_of(dataclasses.replace(settings, micro_batch=None), world)
+    batch = settings.batch_size // world
+    first = parallel.rank() == 0
+
+    def estimate() -> int:
+        recompute = config.checkpoint_activations
+        found = plan.counts(teacher.config, precision.settle(settings, device), recompute)
+        room = torch.cuda.mem_get_info()[0]
+        return plan.estimated_micro_batch(found, batch, room, world, sharded=False)
+
+    def try_step(n: int) -> None:
+        trainer = Distiller(
+            teacher, dataclasses.replace(settings, batch_size=n * world, micro_batch=n)
+        )
+        prepare(trainer, config)
+        draws = trainer.draw()
+        trainer.fake_score_round(draws["fake"][0]).loss.sum().backward()
+        trainer.generator_round(draws["generator"][0]).loss.sum().backward()
+
+    def say(line: str) -> None:
+        if first:
+            print(line, flush=True)
+
+    return largest_micro_batch(batch, parallel.from_first(estimate), try_step, say)
 
 
 def check_data(data: ImageDataset, network: NetworkConfig) -> None:
@@ -107,7 +198,7 @@ def label_weights(data: ImageDataset | None, network: NetworkConfig) -> torch.Te
     return torch.bincount(torch.from_numpy(data.labels), minlength=network.label_dim).float()
 
 
-main = cli.command(TrainConfig, run, "train", __doc__)
+main = cli.command(Command, start, "train", __doc__)
 
 if __name__ == "__main__":
     cli.main(main, "sid_fast.train")

@@ -121,7 +121,9 @@ def flat(tensors):
 
 
 def clone(lists):
-    return {name: [t.clone() for t in tensors] for name, tensors in lists.items()}
+    return {
+        name: [t if t is None else t.clone() for t in tensors] for name, tensors in lists.items()
+    }
 
 
 def same(a, b) -> bool:
@@ -166,6 +168,22 @@ def test_a_channels_last_shadow_of_contiguous_parameters(device, implementation)
     run(lists)
     for copy, p in zip(lists["shadow"], lists["params"], strict=True):
         assert torch.equal(copy, rounded(p, torch.bfloat16, implementation))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_parameter_may_go_without_a_shadow(device, implementation, dtype):
+    """As norms and biases do; every other one, the first among them, and then all."""
+    lists = make(device, shadow=dtype)
+    full = clone(lists)
+    run(full)
+    for without in (range(0, len(SHAPES), 2), range(len(SHAPES))):
+        partial = clone(lists)
+        for i in without:
+            partial["shadow"][i] = None
+        run(partial)
+        for name in full:
+            for i, (a, b) in enumerate(zip(partial[name], full[name], strict=True)):
+                assert a is None if name == "shadow" and i in without else same(a, b), (name, i)
 
 
 def test_rounding_to_16_bits_is_the_hardwares(device, implementation):
@@ -260,8 +278,10 @@ def test_what_a_kernel_cannot_walk_is_refused(device, forced, request, monkeypat
     transposed = make(device, [(8, 6)], shadow=torch.float16)
     transposed["shadow"] = [torch.zeros(6, 8, device=device, dtype=torch.float16).t()]
     half = make(device, conv) | {"shadow": [torch.zeros(8, 6, 3, 3, device=device)]}
+    both = make(device, conv * 2, shadow=torch.float16)
+    both["shadow"][1] = both["shadow"][1].bfloat16()
     with dispatch.forced(forced):
-        for lists in (mixed, gaps, transposed, half):
+        for lists in (mixed, gaps, transposed, half, both):
             with pytest.raises(ValueError, match="adam_ema"):
                 run(lists)
 
@@ -280,7 +300,8 @@ def test_a_table_is_made_once_and_again_for_other_tensors(device):
 def test_traced_without_a_break(device, implementation):
     if implementation != "reference":
         pytest.skip("tracing knows nothing of the implementation")
-    lists = make(device, [(20,), (3, 4)])
+    lists = make(device, [(20,), (3, 4)], shadow=torch.bfloat16)
+    lists["shadow"][0] = None
     twin = clone(lists)
     torch.compile(run, fullgraph=True, backend="eager")(lists)
     run(twin)
@@ -301,3 +322,9 @@ def test_cuda_library_compiles_for_the_three_architectures(tmp_path):
     assert module.load(found).sid_fast_adam_ema_cuda.restype is ctypes.c_int
     for arch in (80, 90, 100):
         assert f"sm_{arch}".encode() in found.read_bytes()
+
+
+def test_floors_are_those_counted_by_hand():
+    """p, v, moment and average read and written, the gradient read, the copy written."""
+    assert module.bytes_moved(10, moment=True, ema=True, shadow=True) == 10 * (4 * 8 + 4 + 2)
+    assert module.flop(10, moment=True, ema=False) == 10 * (4 + 6 + 3)

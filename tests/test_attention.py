@@ -7,7 +7,7 @@ from golden import relative
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sid_fast import kernels
-from sid_fast.kernels.attention import attention_ref, blocked_order
+from sid_fast.kernels.attention import attention_ref, blocked_order, bytes_moved, flop
 from sid_fast.kernels.dispatch import forced
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
@@ -246,3 +246,11 @@ def test_compiles_without_a_graph_break(device, biased):
         found = differentiate(compiled, qkv, grad, bias=bias)
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
+
+
+def test_floors_are_those_counted_by_hand():
+    """A DDPM++ head at 16×16: 256 pixels of 256 channels, q, k, v and out in bfloat16."""
+    assert bytes_moved(1, 1, 256, 256, itemsize=2) == 4 * 131_072 + 1024
+    assert bytes_moved(1, 1, 256, 256, itemsize=2, backward=True) == 8 * 131_072 + 1024
+    assert flop(1, 1, 256, 256) == 2 * 33_554_432  # two products of 256³ multiply-adds
+    assert flop(3, 2, 256, 256, backward=True) == 6 * 5 * 33_554_432

@@ -8,7 +8,7 @@ from golden import TOLERANCE, read, relative
 from sid_fast import augment, kernels
 from sid_fast.kernels import dispatch
 from sid_fast.kernels._triton import tl, triton
-from sid_fast.kernels.augment import _cos_sin, augment_ref
+from sid_fast.kernels.augment import _cos_sin, augment_ref, bytes_moved, flop
 
 # Of the kernel, relative in norm to float64: a place in the image is known to 1e-6 of its size.
 KERNEL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -124,3 +124,9 @@ def test_draws_follow_their_probabilities():
     turned = q["rotate"][q["rotate"] != 0]
     assert float(turned.abs().max()) <= np.pi
     assert float(turned.std()) == pytest.approx(np.pi / 3**0.5, rel=0.05)
+
+
+def test_floors_are_those_counted_by_hand():
+    """A 4×4 image: a canvas of 20×20, each pixel 7 rows of 7 products and their sums."""
+    assert bytes_moved(2 * 3 * 4 * 4) == 768
+    assert flop(2, 3, 4, 4) == 6 * (400 * 112 + 20 * 4 * 24 + 4 * 4 * 24)

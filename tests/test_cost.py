@@ -1,5 +1,6 @@
 """What is counted of a step: against known figures, and against a small case done by hand."""
 
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -43,12 +44,12 @@ def test_every_layer_is_charged_for_its_own_work_and_bytes():
     for op in cost.forward(SMALL, "bf16"):
         by_layer.setdefault((op.layer, op.name), op)
     block = "EDMNetwork.model.enc.8x8_block0"  # 16 -> 16 channels at 8x8
-    conv = by_layer[f"{block}.conv0", "convolution"]
+    conv = by_layer[block, "convolution"]
     assert conv.flops == 2 * 16 * 16 * 9 * 64
-    assert conv.nbytes == 2 * (2 * 16 * 64 + 16 * 16 * 9 + 16)  # x and y, weight, bias
-    norm = by_layer[f"{block}.norm1", "group_norm"]
-    # x and y and the added row in 16 bit; weight, bias and two statistics of 4 groups in 32.
-    assert norm.nbytes == 2 * (2 * 16 * 64 + 16) + 4 * (2 * 16 + 2 * 4)
+    assert conv.nbytes == 2 * (2 * 16 * 64 + 16 * 16 * 9)  # x and y, weight
+    norm = by_layer[f"{block}.norm0", "group_norm"]
+    # x, its sum with a bias, and y in 16 bit; weight and twice bias, statistics of 4 groups in 32.
+    assert norm.nbytes == 2 * 3 * 16 * 64 + 4 * (3 * 16 + 2 * 4)
     attention = by_layer["EDMNetwork.model.dec.4x4_in0", "attention"]  # 32 channels, 16 pixels
     assert attention.flops == 2 * 2 * 16 * 16 * 32
 
@@ -57,10 +58,11 @@ def test_the_reference_moves_more_than_the_kernels():
     """Published form: norm, add, activation each pass over memory; the kernel reads and writes."""
 
     def passes(form):
-        ops = [op for op in cost.forward(SMALL, "bf16", form) if op.layer.endswith("norm1")]
+        ops = [op for op in cost.forward(SMALL, "bf16", form) if "8x8_block0" in op.layer]
+        ops = [op for op in ops if op.kind != "convolution"]
         return sum(op.nbytes for op in ops)
 
-    assert 2.5 < passes("reference") / passes("triton") < 5
+    assert 1.4 < passes("reference") / passes("triton") < 5
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,11 @@ def cifar():
     """Two steps of a round of one image and of two, of the real network in bf16."""
     preset = presets("train")["cifar10-uncond"]
     settings = Settings(dropout=preset["dropout"], augment_p=preset["augment_p"])
-    return cost.steps(TEACHERS["cifar10-uncond"].network, settings, [1, 2, 2], "bf16")
+    return cost.steps(
+        TEACHERS["cifar10-uncond"].network,
+        dataclasses.replace(settings, precision="bf16"),
+        [1, 2, 2],
+    )
 
 
 def test_a_step_is_eleven_forwards(cifar):
@@ -88,18 +94,18 @@ def test_memory_is_what_the_networks_and_the_images_need(cifar):
     weights = 55_733_891 * 4 / MIB
     small, large = ({k: v / MIB for k, v in step.peak.items()} for step in cifar[:2])
     for kind, networks in (
-        ("teacher", 1),
+        ("teacher", 0.5),  # in 16 bit
         ("weights", 2),
         ("gradients", 2),
         ("optimiser", 2),  # β1 = 0 keeps no first moment
         ("average", 1),
-        ("copies", 1.5),  # three networks in 16 bit, their GroupNorms excepted
+        ("copies", 1),  # of two networks in 16 bit, their GroupNorms excepted
     ):
         assert small[kind] == large[kind]
         assert small[kind] == pytest.approx(networks * weights, rel=0.1), kind
-    # Rounding to whole allocations aside, the rest goes with the images.
-    for kind in ("activations", "workspace"):
-        assert large[kind] == pytest.approx(2 * small[kind], rel=0.02), kind
+    # Rounding to whole allocations aside, the rest goes with the images, or with a weight's size.
+    assert large["activations"] == pytest.approx(2 * small["activations"], rel=0.02)
+    assert small["workspace"] < large["workspace"] < 2 * small["workspace"]
 
 
 def test_activations_are_what_autograd_saves():
@@ -133,7 +139,7 @@ def test_a_step_that_reads_its_numbers_fails(monkeypatch, read, error, form):
         read(tensors[0])
         return finite(*tensors)
 
-    cost.steps(SMALL, Settings(), [1], "fp32", form)
+    cost.steps(SMALL, Settings(), [1], form)
     monkeypatch.setattr(losses, "finite", spoiled)
     with pytest.raises(error):
-        cost.steps(SMALL, Settings(), [1], "fp32", form)
+        cost.steps(SMALL, Settings(), [1], form)

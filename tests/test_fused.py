@@ -63,13 +63,14 @@ def outcome(net: EDMNetwork, form, **kwargs) -> list[torch.Tensor]:
     with dispatch.forced(form):
         out = net(x, torch.tensor([0.1, 1.0, 10.0]), labels, torch.ones(3, 9) * 0.1)
         (out * torch.randn(out.shape, generator=rng)).sum().backward()
-    return [out.detach(), x.grad, *(p.grad.clone() for p in net.parameters())]
+    return [out.detach(), x.grad, *(p.grad.clone() for p in net.parameters() if p.requires_grad)]
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("architecture", ["ddpmpp", "adm"])
-def test_equals_the_plain_form(architecture):
+def test_equals_the_plain_form(architecture, frozen):
     """With PyTorch's own operations in both; golden data compare the kernels."""
-    net = small(architecture)
+    net = small(architecture).requires_grad_(not frozen)
     pairs = zip(outcome(net, {"block": "triton"}), outcome(net, "reference"), strict=True)
     for found, expected in pairs:
         assert relative(found, expected) <= 1e-5 or not expected.any()

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sid_fast.kernels.dispatch import forced
-from sid_fast.kernels.group_norm import Normed, group_norm, group_norm_ref
+from sid_fast.kernels.group_norm import Normed, bytes_moved, group_norm, group_norm_ref
 
 # Largest ‖out − ref‖/‖ref‖, the reference in float64 on the same rounded inputs. Rounding to
 # nearest costs 0.0017 in bfloat16; Triton's interpreter cuts off instead, which costs 0.0034.
@@ -37,36 +37,36 @@ FORMS = {
 }
 # [N, C, H, W] and groups: sizes that stay on chip, sizes that take several tiles, awkward ones.
 SHAPES = {
-    "4-a-group": ((2, 128, 4, 4), 32),
+    "4-a-group": ((1, 128, 4, 4), 32),
     "6-a-group": ((1, 192, 4, 4), 32),
-    "8-a-group": ((2, 256, 4, 4), 32),
+    "8-a-group": ((1, 256, 4, 4), 32),
     "12-a-group": ((1, 384, 5, 7), 32),
     "18-a-group": ((1, 576, 4, 4), 32),
     "24-a-group": ((1, 768, 3, 3), 32),
     "36-a-group": ((1, 1152, 1, 2), 32),
     "42-a-group": ((1, 1344, 3, 1), 32),
     "48-a-group": ((1, 1536, 2, 1), 32),
-    "few-channels": ((3, 24, 6, 10), 6),
+    "few-channels": ((2, 24, 6, 10), 6),
     "one-pixel": ((2, 64, 1, 1), 8),
     "odd-group": ((1, 35, 9, 3), 7),
     "one-group": ((1, 96, 3, 3), 1),
     "top-of-64": ((1, 128, 64, 64), 32),
-    "tiles": ((1, 24, 32, 33), 2),
+    "tiles": ((1, 24, 16, 33), 2),
     "tiles-6-a-group": ((1, 42, 32, 16), 7),
-    "even-tiles": ((2, 20, 18, 30), 5),
-    "odd-tiles": ((2, 20, 19, 29), 5),
+    "even-tiles": ((2, 20, 18, 16), 5),
+    "odd-tiles": ((2, 20, 17, 17), 5),
 }
 # The same for two tensors that are normalised as one, with the second one's channels.
 SEAMS = {
-    "384=256+128": ((2, 384, 3, 5), 32, 128),
+    "384=256+128": ((1, 384, 3, 5), 32, 128),
     "512=256+256": ((1, 512, 2, 2), 32, 256),
     "576=384+192": ((1, 576, 4, 3), 32, 192),
     "960=576+384": ((1, 960, 3, 2), 32, 384),
     "1344=768+576": ((1, 1344, 2, 1), 32, 576),
     "one-pixel": ((2, 64, 1, 1), 8, 20),
     "one-channel": ((1, 35, 3, 5), 7, 1),
-    "tiles-of-384": ((1, 36, 25, 21), 3, 12),
-    "tiles-one-group": ((1, 24, 32, 17), 1, 23),
+    "tiles-of-384": ((1, 36, 17, 19), 3, 12),
+    "tiles-one-group": ((1, 24, 16, 17), 1, 23),
 }
 
 
@@ -150,34 +150,43 @@ def check(tensors, options, dtype, kept=None):
     assert all(error <= TOLERANCE[dtype] for error in errors.values()), errors
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_shapes(shape, dtype, device):
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "top-of-64"])
+def test_shapes(shape, device):
     """Every group size and image size, with everything around the norm."""
     film = {"film": True} if shape.endswith("a-group") else {"add": True}
-    check(*draw(*SHAPES[shape], dtype, device, **SUM, **film), dtype)
+    check(*draw(*SHAPES[shape], torch.float32, device, **SUM, **film), torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", ["top-of-64", "6-a-group", "odd-group", "odd-tiles"])
+def test_shapes_in_bfloat16(shape, device):
+    """Sizes of a tile go by the type."""
+    check(*draw(*SHAPES[shape], torch.bfloat16, device, **SUM), torch.bfloat16)
+
+
 @pytest.mark.parametrize("seam", SEAMS)
-def test_seams(seam, dtype, device):
+def test_seams(seam, device):
     """Two tensors as one, the seam inside a group or between two."""
     *shape, beside = SEAMS[seam]
-    check(*draw(*shape, dtype, device, beside=beside, **SUM), dtype)
+    check(*draw(*shape, torch.float32, device, beside=beside, **SUM), torch.float32)
 
 
 @DTYPES
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("shape", ["few-channels", "even-tiles"])
-def test_forms(shape, form, dtype, device):
-    """Everything that may surround the norm, on chip and over several tiles."""
-    check(*draw(*SHAPES[shape], dtype, device, **FORMS[form]), dtype)
+def test_forms(form, dtype, device):
+    """Everything that may surround the norm, on chip."""
+    check(*draw(*SHAPES["few-channels"], dtype, device, **FORMS[form]), dtype)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_over_tiles(form, device):
+    """The same over several tiles, in the type that hides least."""
+    check(*draw(*SHAPES["even-tiles"], torch.float32, device, **FORMS[form]), torch.float32)
 
 
 @pytest.mark.parametrize("resample", ["down", "up"])
 @pytest.mark.parametrize(
     "shape",
-    [((1, 768, 2, 2), 32), ((2, 192, 4, 2), 32), ((1, 24, 6, 6), 6), ((1, 128, 34, 2), 32)],
+    [((1, 768, 2, 2), 32), ((2, 192, 4, 2), 32), ((1, 24, 6, 6), 6), ((1, 32, 34, 2), 8)],
     ids=["one-block", "upright", "six-wide", "long"],
 )
 def test_resampling(shape, resample, device):
@@ -259,16 +268,21 @@ def test_bad_arguments(form, bad, message):
         group_norm(**tensors, **options | bad)
 
 
-def test_beside_has_to_fit(device):
-    tensors, options = draw((2, 24, 6, 4), 6, torch.float32, device, beside=8)
+def test_parts_have_to_fit(device):
+    form = {**SUM, "add": True, "film": True, "beside": 8}
+    tensors, options = draw((2, 24, 6, 4), 6, torch.float32, device, **form)
     right = tensors["beside"]
-    for beside, message in (
-        (right.half(), "beside is torch.float16"),
-        (right[..., :2], r"beside is .* \(2, 8, 6, 2\)"),
-        (right[:1], r"beside is .* \(1, 8, 6, 4\)"),
+    for name, value, message in (
+        ("beside", right.half(), "beside is torch.float16: must be torch.float32"),
+        ("beside", right[..., :2], r"beside is \(2, 8, 6, 2\): must be \(2, 8, 6, 4\)"),
+        ("beside", right[:1], r"beside is \(1, 8, 6, 4\): must be"),
+        ("residual", right, r"residual is \(2, 8, 6, 4\): must be \(2, 16, 6, 4\)"),
+        ("x_bias", tensors["bias"], r"x_bias is \(24,\): must be \(16,\)"),
+        ("add", tensors["add"][:1], r"add is \(1, 24\): must be \(2, 24\)"),
+        ("shift", None, "scale and shift come together"),
     ):
         with pytest.raises(ValueError, match=message):
-            group_norm(**tensors | {"beside": beside}, **options)
+            group_norm(**tensors | {name: value}, **options)
     with pytest.raises(ValueError, match="neither dropout nor beside"):
         group_norm(**tensors, **options, resample="up")
 
@@ -304,6 +318,18 @@ def test_large_mean(device):
         with forced("triton"):
             out = group_norm(**tensors, **options)
         assert relative(out.y, ref.y) < 1e-4
+
+
+@pytest.mark.parametrize("shape", ["few-channels", "even-tiles"])
+def test_the_sum_is_normalised_as_it_was_stored(shape, device):
+    """Rounded: or backward, which has nothing else, would take another input than forward."""
+    tensors, options = draw(*SHAPES[shape], torch.bfloat16, device, residual=True)
+    tensors["x"] += 100
+    with forced("triton"):
+        out = group_norm(**tensors, **options)
+        del tensors["residual"]
+        again = group_norm(**tensors | {"x": out.h}, **options)
+    assert torch.equal(out.y, again.y)
 
 
 EVERYTHING = {
@@ -381,7 +407,7 @@ def seen(form, device, frozen=()):
 
     Every output has an incoming gradient.
     """
-    tensors, options = draw((2, 24, 6, 4), 6, torch.float32, device, **form)
+    tensors, options = draw((2, 24, 6, 6), 6, torch.float32, device, **form)
     options["seed"] = torch.tensor([3, 4], device=device)
     leaves = {k: v.requires_grad_(k not in frozen) for k, v in tensors.items()}
     with forced("triton"), Seen() as forward:
@@ -406,13 +432,32 @@ def test_no_pass_but_the_kernels(form, device):
             torch.library.opcheck(*calls[0][:2], test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.parametrize(
+    ("form", "around", "place", "ways"),
+    [
+        ("plain", {}, (24, 6), 2),
+        ("sum", SUM, (24, 6), 2),
+        ("norm2", {"residual": True}, (24, 6), 1),
+        ("plain beside", {"beside": 7}, (17, 7, 6), 1),
+        ("sum down", {**SUM, "resample": "down"}, (24, 6), 1),
+        ("plain up", {"resample": "up"}, (24, 6), 1),
+    ],
+)
+def test_bytes_moved(form, around, place, ways, device):
+    """All the activations that an operator takes and gives, once."""
+    for backward, ((_, args, outs),) in enumerate(seen(around, device)[:ways]):
+        activations = [v for v in (*args, *outs) if isinstance(v, torch.Tensor) and v.dim() == 4]
+        moved = bytes_moved(form, place, 2, 4, bool(backward))
+        assert moved == sum(v.numel() * 4 for v in activations)
+
+
 def test_a_frozen_norm(device):
     """Does no work for the gradients of its parameters."""
     form = {**SUM, "film": True, "add": True}
     parameters = ("weight", "bias", "x_bias", "add", "scale", "shift")
     for frozen, sizes in (((), [24, 48, 48, 48, 48]), (parameters, [0] * 5)):
         ((_, _, (dx, dbeside, *rest)),) = seen(form, device, frozen)[1]
-        assert dx.shape == (2, 24, 6, 4) and not len(dbeside)
+        assert dx.shape == (2, 24, 6, 6) and not len(dbeside)
         assert [v.numel() for v in rest] == sizes
 
 

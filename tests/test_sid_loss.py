@@ -311,3 +311,10 @@ def test_registration_is_sound(device, op):
         "fake_score_loss": (leaves[1], noise, y, sigma, kept, DATA),
     }[op]
     torch.library.opcheck(getattr(torch.ops.sid_fast, op).default, arguments)
+
+
+def test_floors_are_those_counted_by_hand():
+    """Of the generator, 10 numbers: F_φ, F_ψ and their gradients in 16 bit; x_t, y, y's in 32."""
+    assert module.bytes_moved(10, "generator_loss", 2) == 10 * (4 * 2 + 3 * 4)
+    # r, f, e and d 7, their three sums 5; then 7 again, 2 divisions by w, and 3 + 3 + 1.
+    assert module.flop(10, "generator_loss") == 10 * (7 + 5 + 7 + 2 + 7)

@@ -78,7 +78,7 @@ def command(config: type, run: Callable[[Any, set[str]], None], kind: str | None
     """
     hints = typing.get_type_hints(config)
     fields = {f.name: f for f in dataclasses.fields(config)}
-    names = [n for c in config.__mro__ for n in inspect.get_annotations(c)]
+    names = dict.fromkeys(n for c in config.__mro__ for n in inspect.get_annotations(c))
     params: list[click.Parameter] = [_option(fields[n], hints[n]) for n in names if n != "preset"]
     if kind:
         known = ", ".join(presets(kind))

@@ -7,6 +7,7 @@ read by the host, a mask, a size taken from data) raises here, as it would break
 
 import contextlib
 import dataclasses
+import gc
 import math
 import warnings
 import weakref
@@ -25,16 +26,11 @@ from sid_fast import kernels
 from sid_fast.config.settings import Settings
 from sid_fast.distiller import Distiller
 from sid_fast.draws import draw_round
+from sid_fast.engine.precision import TYPES
 from sid_fast.networks import EDMNetwork, NetworkConfig
 
 # The forwards an image of an iteration costs: fake step G 1, ψ 3; generator step G 3, φ 2, ψ 2.
 FORWARDS = 11
-DTYPES = {
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
 ALLOCATION = 512  # bytes that torch's allocator rounds to
 
 
@@ -49,6 +45,12 @@ def _attention_flop(qkv_shape, heads, *args, out_shape=None, **kwargs) -> int:
 def _attention_backward_flop(grad_shape, qkv_shape, *args, out_shape=None, **kwargs) -> int:
     """Twice the forward, as of any product; what the kernel recomputes is not counted."""
     return 2 * _attention_flop(qkv_shape, 0)
+
+
+@register_flop_formula(torch.ops.aten.addmm_)
+def _addmm_flop(self_shape, a_shape, b_shape, out_shape=None, **kwargs) -> int:
+    """A product added onto what is there."""
+    return 2 * a_shape[0] * a_shape[1] * b_shape[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,7 @@ KINDS = {
     "convolution_backward": "convolution",
     "mm": "linear",
     "addmm": "linear",
+    "addmm_": "linear",
     "bmm": "attention",
     "baddbmm": "attention",
     "_softmax": "attention",
@@ -210,15 +213,17 @@ def fake(form: str = "triton") -> Iterator[None]:
         yield
 
 
-def forward(config: NetworkConfig, precision: str = "bf16", form: str = "triton") -> list[Op]:
-    """The operations of a forward of one image, with the layers they are in."""
+def forward(
+    config: NetworkConfig, precision: str = "bf16", form: str = "triton", images: int = 1
+) -> list[Op]:
+    """The operations of a forward of so many images, with the layers they are in."""
     with fake(form), torch.no_grad():
         net = EDMNetwork(config).eval()
-        net.compute_dtype = DTYPES[precision]
-        image = torch.empty(1, config.channels, config.resolution, config.resolution)
-        labels = torch.empty(1, config.label_dim) if config.label_dim else None
+        net.compute_in(TYPES[precision])
+        x = torch.empty(images, config.channels, config.resolution, config.resolution)
+        labels = torch.empty(images, config.label_dim) if config.label_dim else None
         with Count(layers=True) as count:
-            net(image, torch.ones(1), labels)
+            net(x, torch.ones(images), labels)
     return count.ops
 
 
@@ -235,25 +240,23 @@ def steps(
     network: NetworkConfig,
     settings: Settings,
     rounds: Iterable[int],
-    precision: str = "bf16",
     form: str = "triton",
-    prepare: Callable[[Distiller], None] = lambda distiller: None,
+    prepare: Callable[..., None] = lambda *nets: None,
 ) -> list[Step]:
     """Count a step of Distiller for every number of images a round.
 
     settings: their batch and micro-batch do not matter. form: of the kernels, "triton" or
-    "reference". prepare: what is to be done to the Distiller first.
+    "reference". prepare: called with teacher, generator and fake score before the first step.
     """
-    settings = dataclasses.replace(settings, batch_size=1, micro_batch=None)
+    kind = {"tf32": "fp32"}.get(settings.precision, settings.precision)  # the same, on any device
+    settings = dataclasses.replace(settings, batch_size=1, micro_batch=None, precision=kind)
     found = []
     with fake(form), Count() as count:
         # A fake teacher has no values to take a digest of.
         with mock.patch("sid_fast.distiller.digest", return_value=None):
             distiller = Distiller(EDMNetwork(network), settings)
-        nets = distiller.teacher, distiller.generator, distiller.fake_score
-        for net in nets:
-            net.compute_dtype = DTYPES[precision]
-        prepare(distiller)
+        prepare(distiller.teacher, distiller.generator, distiller.fake_score)
+        gc.collect()  # the float32 teacher, where a copy in another type has taken its place
         for kind, tensors in _resident(distiller).items():
             count.call(kind, *tensors)
         for n in rounds:
@@ -277,4 +280,5 @@ def _resident(distiller: Distiller) -> dict[str, list[torch.Tensor]]:
         "gradients": [p.grad for o in optimizers for p in o.params],
         "optimiser": [v for o in optimizers for v in (*o.exp_avg, *o.exp_avg_sq)],
         "average": list(distiller.ema.state_dict().values()),
+        "copies": [v for o in optimizers for v in o.shadow or () if v is not None],
     }

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 FEW = 4  # rounds up to which a step is one graph
 
 
-def usable(choice: str, device: torch.device, sharded: bool = False) -> tuple[bool, str]:
+def usable(
+    choice: str, device: torch.device, recompute: bool = False, sharded: bool = False
+) -> tuple[bool, str]:
     """What --cuda-graph (auto, on or off) comes to, and a line on why not, if it was auto.
 
     Raises UserError for an unknown choice, and for `on` where there can be none.
@@ -27,9 +29,15 @@ def usable(choice: str, device: torch.device, sharded: bool = False) -> tuple[bo
         reason = f"there are none on {device}"
     elif sharded:
         reason = "weights are gathered and freed while a step runs"
+    elif recompute:
+        reason = "blocks that run again set back the state of random numbers from the host"
     if choice == "on" and reason:
         raise UserError(f"cuda-graph=on cannot be: {reason}; use auto")
-    note = f"CUDA graphs are off: {reason}" if choice == "auto" and sharded else ""
+    note = (
+        f"CUDA graphs are off: {reason}"
+        if choice == "auto" and device.type == "cuda" and reason
+        else ""
+    )
     return choice != "off" and not reason, note
 
 

@@ -91,7 +91,23 @@ def normalise(norm: nn.Module, x: Sum, **around) -> kernels.Normed:
 def convolve(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The convolution alone: no bias, no resampling."""
     weight = weight_of(conv, x.dtype)
+    if not weight.requires_grad:
+        return _FrozenConv.apply(x, weight)
     return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+
+class _FrozenConv(torch.autograd.Function):
+    """A convolution whose weight takes no gradient; PyTorch's would keep its input for one."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        return F.conv_transpose2d(grad, weight, padding=weight.shape[-1] // 2), None
 
 
 def condition(affine: nn.Module, embedding: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,66 @@
+"""Write PLAN.md: what every preset would take of five machines, without a GPU.
+
+python -m benchmarks.plan
+"""
+
+from pathlib import Path
+
+from sid_fast import plan
+from sid_fast.config.cli import presets
+from sid_fast.config.settings import Settings, part
+from sid_fast.files.atomic import atomic_path
+from sid_fast.files.download import TEACHERS
+from sid_fast.train import TrainConfig
+
+MACHINES = ((1, "rtx4090"), (1, "h100"), (1, "h200"), (8, "h100"), (64, "h100"))
+PRECISION = "bf16"
+HEAD = f"""# What a run takes, planned
+
+**Estimates, all of them: nothing here was measured.** Made by `python -m benchmarks.plan`; each
+block is what `python -m sid_fast.train --preset NAME --plan --gpus N --card CARD` prints, which
+takes other precisions, sizes, rates and MFU too.
+
+- Memory is counted: a step of the real network runs on tensors without values ({PRECISION}, Triton
+  kernels, rounds of 1 and 2 images), and what is alive at its peak is linear in the images. On top
+  comes one allowance of {plan.ALLOWANCE // plan.GIB} GiB for the CUDA context, cuDNN's workspaces
+  and what the allocator cannot use.
+- FLOP are counted in the same step, 2 a multiply-add.
+- Time is FLOP over an **assumed** MFU of {plan.PlanOptions.mfu:.0%} of the card's matrix rate, and
+  what communication the backward cannot hide, at an **assumed** {plan.LINKS["inside a node"]:.0f}
+  GB/s a GPU inside a node of {plan.NODE}, {plan.LINKS["between nodes"]:.0f} between nodes.
+"""
+COLUMNS = (
+    "preset", "machine", "micro-batch x rounds", "GiB a GPU (ddp / fsdp)", "TFLOP a step",
+    "ms a step", "GB sent", "ms waited for it", "img/s", "days",
+)  # fmt: skip
+
+
+def main() -> None:
+    parts, rows = [], []
+    for name in TEACHERS:
+        config = TrainConfig(**presets("train")[name])
+        config.precision = PRECISION
+        settings, network = part(config, Settings), TEACHERS[name].network
+        print(f"counting {name}", flush=True)
+        found = plan.counts(network, settings)
+        parts.append(f"## {name}\n")
+        for gpus, card in MACHINES:
+            options = plan.PlanOptions(gpus=gpus, card=card)
+            shown = plan.text(name, network, found, settings, config.kimg, options)
+            parts.append(f"```\n{shown}\n```\n")
+            p = plan.plan(found, settings, config.kimg, options)
+            size = [m.total() / plan.GIB for m in p.memory.values()]
+            rows.append(
+                f"| {name} | {gpus} x {card}, {plan.memory_of(options)} GiB "
+                f"| {p.micro_batch} x {p.rounds} | {' / '.join(f'{s:.1f}' for s in size)} "
+                f"| {p.flop / 1e12:,.0f} | {(p.compute + p.exposed) * 1e3:,.0f} "
+                f"| {p.traffic / 1e9:.2f} | {p.exposed * 1e3:.0f} | {p.images_per_second:,.0f} "
+                f"| {p.days:.1f} |"
+            )
+    table = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *rows]
+    with atomic_path(Path(__file__).with_name("PLAN.md")) as temporary:
+        temporary.write_text("\n".join([HEAD, *table, "", *parts]), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Counted FLOP, bytes and floor of every layer and of the whole step, without a GPU.
+
+python -m benchmarks.roofline --preset cifar10-uncond --card h200
+
+The floor of an operation is the longer of its FLOP at the card's matrix rate and its bytes at the
+card's bandwidth, every operation on its own reading its inputs and writing its outputs once. It is
+an estimate of the least time, not a measurement.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from benchmarks.record import RESULTS, Record
+from sid_fast.config import cli
+from sid_fast.config.cli import presets
+from sid_fast.config.settings import Settings, option, part
+from sid_fast.engine import cost
+from sid_fast.engine.cards import Card, card
+from sid_fast.engine.precision import TYPES
+from sid_fast.errors import UserError
+from sid_fast.files.atomic import atomic_path
+from sid_fast.plan import network_of
+from sid_fast.train import TrainConfig
+
+COLOURS = {
+    kind: matplotlib.colormaps["tab10"](i)
+    for i, kind in enumerate(
+        ("convolution", "attention", "linear", "group norm", "pointwise", "resampling", "update")
+    )
+}
+
+
+@dataclasses.dataclass
+class Options:
+    preset: str | None = None
+    card: str = option("h200", "the GPU to reckon with: rtx4090, a100, h100 or h200")
+    precision: str = option("bf16", "fp32, tf32, bf16 or fp16")
+    images: int = option(64, "images a round", 1, 2**16)
+    kernels: str = option("triton", "triton, or reference for PyTorch's own forms")
+    out: str | None = option(None, "folder of the result; default: benchmarks/results/roofline")
+
+
+def floor(op: cost.Op, card: Card, precision: str) -> tuple[float, str]:
+    """The least seconds of an operation, and which of compute and memory bounds it."""
+    compute = op.flops / (card.tflops[precision] * 1e12)
+    memory = op.nbytes / (card.bandwidth * 1e12)
+    return max(compute, memory), "compute" if compute > memory else "memory"
+
+
+def rows(scope: str, ops: Iterable[cost.Op], card: Card, precision: str) -> list[dict]:
+    """A row for every layer and kind of operation, in the order in which they first run."""
+    groups: dict[tuple[str, str], list[cost.Op]] = {}
+    for op in ops:
+        groups.setdefault((op.layer.removeprefix("EDMNetwork."), op.kind), []).append(op)
+    found = []
+    for (layer, kind), members in groups.items():
+        floors = [floor(op, card, precision) for op in members]
+        longest = max(floors)
+        found.append(
+            {
+                "scope": scope,
+                "layer": layer,
+                "kind": kind,
+                "calls": len(members),
+                "gflop": sum(op.flops for op in members) / 1e9,
+                "mb": sum(op.nbytes for op in members) / 1e6,
+                "floor_us": sum(seconds for seconds, _ in floors) * 1e6,
+                "bound": longest[1],
+            }
+        )
+    return found
+
+
+def show(title: str, table: list[dict], images: int) -> None:
+    total = sum(row["floor_us"] for row in table)
+    print(
+        f"\n{title}\n{'layer':34} {'kind':12} calls      GFLOP        MB  FLOP/B  floor us      %"
+    )
+    for row in [*table, {"layer": "sum", "kind": "", "bound": "", **_sum(table)}]:
+        intensity = row["gflop"] * 1e3 / row["mb"] if row["mb"] else 0
+        print(
+            f"{row['layer'].removeprefix('model.'):34} {row['kind']:12} {row['calls']:5} "
+            f"{row['gflop']:10.2f} {row['mb']:9.1f} {intensity:7.1f} {row['floor_us']:9.1f} "
+            f"{100 * row['floor_us'] / total:6.1f} {row['bound']}"
+        )
+
+
+def _sum(table: list[dict]) -> dict:
+    return {k: sum(row[k] for row in table) for k in ("calls", "gflop", "mb", "floor_us")}
+
+
+def draw(path: Path, title: str, layers: list[dict], step: list[dict], card: Card, rate: float):
+    """Left: the layers of a forward under the card's roof. Right: the step's floor by kind."""
+    figure = Figure(figsize=(13, 5), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.4, 1))
+    figure.suptitle(title)
+    points = [row for row in layers if row["gflop"] > 1e-3]
+    total = sum(row["floor_us"] for row in layers)
+    for kind in dict.fromkeys(row["kind"] for row in points):
+        chosen = [row for row in points if row["kind"] == kind]
+        left.scatter(
+            [row["gflop"] * 1e3 / row["mb"] for row in chosen],
+            [row["gflop"] * 1e3 / row["floor_us"] for row in chosen],
+            [12 + 4000 * row["floor_us"] / total for row in chosen],
+            color=COLOURS[kind],
+            alpha=0.5,
+            label=kind,
+        )
+    ridge = rate / card.bandwidth
+    left.plot([1, ridge, 1e4], [card.bandwidth, rate, rate], color="black", linewidth=1)
+    left.annotate(
+        f"{card.bandwidth:g} TB/s", (ridge / 12, rate / 12), xytext=(-62, 2),
+        textcoords="offset points",
+    )  # fmt: skip
+    left.annotate(f"{rate:g} TFLOP/s", (ridge, rate), xytext=(6, 6), textcoords="offset points")
+    left.set(
+        xscale="log", yscale="log", xlim=(1, 1e4), ylim=(rate / 2000, rate * 2),
+        xlabel="FLOP a byte", ylabel="TFLOP/s at the floor",
+        title="layers of a forward; area is their part of its floor",
+    )  # fmt: skip
+    left.grid(alpha=0.3)
+    left.legend(loc="lower right", markerscale=0.6)
+    ordered = sorted(step, key=lambda row: row["floor_us"])
+    values = [row["floor_us"] / 1e3 for row in ordered]
+    bars = right.barh(
+        [row["kind"] for row in ordered], values, color=[COLOURS[row["kind"]] for row in ordered]
+    )
+    labels = [f" {v:.3g} ms, {v / sum(values):.0%}" for v in values]
+    right.bar_label(bars, labels)
+    right.set(xlabel="ms", title="floor of the whole step, by kind", xlim=(0, 1.35 * max(values)))
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def run(options: Options, given: set[str]) -> None:
+    known = presets("train")
+    if not options.preset:
+        raise UserError(f"preset is missing: --preset with one of {', '.join(known)}")
+    if options.precision not in TYPES:
+        choices = ", ".join(TYPES)
+        raise UserError(f"precision={options.precision!r} is unknown: choose from {choices}")
+    chosen, precision, images = card(options.card), options.precision, options.images
+    config = TrainConfig(**known[options.preset])
+    network, settings = network_of(config.teacher), part(config, Settings)
+    print(
+        f"{options.preset}: {network}; {precision}, rounds of {images}, {options.kernels} kernels"
+    )
+    print(f"ESTIMATE for {options.card}: {chosen.tflops[precision]:g} TFLOP/s, ", end="")
+    print(f"{chosen.bandwidth:g} TB/s ({chosen.source})")
+
+    forward = cost.forward(network, precision, options.kernels, images)
+    layers = rows("forward", forward, chosen, precision)
+    show("a forward, layer by layer", layers, images)
+    settings = dataclasses.replace(settings, precision=precision)
+    (step,) = cost.steps(network, settings, [images], options.kernels)
+    kinds = rows("step", step.ops, chosen, precision)
+    show("the whole step", kinds, images)
+    floor_s = sum(row["floor_us"] for row in kinds) / 1e6
+    flop = sum(op.flops for op in step.ops)
+    mfu = flop / floor_s / (chosen.tflops[precision] * 1e12)
+    print(
+        f"\nestimate: a round of {images} takes at least {floor_s * 1e3:.2f} ms "
+        f"({images / floor_s:,.0f} img/s, MFU {mfu:.0%}); compute alone "
+        f"{flop / chosen.tflops[precision] / 1e9:.2f} ms"
+    )
+
+    folder = Path(options.out) if options.out else RESULTS / "roofline"
+    name = f"{options.preset}-{options.card}-{precision}"
+    record = Record(
+        folder / f"{name}.json",
+        "roofline",
+        device=f"estimate for {options.card}",
+        preset=options.preset,
+        precision=precision,
+        images=images,
+        kernels=options.kernels,
+        floor_ms=floor_s * 1e3,
+        flop=flop,
+    )
+    record.extend(layers + kinds)
+    title = f"{options.preset}, {precision}, {images} images: estimate for {options.card}, counted"
+    draw(folder / f"{name}.png", title, layers, kinds, chosen, chosen.tflops[precision])
+    print(f"kept as {folder / name}.json, .csv, .png")
+
+
+main = cli.command(Options, run, "train", __doc__)
+
+if __name__ == "__main__":
+    cli.main(main, "benchmarks.roofline")

@@ -1,0 +1,86 @@
+"""The report holds every figure with where it comes from; a regression is one beyond its spread."""
+
+import re
+
+import pytest
+from test_record import ROW
+
+from benchmarks import record, report
+
+
+def ms(low, middle, high):
+    return {"p20": low, "p50": middle, "p80": high}
+
+
+def kernels(path, device="NVIDIA H200", **times):
+    result = record.Record(path, "kernels", device=device)
+    for shape, spread in times.items():
+        result.add(**ROW | {"shape": shape, "ms": spread})
+    return path
+
+
+@pytest.fixture
+def results(tmp_path):
+    kernels(tmp_path / "results" / "h200" / "kernels.json", a=ms(1, 1.234, 2), b=ms(2, 3, 4))
+    train = record.Record(tmp_path / "results" / "h200" / "train.json", "train", device="NVIDIA X")
+    for variant, rate in (("published", 10.0), ("ours", 5678.0)):
+        for micro in (8, 16):
+            train.add(
+                preset="cifar10-uncond", variant=variant, micro_batch=micro, ms=ms(1, 2, 3),
+                it_s=1.0, img_s=rate * micro, mfu=0.5, peak_allocated=1.0, peak_reserved=None,
+                host_ms=0.1,
+            )  # fmt: skip
+    return tmp_path / "results"
+
+
+def test_every_figure_stands_with_its_device_date_and_commit(results, capsys):
+    assert report.main(["--results", str(results)]) == 0
+    text = (results.parent / "README.md").read_text("utf-8")
+    for path in results.rglob("*.json"):
+        found = record.read(path)
+        heading = next(line for line in text.splitlines() if found["device"] in line)
+        assert found["commit"] in heading and found["date"][:10] in heading
+    assert "1.23" in text and "90,848" in text  # a median, and 5678·16 img/s
+    assert "peak_reserved" not in text  # nowhere measured
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert len(pictures) == 3
+    for picture in pictures:
+        assert (results.parent / picture).stat().st_size > 5000
+    assert "No measured result" not in text
+
+
+def test_a_report_of_estimates_alone_says_so(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "config.json").write_text('{"alpha": 1.2}')  # of a run, not a result
+    assert report.main(["--results", str(tmp_path / "results")]) == 0
+    assert "No measured result is committed yet" in (tmp_path / "README.md").read_text()
+
+
+def test_slower_is_slower_beyond_both_spreads(tmp_path, capsys):
+    old = kernels(
+        tmp_path / "old.json",
+        a=ms(1, 1.1, 1.2),
+        b=ms(1, 1.1, 1.2),
+        c=ms(1, 1.1, 1.2),
+        d=ms(1, 1, 1),
+    )
+    new = kernels(
+        tmp_path / "new.json", a=ms(1.19, 2, 3), b=ms(1.3, 1.4, 1.5), c=ms(0.5, 0.6, 0.7)
+    )  # fmt: skip
+    assert report.main(["--compare", str(old), str(new)]) == 1
+    shown = capsys.readouterr().out
+    assert "slower  group_norm b" in shown and "x1.27" in shown
+    assert "faster  group_norm c" in shown and "missing group_norm d" in shown
+    assert "group_norm a" not in shown  # the spreads touch
+    assert "3 rows compared: 1 slower, 1 faster" in shown
+    assert report.main(["--compare", str(old), str(old)]) == 0
+
+
+def test_two_devices_do_not_compare(tmp_path, capsys):
+    old = kernels(tmp_path / "old.json", a=ms(1, 1, 1))
+    new = kernels(tmp_path / "new.json", device="CPU", a=ms(1, 1, 1))
+    assert report.main(["--compare", str(old), str(new)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "NVIDIA H200" in error and "CPU" in error
+    assert report.main(["--compare", str(old), str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err
