@@ -5,7 +5,7 @@
 On a GPU a call is timed as a CUDA graph with its data out of the cache, so that a figure is the
 device's time alone. Rivals: `eager`, the same operation in plain PyTorch; `compile`, that through
 torch.compile; SDPA's backends for attention, with what it takes to read our qkv and to give its
-gradient back; `fused Adam`, torch's, with the clean-up, average and 16-bit copy around it in foreach
+gradient back; `fused Adam`, torch's, with clean-up, average and 16-bit copy around it in foreach
 calls; `apex`, where NVIDIA's is installed. `triton` and `cuda` are ours. The floor is the counted
 bytes at the copy bandwidth, or FLOP at the matrix rate, that the same run measures.
 """
@@ -31,7 +31,7 @@ from sid_fast.config.settings import option
 from sid_fast.engine import parallel
 from sid_fast.errors import UserError
 from sid_fast.files.download import TEACHERS
-from sid_fast.kernels import _apex, compile, dispatch
+from sid_fast.kernels import Normed, _apex, compile, dispatch
 from sid_fast.kernels._triton import INTERPRETED
 from sid_fast.networks import EDMNetwork, NetworkConfig
 
@@ -49,9 +49,8 @@ REPEATS = 30
 class Case:
     """An operation at a shape.
 
-    forms: by provider, a function that makes what is to be timed, so that its tensors are there
-    only while it is; differentiable: call(inputs) -> outputs, timed forward and backward, rather
-    than call() alone. nbytes and flop: what forward and backward take.
+    forms: by provider, inputs -> outputs, timed forward and, where it is differentiable, backward;
+    of adam_ema, inputs -> the function to be timed. nbytes, flop: of forward and of backward.
     """
 
     name: str
@@ -132,6 +131,7 @@ def group_norm_case(form: str, place: tuple[int, ...], dtype: str, fill: bool, d
     for name in {"add": ("add",), "film": ("add", "scale", "shift")}.get(parts[-1], ()):
         makers[name] = (n, total)
     names = (*makers, "weight", "bias")
+    arriving = group_norm._arguments(form, backward=True)
 
     def inputs():
         found = []
@@ -149,8 +149,7 @@ def group_norm_case(form: str, place: tuple[int, ...], dtype: str, fill: bool, d
         around = {"silu": silu, "dropout": dropout, "resample": resample, **given}
         scale = 0.5**0.5 if "residual" in given else 1.0
         out = function(x, weight, bias, 32, 1e-6, x_scale=scale, **around)
-        used = [out.y] + [out.h] * ("residual" in given and not resample)
-        return [*used, *(v for v in (out.resampled,) if v is not None)]
+        return [getattr(out, name) for name in Normed._fields if f"{name}_grad" in arriving]
 
     forms = against(
         "group_norm",
@@ -209,14 +208,16 @@ def attention_cases(dtypes, fill, device) -> Iterator[Case]:
         )
         if device.type == "cuda":
             forms |= {name: functools.partial(backend, b) for name, b in BACKENDS.items()}
-        elements = n * heads * size * pixels
-        product = 2 * elements * pixels
+        of = n, heads, size, pixels
         yield Case(
-            "attention", f"{n}x{heads}x{size} N={pixels}", dtype, inputs, forms,
-            # Backward reads qkv, out and its gradient; two products forward, five backward.
-            (4 * elements * kind.itemsize, 8 * elements * kind.itemsize),
-            (2 * product, 5 * product),
-        )  # fmt: skip
+            "attention",
+            f"{n}x{heads}x{size} N={pixels}",
+            dtype,
+            inputs,
+            forms,
+            tuple(attention.bytes_moved(*of, kind.itemsize, b) for b in (False, True)),
+            tuple(attention.flop(*of, b) for b in (False, True)),
+        )
 
 
 def sid_loss_cases(dtypes, fill, device) -> Iterator[Case]:
@@ -271,10 +272,10 @@ def augment_cases(dtypes, fill, device) -> Iterator[Case]:
             functools.partial(call, augment.augment),
             functools.partial(call, augment.augment_ref),
         )
-        moved = 2 * 4 * n * 3 * side**2, 0
-        yield Case(
-            "augment", f"{n}x3@{side}x{side}", "fp32", inputs, forms, moved, differentiable=False
-        )
+        shape = f"{n}x3@{side}x{side}"
+        moved = augment.bytes_moved(n * 3 * side**2), 0
+        flop = augment.flop(n, 3, side, side), 0
+        yield Case("augment", shape, "fp32", inputs, forms, moved, flop, differentiable=False)
 
 
 def fused_adam(params, grads, squares, ema, shadow):

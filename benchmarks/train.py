@@ -34,10 +34,9 @@ from sid_fast.config.settings import Settings, option
 from sid_fast.distiller import Distiller
 from sid_fast.engine import parallel, precision
 from sid_fast.errors import UserError
-from sid_fast.files.download import TEACHERS
-from sid_fast.files.network import load_network
 from sid_fast.kernels.adam_ema import library
 from sid_fast.networks import EDMNetwork, NetworkConfig
+from sid_fast.plan import network_of
 
 FORWARDS = 11  # an image of a step costs; fake step G 1, ψ 3; generator step G 3, φ 2, ψ 2
 
@@ -64,10 +63,8 @@ class Variant:
         return self.options.get("cuda_graph", False)
 
 
-def but(operation: str) -> Variant:
-    return Variant(
-        kernels=dict.fromkeys(kernels.dispatch.FORMS, "triton") | {operation: "reference"}
-    )
+def but(operation: str, form: str = "reference") -> Variant:
+    return Variant(kernels=dict.fromkeys(kernels.dispatch.FORMS, "triton") | {operation: form})
 
 
 def plain(dtype: str) -> Variant:
@@ -211,7 +208,7 @@ class Bench:
         fields = {f.name for f in dataclasses.fields(Settings)}
         settings = Settings(**{k: v for k, v in values.items() if k in fields})
         settings = dataclasses.replace(settings, batch_size=micro_batch, micro_batch=None)
-        config = config_of(preset)
+        config = network_of(values["teacher"])
         self.keys = {"preset": preset, "micro_batch": micro_batch}
         self.flop = FORWARDS * flop * micro_batch
         alive: dict[str, Running] = {}
@@ -314,13 +311,6 @@ def line(row: dict) -> str:
     )
 
 
-def config_of(preset: str) -> NetworkConfig:
-    """The network of a preset's teacher; a published one's without its file."""
-    teacher = presets("train")[preset]["teacher"]
-    known = TEACHERS.get(teacher)
-    return known.network if known else load_network(teacher).config
-
-
 def chosen(names: str, known: dict, what: str) -> list[str]:
     """The names of a list with commas between; UserError for one that is not known."""
     found = [name.strip() for name in names.split(",") if name.strip()]
@@ -348,7 +338,7 @@ def run(options: Options, given: set[str]) -> None:
     print(HEAD)
     bench = Bench(record, options, device, end)
     for preset in names:
-        flop = forward_flop(config_of(preset))
+        flop = forward_flop(network_of(known[preset]["teacher"]))
         for micro_batch in batches:
             if time.monotonic() > end or not bench.run(preset, micro_batch, variants, flop):
                 break
