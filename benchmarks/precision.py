@@ -1,0 +1,81 @@
+"""Short digits runs in float32 and in 16 bit, over seeds: do their distances fall together?
+
+    python -m benchmarks.precision
+
+On a CPU 16 bit is emulated for the most part and takes about twenty times as long. Keeps
+results/precision/digits.json and .png.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from sid_fast import Distiller, Settings, load_network
+from sid_fast.draws import gallery
+from sid_fast.evaluation.pixels import NAME, PixelDistance
+from sid_fast.files.atomic import atomic_path
+from sid_fast.files.digits import open_dataset
+from sid_fast.files.images import to_uint8
+
+RESULTS = Path(__file__).parent / "results" / "precision"
+PRECISIONS, SEEDS = ("fp32", "bf16", "fp16"), (0, 1, 2)
+STEPS, EVERY, IMAGES = 96, 16, 500
+SETTINGS = dict(
+    batch_size=32, fake_lr=4e-4, generator_lr=1.5e-4, ema_halflife_kimg=0.5, ema_rampup_ratio=0.1
+)
+
+
+def curve(precision: str, seed: int, measure: PixelDistance) -> list[float]:
+    """Distances of the average's images at the start and after every EVERY steps."""
+    trainer = Distiller(
+        load_network("digits"), Settings(precision=precision, **SETTINGS), seed=seed
+    )
+    trainer.ema.compute_dtype = torch.float32  # the weights are compared, not how they are run
+    z, labels = gallery(trainer.ema.config, 0, IMAGES)
+    sigma = torch.full((IMAGES,), trainer.settings.init_sigma)
+
+    @torch.no_grad()
+    def distance() -> float:
+        return measure(to_uint8(trainer.ema(z * sigma[0], sigma, labels)))
+
+    found = [distance()]
+    for step in tqdm(range(1, STEPS + 1), desc=f"{precision}, seed {seed}"):
+        metrics = trainer.step()
+        assert not metrics["generator/skipped"] and not metrics["fake/skipped"]
+        if step % EVERY == 0:
+            found.append(distance())
+    return found
+
+
+def draw(curves: dict[str, list[list[float]]]) -> None:
+    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    kimg = [i * EVERY * SETTINGS["batch_size"] / 1000 for i in range(STEPS // EVERY + 1)]
+    for colour, (precision, runs) in zip(("black", "tab:blue", "tab:red"), curves.items()):  # noqa: B905
+        for i, run in enumerate(runs):
+            axes.plot(kimg, run, color=colour, alpha=0.7, label=None if i else precision)
+    axes.set(xlabel="kimg", ylabel=NAME, yscale="log", title=f"digits, {len(SEEDS)} seeds each")
+    axes.grid(which="both", alpha=0.3)
+    axes.legend()
+    with atomic_path(RESULTS / "digits.png") as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def main() -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    measure = PixelDistance(open_dataset("digits"))
+    curves: dict[str, list[list[float]]] = {}
+    for precision in PRECISIONS:
+        for seed in SEEDS:
+            curves.setdefault(precision, []).append(curve(precision, seed, measure))
+            with atomic_path(RESULTS / "digits.json") as temporary:
+                text = json.dumps({"settings": SETTINGS, "every": EVERY, "distances": curves})
+                temporary.write_text(text + "\n", "utf-8")
+            draw(curves)
+
+
+if __name__ == "__main__":
+    main()
