@@ -72,6 +72,7 @@ class Options:
     seconds: float = option(1e6, "stop after so many; what costs most comes first", 0)
     device: str = option("auto", "auto, cpu or cuda")
     out: str | None = option(None, "the result file; default: benchmarks/results/kernels.json")
+    append: bool = option(False, "keep the rows that the result file has")
 
 
 def ours(operation: str) -> Iterator[str]:
@@ -440,7 +441,12 @@ def run(options: Options, given: set[str]) -> None:
     rivals = {name.strip() for name in options.rivals.split(",") if name.strip()}
     chosen = cases(options, device)
     ceilings = measure.ceilings(device)
-    record = Record(Path(options.out or RESULTS / "kernels.json"), "kernels", ceilings=ceilings)
+    record = Record(
+        Path(options.out or RESULTS / "kernels.json"),
+        "kernels",
+        append=options.append,
+        ceilings=ceilings,
+    )
     print(
         f"{record.head['device']}: {', '.join(f'{k} {v:.3g}' for k, v in ceilings.items())} "
         "(products TFLOP/s, copy TB/s)"

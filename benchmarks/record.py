@@ -73,18 +73,38 @@ class Record:
     """A result file that grows row by row.
 
     path: the .json, below RESULTS to be reported; benchmark: one of FORMS; device: where it ran,
-    by default the GPU if there is one; more goes into the head of the file.
+    by default the GPU if there is one; append: keep the rows that the file has, if it is of the
+    same benchmark, device and commit; more goes into the head of the file.
     """
 
-    def __init__(self, path: Path, benchmark: str, device: str | None = None, **more: Any):
+    def __init__(
+        self,
+        path: Path,
+        benchmark: str,
+        device: str | None = None,
+        append: bool = False,
+        **more: Any,
+    ):
         self.path, self.form = path, FORMS[benchmark]
         self.head = {"benchmark": benchmark, **surroundings(), **more}
         self.head["device"] = device or self.head["device"]
         self.rows: list[dict[str, Any]] = []
         path.parent.mkdir(parents=True, exist_ok=True)
+        if append and path.exists():
+            there = read(path)
+            for name in ("benchmark", "device", "commit"):
+                if there[name] != self.head[name]:
+                    raise UserError(
+                        f"{path} is of {name} {there[name]}, not {self.head[name]}: give another "
+                        "file, or do not append"
+                    )
+            self.rows = there["rows"]
 
     def add(self, **row: Any) -> None:
-        """One row more, on the disk before this returns. ValueError for one of another form."""
+        """One row more, on the disk before this returns, in place of one of the same keys.
+
+        ValueError for one of another form.
+        """
         self.extend([row])
 
     def extend(self, rows: list[dict[str, Any]]) -> None:
@@ -96,7 +116,8 @@ class Record:
             if set(row) != expected or (self.form.timed and tuple(row["ms"]) != PERCENTILES):
                 odd = sorted(set(row) ^ expected) or [f"ms of {', '.join(row['ms'])}"]
                 raise ValueError(f"{self.path}: a row is off by {', '.join(odd)}")
-        self.rows += rows
+        new = [[row[k] for k in self.form.keys] for row in rows]
+        self.rows = [r for r in self.rows if [r[k] for k in self.form.keys] not in new] + rows
         with atomic_path(self.path) as temporary:
             text = ",\n".join(json.dumps(row, ensure_ascii=False) for row in self.rows)
             head = json.dumps(self.head, indent=1, ensure_ascii=False)

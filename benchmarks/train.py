@@ -111,6 +111,7 @@ class Options:
     seconds: float = option(1e6, "set up nothing more after so many", 0)
     device: str = option("auto", "auto, cpu or cuda")
     out: str | None = option(None, "the result file; default: benchmarks/results/train.json")
+    append: bool = option(False, "keep the rows that the result file has")
 
 
 class Running:
@@ -330,7 +331,12 @@ def run(options: Options, given: set[str]) -> None:
     batches = options.micro_batch or tuple(2**i for i in range(3, 11 if cuda else 4))
     torch.backends.cuda.matmul.allow_tf32 = False
     ceilings = measure.ceilings(device)
-    record = Record(Path(options.out or RESULTS / "train.json"), "train", ceilings=ceilings)
+    record = Record(
+        Path(options.out or RESULTS / "train.json"),
+        "train",
+        append=options.append,
+        ceilings=ceilings,
+    )
     print(
         f"{record.head['device']}: {', '.join(f'{k} {v:.3g}' for k, v in ceilings.items())} "
         "(products TFLOP/s, copy TB/s)"
