@@ -42,6 +42,10 @@ class Form:
     figures: tuple[str, ...]
     timed: bool = True
 
+    def key(self, row: dict[str, Any]) -> tuple:
+        """What a row is of."""
+        return tuple(row[name] for name in self.keys)
+
 
 FORMS = {
     "kernels": Form(
@@ -73,8 +77,9 @@ class Record:
     """A result file that grows row by row.
 
     path: the .json, below RESULTS to be reported; benchmark: one of FORMS; device: where it ran,
-    by default the GPU if there is one; append: keep the rows that the file has, if it is of the
-    same benchmark, device and commit; more goes into the head of the file.
+    by default the GPU if there is one; append: keep the rows that the file has, but for those of
+    the same keys as new ones, if it is of the same benchmark, device and commit; more goes into
+    the head of the file.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class Record:
         self.head = {"benchmark": benchmark, **surroundings(), **more}
         self.head["device"] = device or self.head["device"]
         self.rows: list[dict[str, Any]] = []
+        self.old = 0  # of the rows, how many were in the file before
         path.parent.mkdir(parents=True, exist_ok=True)
         if append and path.exists():
             there = read(path)
@@ -98,13 +104,10 @@ class Record:
                         f"{path} is of {name} {there[name]}, not {self.head[name]}: give another "
                         "file, or do not append"
                     )
-            self.rows = there["rows"]
+            self.rows, self.old = there["rows"], len(there["rows"])
 
     def add(self, **row: Any) -> None:
-        """One row more, on the disk before this returns, in place of one of the same keys.
-
-        ValueError for one of another form.
-        """
+        """One row more, on the disk before this returns. ValueError for one of another form."""
         self.extend([row])
 
     def extend(self, rows: list[dict[str, Any]]) -> None:
@@ -116,8 +119,9 @@ class Record:
             if set(row) != expected or (self.form.timed and tuple(row["ms"]) != PERCENTILES):
                 odd = sorted(set(row) ^ expected) or [f"ms of {', '.join(row['ms'])}"]
                 raise ValueError(f"{self.path}: a row is off by {', '.join(odd)}")
-        new = [[row[k] for k in self.form.keys] for row in rows]
-        self.rows = [r for r in self.rows if [r[k] for k in self.form.keys] not in new] + rows
+        new = [self.form.key(row) for row in rows]
+        old = [row for row in self.rows[: self.old] if self.form.key(row) not in new]
+        self.rows, self.old = old + self.rows[self.old :] + rows, len(old)
         with atomic_path(self.path) as temporary:
             text = ",\n".join(json.dumps(row, ensure_ascii=False) for row in self.rows)
             head = json.dumps(self.head, indent=1, ensure_ascii=False)

@@ -252,7 +252,7 @@ def compare(old: Path, new: Path) -> int:
         )
 
     def by_key(result: Result) -> dict[tuple, dict]:
-        return {tuple(row[k] for k in form.keys): row["ms"] for row in timed(result["rows"])}
+        return {form.key(row): row["ms"] for row in timed(result["rows"])}
 
     was, now = by_key(before), by_key(after)
     shared = [key for key in was if key in now]
