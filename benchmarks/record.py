@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import datetime
 import json
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -31,24 +32,31 @@ PERCENTILES = ("p20", "p50", "p80")
 class Form:
     """The columns of a benchmark: keys say what a row is of, figures what was found.
 
-    timed: whether there is "ms" besides, with its percentiles: of a call, or of a whole step in
-    rounds of micro_batch. Memory is in GiB; floor_share is the part of the time that the counted
-    bytes or FLOP would take.
+    timed: whether there is "ms" besides, with its percentiles: of a call, or of a step of one
+    round of micro_batch images. Memory is in GiB; floor_share is the part of the time that the
+    counted bytes or FLOP would take; to_ours is the time as a multiple of that of the variant
+    "ours", measured in turns with it; status is "ok", or why there are no figures: they are null.
     """
 
     keys: tuple[str, ...]
     figures: tuple[str, ...]
     timed: bool = True
 
+    def key(self, row: dict[str, Any]) -> tuple:
+        """What a row is of."""
+        return tuple(row[name] for name in self.keys)
+
 
 FORMS = {
     "kernels": Form(
-        ("name", "shape", "dtype", "provider", "mode"), ("gb_s", "tflop_s", "floor_share")
+        ("name", "shape", "dtype", "provider", "mode"),
+        ("gb_s", "tflop_s", "floor_share", "status"),
     ),
     "train": Form(
         ("preset", "variant", "micro_batch"),
-        ("it_s", "img_s", "mfu", "peak_allocated", "peak_reserved", "host_ms"),
+        ("it_s", "img_s", "mfu", "to_ours", "peak_allocated", "peak_reserved", "host_ms", "status"),
     ),
+    "check": Form(("name",), ("status", "found", "bound", "seconds", "note"), timed=False),
     "evaluation": Form(("stage", "variant"), ("images", "img_s")),
     "roofline": Form(
         ("scope", "layer", "kind"),
@@ -69,15 +77,34 @@ class Record:
     """A result file that grows row by row.
 
     path: the .json, below RESULTS to be reported; benchmark: one of FORMS; device: where it ran,
-    by default the GPU if there is one; more goes into the head of the file.
+    by default the GPU if there is one; append: keep the rows that the file has, but for those of
+    the same keys as new ones, if it is of the same benchmark, device and commit; more goes into
+    the head of the file.
     """
 
-    def __init__(self, path: Path, benchmark: str, device: str | None = None, **more: Any):
+    def __init__(
+        self,
+        path: Path,
+        benchmark: str,
+        device: str | None = None,
+        append: bool = False,
+        **more: Any,
+    ):
         self.path, self.form = path, FORMS[benchmark]
         self.head = {"benchmark": benchmark, **surroundings(), **more}
         self.head["device"] = device or self.head["device"]
         self.rows: list[dict[str, Any]] = []
+        self.old = 0  # of the rows, how many were in the file before
         path.parent.mkdir(parents=True, exist_ok=True)
+        if append and path.exists():
+            there = read(path)
+            for name in ("benchmark", "device", "commit"):
+                if there[name] != self.head[name]:
+                    raise UserError(
+                        f"{path} is of {name} {there[name]}, not {self.head[name]}: give another "
+                        "file, or do not append"
+                    )
+            self.rows, self.old = there["rows"], len(there["rows"])
 
     def add(self, **row: Any) -> None:
         """One row more, on the disk before this returns. ValueError for one of another form."""
@@ -92,7 +119,9 @@ class Record:
             if set(row) != expected or (self.form.timed and tuple(row["ms"]) != PERCENTILES):
                 odd = sorted(set(row) ^ expected) or [f"ms of {', '.join(row['ms'])}"]
                 raise ValueError(f"{self.path}: a row is off by {', '.join(odd)}")
-        self.rows += rows
+        new = [self.form.key(row) for row in rows]
+        old = [row for row in self.rows[: self.old] if self.form.key(row) not in new]
+        self.rows, self.old = old + self.rows[self.old :] + rows, len(old)
         with atomic_path(self.path) as temporary:
             text = ",\n".join(json.dumps(row, ensure_ascii=False) for row in self.rows)
             head = json.dumps(self.head, indent=1, ensure_ascii=False)
@@ -137,7 +166,9 @@ def surroundings() -> dict[str, Any]:
             "cuda": torch.version.cuda,
             **{name: _version(name) for name in packages},
         },
-        "commit": _line("git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"),
+        # A copy of the tree without its history is told which commit it is.
+        "commit": os.environ.get("SID_FAST_COMMIT")
+        or _line("git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 

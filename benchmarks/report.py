@@ -30,6 +30,7 @@ are bars. What is called an estimate was counted, not measured. [PLAN.md](PLAN.m
 would take of which machine, [LOG.md](LOG.md) what was tried.
 """
 TITLES = {
+    "check": "Correctness on the device",
     "train": "Training",
     "kernels": "Kernels",
     "evaluation": "Evaluation",
@@ -73,6 +74,11 @@ def groups(rows: list[dict], *names: str) -> dict[tuple, list[dict]]:
     for row in rows:
         found.setdefault(tuple(row[name] for name in names), []).append(row)
     return found
+
+
+def timed(rows: list[dict]) -> list[dict]:
+    """Those that have a time; the others say why they have none."""
+    return [row for row in rows if row["ms"]["p50"] is not None]
 
 
 def _errors(rows: list[dict]) -> list[list[float]]:
@@ -145,7 +151,7 @@ def _kernels(result: Result, stem: Path) -> tuple[list[str], list[Path]]:
     for (name,), rows in groups(result["rows"], "name").items():
         path = stem.with_name(f"{stem.name}-{name}.png")
         title = f"{name}\n{provenance(result)}"
-        draw_bars(path, title, rows, ("shape", "dtype", "mode"), "provider")
+        draw_bars(path, title, timed(rows), ("shape", "dtype", "mode"), "provider")
         pictures.append(path)
         parts.append(f"**{name}**\n\n{table(rows)}")
     return parts, pictures
@@ -155,9 +161,9 @@ def _train(result: Result, stem: Path) -> tuple[list[str], list[Path]]:
     parts, pictures = [], []
     for (preset,), rows in groups(result["rows"], "preset").items():
         path = stem.with_name(f"{stem.name}-{preset}.png")
-        draw_throughput(path, f"{preset}\n{provenance(result)}", rows)
+        draw_throughput(path, f"{preset}\n{provenance(result)}", timed(rows))
         # Side by side where most variants have run.
-        sizes = groups(rows, "micro_batch")
+        sizes = groups(timed(rows), "micro_batch")
         (size,), shared = max(sizes.items(), key=lambda item: (len(item[1]), item[0]))
         bars = stem.with_name(f"{stem.name}-{preset}-step.png")
         title = f"{preset}, a step in rounds of {size} images\n{provenance(result)}"
@@ -190,7 +196,12 @@ def _roofline(result: Result, stem: Path) -> tuple[list[str], list[Path]]:
     return [text, more], [stem.with_suffix(".png")]  # drawn by benchmarks.roofline
 
 
+def _check(result: Result, stem: Path) -> tuple[list[str], list[Path]]:
+    return [table(result["rows"])], []
+
+
 SECTIONS = {
+    "check": _check,
     "kernels": _kernels,
     "train": _train,
     "evaluation": _evaluation,
@@ -241,7 +252,7 @@ def compare(old: Path, new: Path) -> int:
         )
 
     def by_key(result: Result) -> dict[tuple, dict]:
-        return {tuple(row[k] for k in form.keys): row["ms"] for row in result["rows"]}
+        return {form.key(row): row["ms"] for row in timed(result["rows"])}
 
     was, now = by_key(before), by_key(after)
     shared = [key for key in was if key in now]

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sid_fast import Draw, Settings, noise
 from sid_fast.networks import EDMNetwork
 from sid_fast.networks.layers import QKV
 
@@ -45,3 +46,57 @@ def check_gradients(net: EDMNetwork, data: dict[str, torch.Tensor], prefix: str)
             assert relative(found, expected) <= TOLERANCE, name
         checked += 1
     assert checked > 50
+
+
+def golden_settings(data) -> Settings:
+    return Settings(
+        alpha=float(data["alpha"]),
+        tmax=int(data["tmax"]),
+        init_sigma=float(data["init_sigma"]),
+        fake_lr=float(data["lr"]),
+        generator_lr=float(data["glr"]),
+        fake_beta1=float(data["fake_beta1"]),
+        generator_beta1=float(data["g_beta1"]),
+        beta2=float(data["beta2"]),
+        eps=float(data["eps"]),
+        ema_halflife_kimg=float(data["ema_halflife_kimg"]),
+        ema_rampup_ratio=float(data["ema_rampup_ratio"]),
+        fake_loss_scale=float(data["ls"]),
+        generator_loss_scale=float(data["lsg"]),
+        batch_size=int(data["batch"]),
+        micro_batch=int(data["batch"]) // int(data["accumulation"]),
+    )
+
+
+def golden_draws(data, step: int) -> dict[str, list[Draw]]:
+    def draw(phase: str, i: int) -> Draw:
+        values = {
+            name: data.get(f"step{step}.{phase}.round{i}.{name}")
+            for name in ("z", "rnd_normal", "rand_t", "noise", "class_labels")
+        }
+        sigma = (
+            noise.fake_score_sigma(values["rnd_normal"])
+            if phase == "fake"
+            else noise.generator_sigma(values["rand_t"] * float(data["tmax"]) / 1000)
+        )
+        return Draw(values["z"], sigma, values["noise"], values["class_labels"])
+
+    rounds = range(int(data["accumulation"]))
+    return {
+        "fake": [draw("fake", i) for i in rounds],
+        "generator": [draw("g", i) for i in rounds],
+    }
+
+
+def trajectory_error(data, start, net, name: str) -> float:
+    """‖p − p_golden‖ / ‖p_golden − p_start‖ over all the elements recorded of one network."""
+    error = moved = 0.0
+    state = net.state_dict()  # in the published order
+    for key, p in ((key, state[key]) for key, _ in net.named_parameters()):
+        if (expected := data.get(f"final.{name}.{key}")) is None:
+            expected = data[f"final_head.{name}.{key}"]
+        expected = expected.double().flatten()
+        head = slice(None, len(expected))
+        error += float((p.detach().double().flatten()[head] - expected).square().sum())
+        moved += float((start[key].double().flatten()[head] - expected).square().sum())
+    return (error / moved) ** 0.5

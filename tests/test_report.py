@@ -28,8 +28,16 @@ def results(tmp_path):
             train.add(
                 preset="cifar10-uncond", variant=variant, micro_batch=micro, ms=ms(1, 2, 3),
                 it_s=1.0, img_s=rate * micro, mfu=0.5, peak_allocated=1.0, peak_reserved=None,
-                host_ms=0.1,
+                host_ms=0.1, to_ours=None, status="ok",
             )  # fmt: skip
+    figures = dict.fromkeys(record.FORMS["train"].figures) | {"status": "out of memory"}
+    train.add(
+        preset="cifar10-uncond",
+        variant="skilled",
+        micro_batch=16,
+        ms=ms(None, None, None),
+        **figures,
+    )
     return tmp_path / "results"
 
 
@@ -42,6 +50,7 @@ def test_every_figure_stands_with_its_device_date_and_commit(results, capsys):
         assert found["commit"] in heading and found["date"][:10] in heading
     assert "1.23" in text and "90,848" in text  # a median, and 5678·16 img/s
     assert "peak_reserved" not in text  # nowhere measured
+    assert "| skilled | 16 | out of memory |" in re.sub(r"(\|  )+", "", text)  # and in no picture
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert len(pictures) == 3
     for picture in pictures:

@@ -3,7 +3,6 @@
 import os
 
 import torch
-from platformdirs import user_cache_dir
 from torch import nn
 
 from sid_fast.networks.unet import Block
@@ -15,7 +14,10 @@ VARIANTS = 512
 
 def compile_blocks(*nets: nn.Module, backend: str = "inductor") -> None:
     """Compile the blocks of networks in place; the first calls take minutes, then a cache helps."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", user_cache_dir("sid_fast") + "/inductor")
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        from platformdirs import user_cache_dir  # a bare GPU machine has torch and not this
+
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = user_cache_dir("sid_fast") + "/inductor"
     torch._dynamo.config.recompile_limit = VARIANTS
     torch._dynamo.config.accumulated_recompile_limit = VARIANTS
     for net in nets:

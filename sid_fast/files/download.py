@@ -10,7 +10,6 @@ import urllib.error
 import urllib.request
 from pathlib import Path, PurePosixPath
 
-import platformdirs
 from tqdm import tqdm
 
 from sid_fast.errors import UserError
@@ -96,7 +95,12 @@ def _split_digest(source: str) -> tuple[str, str | None]:
 
 def cache_folder() -> Path:
     """The folder of downloads, made if need be; UserError if it cannot be."""
-    folder = Path(os.environ.get("SID_FAST_CACHE") or platformdirs.user_cache_dir("sid_fast"))
+    folder = os.environ.get("SID_FAST_CACHE")
+    if not folder:
+        import platformdirs  # a bare GPU machine has torch and not this
+
+        folder = platformdirs.user_cache_dir("sid_fast")
+    folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

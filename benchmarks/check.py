@@ -1,0 +1,417 @@
+"""Is what runs on this device the step that was proven elsewhere?
+
+    python -m benchmarks.check
+
+A row a check: `pass`, `fail`, `skip` (and why), or the error it ended in; `found` is never above
+`bound` where it passes. Figures are relative, in norm; of two runs they are the distance of their
+weights over the way they have gone, 0 meaning the same bits. On a CPU the networks are tiny, and
+what needs a GPU is skipped. The exit status is 1 if a check fails.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks import measure
+from benchmarks.record import RESULTS, Record
+from benchmarks.train import network
+from sid_fast import Draw, Settings, load_network
+from sid_fast.config import cli
+from sid_fast.config.settings import option
+from sid_fast.distiller import PHASES, Distiller
+from sid_fast.engine import cost, parallel, precision
+from sid_fast.engine.graphs import Graph, warm_up
+from sid_fast.errors import RunFailed
+from sid_fast.files.download import TEACHERS
+from sid_fast.kernels import dispatch
+from sid_fast.kernels._triton import INTERPRETED
+from sid_fast.networks import NetworkConfig
+from tests.golden import (
+    TRAJECTORY_TOLERANCE,
+    golden_draws,
+    golden_settings,
+    read,
+    trajectory_error,
+)
+
+GOLDEN = Path(os.environ.get("SID_FAST_SHARED", Path(__file__).parents[2] / "shared")) / "golden"
+TINY = NetworkConfig(
+    "ddpmpp", resolution=8, model_channels=16, channel_mult=(1, 2), num_blocks=1,
+    attention_resolutions=(4,), augment_dim=9,
+)  # fmt: skip
+CIFAR10 = TEACHERS["cifar10-uncond"].network
+# ε = 1: an update is then in proportion to its gradient, as a comparison wants it.
+SETTINGS = Settings(batch_size=8, dropout=0.13, augment_p=0.12, eps=1.0, fake_lr=1e-2,
+                    generator_lr=1e-2)  # fmt: skip
+
+
+class Skipped(Exception):
+    """The check cannot be made here; the message says why."""
+
+
+@dataclasses.dataclass
+class Options:
+    only: str = option("", "only the checks with this in their name")
+    steps: int = option(0, "steps of a run; default: 20 on a GPU, 3 on a CPU", 0)
+    device: str = option("auto", "auto, cpu or cuda")
+    out: str | None = option(None, "the result file; default: benchmarks/results/check.json")
+
+
+@dataclasses.dataclass
+class Here:
+    """Where the checks run. A check takes it and returns (found, bound, note)."""
+
+    device: torch.device
+    steps: int
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def kernels(self) -> str:
+        return "triton" if self.cuda or INTERPRETED else "reference"
+
+    def needs_gpu(self) -> None:
+        if not self.cuda:
+            raise Skipped("needs a GPU")
+
+    def distiller(self, kind: str = "fp32", seed: int = 0, **options) -> Distiller:
+        teacher = network(CIFAR10 if self.cuda else TINY, self.device)
+        return Distiller(teacher, dataclasses.replace(SETTINGS, precision=kind), seed, **options)
+
+    def run(self, kind: str = "fp32", **options) -> Distiller:
+        distiller = self.distiller(kind, **options)
+        for _ in range(self.steps):
+            distiller.step()
+        return distiller
+
+
+Check = Callable[[Here], tuple[float, float, str]]
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())
+
+
+def flat(tensors) -> torch.Tensor:
+    return torch.cat([t.detach().double().flatten() for t in tensors])
+
+
+def weights(distiller: Distiller) -> torch.Tensor:
+    nets = distiller.fake_score, distiller.generator, distiller.ema
+    return flat(p for net in nets for p in net.parameters())
+
+
+def apart(found: Distiller, expected: Distiller, start: torch.Tensor) -> float:
+    """How far two runs are apart, over the way they have gone; NaN and a standstill are inf."""
+    a, b = weights(found), weights(expected)
+    gone = float((b - start).norm())
+    distance = float((a - b).norm()) / gone if gone > 0 else torch.inf
+    return distance if distance == distance else torch.inf
+
+
+def network_agrees(here: Here, config: NetworkConfig, kind: str) -> tuple[float, float, str]:
+    """The kernels' form of a network against the plain one: output and all gradients."""
+    if here.kernels == "reference":
+        raise Skipped("needs a GPU, or TRITON_INTERPRET=1")
+    if not here.cuda:
+        config = dataclasses.replace(
+            TINY, architecture=config.architecture, label_dim=config.label_dim,
+            model_channels=64 if config.architecture == "adm" else 16,
+        )  # fmt: skip
+    net = network(config, here.device)
+    rng = torch.Generator(here.device).manual_seed(1)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=rng, device=here.device)
+
+    x = random(4, config.channels, config.resolution, config.resolution)
+    grad = random(*x.shape)
+    sigma = torch.tensor([0.02, 0.3, 2.0, 40.0], device=here.device)
+    labels = torch.eye(config.label_dim, device=here.device)[:4] if config.label_dim else None
+
+    def outcome(form: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        running = copy.deepcopy(net).to(memory_format=torch.channels_last)
+        running.compute_in(dtype)
+        image = x.clone().requires_grad_()
+        with dispatch.forced(form):
+            out = running(image, sigma, labels)
+            out.backward(grad)
+        grads = [p.grad for p in running.parameters() if p.grad is not None]
+        return out.detach(), flat([image.grad, *grads])
+
+    plain = outcome("reference", torch.float32)
+    if kind == "fp32":
+        errors = [
+            relative(*pair) for pair in zip(outcome("triton", torch.float32), plain, strict=True)
+        ]
+        return max(errors), 1e-4, "output {:.1e}, gradients {:.1e}".format(*errors)
+    half = precision.TYPES[kind]
+    ours, theirs = (
+        [relative(*pair) for pair in zip(outcome(form, half), plain, strict=True)]
+        for form in ("triton", "reference")
+    )
+    note = "errors {:.1e}, {:.1e}; of plain {} {:.1e}, {:.1e}".format(*ours, kind, *theirs)
+    return max(a / b for a, b in zip(ours, theirs, strict=True)), 1.5, note
+
+
+def repeats(here: Here) -> tuple[float, float, str]:
+    """Two runs from the same seed, without graphs: what the others are compared with."""
+    start = weights(here.distiller())
+    with dispatch.forced(here.kernels):
+        return apart(here.run(), here.run(), start), 0.0, f"{here.steps} steps"
+
+
+def replays_draws(here: Here) -> tuple[float, float, str]:
+    """A graph draws what an eager step draws."""
+    here.needs_gpu()
+    distiller = here.distiller()
+
+    def draw() -> list[torch.Tensor]:
+        found = distiller.draw_round("fake")
+        return [found.z, found.sigma, found.noise, *found.augment.values()]
+
+    distiller.rng.manual_seed(5)
+    expected = [t.clone() for t in draw()]
+    warm_up(draw)
+    graph = Graph(draw, [distiller.rng])
+    distiller.rng.manual_seed(5)
+    return float((flat(graph()) - flat(expected)).abs().max()), 0.0, "largest difference"
+
+
+def replays(here: Here, kind: str, bound: float) -> tuple[float, float, str]:
+    """A run of graphs against one without, from the same seed."""
+    here.needs_gpu()
+    start = weights(here.distiller())
+    with dispatch.forced("triton"):
+        return apart(here.run(kind, cuda_graph=True), here.run(kind), start), bound, (
+            f"{here.steps} steps, dropout and augmentation on"
+        )  # fmt: skip
+
+
+def never_waits(here: Here, graphs: bool) -> tuple[float, float, str]:
+    """No launch of the steady state makes the host wait for the device."""
+    here.needs_gpu()
+    with dispatch.forced("triton"):
+        distiller = here.distiller("bf16", cuda_graph=graphs)
+        for _ in range(3):
+            distiller.step()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                distiller.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return 0.0, 0.0, "sync debug mode: error"
+
+
+def resumes(here: Here) -> tuple[float, float, str]:
+    """A run that is broken off and taken up by another process's Distiller, against a whole one."""
+    options = {"cuda_graph": here.cuda}
+    with dispatch.forced(here.kernels):
+        start = weights(here.distiller())
+        whole = here.run(**options)
+        saved = {name: t.clone() for name, t in whole.tensors().items()}
+        again = here.distiller(**options)
+        with torch.no_grad():
+            for name, t in again.tensors().items():
+                t.copy_(saved[name])
+        again.steps, again.images = whole.steps, whole.images
+        again.refresh()
+        for distiller in (whole, again):
+            for _ in range(here.steps):
+                distiller.step()
+        return apart(again, whole, start), 0.0, f"{here.steps} steps and {here.steps} more"
+
+
+def compiles(here: Here) -> tuple[float, float, str]:
+    """torch.compile on and off."""
+    here.needs_gpu()
+    start = weights(here.distiller())
+    with dispatch.forced("triton"):
+        plain = here.run()
+        begin = time.monotonic()
+        compiled = here.run(compile=True)
+    note = f"{here.steps} steps; {time.monotonic() - begin:.0f} s with compilation"
+    return apart(compiled, plain, start), 1e-3, note
+
+
+def follows_golden(here: Here, name: str) -> tuple[float, float, str]:
+    """The recorded trajectory, with Triton's kernels, as graphs whose draws are put in."""
+    if not GOLDEN.is_dir():
+        raise Skipped("no golden data; set SID_FAST_SHARED to the folder that holds golden/")
+    data = read(GOLDEN / f"trajectory_{name}.npz")
+    teacher = load_network(GOLDEN / f"{name}.pkl").to(here.device)
+    start = {key: v.cpu().clone() for key, v in teacher.state_dict().items()}
+    with dispatch.forced(here.kernels):
+        settings = dataclasses.replace(golden_settings(data), precision="fp32")
+        distiller = Distiller(teacher, settings)
+        draws = on(here.device, golden_draws(data, 0))
+        run = partial(distiller.run, draws)
+        if here.cuda:
+            distiller.live.fill_(False)
+            warm_up(run)
+            distiller.live.fill_(True)
+            run = Graph(run)
+        distiller.run = lambda _: run()
+        for step in range(int(data["steps"])):
+            put(draws, on(here.device, golden_draws(data, step)))
+            distiller.step(draws)
+    nets = {"fake_score": distiller.fake_score, "G": distiller.generator, "G_ema": distiller.ema}
+    errors = {key: trajectory_error(data, start, net.cpu(), key) for key, net in nets.items()}
+    note = ", ".join(f"{key} {error:.1e}" for key, error in errors.items())
+    return max(errors.values()), TRAJECTORY_TOLERANCE, note
+
+
+def on(device: torch.device, draws: dict[str, list[Draw]]) -> dict[str, list[Draw]]:
+    def moved(draw: Draw) -> Draw:
+        fields = dataclasses.asdict(draw)
+        return Draw(**{k: v if v is None else v.to(device).float() for k, v in fields.items()})
+
+    return {phase: [moved(draw) for draw in rounds] for phase, rounds in draws.items()}
+
+
+def put(target: dict[str, list[Draw]], source: dict[str, list[Draw]]) -> None:
+    """Copy the values of draws into those that a graph reads."""
+    for phase, rounds in source.items():
+        for old, new in zip(target[phase], rounds, strict=True):
+            for field in ("z", "sigma", "noise", "class_labels"):
+                if getattr(old, field) is not None:
+                    getattr(old, field).copy_(getattr(new, field))
+
+
+def stays_close(here: Here, kind: str) -> tuple[float, float, str]:
+    """A 16-bit round's gradients against float32's, of the same draws without dropout."""
+    grads = {}
+    for precise in ("fp32", kind):
+        with dispatch.forced(here.kernels):
+            distiller = here.distiller(precise)
+            for net in (distiller.generator, distiller.fake_score):
+                net.set_dropout(0.0)
+            draws = distiller.draw()
+            for phase in PHASES:
+                distiller.accumulate(phase, draws[phase][0])
+        nets = distiller.fake_score, distiller.generator
+        grads[precise] = [flat(p.grad for p in net.parameters()) for net in nets]
+    errors = [relative(*pair) for pair in zip(grads[kind], grads["fp32"], strict=True)]
+    return max(errors), 0.1, "fake score {:.1e}, generator {:.1e}".format(*errors)
+
+
+def estimates_memory(here: Here, teacher: str, images: int) -> tuple[float, float, str]:
+    """The peak that is counted on fake tensors against the allocator's."""
+    here.needs_gpu()
+    config = TEACHERS[teacher].network
+    settings = dataclasses.replace(SETTINGS, batch_size=images, precision="bf16")
+    (step,) = cost.steps(config, settings, [images])
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with dispatch.forced("triton"):
+        distiller = Distiller(network(config, here.device), settings)
+        distiller.step()  # cuDNN and Triton settle
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        distiller.step()
+    measured = torch.cuda.max_memory_allocated() - before
+    counted = step.peak.total()
+    note = f"counted {counted / 2**30:.2f} GiB, measured {measured / 2**30:.2f}, {images} images"
+    return abs(counted / measured - 1), 0.1, note
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Same input, same bits, and float32 unrounded."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    precision.pick("fp32", torch.device("cpu"))
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
+
+
+NETWORKS = {
+    "cifar10-uncond": CIFAR10,
+    "ffhq64": TEACHERS["ffhq64"].network,
+    "imagenet64-cond": TEACHERS["imagenet64-cond"].network,
+}
+CHECKS: dict[str, Check] = {
+    "network cifar10-uncond fp32": partial(network_agrees, config=CIFAR10, kind="fp32"),
+    "network cifar10-uncond bf16": partial(network_agrees, config=CIFAR10, kind="bf16"),
+    "repeats": repeats,
+    "graph draws": replays_draws,
+    "graph fp32": partial(replays, kind="fp32", bound=0.0),
+    "graph bf16": partial(replays, kind="bf16", bound=1e-3),
+    "no waiting": partial(never_waits, graphs=False),
+    "no waiting, graphs": partial(never_waits, graphs=True),
+    "resume": resumes,
+    "golden ddpmpp_uncond": partial(follows_golden, name="ddpmpp_uncond"),
+    "golden adm_cond": partial(follows_golden, name="adm_cond"),
+    "gradients bf16": partial(stays_close, kind="bf16"),
+    **{
+        f"network {name} {kind}": partial(network_agrees, config=config, kind=kind)
+        for name, config in NETWORKS.items()
+        for kind in ("fp32", "bf16")
+    },
+    "gradients fp16": partial(stays_close, kind="fp16"),
+    "memory cifar10-uncond": partial(estimates_memory, teacher="cifar10-uncond", images=64),
+    "memory imagenet64-cond": partial(estimates_memory, teacher="imagenet64-cond", images=16),
+    "compile": compiles,
+}
+
+
+def made(check: Check, here: Here) -> dict:
+    """The row of a check, but for its name."""
+    begin = time.monotonic()
+    found = bound = None
+    try:
+        with deterministic():
+            found, bound, note = check(here)
+        status = "pass" if found <= bound else "fail"
+    except Skipped as reason:
+        status, note = "skip", str(reason)
+    except Exception as error:  # the others go on
+        status, note = "error", measure.reason(error)
+    gc.collect()
+    if here.cuda:
+        torch.cuda.empty_cache()
+    seconds = round(time.monotonic() - begin, 1)
+    return {"status": status, "found": found, "bound": bound, "seconds": seconds, "note": note}
+
+
+def run(options: Options, given: set[str]) -> None:
+    device = parallel.pick_device(options.device)
+    here = Here(device, options.steps or (20 if device.type == "cuda" else 3))
+    record = Record(Path(options.out or RESULTS / "check.json"), "check")
+    bad = []
+    for name, check in CHECKS.items():
+        if options.only not in name:
+            continue
+        row = made(check, here)
+        record.add(name=name, **row)
+        figures = "" if row["found"] is None else f"{row['found']:.2e} <= {row['bound']:g}"
+        print(
+            f"{row['status']:5} {name:28} {figures:20} {row['seconds']:6.1f} s  {row['note']}",
+            flush=True,
+        )
+        bad += [name] * (row["status"] in ("fail", "error"))
+    if bad:
+        raise RunFailed(f"{len(bad)} of {len(record.rows)} checks failed: {', '.join(bad)}")
+
+
+main = cli.command(Options, run, None, __doc__)
+
+if __name__ == "__main__":
+    cli.main(main, "benchmarks.check")

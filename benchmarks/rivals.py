@@ -1,0 +1,152 @@
+"""SiD as others would run it on the same networks: what the training benchmark compares with.
+
+They share with sid_fast the networks' plain form and the random draws, and nothing of its step.
+"""
+
+import copy
+import dataclasses
+from unittest import mock
+
+import torch
+
+from benchmarks.kernels import sdpa
+from sid_fast import augment, kernels
+from sid_fast.config.settings import Settings
+from sid_fast.draws import Draw, draw_round
+from sid_fast.engine.optimizer import ema_beta
+from sid_fast.networks import EDMNetwork
+
+
+class Plain:
+    """One iteration as the published recipe makes it (arXiv 2404.04057, algorithm 1).
+
+    Eager, NCHW, a boolean mask over the batch, losses read by the host, gradients cleaned and the
+    average kept tensor by tensor. dtype is the type the networks compute in, their weights cast
+    whenever they are used.
+    """
+
+    def __init__(self, teacher: EDMNetwork, settings: Settings, dtype: torch.dtype):
+        self.settings = settings
+        self.teacher = teacher.requires_grad_(False).eval()
+        self.generator, self.fake_score = copy.deepcopy(teacher), copy.deepcopy(teacher)
+        self.ema = copy.deepcopy(teacher)
+        for net in (self.teacher, self.generator, self.fake_score):
+            net.compute_dtype = dtype
+        for net in (self.generator, self.fake_score):
+            net.requires_grad_(True).set_dropout(settings.dropout)
+        s = settings
+        self.fake_adam = self.adam(self.fake_score, s.fake_lr, s.fake_beta1)
+        self.generator_adam = self.adam(self.generator, s.generator_lr, s.generator_beta1)
+        self.rng = torch.Generator(next(teacher.parameters()).device)
+        self.images = 0
+
+    def adam(self, net: EDMNetwork, lr: float, beta1: float) -> torch.optim.Adam:
+        s = self.settings
+        return torch.optim.Adam(net.parameters(), lr=lr, betas=(beta1, s.beta2), eps=s.eps or 1e-8)
+
+    def step(self) -> None:
+        s = self.settings
+        self.descend("fake", self.fake_score, self.fake_adam, s.fake_loss_scale)
+        self.descend("generator", self.generator, self.generator_adam, s.generator_loss_scale)
+        self.average(ema_beta(self.images, s.batch_size, s.ema_halflife_kimg, s.ema_rampup_ratio))
+        self.images += s.batch_size
+
+    def descend(
+        self, phase: str, net: EDMNetwork, adam: torch.optim.Optimizer, scale: float
+    ) -> None:
+        draw = draw_round(
+            phase, self.settings.batch_size, self.teacher.config, self.settings, self.rng
+        )
+        adam.zero_grad(set_to_none=True)
+        loss = self.fake_loss(draw) if phase == "fake" else self.generator_loss(draw)
+        loss = self.kept(loss).sum() * (scale / self.settings.batch_size)
+        loss.backward()
+        self.read(loss)
+        self.clean(net)
+        adam.step()
+
+    def images_of(self, draw: Draw) -> torch.Tensor:
+        sigma = torch.full((len(draw.z),), self.settings.init_sigma, device=draw.z.device)
+        return self.generator(draw.z * self.settings.init_sigma, sigma, draw.class_labels)
+
+    def fake_loss(self, draw: Draw) -> torch.Tensor:
+        with torch.no_grad():
+            self.generator.eval()
+            y, labels = self.images_of(draw), None
+            if draw.augment is not None:
+                y, labels = augment.apply(y, draw.augment)
+        self.fake_score.requires_grad_(True).train()
+        data = self.teacher.config.sigma_data
+        weight = (draw.sigma**2 + data**2) / (draw.sigma * data) ** 2
+        x_t = y + draw.sigma * draw.noise
+        f = self.fake_score(x_t, draw.sigma, draw.class_labels, labels)
+        return weight * (f - y) ** 2
+
+    def generator_loss(self, draw: Draw) -> torch.Tensor:
+        self.generator.train()
+        y = self.images_of(draw)
+        self.fake_score.requires_grad_(False).eval()
+        x_t = y + draw.sigma * draw.noise
+        r, f = (net(x_t, draw.sigma, draw.class_labels) for net in (self.teacher, self.fake_score))
+        with torch.no_grad():
+            w = (y - r).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-5)
+        d = r - f
+        return d * ((r - y) - self.settings.alpha * d) / w
+
+    def kept(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss[torch.isfinite(loss).flatten(1).all(1)]  # of a size that the host must learn
+
+    def read(self, loss: torch.Tensor) -> None:
+        loss.item()
+
+    def clean(self, net: EDMNetwork) -> None:
+        for p in net.parameters():
+            if p.grad is not None:
+                torch.nan_to_num_(p.grad, nan=0.0, posinf=1e5, neginf=-1e5)
+
+    def average(self, beta: float) -> None:
+        with torch.no_grad():
+            for average, p in zip(self.ema.parameters(), self.generator.parameters(), strict=True):
+                average.copy_(p.lerp(average, beta))
+
+
+class Skilled(Plain):
+    """The same by a user who knows PyTorch well.
+
+    Channels-last, torch.compile over whole networks in `mode`, PyTorch's fused attention and fused
+    Adam, one call for the average of all tensors, nothing read by the host.
+    """
+
+    def __init__(self, teacher: EDMNetwork, settings: Settings, dtype: torch.dtype, mode: str):
+        teacher.to(memory_format=torch.channels_last)
+        super().__init__(teacher, settings, dtype)
+        torch._dynamo.config.recompile_limit = 64
+        for net in (self.teacher, self.generator, self.fake_score):
+            net.model.compile(mode=mode, dynamic=False)
+
+    def adam(self, net: EDMNetwork, lr: float, beta1: float) -> torch.optim.Adam:
+        s, cuda = self.settings, next(net.parameters()).is_cuda
+        betas = beta1, s.beta2
+        return torch.optim.Adam(
+            net.parameters(), lr=lr, betas=betas, eps=s.eps or 1e-8, fused=True, capturable=cuda
+        )
+
+    def step(self) -> None:
+        with mock.patch.object(kernels, "attention", sdpa):
+            super().step()
+
+    def images_of(self, draw: Draw) -> torch.Tensor:
+        z = draw.z.contiguous(memory_format=torch.channels_last)
+        return super().images_of(dataclasses.replace(draw, z=z))
+
+    def kept(self, loss: torch.Tensor) -> torch.Tensor:
+        return torch.where(torch.isfinite(loss), loss, 0.0)
+
+    def read(self, loss: torch.Tensor) -> None:
+        pass
+
+    @torch.no_grad()
+    def average(self, beta: float) -> None:
+        torch._foreach_lerp_(
+            list(self.ema.parameters()), list(self.generator.parameters()), 1 - beta
+        )

@@ -1,0 +1,357 @@
+"""The SiD iteration of the presets, ours and others', side by side.
+
+    python -m benchmarks.train --preset cifar10-uncond --micro-batch 8,32,64
+
+A step is one round of micro_batch images: both phases and both updates, on networks of the
+preset's shape with random weights. Variants (--variants; see VARIANTS) take turns, so that clocks
+and other work on the machine meet all alike; those that do not fit into memory beside the others
+take theirs after them, with `ours` again in their turns. `to_ours` is their time as a multiple of
+its. MFU is 11 forwards' FLOP an image (fake step 4, generator step 7), by PyTorch's counter, over
+the rate of a bfloat16 product in the same run, whatever the variant computes in. Memory is what a
+variant adds: at its peak, from nothing, within three steps. Host time is until a step that found
+an idle device returns.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import measure
+from benchmarks.record import PERCENTILES, RESULTS, Record, percentiles
+from benchmarks.rivals import Plain, Skilled
+from sid_fast import kernels
+from sid_fast.config import cli
+from sid_fast.config.cli import presets
+from sid_fast.config.settings import Settings, option
+from sid_fast.distiller import Distiller
+from sid_fast.engine import parallel, precision
+from sid_fast.errors import UserError
+from sid_fast.kernels.adam_ema import library
+from sid_fast.networks import EDMNetwork, NetworkConfig
+from sid_fast.plan import network_of
+
+FORWARDS = 11  # an image of a step costs; fake step G 1, ψ 3; generator step G 3, φ 2, ψ 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A way to run a step.
+
+    kind: ours, plain or skilled; precision as of --precision; kernels as of dispatch.force;
+    options go to Distiller, or are the mode of torch.compile; tuned: whether cuDNN tries what it
+    has and takes the fastest, where the training command asks for what is deterministic;
+    channels_last: False has everything in NCHW.
+    """
+
+    kind: str = "ours"
+    precision: str = "bf16"
+    kernels: Any = "triton"
+    options: dict[str, Any] = dataclasses.field(default_factory=lambda: {"cuda_graph": True})
+    tuned: bool = False
+    channels_last: bool = True
+
+    @property
+    def graphed(self) -> bool:
+        return self.options.get("cuda_graph", False)
+
+
+def but(operation: str, form: str = "reference") -> Variant:
+    return Variant(kernels=dict.fromkeys(kernels.dispatch.FORMS, "triton") | {operation: form})
+
+
+def plain(dtype: str) -> Variant:
+    return Variant("plain", dtype, "reference", {}, tuned=True)
+
+
+def skilled(mode: str) -> Variant:
+    return Variant("skilled", "bf16", "reference", {"mode": mode}, tuned=True)
+
+
+VARIANTS = {
+    "ours": Variant(),
+    "published": plain("fp32"),
+    "published bf16": plain("bf16"),
+    "skilled": skilled("max-autotune-no-cudagraphs"),
+    "no graphs": Variant(options={}),
+    "published fp16": plain("fp16"),
+    "skilled default mode": skilled("default"),
+    "ours fp32": Variant(precision="fp32"),
+    "cuDNN tuned": Variant(tuned=True),
+    "no fused block": but("block"),
+    "no fused group norm": but("group_norm"),
+    "no fused attention": but("attention"),
+    "no fused loss": but("sid_loss"),
+    "no fused optimiser": but("adam_ema"),
+    "no fused augmentation": but("augment"),
+    "CUDA optimiser": but("adam_ema", "cuda"),
+    # Nor what needs it: the kernels that read and write feature maps.
+    "no channels-last": Variant(
+        kernels={"sid_loss": "triton", "adam_ema": "triton"}, channels_last=False
+    ),
+    "ours tf32": Variant(precision="tf32"),
+    "compile": Variant(options={"cuda_graph": True, "compile": True}),
+}
+
+
+@dataclasses.dataclass
+class Options:
+    preset: str = option("", "presets, with commas between; default: digits on a CPU, else all")
+    micro_batch: tuple[int, ...] = option((), "images a round; default: 8, 16, … what fits")
+    variants: str = option("", f"with commas between, out of: {', '.join(VARIANTS)}; default: all")
+    turns: int = option(20, "steps that are timed of each, at most", 1)
+    share: float = option(20.0, "seconds of turns for a micro-batch, unless --turns end sooner", 0)
+    seconds: float = option(1e6, "set up nothing more after so many", 0)
+    device: str = option("auto", "auto, cpu or cuda")
+    out: str | None = option(None, "the result file; default: benchmarks/results/train.json")
+    append: bool = option(False, "keep the rows that the result file has")
+
+
+class Running:
+    """A variant with its networks, after three steps."""
+
+    def __init__(self, variant: Variant, settings: Settings, config: NetworkConfig, device):
+        self.variant, self.device = variant, device
+        gc.collect()
+        before = memory(device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            before = memory(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        with self.around():
+            self.step = self.make(settings, config)
+            for _ in range(3):
+                self.step()
+        measure.synchronize(device)
+        self.peak = [(p - b) / 2**30 for p, b in zip(memory(device, "max_"), before, strict=True)]
+
+    def make(self, settings: Settings, config: NetworkConfig) -> Callable[[], object]:
+        v = self.variant
+        teacher = network(config, self.device)
+        if v.kind == "ours":
+            if isinstance(v.kernels, dict) and v.kernels["adam_ema"] == "cuda" and not library():
+                raise RuntimeError("the CUDA kernels are not built")
+            graph = v.graphed and self.device.type == "cuda"
+            settings = dataclasses.replace(settings, precision=v.precision)
+            return Distiller(teacher, settings, **v.options | {"cuda_graph": graph}).step
+        dtype = precision.TYPES[v.precision]
+        settings = dataclasses.replace(settings, eps=precision.ADAM_EPS[v.precision])
+        return {"plain": Plain, "skilled": Skilled}[v.kind](
+            teacher, settings, dtype, **v.options
+        ).step
+
+    @contextlib.contextmanager
+    def around(self) -> Iterator[None]:
+        """What is chosen for the whole process, as this variant has it."""
+        cudnn = torch.backends.cudnn
+        with contextlib.ExitStack() as stack:
+            forms = self.variant.kernels if self.device.type == "cuda" else "reference"
+            stack.enter_context(kernels.dispatch.forced("reference"))
+            stack.enter_context(kernels.dispatch.forced(forms))
+            if not self.variant.channels_last:
+                patch = mock.patch.object(torch, "channels_last", torch.contiguous_format)
+                stack.enter_context(patch)
+            cudnn.benchmark, cudnn.deterministic = self.variant.tuned, not self.variant.tuned
+            precision.pick(self.variant.precision, self.device)
+            yield
+
+    def __call__(self) -> None:
+        with self.around():
+            self.step()
+
+
+def memory(device: torch.device, most: str = "") -> list[int]:
+    """Bytes allocated and reserved, now or ("max_") at most; 0 on a CPU, which does not say."""
+    if device.type != "cuda":
+        return [0, 0]
+    kinds = "allocated", "reserved"
+    return [getattr(torch.cuda, f"{most}memory_{kind}")(device) for kind in kinds]
+
+
+def network(config: NetworkConfig, device: torch.device) -> EDMNetwork:
+    """Random weights, the same each time, without the zeros of a fresh network: they run faster."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        net = EDMNetwork(config)
+        for p in net.parameters():
+            if p.dim() > 1:
+                torch.nn.init.normal_(p, std=0.5 * p[0].numel() ** -0.5)
+    return net
+
+
+def forward_flop(config: NetworkConfig) -> int:
+    """FLOP of a forward of one image: of convolutions and matrix products, 2 a multiply-add."""
+    x = torch.empty(1, config.channels, config.resolution, config.resolution, device="meta")
+    labels = torch.empty(1, config.label_dim, device="meta") if config.label_dim else None
+    with torch.device("meta"), torch.no_grad(), kernels.dispatch.forced("reference"):
+        net = EDMNetwork(config)
+        with FlopCounterMode(display=False) as count:
+            net(x, torch.ones(1), labels)
+    return count.get_total_flops()
+
+
+class Bench:
+    """One preset at one micro-batch: sets variants up, lets them take turns, writes rows."""
+
+    def __init__(self, record: Record, options: Options, device: torch.device, end: float):
+        self.record, self.options, self.device, self.end = record, options, device, end
+
+    def run(self, preset: str, micro_batch: int, names: list[str], flop: int) -> bool:
+        """Whether any variant fitted into memory."""
+        values = presets("train")[preset]
+        fields = {f.name for f in dataclasses.fields(Settings)}
+        settings = Settings(**{k: v for k, v in values.items() if k in fields})
+        settings = dataclasses.replace(settings, batch_size=micro_batch, micro_batch=None)
+        config = network_of(values["teacher"])
+        self.keys = {"preset": preset, "micro_batch": micro_batch}
+        self.flop = FORWARDS * flop * micro_batch
+        alive: dict[str, Running] = {}
+        written: set[str] = set()
+        fitted = False
+        for name in names:
+            if time.monotonic() > self.end:
+                print(f"out of time before {name} at {preset}, micro-batch {micro_batch}")
+                break
+            # One without graphs takes its memory anew in each step: nothing may have come since.
+            if VARIANTS[name].graphed and not all(VARIANTS[n].graphed for n in alive):
+                self.turns(alive, written)
+                alive = {k: v for k, v in alive.items() if k == "ours"}
+            found = self.set_up(name, settings, config)
+            if found == "out of memory" and set(alive) - {"ours"}:
+                self.turns(alive, written)
+                alive = {k: v for k, v in alive.items() if k == "ours"}
+                found = self.set_up(name, settings, config)
+            if found == "out of memory" and alive:
+                self.turns(alive, written)
+                alive = {}
+                found = self.set_up(name, settings, config)
+            if isinstance(found, str):
+                self.write(name, None, None, None, status=found)
+            else:
+                alive[name], fitted = found, True
+        self.turns(alive, written)
+        return fitted
+
+    def set_up(self, name: str, settings: Settings, config: NetworkConfig) -> "Running | str":
+        """The variant, or why there is none."""
+        start = time.monotonic()
+        try:
+            found = Running(VARIANTS[name], settings, config, self.device)
+        except Exception as error:  # the others go on
+            found = measure.reason(error)
+        gc.collect()
+        if self.device.type == "cuda" and isinstance(found, str):
+            torch.cuda.empty_cache()
+        what = "ready" if isinstance(found, Running) else found
+        print(f"  {name}: {what} after {time.monotonic() - start:.1f} s", flush=True)
+        return found
+
+    def turns(self, alive: dict[str, Running], written: set[str]) -> None:
+        """Time those that are alive; rows of those that have none yet."""
+        if not set(alive) - written:
+            return
+        most, share = self.options.turns, self.options.share
+        try:
+            times = measure.in_turns(alive, self.device, share, most, least=min(3, most))
+        except torch.OutOfMemoryError:
+            for name in set(alive) - written:
+                self.write(name, None, None, None, status="out of memory beside the others")
+            written |= set(alive)
+            return
+        ours = times.get("ours")
+        for name in alive:
+            if name not in written:
+                self.write(name, alive[name], times[name], ours)
+        written |= set(alive)
+
+    def write(self, name, running, times, ours, status: str = "ok") -> None:
+        row = dict.fromkeys(self.record.form.figures) | {"ms": dict.fromkeys(PERCENTILES)}
+        if running is not None:
+            device, host = zip(*times, strict=True)
+            ms = percentiles(list(device))
+            seconds = ms["p50"] / 1e3
+            rate = self.record.head["ceilings"]["bf16"] * 1e12
+            cuda = self.device.type == "cuda"
+            row |= {
+                "ms": ms,
+                "it_s": 1 / seconds,
+                "img_s": self.keys["micro_batch"] / seconds,
+                "mfu": self.flop / seconds / rate,
+                "to_ours": ours and ms["p50"] / measure.median([ms for ms, _ in ours]),
+                "peak_allocated": running.peak[0] if cuda else None,
+                "peak_reserved": running.peak[1] if cuda else None,
+                "host_ms": measure.median(list(host)),
+            }
+        row |= {**self.keys, "variant": name, "status": status}
+        self.record.add(**row)
+        print(line(row), flush=True)
+
+
+HEAD = (
+    f"{'preset':16} {'variant':22} {'batch':>5} {'ms':>9} {'img/s':>9} {'MFU':>6} {'to ours':>7} "
+    f"{'GiB':>6} {'host ms':>8}"
+)
+
+
+def line(row: dict) -> str:
+    what = f"{row['preset']:16} {row['variant']:22} {row['micro_batch']:5}"
+    if row["status"] != "ok":
+        return f"{what} {row['status']}"
+    ratio, peak = row["to_ours"], row["peak_allocated"]
+    return (
+        f"{what} {row['ms']['p50']:9.2f} {row['img_s']:9.1f} {row['mfu']:6.1%} "
+        f"{'' if ratio is None else f'{ratio:.3f}':>7} {'' if peak is None else f'{peak:.2f}':>6} "
+        f"{row['host_ms']:8.2f}"
+    )
+
+
+def chosen(names: str, known: dict, what: str) -> list[str]:
+    """The names of a list with commas between; UserError for one that is not known."""
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    if unknown := [name for name in found if name not in known]:
+        raise UserError(f"{what}={unknown[0]!r} is unknown: choose from {', '.join(known)}")
+    return found
+
+
+def run(options: Options, given: set[str]) -> None:
+    device = parallel.pick_device(options.device)
+    cuda = device.type == "cuda"
+    end = time.monotonic() + options.seconds
+    known = presets("train")
+    everything = ("cifar10-uncond", "ffhq64", "imagenet64-cond") if cuda else ("digits",)
+    names = chosen(options.preset, known, "preset") or everything
+    variants = chosen(options.variants, VARIANTS, "variants") or list(VARIANTS)
+    batches = options.micro_batch or tuple(2**i for i in range(3, 11 if cuda else 4))
+    torch.backends.cuda.matmul.allow_tf32 = False
+    ceilings = measure.ceilings(device)
+    record = Record(
+        Path(options.out or RESULTS / "train.json"),
+        "train",
+        append=options.append,
+        ceilings=ceilings,
+    )
+    print(
+        f"{record.head['device']}: {', '.join(f'{k} {v:.3g}' for k, v in ceilings.items())} "
+        "(products TFLOP/s, copy TB/s)"
+    )
+    print(HEAD)
+    bench = Bench(record, options, device, end)
+    for preset in names:
+        flop = forward_flop(network_of(known[preset]["teacher"]))
+        for micro_batch in batches:
+            if time.monotonic() > end or not bench.run(preset, micro_batch, variants, flop):
+                break
+    print(f"kept as {record.path} and .csv")
+
+
+main = cli.command(Options, run, None, __doc__)
+
+if __name__ == "__main__":
+    cli.main(main, "benchmarks.train")

@@ -1,0 +1,252 @@
+"""The benchmark commands in small: their rows, their rivals, and a session that is cut off."""
+
+import copy
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from golden import relative
+
+from benchmarks import check, kernels, rivals, summary, train
+from benchmarks.record import Record, read
+from sid_fast import Distiller, Settings
+from sid_fast.errors import RunFailed, UserError
+from sid_fast.networks import EDMNetwork
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def settings_of_the_process():
+    """What a benchmark chooses for the whole process does not outlive it."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    yield
+    cudnn.benchmark, cudnn.deterministic = before
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The digits preset on a network of a few thousand weights, on a device of known rates."""
+    monkeypatch.setattr(train, "network_of", lambda teacher: check.TINY)
+    ceilings = {"bf16": 1.0, "fp32": 1.0, "copy": 0.1}
+    monkeypatch.setattr("benchmarks.measure.ceilings", lambda device: ceilings)
+
+
+def one_step(preset="digits", **options):
+    return train.Options(preset=preset, micro_batch=(2,), turns=1, share=0, device="cpu", **options)
+
+
+def test_kernels_are_measured_beside_their_rivals(small, tmp_path):
+    out = tmp_path / "kernels.json"
+    options = kernels.Options(kernel="sid_loss", dtype="fp32", rivals="eager", out=str(out))
+    kernels.run(options, set())
+    rows = read(out)["rows"]
+    assert {row["provider"] for row in rows} == {"triton", "eager"}
+    assert len(rows) == 2 * 3 * 2
+    for row in rows:
+        assert row["status"] == "ok" and 0 < row["ms"]["p20"] <= row["ms"]["p50"]
+        seconds = row["ms"]["p50"] / 1e3
+        assert row["floor_share"] == pytest.approx(row["gb_s"] * 1e9 * seconds / 1e11 / seconds)
+    assert len(summary.kernels(rows)) == 6
+    with open(out.with_suffix(".csv"), newline="") as file:
+        assert [row["shape"] for row in csv.DictReader(file)] == [row["shape"] for row in rows]
+
+
+@pytest.mark.parametrize("name", ["group_norm", "attention", "adam_ema", "augment"])
+def test_ours_and_plain_compute_the_same_in_the_benchmark(name):
+    """Of the smallest case of each kernel: what is timed is the operation, not something less."""
+    case = min(
+        kernels.cases(kernels.Options(kernel=name, dtype="fp32"), CPU), key=lambda c: sum(c.nbytes)
+    )
+    inputs = case.inputs()
+    if name == "adam_ema":
+        params = {}
+        for provider in ("triton", "eager"):
+            lists = copy.deepcopy(inputs)
+            case.forms[provider](*lists)()
+            params[provider] = torch.cat([p.flatten() for p in lists[0]])
+        assert relative(params["triton"], params["eager"]) <= 1e-6
+        assert not torch.equal(params["eager"], torch.cat([p.flatten() for p in inputs[0]]))
+        return
+    ours, plain = (case.forms[provider](*inputs) for provider in ("triton", "eager"))
+    for a, b in zip(ours, plain, strict=True):
+        assert relative(a, b.detach()) <= 1e-4
+
+
+def test_sdpa_reads_qkv_as_our_attention_does():
+    qkv = torch.randn(2, 3 * 32, 4, 4)
+    expected = kernels.attention.attention_ref(qkv, 2)
+    assert relative(kernels.sdpa(qkv, 2), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["published", "skilled"])
+def test_a_rival_takes_the_step_that_we_take(kind, monkeypatch):
+    """Weights and average after two steps of the same draws."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *args, **kwargs: None)
+    settings = Settings(
+        batch_size=4, augment_p=0.5, eps=1.0, fake_lr=1e-2, generator_lr=1e-2, generator_beta1=0.9
+    )
+    ours = Distiller(train.network(check.TINY, CPU), settings)
+    start = check.weights(ours)
+    teacher = train.network(check.TINY, CPU)
+    theirs = (
+        rivals.Plain(teacher, settings, torch.float32)
+        if kind == "published"
+        else rivals.Skilled(teacher, settings, torch.float32, "default")
+    )
+    for _ in range(2):
+        draws = ours.draw()
+        monkeypatch.setattr(rivals, "draw_round", lambda phase, *_, draws=draws: draws[phase][0])
+        theirs.step()
+        ours.step(draws)
+    assert check.apart(theirs, ours, start) <= 1e-4
+
+
+def test_variants_are_timed_side_by_side_and_one_that_fails_is_a_row(small, tmp_path):
+    out = tmp_path / "train.json"
+    train.run(one_step(variants="published,ours tf32,ours", out=str(out)), set())
+    result = read(out)
+    rows = {row["variant"]: row for row in result["rows"]}
+    assert rows["ours tf32"]["ms"] == {"p20": None, "p50": None, "p80": None}
+    assert "precision=tf32" in rows["ours tf32"]["status"]
+    ours, published = rows["ours"], rows["published"]
+    assert ours["to_ours"] == 1
+    assert published["to_ours"] == pytest.approx(published["ms"]["p50"] / ours["ms"]["p50"])
+    assert ours["img_s"] == pytest.approx(2 * ours["it_s"])
+    flop = 11 * 2 * train.forward_flop(check.TINY)
+    assert ours["mfu"] == pytest.approx(flop * ours["it_s"] / 1e12)
+    assert len(summary.training(result["rows"])) == 4
+
+
+def test_the_flop_of_a_forward_are_those_of_the_published_network():
+    """41.6 GFLOP in convolutions and products; arXiv 2206.00364's network counted by hand."""
+    conv = 2 * 9 * 3 * 16 * 64  # the first of TINY, 8x8 pixels
+    assert train.forward_flop(check.TINY) > conv
+    config = check.CIFAR10
+    assert train.forward_flop(config) == pytest.approx(41.57e9, rel=1e-3)
+
+
+class Crowded:
+    """A machine with room for two variants; "large" needs it all, and "too large" more."""
+
+    alive: int = 0
+
+    def __init__(self, variant, *_):
+        need = {"large": 2, "too large": 3}.get(variant.kernels, 1)
+        if Crowded.alive + need > 2:
+            raise torch.OutOfMemoryError("no room")
+        Crowded.alive += need
+        self.need, self.peak = need, [0.0, 0.0]
+
+    def __call__(self):
+        pass
+
+    def __del__(self):
+        Crowded.alive -= getattr(self, "need", 0)
+
+
+def test_what_does_not_fit_beside_the_others_has_its_turn_after_them(monkeypatch, small, tmp_path):
+    sizes = {"ours": 1, "a": 1, "b": 1, "large": 2, "too large": 3, "c": 1}
+    monkeypatch.setattr(train, "Running", Crowded)
+    monkeypatch.setattr(
+        train, "VARIANTS", {name: train.Variant(kernels=name, options={}) for name in sizes}
+    )
+    out = tmp_path / "train.json"
+    train.run(one_step(out=str(out)), set())
+    rows = {row["variant"]: row for row in read(out)["rows"]}
+    assert {n: row["status"] for n, row in rows.items()} == dict.fromkeys(sizes, "ok") | {
+        "too large": "out of memory"
+    }
+    assert {n for n, row in rows.items() if row["to_ours"] is not None} == {"ours", "a", "b"}
+
+
+def test_an_unknown_variant_is_refused(small, tmp_path):
+    with pytest.raises(UserError, match="variants='faster' is unknown"):
+        train.run(one_step(variants="ours,faster", out=str(tmp_path / "t.json")), set())
+
+
+def test_a_result_goes_on_where_it_is_of_the_same_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("SID_FAST_COMMIT", "abc")
+    row = {"name": "x", "found": 1.0, "bound": 2.0, "seconds": 0.1, "note": "", "status": "pass"}
+    path = tmp_path / "check.json"
+    Record(path, "check").add(**row)
+    record = Record(path, "check", append=True)
+    record.add(**row | {"name": "y"})
+    record.add(**row | {"found": 3.0})
+    assert [(r["name"], r["found"]) for r in read(path)["rows"]] == [("y", 1.0), ("x", 3.0)]
+    assert read(path)["commit"] == "abc"
+    monkeypatch.setenv("SID_FAST_COMMIT", "abd")
+    with pytest.raises(UserError, match="is of commit abc, not abd"):
+        Record(path, "check", append=True)
+
+
+def test_checks_pass_fail_and_say_why_not(monkeypatch, tmp_path, capsys):
+    def broken(here):
+        raise ValueError("as it\nis")
+
+    checks = {
+        "resume": check.resumes,
+        "worse": lambda here: (2.0, 1.0, "by far"),
+        "nan": lambda here: (float("nan"), 1.0, ""),
+        "gpu": check.replays_draws,
+        "broken": broken,
+    }
+    monkeypatch.setattr(check, "CHECKS", checks)
+    out = tmp_path / "check.json"
+    with pytest.raises(RunFailed, match="3 of 5 checks failed: worse, nan, broken"):
+        check.run(check.Options(steps=1, device="cpu", out=str(out)), set())
+    rows = {row["name"]: row for row in read(out)["rows"]}
+    assert {n: row["status"] for n, row in rows.items()} == {
+        "resume": "pass", "worse": "fail", "nan": "fail", "gpu": "skip", "broken": "error"
+    }  # fmt: skip
+    assert rows["broken"]["note"] == "ValueError: as it is"
+    assert summary.checks(list(rows.values()))[0] == "1 pass, 2 fail, 1 error, 1 skip"
+
+
+def test_the_check_of_a_resumed_run_sees_what_was_not_restored(monkeypatch):
+    here = check.Here(CPU, 1)
+    names = {"fake_score.exp_avg_sq"}
+    whole = Distiller.tensors
+
+    def forgetful(self, prefixes=tuple(names)):
+        return {k: v for k, v in whole(self).items() if not k.startswith(prefixes)}
+
+    monkeypatch.setattr(Distiller, "tensors", forgetful)
+    found, bound, _ = check.resumes(here)
+    assert found > bound
+
+
+def test_the_check_of_a_network_sees_a_wrong_gradient(monkeypatch):
+    here = check.Here(CPU, 1)
+    assert check.network_agrees(here, check.TINY, "fp32")[0] <= 1e-4
+    original = EDMNetwork.forward
+
+    def off(self, *args):
+        return original(self, *args) * (
+            1.001 if check.dispatch.choose("block") != "reference" else 1
+        )
+
+    monkeypatch.setattr(EDMNetwork, "forward", off)
+    found, bound, _ = check.network_agrees(here, check.TINY, "fp32")
+    assert found > bound
+
+
+def test_a_session_without_time_leaves_a_summary(tmp_path):
+    """The tree is imported through its links, and nothing in it is written to."""
+    row = {"name": "x", "found": 1.0, "bound": 2.0, "seconds": 0.1, "note": "", "status": "pass"}
+    Record(tmp_path / "check.json", "check").add(**row)
+    command = [ROOT / "benchmarks" / "gpu_session.sh", tmp_path, "5"]
+    environment = os.environ | {"PYTHON": sys.executable, "SID_FAST_COMMIT": "abc"}
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "commit abc, 5 s" in found.stdout and "checks: no time left" in found.stdout
+    assert "1 pass, 0 fail" in found.stdout
+    assert (tmp_path / "session.log").read_text() in found.stdout
+    json.loads((tmp_path / "check.json").read_text())
