@@ -113,8 +113,20 @@ def _fold(tile, FOLD: tl.constexpr):
 
 
 @triton.jit
+def _into(x, TYPE: tl.constexpr):
+    """x in a type. Beyond float16's range lies its largest number and no infinity, which a step of
+
+    backward would turn into NaN, and that into the loss of every weight's gradient; NaN stays.
+    """
+    if tl.float16 == TYPE:
+        x = tl.where(tl.abs(x) > 65504.0, tl.where(x > 0.0, 65504.0, -65504.0), x)
+    return x.to(TYPE)
+
+
+@triton.jit
 def _load(ptr, offset, inside):
-    return tl.load(ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(ptr + offset, mask=inside, other=0.0)
+    return _into(value.to(tl.float32), value.dtype).to(tl.float32)
 
 
 @triton.jit
@@ -213,11 +225,11 @@ def _store_resampled(
     if RESAMPLE == "down":
         rows: tl.constexpr = value.shape[0] // 4
         pixel = t * rows + tl.arange(0, rows)
-        value = (_fold(value, 4) * 0.25).to(ptr.dtype.element_ty)
+        value = _into(_fold(value, 4) * 0.25, ptr.dtype.element_ty)
         inside = owned[None, :] & (pixel < PIXELS // 4)[:, None]
         tl.store(ptr[None, :] + pixel[:, None] * CHANNELS, value, mask=inside)
     else:
-        value = value.to(ptr.dtype.element_ty)
+        value = _into(value, ptr.dtype.element_ty)
         tl.store(ptr[None, :] + target[:, None] * CHANNELS, value, mask=inside)
         if RESAMPLE == "up":
             for i in tl.static_range(1, 4):
@@ -282,7 +294,7 @@ def _read(x_ptr, residual_ptr, h_ptr, x_bias, x_scale, offset, inside, near, WRI
             x += _load(residual_ptr[None, :], offset, near)
         x = tl.where(inside, (x + x_bias[None, :]) * x_scale[None, :], 0.0)
         # Rounded as it is stored: backward sees the stored sum and nothing else.
-        rounded = x.to(h_ptr.dtype.element_ty)
+        rounded = _into(x, h_ptr.dtype.element_ty)
         if WRITE:
             tl.store(h_ptr[None, :] + offset, rounded, mask=near)
         x = rounded.to(tl.float32)
@@ -486,7 +498,7 @@ def _write_grad(
     if resampled_grad_ptr is not None:
         dx += _load_resampled(resampled_grad_ptr, target, inside, WIDTH, LEFT, RESAMPLE)
     dx *= x_scale[None, :]
-    tl.store(dx_ptr[None, :] + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    tl.store(dx_ptr[None, :] + offset, _into(dx, dx_ptr.dtype.element_ty), mask=inside)
     return dh, dx
 
 
@@ -596,8 +608,8 @@ def _backward_kernel(
         if dscale_ptr is not None:
             weight = _load(weight_ptr, channel, owned)
             dscale = weight * dgain + _load(bias_ptr, channel, owned) * dshift
-            tl.store(dscale_ptr + row, dscale.to(dscale_ptr.dtype.element_ty), mask=owned)
-            tl.store(dshift_ptr + row, dshift.to(dshift_ptr.dtype.element_ty), mask=owned)
+            tl.store(dscale_ptr + row, _into(dscale, dscale_ptr.dtype.element_ty), mask=owned)
+            tl.store(dshift_ptr + row, _into(dshift, dshift_ptr.dtype.element_ty), mask=owned)
         factor = 1.0 + _load(scale_ptr, film + channel, owned)
         dgain *= factor
         dshift *= factor
@@ -632,7 +644,7 @@ def _backward_kernel(
                 dx += _fold(dx_part, FOLD)
 
     if dadd_ptr is not None:
-        tl.store(dadd_ptr + row, tl.sum(dh, 0).to(dadd_ptr.dtype.element_ty), mask=owned)
+        tl.store(dadd_ptr + row, _into(tl.sum(dh, 0), dadd_ptr.dtype.element_ty), mask=owned)
     if dx_bias_ptr is not None:
         tl.store(dx_bias_ptr + sample * LEFT + channel, tl.sum(dx, 0), mask=left)
 
@@ -1084,13 +1096,13 @@ def bytes_moved(
 
 
 def configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
-    """(label, kernel, signature, constants, warps, stages) of the PLACES in bf16 and fp32.
+    """(label, kernel, signature, constants, warps, stages) of the PLACES in every type.
 
     Backward is that of a training network.
     """
     kinds = dict.fromkeys(("stats", "weight", "bias", "dparam", "x_bias", "dx_bias"), "*fp32")
     kinds |= {"seed": "*i64", "eps": "fp32", "x_scale": "fp32"}
-    dtypes = {"bf16": 2, "fp32": 4}
+    dtypes = {"bf16": 2, "fp16": 2, "fp32": 4}
     kernels = {"forward": _forward_kernel, "backward": _backward_kernel}
     for form, (way, kernel), dtype in itertools.product(PLACES, kernels.items(), dtypes):
         given = _arguments(form, way == "backward")
