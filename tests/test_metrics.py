@@ -69,7 +69,9 @@ def exact(mu1, sigma1, mu2, sigma2) -> float:
     """The Fréchet distance with 50 digits."""
     with mpmath.workdps(50):
         values, vectors = mpmath.eigsy(mpmath.matrix(sigma1.tolist()))
-        roots = mpmath.diag([mpmath.sqrt(max(v, 0)) for v in values])
+        # What rounding has made of the eigenvalue 0 is no part of the exact answer.
+        least = 1e-14 * max(values)
+        roots = mpmath.diag([mpmath.sqrt(v) if v > least else 0 for v in values])
         root = vectors * roots * vectors.T
         product = root * mpmath.matrix(sigma2.tolist()) * root
         cross = mpmath.fsum(
