@@ -671,6 +671,11 @@ def _slab(channels: int, groups: int, pixels: int) -> tuple[int, int]:
     return groups, max(8, _power_of_two(channels))
 
 
+# Where ptxas would rather keep a word in memory than give up a program on a multiprocessor:
+# (channels, side, bytes, resample, backward). A thread of these holds half as much.
+SPREAD = {(384, 32, 4, "up", True), (256, 32, 2, "down", False), (576, 16, 4, None, False)}
+
+
 def _launch(
     shape: tuple[int, ...],
     left: int,
@@ -698,6 +703,8 @@ def _launch(
         warps = 8 if tile * lanes <= 65536 or held == 16 else 16
         fold = (4 if backward else 8) // itemsize
         tile = warps * 32 * 8 * fold // lanes
+    if (channels, width, itemsize, resample, backward) in SPREAD:
+        tile, warps = (tile, warps * 2) if tile >= pixels else (tile // 2, warps)
     return {
         "PIXELS": pixels,
         "WIDTH": width,
