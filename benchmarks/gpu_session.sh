@@ -47,7 +47,7 @@ part() {
     fi
     echo
     echo "== $name, at most $budget s"
-    timeout --signal=INT --kill-after=10 "$budget" "${@//BUDGET/$((budget * 3 / 4))}" </dev/null
+    timeout --signal=INT --kill-after=30 "$budget" "${@//BUDGET/$((budget * 3 / 4))}" </dev/null
     status=$?
     case $status in
         0) status=done ;;

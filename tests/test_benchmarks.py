@@ -62,9 +62,9 @@ def test_kernels_are_measured_beside_their_rivals(small, tmp_path):
 @pytest.mark.parametrize("name", ["group_norm", "attention", "adam_ema", "augment"])
 def test_ours_and_plain_compute_the_same_in_the_benchmark(name):
     """Of the smallest case of each kernel: what is timed is the operation, not something less."""
-    case = min(
-        kernels.cases(kernels.Options(kernel=name, dtype="fp32"), CPU), key=lambda c: sum(c.nbytes)
-    )
+    cases = kernels.cases(kernels.Options(kernel=name, dtype="fp32"), CPU)
+    cases = [case for case in cases if "norm1" not in case.shape]  # which drops at random
+    case = min(cases, key=lambda case: sum(case.nbytes))
     inputs = case.inputs()
     if name == "adam_ema":
         params = {}
@@ -111,11 +111,11 @@ def test_a_rival_takes_the_step_that_we_take(kind, monkeypatch):
 
 def test_variants_are_timed_side_by_side_and_one_that_fails_is_a_row(small, tmp_path):
     out = tmp_path / "train.json"
-    train.run(one_step(variants="published,ours tf32,ours", out=str(out)), set())
+    train.run(one_step(variants="published,no graphs,ours", out=str(out)), set())
     result = read(out)
     rows = {row["variant"]: row for row in result["rows"]}
-    assert rows["ours tf32"]["ms"] == {"p20": None, "p50": None, "p80": None}
-    assert "precision=tf32" in rows["ours tf32"]["status"]
+    assert rows["no graphs"]["ms"] == {"p20": None, "p50": None, "p80": None}
+    assert rows["no graphs"]["status"] == "RuntimeError: needs a GPU"
     ours, published = rows["ours"], rows["published"]
     assert ours["to_ours"] == 1
     assert published["to_ours"] == pytest.approx(published["ms"]["p50"] / ours["ms"]["p50"])
@@ -159,7 +159,7 @@ def test_what_does_not_fit_beside_the_others_has_its_turn_after_them(monkeypatch
         train, "VARIANTS", {name: train.Variant(kernels=name, options={}) for name in sizes}
     )
     out = tmp_path / "train.json"
-    train.run(one_step(out=str(out)), set())
+    train.run(one_step(variants=",".join(sizes), out=str(out)), set())
     rows = {row["variant"]: row for row in read(out)["rows"]}
     assert {n: row["status"] for n, row in rows.items()} == dict.fromkeys(sizes, "ok") | {
         "too large": "out of memory"
