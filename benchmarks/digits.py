@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 
 from sid_fast.engine.log import read_log
 from sid_fast.evaluation.curve import draw_curve
-from sid_fast.evaluation.pixels import NAME
+from sid_fast.evaluation.detectors import Pixels, label
 from sid_fast.files.atomic import atomic_path
 
+NAME = label("frechet_distance", Pixels())
 RESULTS = Path(__file__).parent / "results" / "digits"
 
 

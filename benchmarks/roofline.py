@@ -75,6 +75,12 @@ def rows(scope: str, ops: Iterable[cost.Op], card: Card, precision: str) -> list
     return found
 
 
+def norms(ops: Iterable[cost.Op]) -> tuple[int, float]:
+    """Operations and bytes of the group norms with what is fused around them."""
+    within = [op for op in ops if "norm" in op.layer.rpartition(".")[2]]
+    return len(within), sum(op.nbytes for op in within)
+
+
 def show(title: str, table: list[dict], images: int) -> None:
     total = sum(row["floor_us"] for row in table)
     print(
@@ -111,14 +117,14 @@ def draw(path: Path, title: str, layers: list[dict], step: list[dict], card: Car
             label=kind,
         )
     ridge = rate / card.bandwidth
-    left.plot([1, ridge, 1e4], [card.bandwidth, rate, rate], color="black", linewidth=1)
+    left.plot([0.5, ridge, 1e4], [card.bandwidth / 2, rate, rate], color="black", linewidth=1)
     left.annotate(
         f"{card.bandwidth:g} TB/s", (ridge / 12, rate / 12), xytext=(-62, 2),
         textcoords="offset points",
     )  # fmt: skip
     left.annotate(f"{rate:g} TFLOP/s", (ridge, rate), xytext=(6, 6), textcoords="offset points")
     left.set(
-        xscale="log", yscale="log", xlim=(1, 1e4), ylim=(rate / 2000, rate * 2),
+        xscale="log", yscale="log", xlim=(0.5, 1e4), ylim=(card.bandwidth / 3, rate * 2),
         xlabel="FLOP a byte", ylabel="TFLOP/s at the floor",
         title="layers of a forward; area is their part of its floor",
     )  # fmt: skip
@@ -155,6 +161,10 @@ def run(options: Options, given: set[str]) -> None:
     forward = cost.forward(network, precision, options.kernels, images)
     layers = rows("forward", forward, chosen, precision)
     show("a forward, layer by layer", layers, images)
+    published = cost.forward(network, precision, "reference", images)
+    for form, ops in ((options.kernels, forward), ("PyTorch's form", published)):
+        calls, nbytes = norms(ops)
+        print(f"group norms of a forward, {form}: {calls} operations, {nbytes / 1e6:,.0f} MB")
     settings = dataclasses.replace(settings, precision=precision)
     (step,) = cost.steps(network, settings, [images], options.kernels)
     kinds = rows("step", step.ops, chosen, precision)

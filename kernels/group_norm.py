@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from sid_fast.kernels import _apex
 from sid_fast.kernels._triton import tl, triton
 from sid_fast.kernels.dispatch import choose
 
@@ -112,8 +113,20 @@ def _fold(tile, FOLD: tl.constexpr):
 
 
 @triton.jit
+def _into(x, TYPE: tl.constexpr):
+    """x in a type. Beyond float16's range lies its largest number and no infinity, which a step of
+
+    backward would turn into NaN, and that into the loss of every weight's gradient; NaN stays.
+    """
+    if tl.float16 == TYPE:
+        x = tl.where(tl.abs(x) > 65504.0, tl.where(x > 0.0, 65504.0, -65504.0), x)
+    return x.to(TYPE)
+
+
+@triton.jit
 def _load(ptr, offset, inside):
-    return tl.load(ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(ptr + offset, mask=inside, other=0.0)
+    return _into(value.to(tl.float32), value.dtype).to(tl.float32)
 
 
 @triton.jit
@@ -212,11 +225,11 @@ def _store_resampled(
     if RESAMPLE == "down":
         rows: tl.constexpr = value.shape[0] // 4
         pixel = t * rows + tl.arange(0, rows)
-        value = (_fold(value, 4) * 0.25).to(ptr.dtype.element_ty)
+        value = _into(_fold(value, 4) * 0.25, ptr.dtype.element_ty)
         inside = owned[None, :] & (pixel < PIXELS // 4)[:, None]
         tl.store(ptr[None, :] + pixel[:, None] * CHANNELS, value, mask=inside)
     else:
-        value = value.to(ptr.dtype.element_ty)
+        value = _into(value, ptr.dtype.element_ty)
         tl.store(ptr[None, :] + target[:, None] * CHANNELS, value, mask=inside)
         if RESAMPLE == "up":
             for i in tl.static_range(1, 4):
@@ -281,7 +294,7 @@ def _read(x_ptr, residual_ptr, h_ptr, x_bias, x_scale, offset, inside, near, WRI
             x += _load(residual_ptr[None, :], offset, near)
         x = tl.where(inside, (x + x_bias[None, :]) * x_scale[None, :], 0.0)
         # Rounded as it is stored: backward sees the stored sum and nothing else.
-        rounded = x.to(h_ptr.dtype.element_ty)
+        rounded = _into(x, h_ptr.dtype.element_ty)
         if WRITE:
             tl.store(h_ptr[None, :] + offset, rounded, mask=near)
         x = rounded.to(tl.float32)
@@ -485,7 +498,7 @@ def _write_grad(
     if resampled_grad_ptr is not None:
         dx += _load_resampled(resampled_grad_ptr, target, inside, WIDTH, LEFT, RESAMPLE)
     dx *= x_scale[None, :]
-    tl.store(dx_ptr[None, :] + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    tl.store(dx_ptr[None, :] + offset, _into(dx, dx_ptr.dtype.element_ty), mask=inside)
     return dh, dx
 
 
@@ -595,8 +608,8 @@ def _backward_kernel(
         if dscale_ptr is not None:
             weight = _load(weight_ptr, channel, owned)
             dscale = weight * dgain + _load(bias_ptr, channel, owned) * dshift
-            tl.store(dscale_ptr + row, dscale.to(dscale_ptr.dtype.element_ty), mask=owned)
-            tl.store(dshift_ptr + row, dshift.to(dshift_ptr.dtype.element_ty), mask=owned)
+            tl.store(dscale_ptr + row, _into(dscale, dscale_ptr.dtype.element_ty), mask=owned)
+            tl.store(dshift_ptr + row, _into(dshift, dshift_ptr.dtype.element_ty), mask=owned)
         factor = 1.0 + _load(scale_ptr, film + channel, owned)
         dgain *= factor
         dshift *= factor
@@ -631,7 +644,7 @@ def _backward_kernel(
                 dx += _fold(dx_part, FOLD)
 
     if dadd_ptr is not None:
-        tl.store(dadd_ptr + row, tl.sum(dh, 0).to(dadd_ptr.dtype.element_ty), mask=owned)
+        tl.store(dadd_ptr + row, _into(tl.sum(dh, 0), dadd_ptr.dtype.element_ty), mask=owned)
     if dx_bias_ptr is not None:
         tl.store(dx_bias_ptr + sample * LEFT + channel, tl.sum(dx, 0), mask=left)
 
@@ -673,7 +686,7 @@ def _launch(
     float32, where 32 spilled on sm_100. A larger one goes over its tiles twice, 64 bytes a thread
     at a time (of two tensors in backward), and keeps 8 elements of every running sum. Slabs over
     65536 elements get 16 warps: one such program has a multiprocessor and its first-level cache to
-    itself.
+    itself; float32's backward, which spilled so, stays with 8.
     """
     _, channels, height, width = shape
     pixels = height * width
@@ -682,7 +695,7 @@ def _launch(
     held = 16 if backward and itemsize == 4 else 32
     warps = max(1, tile * lanes // (32 * held))
     if tile * lanes > 8192:
-        warps = 8 if tile * lanes <= 65536 else 16
+        warps = 8 if tile * lanes <= 65536 or held == 16 else 16
         fold = (4 if backward else 8) // itemsize
         tile = warps * 32 * 8 * fold // lanes
     return {
@@ -953,7 +966,13 @@ def group_norm(
         "residual": residual, "x_bias": x_bias, "add": add, "scale": scale, "shift": shift,
     }  # fmt: skip
     _check(x, weight, groups, beside, dropout, resample, parts)
-    if choose("group_norm") == "reference":
+    implementation = choose("group_norm")
+    if implementation == "apex" and _apex.takes(x, groups):
+        alone = beside is None and all(part is None for part in parts.values())
+        if alone and x_scale == 1 and not dropout and resample is None:
+            y = _apex.group_norm(x, weight, bias, groups, eps, silu)
+            return Normed(y, x, x, None, None)
+    if implementation == "reference":
         return group_norm_ref(
             x, weight, bias, groups, eps, beside=beside, x_scale=x_scale, silu=silu,
             dropout=dropout, resample=resample, **parts,
@@ -1077,13 +1096,13 @@ def bytes_moved(
 
 
 def configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
-    """(label, kernel, signature, constants, warps, stages) of the PLACES in bf16 and fp32.
+    """(label, kernel, signature, constants, warps, stages) of the PLACES in every type.
 
     Backward is that of a training network.
     """
     kinds = dict.fromkeys(("stats", "weight", "bias", "dparam", "x_bias", "dx_bias"), "*fp32")
     kinds |= {"seed": "*i64", "eps": "fp32", "x_scale": "fp32"}
-    dtypes = {"bf16": 2, "fp32": 4}
+    dtypes = {"bf16": 2, "fp16": 2, "fp32": 4}
     kernels = {"forward": _forward_kernel, "backward": _backward_kernel}
     for form, (way, kernel), dtype in itertools.product(PLACES, kernels.items(), dtypes):
         given = _arguments(form, way == "backward")

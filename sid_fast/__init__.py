@@ -1,7 +1,7 @@
 """Score identity Distillation of EDM diffusion models into one-step generators, fast.
 
 `load_network` reads a teacher, `Distiller` distils it, `Settings` says how; the commands are
-`python -m sid_fast.train`, `.generate` and `.pretrain`.
+`python -m sid_fast.train`, `.generate`, `.evaluate` and `.pretrain`.
 """
 
 from sid_fast import augment, losses, noise, sampling

@@ -7,11 +7,12 @@ from typing import ClassVar
 import torch
 
 from sid_fast import augment, losses
-from sid_fast.config.settings import Settings, check, rounds_of
+from sid_fast.config.settings import Settings, check, identity_of, rounds_of
 from sid_fast.draws import Draw, draw_round, dropout_seed, seed_of
 from sid_fast.engine import parallel, precision
 from sid_fast.engine.checkpoint import digest
 from sid_fast.engine.compile import compile_blocks
+from sid_fast.engine.fit import naming
 from sid_fast.engine.graphs import StepGraphs
 from sid_fast.engine.optimizer import Optimizer, ema_beta
 from sid_fast.errors import UserError
@@ -28,9 +29,10 @@ class Distiller:
     teacher: a network on the device to use; it is frozen, or copied where its type has to change.
     settings: see Settings. seed decides the draws and the dropout of every step, with the step's
     number and the process's rank. label_weights [label_dim]: in what proportion classes are
-    drawn; uniform if None. cuda_graph replays the step's launches from CUDA graphs (what step
-    returns is then overwritten by the next); compile runs every block through torch.compile.
-    Processes of torch.distributed, if there are any, each take their part of the batch.
+    drawn; uniform if None. Processes of torch.distributed, if there are any, each take their part
+    of the batch; layout says what of the networks each of them keeps. cuda_graph replays the
+    step's launches from CUDA graphs (what step returns is then overwritten by the next); compile
+    runs every block through torch.compile.
 
     generator, fake_score and ema are modules whose state_dict has the published names; all
     start from the teacher. Raises UserError for settings that cannot be used.
@@ -48,6 +50,7 @@ class Distiller:
         settings: Settings,
         seed: int = 0,
         label_weights: torch.Tensor | None = None,
+        layout: parallel.Layout = parallel.WHOLE,
         *,
         cuda_graph: bool = False,
         compile: bool = False,
@@ -63,7 +66,7 @@ class Distiller:
             )
         self.settings, self.seed = settings, seed
         self.label_weights = None if label_weights is None else label_weights.to(self.device)
-        self.identity = dataclasses.asdict(settings) | {
+        self.identity = identity_of(settings) | {
             "seed": seed,
             "teacher": digest(teacher.state_dict().values()),
             "label weights": None if label_weights is None else digest([label_weights]),
@@ -72,31 +75,32 @@ class Distiller:
         self.steps = self.images = 0
 
         dtype = precision.TYPES[settings.precision]
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and layout.mesh is None:
             teacher.to(memory_format=torch.channels_last)
-        self.teacher = teacher if dtype == torch.float32 else copy.deepcopy(teacher)
-        self.teacher.requires_grad_(False).eval().compute_in(dtype, frozen=True)
         self.generator, self.fake_score = copy.deepcopy(teacher), copy.deepcopy(teacher)
         for net in (self.generator, self.fake_score):
             net.set_dropout(settings.dropout)
         self.generator.config = dataclasses.replace(
             teacher.config, init_sigma=settings.init_sigma, dropout=settings.dropout
         )
-        s = settings
-        self.fake_optimizer = Optimizer(self.fake_score, s.fake_beta1, s.beta2, s.eps)
+        self.teacher = teacher if dtype == torch.float32 else copy.deepcopy(teacher)
+        self.teacher.requires_grad_(False).eval()
+        if compile:  # before the blocks are sharded
+            compile_blocks(self.generator, self.fake_score, self.teacher)
+        if layout.gathered:  # whole: in parts it would only cost a message
+            self.teacher.compute_in(dtype, frozen=True)
+        else:
+            self.teacher.compute_dtype = dtype
+            layout.shard(self.teacher, dtype)
+        s, lies = settings, (dtype, layout)
+        self.fake_optimizer = Optimizer(self.fake_score, s.fake_beta1, s.beta2, s.eps, *lies)
         self.generator_optimizer = Optimizer(
-            self.generator, s.generator_beta1, s.beta2, s.eps, ema=True
+            self.generator, s.generator_beta1, s.beta2, s.eps, *lies, ema=True
         )
         self.ema = self.generator_optimizer.ema
         # What changes from step to step lies on the device, where a CUDA graph can read it.
         self.ema_beta = torch.zeros((), dtype=torch.float64, device=self.device)
         self.live = torch.ones((), dtype=torch.bool, device=self.device)  # False: a rehearsal
-
-        for optimizer in (self.generator_optimizer, self.fake_optimizer):
-            optimizer.compute_in(dtype)
-        self.ema.compute_dtype = dtype
-        if compile:
-            compile_blocks(self.generator, self.fake_score, self.teacher)
         self.graphs = StepGraphs(self) if cuda_graph else None
 
     def step(self, draws: Draws | None = None) -> dict[str, torch.Tensor]:
@@ -120,21 +124,23 @@ class Distiller:
         """The launches of a step: a function of the draws, or of the state of self.rng."""
         metrics = {}
         for phase in PHASES:
-            for round in range(self.rounds):
-                self.accumulate(phase, draws and draws[phase][round])
+            for i in range(self.rounds):
+                with naming(f"{phase} step, round {i + 1} of {self.rounds}"):
+                    draw = draws and draws[phase][i]
+                    self.accumulate(phase, draw, last=i == self.rounds - 1)
             metrics |= self.update(phase)
         return metrics
 
-    def accumulate(self, phase: str, draw: Draw | None = None) -> None:
-        """One round of a phase: draw, forward, backward."""
+    def accumulate(self, phase: str, draw: Draw | None = None, last: bool = False) -> None:
+        """One round of a phase: draw, forward, backward; processes begin to meet in the last."""
         s = self.settings
         draw = draw or self.draw_round(phase)
         if phase == "fake":
             found = self.fake_score_round(draw)
-            self.fake_optimizer.accumulate(found, s.fake_loss_scale / s.batch_size)
+            self.fake_optimizer.accumulate(found, s.fake_loss_scale / s.batch_size, last)
         else:
             found = self.generator_round(draw)
-            self.generator_optimizer.accumulate(found, s.generator_loss_scale / s.batch_size)
+            self.generator_optimizer.accumulate(found, s.generator_loss_scale / s.batch_size, last)
 
     def update(self, phase: str) -> dict[str, torch.Tensor]:
         """The end of a phase: average over processes, clean up, Adam, moving average."""

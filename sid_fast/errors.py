@@ -11,3 +11,10 @@ class UserError(Exception):
 
 class RunFailed(Exception):
     """A run that cannot go on: says why, and where its last good state is. Exit status 1."""
+
+
+class OutOfMemory(Exception):
+    """The device had no memory for the phase and round that the message names.
+
+    Networks and optimisers are as before the step, unless they are sharded.
+    """

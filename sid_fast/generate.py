@@ -76,9 +76,9 @@ def inputs(
     return torch.stack(latents), torch.stack(classes)
 
 
-def group_size(device: torch.device) -> int:
+def group_size(device: torch.device, resolution: int) -> int:
     """Images in every network call: a fixed number, since a network's rounding depends on it."""
-    return 16 if device.type == "cpu" else 128
+    return max(16, 64**2 // resolution**2) if device.type == "cpu" else 128
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def make(
     the last one filled up. One step is G(z) = D(σ_init·z; σ_init); more are Heun's method.
     """
     device = next(net.parameters()).device
-    size = group_size(device)
+    size = group_size(device, net.config.resolution)
     labels = torch.eye(net.config.label_dim)[classes] if net.config.label_dim else None
     images = []
     for i in range(0, len(latents), size):
@@ -162,17 +162,22 @@ def open_targets(out: str | None, grid: str | None) -> None:
     """Make the folders that will be written to; UserError if one of the files cannot be."""
     if grid and Path(grid).suffix != ".png":
         raise UserError(f"grid={grid} is not the name of a .png file")
-    for target in (out, grid):
-        if not target:
-            continue
-        folder = Path(target).parent if target == grid or is_file(target) else Path(target)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise UserError(f"{target} cannot be written ({error.strerror})") from None
-        if folder != Path(target) and Path(target).is_dir():
-            raise UserError(f"{target} is a folder: give the name of a file")
+    if out:
+        open_target(out, folder=not is_file(out))
+    if grid:
+        open_target(grid)
+
+
+def open_target(target: str, folder: bool = False) -> None:
+    """Make the folder that `target` is or lies in; UserError if it cannot be written there."""
+    place = Path(target) if folder else Path(target).parent
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror})") from None
+    if not folder and Path(target).is_dir():
+        raise UserError(f"{target} is a folder: give the name of a file")
 
 
 def write(

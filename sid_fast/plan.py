@@ -97,12 +97,17 @@ def check_request(settings: Settings, options: PlanOptions) -> None:
     rounds_of(dataclasses.replace(settings, micro_batch=None), options.gpus)
 
 
-def counts(network: NetworkConfig, settings: Settings, recompute: bool = False) -> Counts:
-    """Count a step at one image and at two; memory is linear in them."""
+def counts(
+    network: NetworkConfig, settings: Settings, recompute: bool = False, form: str = "triton"
+) -> Counts:
+    """Count a step at one image and at two; memory is linear in them.
+
+    recompute: with --checkpoint-activations; form: of the kernels, "triton" or "reference".
+    """
     prepare = {"prepare": checkpoint_activations} if recompute else {}
     forwards = cost.FORWARDS + 4 * recompute  # of ψ, and of G, φ and ψ, once more
     settings = dataclasses.replace(settings, precision=precision_of(settings))
-    one, two = cost.steps(network, settings, [1, 2], **prepare)
+    one, two = cost.steps(network, settings, [1, 2], form, **prepare)
     kinds = {*one.peak, *two.peak}
     image = Counter({kind: two.peak[kind] - one.peak[kind] for kind in kinds})
     return Counts(

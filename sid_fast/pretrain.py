@@ -4,6 +4,7 @@ python -m sid_fast.pretrain --data images.zip --out runs/teacher
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from sid_fast.config.settings import PretrainSettings, RunOptions, check, option
 from sid_fast.draws import seed_of
 from sid_fast.engine import parallel
 from sid_fast.engine.loop import Loop
-from sid_fast.engine.snapshot import Snapshots
+from sid_fast.engine.snapshot import Evaluations, Snapshots
 from sid_fast.errors import UserError
 from sid_fast.files.digits import open_dataset
 from sid_fast.networks import EDMNetwork, NetworkConfig
@@ -54,20 +55,21 @@ def run(config: PretrainConfig, given: set[str]) -> None:
         attention_resolutions=config.attention_resolutions,
         dropout=config.dropout,
     )
-    with parallel.joined(device):
+    with parallel.joined(device, config.parallel, config.timeout):
         torch.manual_seed(seed_of(config.seed, "weights"))
         net = EDMNetwork(network).to(device)
         settings = part(config, PretrainSettings)
-        trainer = Pretrainer(net, settings, data.images(), data.labels, config.seed)
-
-        def many_steps(z: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-            return heun(trainer.ema, z, labels, config.sampler_steps)
-
-        snapshots = Snapshots(config, trainer, trainer.ema, many_steps, data)
+        layout = parallel.plan(config.parallel, net, device, config.shard_group)
+        trainer = Pretrainer(net, settings, data.images(), data.labels, config.seed, layout)
+        many_steps = functools.partial(heun, num_steps=config.sampler_steps)
+        snapshots = Snapshots(config, trainer, trainer.ema, many_steps)
+        evaluations = None
+        if config.eval_every:
+            evaluations = Evaluations(config, trainer, trainer.ema, data, config.sampler_steps)
         name = f"teacher-{config.preset or Path(config.data).stem}"
-        where = f"on {device}, kernels: {kernels.dispatch.report()}"
+        where = f"on {device}, kernels: {kernels.dispatch.report()}, {layout.text}"
         headline = f"training a teacher ({network}) on {len(data):,} images, {where}"
-        Loop(trainer, config, snapshots, name, headline).run(resume)
+        Loop(trainer, config, snapshots, name, headline, evaluations).run(resume)
 
 
 main = cli.command(PretrainConfig, run, "pretrain", __doc__)

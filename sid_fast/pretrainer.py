@@ -1,16 +1,16 @@
 """One step of training an EDM teacher on real images (arXiv 2206.00364)."""
 
-import dataclasses
 from typing import ClassVar
 
 import numpy as np
 import torch
 
 from sid_fast import augment, noise
-from sid_fast.config.settings import PretrainSettings, check, rounds_of
+from sid_fast.config.settings import PretrainSettings, check, identity_of, rounds_of
 from sid_fast.draws import dropout_seed, seed_of
 from sid_fast.engine import parallel, precision
 from sid_fast.engine.checkpoint import digest
+from sid_fast.engine.fit import naming
 from sid_fast.engine.optimizer import Optimizer, ema_beta
 from sid_fast.kernels import Losses
 from sid_fast.losses import fake_score_loss
@@ -33,6 +33,7 @@ class Pretrainer:
         images: np.ndarray,
         labels: np.ndarray | None,
         seed: int = 0,
+        layout: parallel.Layout = parallel.WHOLE,
     ):
         check(settings)
         self.device = next(net.parameters()).device
@@ -40,16 +41,22 @@ class Pretrainer:
         self.rounds = rounds_of(settings, parallel.world())
         self.settings, self.seed = settings, seed
         self.net = net
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and layout.mesh is None:
             net.to(memory_format=torch.channels_last)
         self.net.set_dropout(settings.dropout)
-        self.optimizer = Optimizer(net, settings.beta1, settings.beta2, settings.eps, ema=True)
+        self.optimizer = Optimizer(
+            net,
+            settings.beta1,
+            settings.beta2,
+            settings.eps,
+            precision.TYPES[settings.precision],
+            layout,
+            ema=True,
+        )
         self.ema = self.optimizer.ema
-        self.ema.compute_dtype = precision.TYPES[settings.precision]
-        self.optimizer.compute_in(self.ema.compute_dtype)
         self.data = torch.from_numpy(images)
         self.labels = None if labels is None else torch.from_numpy(labels)
-        self.identity = dataclasses.asdict(settings) | {
+        self.identity = identity_of(settings) | {
             "seed": seed,
             **{f"network {k}": v for k, v in net.config.to_dict().items()},
             "data": digest([self.data]),
@@ -66,8 +73,10 @@ class Pretrainer:
         lr = s.lr * min(1.0, (self.images + s.batch_size) / max(s.lr_rampup_kimg * 1000, 1e-8))
         self.net.train()
         with dropout_seed(s.dropout, self.device, self.seed, self.steps, parallel.rank()):
-            for _ in range(self.rounds):
-                self.optimizer.accumulate(self.round(*self.draw(n)), 1 / s.batch_size)
+            for i in range(self.rounds):
+                with naming(f"step, round {i + 1} of {self.rounds}"):
+                    losses, last = self.round(*self.draw(n)), i == self.rounds - 1
+                    self.optimizer.accumulate(losses, 1 / s.batch_size, last)
         beta = ema_beta(self.images, s.batch_size, s.ema_halflife_kimg, s.ema_rampup_ratio)
         metrics = self.optimizer.update(lr, beta)
         self.steps += 1

@@ -18,13 +18,12 @@ from sid_fast.engine.fit import largest_micro_batch
 from sid_fast.engine.graphs import usable
 from sid_fast.engine.loop import Loop
 from sid_fast.engine.recompute import checkpoint_activations
-from sid_fast.engine.snapshot import Snapshots
+from sid_fast.engine.snapshot import Evaluations, Snapshots
 from sid_fast.errors import UserError
 from sid_fast.files.dataset import ImageDataset
 from sid_fast.files.digits import open_dataset
 from sid_fast.files.network import load_network
 from sid_fast.networks import EDMNetwork, NetworkConfig
-from sid_fast.sampling import heun
 
 
 @dataclasses.dataclass
@@ -34,7 +33,8 @@ class TrainConfig(RunOptions, Settings):
         None, "a pickle, .safetensors, run folder, https address, or a published teacher's name"
     )
     data: str | None = option(
-        None, "data set whose label distribution to use; uniform labels without. No image is used"
+        None,
+        "data set whose label distribution to use; uniform labels without. No image is trained on",
     )
     cuda_graph: str = option(
         "auto", "replay the step's launches from CUDA graphs: auto, on or off; auto is on a GPU"
@@ -43,7 +43,7 @@ class TrainConfig(RunOptions, Settings):
         False, "run every block through torch.compile; the first steps take minutes"
     )
     teacher_steps: int = option(
-        18, "steps of the teacher's sampler, where its distance is measured too", 1, 1000
+        18, "sampler steps of the teacher, evaluated once for comparison; 0: it is not", 0, 1000
     )
     checkpoint_activations: bool = option(
         False, "blocks keep their input alone and run again in backward: less memory, more time"
@@ -86,8 +86,9 @@ def show_plan(command: Command) -> None:
     settings, options = part(command, Settings), part(command, plan.PlanOptions)
     plan.check_request(settings, options)
     network = plan.network_of(command.teacher)
-    print("counting a step of one image and of two …", file=sys.stderr, flush=True)
-    found = plan.counts(network, settings, command.checkpoint_activations)
+    form = "reference" if command.kernels == "reference" else "triton"
+    print(f"counting a step, {form} kernels …", file=sys.stderr, flush=True)
+    found = plan.counts(network, settings, command.checkpoint_activations, form)
     name = command.preset or command.teacher
     print(plan.text(name, network, found, settings, command.kimg, options))
 
@@ -106,7 +107,7 @@ def run(config: TrainConfig, given: set[str], auto_micro_batch: bool = False) ->
     device = parallel.pick_device(config.device)
     kernels.dispatch.configure(config.kernels, device)
     data = open_dataset(config.data) if config.data else None
-    with parallel.joined(device):
+    with parallel.joined(device, config.parallel, config.timeout):
         with parallel.first_alone():  # it may download
             teacher = load_network(config.teacher).to(device)
         if data:
@@ -114,33 +115,44 @@ def run(config: TrainConfig, given: set[str], auto_micro_batch: bool = False) ->
         if auto_micro_batch and device.type == "cuda":
             config.micro_batch = micro_batch_that_fits(teacher, config, device)
         settings = part(config, Settings)
-        graphs, note = usable(config.cuda_graph, device, config.checkpoint_activations)
+        layout = parallel.plan(config.parallel, teacher, device, config.shard_group)
+        sharded = layout.mesh is not None
+        graphs, note = usable(config.cuda_graph, device, config.checkpoint_activations, sharded)
         trainer = Distiller(
             teacher,
             settings,
             config.seed,
             label_weights(data, teacher.config),
+            layout,
             cuda_graph=graphs,
             compile=config.compile,
         )
         prepare(trainer, config)
         teacher = trainer.teacher
 
-        def one_step(z: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        def one_step(net: EDMNetwork, z: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
             sigma = torch.full((len(z),), settings.init_sigma, device=z.device)
-            return trainer.ema(z * settings.init_sigma, sigma, labels)
+            return net(z * settings.init_sigma, sigma, labels)
 
-        def many_steps(z: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-            return heun(teacher, z, labels, config.teacher_steps)
-
-        snapshots = Snapshots(config, trainer, trainer.ema, one_step, data, many_steps)
+        snapshots = Snapshots(config, trainer, trainer.ema, one_step)
+        evaluations = None
+        if config.eval_every:
+            evaluations = Evaluations(
+                config,
+                trainer,
+                trainer.ema,
+                data,
+                teacher=teacher if config.teacher_steps else None,
+                teacher_steps=config.teacher_steps,
+            )
         where = (
             f"on {device} in {trainer.settings.precision}, kernels: {kernels.dispatch.report()}"
-            f"{', CUDA graphs' * graphs}{', torch.compile' * config.compile}"
+            f"{', CUDA graphs' * graphs}{', torch.compile' * config.compile}, {layout.text}"
         )
         headline = f"distilling {config.teacher} ({teacher.config}), {where}"
         headline += note and f"\nnote: {note}"
-        Loop(trainer, config, snapshots, config.preset or "distil", headline).run(resume)
+        name = config.preset or "distil"
+        Loop(trainer, config, snapshots, name, headline, evaluations).run(resume)
 
 
 def prepare(trainer: Distiller, config: TrainConfig) -> None:
@@ -157,7 +169,8 @@ def micro_batch_that_fits(teacher: EDMNetwork, config: TrainConfig, device: torc
 
     def estimate() -> int:
         recompute = config.checkpoint_activations
-        found = plan.counts(teacher.config, precision.settle(settings, device), recompute)
+        form = kernels.dispatch.choose("block")
+        found = plan.counts(teacher.config, precision.settle(settings, device), recompute, form)
         room = torch.cuda.mem_get_info()[0]
         return plan.estimated_micro_batch(found, batch, room, world, sharded=False)
 

@@ -1,39 +1,120 @@
-"""Run by torchrun from test_parallel.py: the golden trajectory, every round split by rows."""
+"""Run by torchrun from test_parallel.py: golden trajectories, every round split by rows.
 
+python parallel_trajectory.py GOLDEN STATES NETWORK:MODE[:save|resume] … runs one after the other.
+MODE is one of --parallel, or `tight`: fsdp with nothing kept gathered. NETWORK `faults` is a small
+one with values planted that are not finite.
+"""
+
+import dataclasses
+import functools
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from golden import TRAJECTORY_TOLERANCE, read
-from test_distiller import golden_draws, golden_settings, trajectory_error
+from test_distiller import golden_draws, golden_settings, small_teacher, trajectory_error
 
 import sid_fast
 from sid_fast.engine import parallel
+from sid_fast.engine.checkpoint import States, find_state, load_state
+from sid_fast.networks import EDMNetwork
 
-folder, name = Path(sys.argv[1]), sys.argv[2]
+golden, states = Path(sys.argv[1]), Path(sys.argv[2])
 torch.set_num_threads(1)
-data = read(folder / f"trajectory_{name}.npz")
-teacher = sid_fast.load_network(folder / f"{name}.pkl")
-start = {k: v.clone() for k, v in teacher.state_dict().items()}
-with parallel.joined(torch.device("cpu")):
+cpu = torch.device("cpu")
+load = functools.cache(lambda name: sid_fast.load_network(golden / f"{name}.pkl"))
+
+
+def part(rounds: list[sid_fast.Draw]) -> list[sid_fast.Draw]:
+    """This process's rows of a step, in as many rounds as there are rows for."""
+    values = ([getattr(d, k) for d in rounds] for k in ("z", "sigma", "noise", "class_labels"))
+    rows = [v[0] if v[0] is None else torch.cat(v)[rank::world] for v in values]
+    count = min(len(rounds), len(rows[0]))
+    chunks = ([None] * count if v is None else v.chunk(count) for v in rows)
+    return [sid_fast.Draw(*chunk) for chunk in zip(*chunks, strict=True)]
+
+
+def distiller_of(teacher: EDMNetwork, mode: str, settings: sid_fast.Settings) -> sid_fast.Distiller:
+    name = "fsdp" if mode == "tight" else mode
+    layout = parallel.plan(name, teacher, cpu, shard_group=min(world, 2))
+    layout = dataclasses.replace(layout, gathered=mode != "tight")
+    return sid_fast.Distiller(teacher, settings, layout=layout)
+
+
+def trajectory(name: str, mode: str, state: str = "") -> None:
+    data = read(golden / f"trajectory_{name}.npz")
+    start = {k: v.clone() for k, v in load(name).state_dict().items()}
     settings = golden_settings(data)
-    settings.micro_batch //= dist.get_world_size()
-    distiller = sid_fast.Distiller(teacher, settings)
-
-    def part(draw: sid_fast.Draw) -> sid_fast.Draw:
-        rows = slice(dist.get_rank(), None, dist.get_world_size())
-        values = draw.z, draw.sigma, draw.noise, draw.class_labels
-        return sid_fast.Draw(*(None if v is None else v[rows] for v in values))
-
-    for step in range(int(data["steps"])):
+    settings.micro_batch = max(settings.micro_batch // world, 1)
+    teacher = EDMNetwork(load(name).config)
+    teacher.load_state_dict(start)
+    distiller = distiller_of(teacher, mode, settings)
+    writer = States(states, distiller, settings, keep=1)
+    if state == "resume":
+        load_state(find_state(str(states), None), distiller)
+    for step in range(distiller.steps, int(data["steps"])):
         draws = golden_draws(data, step)
-        distiller.step({phase: [part(d) for d in rounds] for phase, rounds in draws.items()})
+        distiller.step({phase: part(rounds) for phase, rounds in draws.items()})
+        if state == "save" and step == 1:
+            assert writer.begin() is None  # and training goes on
+    assert writer.finish() is None
     for net, key in (
         (distiller.fake_score, "fake_score"),
         (distiller.generator, "G"),
         (distiller.ema, "G_ema"),
     ):
-        error = trajectory_error(data, start, net, key)
-        print(f"rank {dist.get_rank()} of {dist.get_world_size()}: {name} {key} {error:.2e}")
-        assert error <= TRAJECTORY_TOLERANCE
+        if (found := parallel.whole(net)) is not None:
+            error = trajectory_error(data, start, found, key)
+            print(f"{mode} {name} {key} {error:.2e}", flush=True)
+            assert error <= TRAJECTORY_TOLERANCE
+
+
+def faults(mode: str) -> None:
+    settings = sid_fast.Settings(batch_size=4, eps=1.0, fake_lr=1e-3, generator_lr=1e-3)
+    distiller = distiller_of(small_teacher(), mode, settings)
+    draws = distiller.draw()
+    if rank == world - 1:
+        for rounds in draws.values():
+            rounds[0].z[0] = torch.nan
+    metrics = distiller.step(draws)
+    assert int(metrics["fake/dropped"]) == int(metrics["generator/dropped"]) == 1
+    assert int(metrics["fake/nonfinite"]) == int(metrics["generator/nonfinite"]) == 0
+    same_everywhere(distiller, metrics)
+
+    optimizer = distiller.generator_optimizer
+    planted, real = optimizer.named["model.map_layer0.weight"], optimizer.gradients.wait
+    optimizer.gradients.wait = lambda: (real(), planted.grad.fill_(torch.nan))
+    metrics = distiller.step()
+    assert int(metrics["generator/nonfinite"]) == planted.numel()
+    same_everywhere(distiller, metrics)
+
+    draws = distiller.draw()
+    for rounds in draws.values():
+        rounds[0].z.fill_(torch.nan)
+    before = [p.clone() for p in parallel.local(optimizer.params)]
+    metrics = distiller.step(draws)
+    assert bool(metrics["fake/skipped"]) and bool(metrics["generator/skipped"])
+    assert all(map(torch.equal, parallel.local(optimizer.params), before))
+    if rank == 0:
+        print(f"{mode} faults")
+
+
+def same_everywhere(distiller: sid_fast.Distiller, metrics: dict[str, torch.Tensor]) -> None:
+    """All processes agree on the metrics and, where they have whole networks, on these."""
+    values = [float(v) for v in metrics.values()]
+    optimizers = distiller.fake_optimizer, distiller.generator_optimizer
+    for p in (p for optimizer in optimizers for p in optimizer.params):
+        assert all(torch.isfinite(v).all() for v in parallel.local([p]))
+        if not hasattr(p, "to_local"):
+            values.append(float(p.detach().double().sum()))
+    everyone = [None] * world
+    dist.all_gather_object(everyone, values)
+    assert all(v == values for v in everyone)
+
+
+with parallel.joined(cpu, "fsdp"):
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for case in sys.argv[3:]:
+        name, *rest = case.split(":")
+        faults(*rest) if name == "faults" else trajectory(name, *rest)

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 from test_distiller import small_teacher
 
-from sid_fast import generate, pretrain, train
+from sid_fast import evaluate, generate, pretrain, train
 from sid_fast.files.network import save_network
 
 
@@ -31,7 +31,8 @@ def teacher(tmp_path):
         (["--device", "tpu"], ["tpu", "cpu"]),
         (["--kernels", "apex"], ["apex", "triton", "reference"]),
         (["--augment-p", "0.1", "--data", "none.zip"], ["none.zip"]),
-        (["--distance-images", "10"], ["distance_images=10", "--data"]),
+        (["--eval-every", "1"], ["eval_every=1.0", "--data", "--ref"]),
+        (["--eval-every", "1", "--ref", "none.npz", "--detector", "pixels"], ["none.npz"]),
         (["--resume", "latest"], ["latest", "no training state"]),
         (["--seed", "-1"], ["seed=-1"]),
         (["--out", "teacher.safetensors/run"], ["teacher.safetensors/run", "--out"]),
@@ -110,6 +111,7 @@ def test_pretrain_refuses(run_command, monkeypatch, tmp_path, arguments, words):
     [
         (train, train.TrainConfig),
         (generate, generate.GenerateConfig),
+        (evaluate, evaluate.EvaluateConfig),
         (pretrain, pretrain.PretrainConfig),
     ],
 )

@@ -54,6 +54,15 @@ def test_every_layer_is_charged_for_its_own_work_and_bytes():
     assert attention.flops == 2 * 2 * 16 * 16 * 32
 
 
+def test_what_is_broadcast_is_read_once():
+    with cost.fake(), cost.Count() as count:
+        torch.add(torch.empty(8, 16), torch.empty(16).expand(8, 16))
+        torch.empty(100).zero_()
+    add, zero = count.ops
+    assert add.nbytes == 4 * (8 * 16 + 16 + 8 * 16)
+    assert zero.nbytes == 4 * 100
+
+
 def test_the_reference_moves_more_than_the_kernels():
     """Published form: norm, add, activation each pass over memory; the kernel reads and writes."""
 

@@ -60,8 +60,8 @@ def test_one_operation_is_taken_out_and_put_back():
             assert dispatch.choose("group_norm") == "reference"
             assert dispatch.choose("attention") == "triton"
             assert dispatch.report() == (
-                "group_norm reference, attention triton, sid_loss triton, augment triton, "
-                "adam_ema triton"
+                "block triton, group_norm reference, attention triton, sid_loss triton, "
+                "augment triton, adam_ema triton"
             )
         assert dispatch.report() == "triton"
     assert dispatch.report() == "reference"
@@ -70,7 +70,7 @@ def test_one_operation_is_taken_out_and_put_back():
 def test_an_operation_does_what_is_said_of_it_alone(monkeypatch):
     """Every public function asks for itself by its own name."""
     asked = []
-    for module in dispatch.FORMS:
+    for module in set(dispatch.FORMS) - {"block"}:
         name = f"sid_fast.kernels.{module}"
         monkeypatch.setattr(
             sys.modules[name], "choose", lambda op, cuda=False: asked.append(op) or "reference"
@@ -175,7 +175,7 @@ def test_nvidias_apex_is_offered_for_the_group_norm_alone(packages):
     with pytest.raises(UserError, match="NVIDIA GPUs only"):
         dispatch.configure("group_norm=apex", CPU)
     dispatch.configure("group_norm=apex", torch.device("cuda"))
-    assert dispatch.report().startswith("group_norm apex, attention reference")
+    assert dispatch.report().startswith("block reference, group_norm apex, attention")
 
 
 def test_apex_is_called_in_its_own_terms(packages):
@@ -194,3 +194,16 @@ def test_apex_is_called_in_its_own_terms(packages):
     assert _apex.group_norm(x, 1, 2, 32, 1e-6, False)[-1] == ""
     assert _apex.group_norm(torch.zeros(1, 128, 33, 32), 1, 2, 32, 1e-6, True)[0] == "two"
     assert not _apex.takes(x, 32)  # on a CPU
+
+
+def test_apex_serves_what_is_a_norm_and_no_more(packages, monkeypatch):
+    """Whatever is added, scaled or resampled goes to Triton's kernel."""
+    packages("apex/__init__.py", *NVIDIA)
+    monkeypatch.setattr(_apex, "takes", lambda x, groups: True)
+    monkeypatch.setattr(_apex, "group_norm", lambda x, *rest: x + 5)
+    x, weight = torch.zeros(1, 8, 2, 2), torch.ones(8)
+    with dispatch.forced("apex"):
+        found = kernels.group_norm(x, weight, weight, 2, 1e-6)
+        assert torch.equal(found.y, x + 5) and torch.equal(found.h, x)
+        found = kernels.group_norm(x, weight, weight, 2, 1e-6, add=torch.zeros(1, 8))
+        assert not torch.equal(found.y, x + 5)

@@ -88,6 +88,28 @@ def test_sixteen_bit_stays_close_and_gradients_reach_the_float32_weights():
     assert sorted(errors)[len(errors) // 2] <= 5e-2
 
 
+def test_float16_loses_no_gradient_to_an_overflow():
+    """A convolution whose output is beyond the type: the norm behind it brings it back."""
+    net = small()
+    with torch.no_grad():
+        net.model.enc["8x8_block0"].norm0.weight.fill_(1.0)
+        net.model.enc["8x8_block0"].conv0.weight.fill_(6e4)
+    net.compute_in(torch.float16)
+    overflowed = []
+    conv = torch.nn.functional.conv2d
+
+    def watch(*arguments, **more):
+        out = conv(*arguments, **more)
+        overflowed.append(bool(out.isinf().any()))
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.nn.functional.conv2d", watch)
+        found = outcome(net, "triton")
+    assert any(overflowed)
+    assert all(t.isfinite().all() for t in found)
+
+
 def test_shadows_follow_their_weights():
     net = small()
     net.compute_in(torch.bfloat16)

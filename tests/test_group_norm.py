@@ -491,3 +491,20 @@ def test_compiles_without_a_graph_break(form, device):
     assert torch.equal(plain, traced)
     for name, grad, other in zip(leaves, grads, same, strict=True):
         assert torch.equal(grad, other), name
+
+
+def test_float16_has_no_infinity(device):
+    """What overflows is the largest number, in and out, there and back; a NaN is not hidden."""
+    x = torch.randn(2, 32, 4, 4, device=device).half()
+    x[0, 3, 1, 1], x[1, 5, 2, 2] = torch.inf, torch.nan
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    weight, bias = torch.full((32,), 5e4, device=device), torch.zeros(32, device=device)
+    with forced("triton"):
+        out = group_norm(x, weight, bias, 8, 1e-6, residual=x.detach().clone(), silu=False)
+        y_grad = torch.full_like(out.y, 6e4)
+        y_grad[0, 7, 0, 0] = -torch.inf
+        torch.autograd.backward([out.y, out.h], [y_grad, torch.full_like(out.h, 6e4)])
+    for t in (out.y, out.h, x.grad):
+        assert t[0].isfinite().all()
+        assert t[1].isnan().any()
+    assert out.h[0, 3, 1, 1] == out.y[0].abs().max() == x.grad[0].abs().max() == 65504

@@ -2,10 +2,16 @@
 
 import json
 
+import pytest
 import torch
+from processes import TORCHRUN, python
 from test_distiller import small_teacher
 
+from sid_fast.distiller import Distiller
+from sid_fast.engine import loop, snapshot
 from sid_fast.files.network import load_network, save_network
+
+DISTANCE = "Fréchet distance (pixels)"
 
 
 def test_a_run_that_keeps_failing_stops_with_its_last_good_state(tmp_path, run_command):
@@ -20,7 +26,7 @@ def test_a_run_that_keeps_failing_stops_with_its_last_good_state(tmp_path, run_c
     assert status == 1
     assert error.strip().count("\n") == 0
     assert "not one finite sample" in error and "state-000000020" in error
-    assert (out / "state-000000020.safetensors").exists()
+    assert (out / "state-000000020").exists()
 
 
 def test_a_run_leaves_pictures_figures_and_a_network_that_knows_itself(tmp_path, run_command):
@@ -29,18 +35,21 @@ def test_a_run_leaves_pictures_figures_and_a_network_that_knows_itself(tmp_path,
     status, _ = run_command(
         "train", "--teacher", tmp_path / "teacher.safetensors", "--out", out, "--data", "digits",
         "--batch-size", 4, "--kimg", 0.012, "--snapshot-every", 0.008, "--log-every", 1,
-        "--distance-images", 40, "--teacher-steps", 2,
+        "--eval-every", 0.004, "--eval-images", 40, "--detector", "pixels", "--teacher-steps", 2,
     )  # fmt: skip
     assert status == 0
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    figures = [r for r in records if "pixel-space Fréchet distance" in r]
-    assert [r["images"] for r in figures] == [0, 8, 12]
-    assert ["teacher" in r for r in figures] == [True, False, False]
+    figures = [r for r in records if DISTANCE in r]
+    assert [r["images"] for r in figures] == [0, 4, 8, 12]
+    assert ["teacher" in r for r in figures] == [True, False, False, False]
+    assert all("kernel distance (pixels)" in r and r["evaluation_s"] > 0 for r in figures)
     steps = [r for r in records if "fake/loss" in r]
     assert [r["images"] for r in steps] == [4, 8, 12]
     assert steps[0].keys() >= {"generator/loss", "generator/distance", "img_per_s", "it_per_s"}
     for kind in ("samples-*.png", "snapshot-*.safetensors"):
         assert [int(p.stem.split("-")[1]) for p in sorted(out.glob(kind))] == [0, 8, 12]
+    least = min(figures, key=lambda r: r[DISTANCE])["images"]
+    assert [p.name for p in out.glob("best-*")] == [f"best-{least:010d}.safetensors"]
     assert (out / "distance.png").stat().st_size > 10_000
     assert any((out / "tensorboard").iterdir())
     config = json.loads((out / "config.json").read_text())
@@ -48,3 +57,77 @@ def test_a_run_leaves_pictures_figures_and_a_network_that_knows_itself(tmp_path,
     # The newest snapshot of a run folder is found, and it says how to use it.
     net = load_network(out)
     assert net.config.init_sigma == 2.5 and net.config.label_dim == 10
+
+
+def records(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_what_an_evaluation_finds_is_what_the_evaluate_command_finds(tmp_path, run_command):
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    arguments = ["--teacher", tmp_path / "teacher.safetensors", "--data", "digits"]
+    arguments += ["--batch-size", 4, "--kimg", 0.008, "--eval-every", 0.004, "--eval-images", 20]
+    arguments += ["--detector", "pixels", "--teacher-steps", 3, "--generator-lr", 0.01]
+    assert run_command("train", *arguments, "--out", tmp_path / "one")[0] == 0
+    one = [r for r in records(tmp_path / "one") if DISTANCE in r]
+
+    def evaluate(network, *more):
+        base = ["--network", network, "--data", "digits", "--detector", "pixels", "-n", 20]
+        status, error = run_command("evaluate", *base, *more, "--out", tmp_path / "r.json")
+        assert status == 0, error
+        return json.loads((tmp_path / "r.json").read_text())["reported"]
+
+    found = evaluate(tmp_path / "one")
+    assert found["frechet_distance"] == pytest.approx(one[-1][DISTANCE], rel=1e-9)
+    assert found["kernel_distance"] == pytest.approx(one[-1]["kernel distance (pixels)"])
+    found = evaluate(tmp_path / "teacher.safetensors", "--steps", 3)
+    assert found["frechet_distance"] == pytest.approx(one[0]["teacher"], rel=1e-9)
+    # Two processes find the same of the same network.
+    command = ["-m", "sid_fast.train", *arguments, "--out", tmp_path / "two"]
+    done = python(*TORCHRUN, 2, *command)
+    assert done.returncode == 0, done.stderr
+    two = [r for r in records(tmp_path / "two") if DISTANCE in r]
+    assert [r["images"] for r in two] == [0, 4, 8]
+    for name in (DISTANCE, "teacher", "kernel distance (pixels)"):
+        assert two[0][name] == pytest.approx(one[0][name], rel=1e-9)
+
+
+def test_a_resumed_run_remembers_teacher_and_best(tmp_path, run_command):
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    out = tmp_path / "run"
+    arguments = ["--teacher", tmp_path / "teacher.safetensors", "--data", "digits", "--out", out]
+    arguments += ["--batch-size", 4, "--eval-every", 0.004, "--eval-images", 20]
+    arguments += ["--detector", "pixels", "--teacher-steps", 2, "--generator-lr", 0.02]
+    assert run_command("train", *arguments, "--kimg", 0.004)[0] == 0
+    assert run_command("train", "--resume", out, "--kimg", 0.012)[0] == 0
+    figures = [r for r in records(out) if DISTANCE in r]
+    assert [r["images"] for r in figures] == [0, 4, 8, 12]
+    assert sum("teacher" in r for r in figures) == 1
+    least = min(figures, key=lambda r: r[DISTANCE])["images"]
+    assert [p.name for p in out.glob("best-*")] == [f"best-{least:010d}.safetensors"]
+
+
+def test_the_time_of_an_evaluation_is_not_in_the_throughput(tmp_path, run_command, monkeypatch):
+    now = [0.0]  # a step takes a second, an evaluation a thousand
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+
+    def taking(seconds, act):
+        def call(*arguments):
+            now[0] += seconds
+            return act(*arguments)
+
+        return call
+
+    monkeypatch.setattr(Distiller, "step", taking(1, Distiller.step))
+    evaluate = snapshot.Evaluations._figures
+    monkeypatch.setattr(snapshot.Evaluations, "_figures", taking(1000, evaluate))
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    status, _ = run_command(
+        "train", "--teacher", tmp_path / "teacher.safetensors", "--data", "digits", "--out",
+        tmp_path / "run", "--batch-size", 4, "--kimg", 0.016, "--eval-every", 0.004,
+        "--eval-images", 20, "--detector", "pixels", "--teacher-steps", 0, "--log-every", 4,
+    )  # fmt: skip
+    assert status == 0
+    (line,) = (r for r in records(tmp_path / "run") if "it_per_s" in r)
+    assert line["it_per_s"] == 1
+    assert [r["evaluation_s"] for r in records(tmp_path / "run") if DISTANCE in r] == [1000] * 5

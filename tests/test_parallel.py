@@ -1,29 +1,116 @@
-"""Several processes do what one does."""
+"""Several processes do what one does, however they share the networks."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
-from processes import TORCHRUN, python
-from test_distiller import TRAJECTORIES, small_teacher
+import torch
+from processes import ENV, TORCHRUN, python
+from test_distiller import small_teacher
 
+from sid_fast.config.settings import Settings, smaller_micro_batch
+from sid_fast.distiller import Distiller
+from sid_fast.engine import parallel
+from sid_fast.errors import OutOfMemory, UserError
 from sid_fast.files.network import save_network
 
+# All that so many processes do: starting them takes longer than doing it. Four write a state in
+# the middle of a trajectory; two and one go on from it to the end of the published one.
+CASES = {
+    4: ["ddp", "hsdp", "fsdp:save"],
+    2: ["ddp", "hsdp", "fsdp:resume", "tight", "adm_cond:fsdp", *(f"faults:{m}" for m in
+        ("ddp", "fsdp", "hsdp"))],
+    1: ["fsdp", "hsdp", "ddp:resume"],
+}  # fmt: skip
 
-@pytest.mark.parametrize("name", TRAJECTORIES)
-def test_two_processes_with_half_the_batch_each_meet_the_golden_trajectory(golden, name):
+
+@pytest.fixture(scope="module")
+def shared_states(tmp_path_factory):
+    return tmp_path_factory.mktemp("states")
+
+
+@pytest.mark.parametrize("processes", CASES)
+def test_every_layout_meets_the_golden_trajectory(golden, shared_states, processes):
     script = __file__.replace("test_parallel", "parallel_trajectory")
-    done = python(*TORCHRUN, 2, script, golden, name)
+    cases = [c if "_" in c or "faults" in c else f"ddpmpp_uncond:{c}" for c in CASES[processes]]
+    done = python(*TORCHRUN, processes, script, golden, shared_states, *cases)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("of 2") == 6
+    faults = sum(c.startswith("faults") for c in cases)
+    assert len(done.stdout.splitlines()) == faults + 3 * (len(cases) - faults), done.stdout
 
 
-def test_a_run_on_two_processes_leaves_what_one_leaves(tmp_path):
-    save_network(tmp_path / "teacher.safetensors", small_teacher())
-    command = [
-        "-m", "sid_fast.train", "--teacher", tmp_path / "teacher.safetensors", "--batch-size", 4,
-        "--kimg", 0.02, "--state-every", 0.008, "--out", tmp_path / "run", "--log-every", 1,
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    save_network(folder / "teacher.safetensors", small_teacher())
+    return [
+        "-m", "sid_fast.train", "--teacher", folder / "teacher.safetensors", "--batch-size", 4,
+        "--state-every", 0.008, "--log-every", 1, "--snapshot-every", 0.012,
     ]  # fmt: skip
-    done = python(*TORCHRUN, 2, *command)
+
+
+def test_a_run_on_two_processes_leaves_what_one_leaves(command, tmp_path):
+    done = python(
+        *TORCHRUN, 2, *command, "--kimg", 0.02, "--out", tmp_path / "run", "--parallel", "fsdp"
+    )
     assert done.returncode == 0, done.stderr
     names = {p.name for p in (tmp_path / "run").iterdir()}
-    assert names >= {"state-000000005.safetensors", "snapshot-0000000020.safetensors", "log.jsonl"}
+    assert names >= {"state-000000005", "snapshot-0000000020.safetensors", "log.jsonl"}
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 5
     assert done.stdout.count("kimg  100 %") == 1, "more than one process speaks"
+
+
+def test_a_process_that_dies_is_named_and_the_restart_ends_the_run(command, tmp_path):
+    out = tmp_path / "run"
+    arguments = [
+        *TORCHRUN, 2, "--max-restarts", 1, *command, "--kimg", 0.12, "--out", out,
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, *map(str, arguments)], env=ENV, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while not list(out.glob("state-*[0-9]")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    victim = next(
+        int(pid) for pid in children.stdout.split()
+        if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
+    )  # fmt: skip
+    os.kill(victim, signal.SIGKILL)
+    output, error = process.communicate(timeout=600)
+    assert process.returncode == 0, error
+    assert "(exitcode: -9) local_rank: 1" in error, error
+    assert "process 1 on" in error and "was lost" in error, error
+    assert "resumed" in output and "kimg  100 %" in output
+
+
+def test_running_out_of_memory_names_the_phase_and_the_next_micro_batch(
+    command, tmp_path, monkeypatch, run_command
+):
+    def full(self, draw):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
+
+    monkeypatch.setattr(Distiller, "generator_round", full)
+    status, error = run_command("train", *command[2:], "--kimg", 0.02, "--out", tmp_path / "run")
+    assert status == 2 and error.strip().count("\n") == 0
+    for words in ("generator step, round 1 of 1", "2.00 GiB", "--micro-batch 2"):
+        assert words in error
+    assert "GPU 0" not in error
+    with pytest.raises(OutOfMemory):
+        Distiller(small_teacher(), Settings(batch_size=4)).step()
+    assert smaller_micro_batch(Settings(batch_size=24, micro_batch=4), processes=2) == 3
+    assert smaller_micro_batch(Settings(batch_size=2, micro_batch=1)) is None
+
+
+def test_a_layout_that_cannot_be_is_refused():
+    cpu = torch.device("cpu")
+    with pytest.raises(UserError, match=r"zero3.*fsdp"):
+        parallel.plan("zero3", small_teacher(), cpu)
+    with pytest.raises(UserError, match="shard_group=3"):
+        parallel.plan("hsdp", small_teacher(), cpu, shard_group=3)
+    assert parallel.plan("auto", small_teacher(), cpu).mesh is None

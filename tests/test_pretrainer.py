@@ -1,11 +1,11 @@
 """A teacher learns from real images; its steps are a function of seed and step alone."""
 
 import torch
+from processes import tensors_of
 from test_distiller import SMALL
 
 from sid_fast.config.settings import PretrainSettings
 from sid_fast.files.digits import open_dataset
-from sid_fast.files.snapshots import read_snapshot
 from sid_fast.networks import EDMNetwork
 from sid_fast.pretrainer import Pretrainer
 
@@ -54,10 +54,9 @@ def test_a_stopped_teacher_goes_on_to_the_same_bits(tmp_path, run_command):
         "--keep-states", 9, "--sampler-steps", 2, "--lr-rampup-kimg", 0.01,
     ]  # fmt: skip
     assert run_command("pretrain", *base, "--kimg", 0.016, "--out", tmp_path / "a")[0] == 0
-    resume = ["--resume", tmp_path / "a" / "state-000000002.safetensors", "--out", tmp_path / "b"]
+    resume = ["--resume", tmp_path / "a" / "state-000000002", "--out", tmp_path / "b"]
     assert run_command("pretrain", *resume)[0] == 0
-    last = "state-000000004.safetensors"
-    a, b = (read_snapshot(tmp_path / run / last)[0] for run in ("a", "b"))
+    a, b = (tensors_of(tmp_path / run / "state-000000004") for run in ("a", "b"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     status, error = run_command("pretrain", *resume, "--num-blocks", 2)
     assert status == 2 and "network num_blocks=1" in error

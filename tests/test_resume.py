@@ -3,22 +3,24 @@
 import errno
 import json
 import os
+import pickle
 import re
 import signal
 
 import pytest
 import torch
-from processes import python, python_until
+from processes import python, python_until, tensors_of
 from test_distiller import small_teacher
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from sid_fast.config.settings import Settings
 from sid_fast.distiller import Distiller
-from sid_fast.engine.checkpoint import find_state, load_state, read_state, save_state
+from sid_fast.engine.checkpoint import HEADER, States, find_state, load_state, read_header
+from sid_fast.engine.loop import Loop
 from sid_fast.errors import UserError
 from sid_fast.files.network import save_network
-from sid_fast.files.snapshots import read_snapshot
 
-LAST = "state-000000040.safetensors"
+LAST = "state-000000040"
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +40,18 @@ def command(tmp_path_factory):
 
 
 def states(folder):
-    return sorted(folder.glob("state-*.safetensors"))
+    return sorted(folder.glob("state-*[0-9]"))
+
+
+def save_state(folder, distiller, settings, keep=1):
+    """The state of a distiller, written and waited for."""
+    states = States(folder, distiller, settings, keep)
+    assert states.begin() is None and states.finish() is None
+    return states.path
 
 
 def same_end(found, expected) -> bool:
-    a, b = read_snapshot(found / LAST)[0], read_snapshot(expected / LAST)[0]
+    a, b = tensors_of(found / LAST), tensors_of(expected / LAST)
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -52,7 +61,7 @@ def test_killed_and_resumed_ends_on_the_same_bits(command, tmp_path, moment):
     out = tmp_path / "run"
 
     def ready() -> bool:
-        return bool(states(out)) and int(states(out)[-1].stem[6:]) >= 5 * moment
+        return bool(states(out)) and int(states(out)[-1].name[6:]) >= 5 * moment
 
     status = python_until(ready, signal.SIGKILL, *arguments, "--out", out)
     assert status == -signal.SIGKILL
@@ -89,7 +98,7 @@ def test_a_polite_signal_saves_the_step_it_stopped_at(command, tmp_path, send):
 
 def test_only_the_newest_states_are_kept_and_nothing_half_written(command):
     _, whole = command
-    assert [p.name for p in states(whole)] == ["state-000000035.safetensors", LAST]
+    assert [p.name for p in states(whole)] == ["state-000000035", LAST]
     assert not list(whole.glob("*.tmp"))
     assert (whole / "config.json").exists()
     for kind in ("samples-*.png", "snapshot-*.safetensors"):
@@ -130,29 +139,120 @@ def test_what_is_no_state_is_refused(tmp_path):
         load_state(tmp_path / "net.safetensors", Distiller(small_teacher(), Settings()))
 
 
-def test_a_full_disk_stops_the_run_with_the_last_good_state_intact(
+def test_a_damaged_state_is_refused_before_it_is_used(tmp_path):
+    settings = Settings(batch_size=4)
+    distiller = Distiller(small_teacher(), settings)
+    state = save_state(tmp_path, distiller, settings)
+    file = next(state.glob("*.safetensors"))
+    content = file.read_bytes()
+    for broken in (content[:-4], None):
+        if broken is None:
+            file.unlink()
+        else:
+            file.write_bytes(broken)
+        with pytest.raises(UserError, match=file.name):
+            load_state(state, distiller)
+    file.write_bytes(b"\xff" * 16 + content[16:])
+    with pytest.raises(UserError, match="damaged"):
+        load_state(state, distiller)
+    (state / HEADER).write_text("{")
+    with pytest.raises(UserError, match="no whole training state"):
+        load_state(state, distiller)
+
+
+def test_reading_a_state_executes_nothing(tmp_path):
+    """torch.distributed.checkpoint's own file of metadata is a pickle: it is not even looked at."""
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    settings = Settings(batch_size=4)
+    distiller = Distiller(small_teacher(), settings)
+    state = save_state(tmp_path, distiller, settings)
+    assert {p.suffix for p in state.iterdir()} == {".safetensors", ".json"}
+    (state / ".metadata").write_bytes(pickle.dumps(Evil()))
+    load_state(state, distiller)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_what_is_written_is_the_state_at_the_step_it_was_asked_for(tmp_path):
+    settings = Settings(batch_size=4, fake_lr=1e-2, generator_lr=1e-2)
+    distiller = Distiller(small_teacher(), settings)
+    expected = {k: v.detach().clone() for k, v in distiller.tensors().items()}
+    states = States(tmp_path, distiller, settings, 1)
+    states.begin()
+    distiller.step()
+    assert states.finish() is None
+    found = tensors_of(tmp_path / "state-000000000")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[k], expected[k]) for k in expected)
+
+
+def full_disk_at(monkeypatch, *steps):
+    """No state of these steps can be written: half of it is, and then the disk is full."""
+    real = HuggingFaceStorageWriter.write_data
+
+    def write_data(self, plan, planner):
+        done = real(self, plan, planner)
+        if int(re.search(r"state-(\d+)", str(self.path))[1]) in steps:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return done
+
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", write_data)
+
+
+def test_a_full_disk_does_not_stop_a_run_that_can_write_its_last_state(
     tmp_path, monkeypatch, run_command
 ):
-    from sid_fast.files import snapshots
-
     save_network(tmp_path / "teacher.safetensors", small_teacher())
-    real = snapshots.save_file
+    arguments = [
+        "train", "--teacher", tmp_path / "teacher.safetensors", "--batch-size", 4,
+        "--kimg", 0.032, "--state-every", 0.008, "--out", tmp_path / "run",
+    ]  # fmt: skip
+    seen = []
+    real = Loop._say
+    monkeypatch.setattr(Loop, "_say", lambda self, line: (seen.append(line), real(self, line)))
+    full_disk_at(monkeypatch, 4, 6)
+    status, error = run_command(*arguments)
+    assert status == 0, error
+    warnings = [line for line in seen if line.startswith("warning")]
+    assert len(warnings) == 2
+    assert "state-000000004" in warnings[0] and "No space left" in warnings[0]
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    names = [p.name for p in states(tmp_path / "run")]
+    assert names == ["state-000000002", "state-000000008"]
 
-    def until_the_disk_is_full(tensors, path, metadata):
-        real(tensors, path, metadata)
-        if "state-000000004" in str(path):
-            with open(path, "r+b") as file:
-                file.truncate(1000)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(snapshots, "save_file", until_the_disk_is_full)
+def test_a_full_disk_at_the_end_is_a_failure_with_the_last_good_state_intact(
+    tmp_path, monkeypatch, run_command
+):
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    full_disk_at(monkeypatch, 4, 6, 8)
     out = tmp_path / "run"
     status, error = run_command(
         "train", "--teacher", tmp_path / "teacher.safetensors", "--batch-size", 4,
         "--kimg", 0.032, "--state-every", 0.008, "--out", out,
     )  # fmt: skip
-    assert status == 2
-    assert "state-000000004" in error and "No space left" in error
+    assert status == 1
+    assert "state-000000008" in error and "No space left" in error
+    assert "last good state is state-000000002" in error and error.strip().count("\n") == 0
     assert not list(out.glob("*.tmp"))
-    assert [p.name for p in states(out)] == ["state-000000002.safetensors"]
-    assert read_state(states(out)[0])[1]["steps"] == 2
+    assert [p.name for p in states(out)] == ["state-000000002"]
+    assert read_header(states(out)[0])["steps"] == 2
+
+
+def test_torchrun_s_restart_goes_on_from_this_run_s_last_state(tmp_path, monkeypatch, run_command):
+    monkeypatch.chdir(tmp_path)
+    save_network("teacher.safetensors", small_teacher())
+    arguments = ["train", "--teacher", "teacher.safetensors", "--batch-size", 4, "--kimg", 0.008]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "ours")
+    assert run_command(*arguments)[0] == 0
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    assert run_command(*arguments)[0] == 0
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "ours")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert run_command(*arguments[:-1], 0.016)[0] == 0
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["000-distil", "001-distil"]
+    names = [p.name for p in states(tmp_path / "runs" / "000-distil")]
+    assert names == ["state-000000002", "state-000000004"]

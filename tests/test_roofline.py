@@ -1,5 +1,7 @@
 """Floors are the longer of compute and memory, summed over what a layer runs."""
 
+import re
+
 import pytest
 from test_distiller import SMALL
 
@@ -29,13 +31,20 @@ def test_a_layer_is_the_sum_of_its_operations():
     assert (second["layer"], third["kind"]) == ("b", "pointwise")
 
 
+def test_norms_are_their_layers_alone():
+    ops = [op(0, 5, "a.norm0"), op(0, 7, "a.8x8_aux_norm"), op(0, 11, "a.norm0.b"), op(0, 13, "a")]
+    assert roofline.norms(ops) == (2, 12)
+
+
 def test_the_command_counts_draws_and_keeps(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(roofline, "network_of", lambda teacher: SMALL)
     options = roofline.Options(preset="digits", images=4, out=str(tmp_path))
     roofline.run(options, set())
     shown = capsys.readouterr().out
     assert "ESTIMATE for h200: 790 TFLOP/s, 4.3 TB/s (measured" in shown
-    assert "enc.8x8_block0.conv0" in shown and "the whole step" in shown
+    calls, reference_calls = re.findall(r"group norms of a forward, .*: (\d+) operations", shown)
+    assert int(calls) < int(reference_calls)
+    assert "enc.8x8_block0.norm0" in shown and "the whole step" in shown
     found = record.read(tmp_path / "digits-h200-bf16.json")
     assert found["device"] == "estimate for h200"
     scopes = [row["scope"] for row in found["rows"]]

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from sid_fast.engine.checkpoint import find_state, read_state
+from sid_fast.engine.checkpoint import PATTERN, find_state, read_header, restarted
 from sid_fast.errors import RunFailed, UserError
 
 if sys.version_info >= (3, 11):
@@ -56,7 +56,8 @@ def _option(f: dataclasses.Field, hint: Any) -> click.Option:
         return click.Option([f"--{name}/--no-{name}", f.name], **common)
     kind = NumberList() if typing.get_origin(hint) is tuple else hint
     metavar = {int: "N", float: "X", str: "TEXT"}.get(hint)
-    return click.Option([f"--{name}", f.name], type=kind, metavar=metavar, **common)
+    names = [n for n in (f.metadata["short"], f"--{name}", f.name) if n]
+    return click.Option(names, type=kind, metavar=metavar, **common)
 
 
 def _choose_preset(kind: str):
@@ -71,10 +72,17 @@ def _choose_preset(kind: str):
     return callback
 
 
-def command(config: type, run: Callable[[Any, set[str]], None], kind: str | None, help: str):
+def command(
+    config: type,
+    run: Callable[[Any, set[str]], None],
+    kind: str | None,
+    help: str,
+    **subcommands: click.Command,
+) -> click.Command:
     """A click command that fills dataclass `config` and calls run(config, given).
 
     given: the fields named on the command line. kind: which presets --preset offers.
+    subcommands: run in its place where one is named.
     """
     hints = typing.get_type_hints(config)
     fields = {f.name: f for f in dataclasses.fields(config)}
@@ -94,31 +102,43 @@ def command(config: type, run: Callable[[Any, set[str]], None], kind: str | None
         )
 
     def body(**values: Any) -> None:
+        if click.get_current_context().invoked_subcommand:
+            return
         source = click.get_current_context().get_parameter_source
         given = {n for n in values if source(n) == click.core.ParameterSource.COMMANDLINE}
         run(config(**values), given)
 
-    return click.Command(
-        config.__name__,
-        params=params,
-        callback=body,
-        help=help,
-        context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
-    )
+    common = {
+        "params": params,
+        "callback": body,
+        "help": help.replace("\n\npython", "\n\n\b\npython"),  # lines of their own
+        "context_settings": {"max_content_width": 100, "help_option_names": ["-h", "--help"]},
+    }
+    if not subcommands:
+        return click.Command(config.__name__, **common)
+    return click.Group(config.__name__, commands=subcommands, invoke_without_command=True, **common)
+
+
+# Options that belong to a machine rather than to a run.
+MACHINE = {"resume", "device", "parallel", "shard_group", "timeout"}
 
 
 def resume(config: Any, given: set[str]) -> Path | None:
     """The state to resume, if any; what was not given anew is then as in the run it is of."""
+    if folder := restarted(config.out):
+        config.out = str(folder)
+        if any(folder.glob(PATTERN)):
+            config.resume = str(folder)
     if not config.resume:
         return None
     state = find_state(config.resume, config.out)
-    header = read_state(state, header_only=True)[1]
+    header = read_header(state)
     saved, kind = header["options"], type(config).__name__
     if header["kind"] != kind:
         raise UserError(f"{state} is the state of another command's run ({header['kind']})")
     if config.preset and config.preset != saved["preset"]:
         raise UserError(f"{state} was written with preset={saved['preset']}, not {config.preset}")
-    for name in {f.name for f in dataclasses.fields(config)} - given - {"resume", "device"}:
+    for name in {f.name for f in dataclasses.fields(config)} - given - MACHINE:
         if name in saved:
             value = saved[name]
             setattr(config, name, tuple(value) if isinstance(value, list) else value)

@@ -13,9 +13,15 @@ PRECISION = (
 )
 
 
-def option(default: Any, help: str, low: float | None = None, high: float = LARGE) -> Any:
-    """A dataclass field that explains itself on the command line and knows its range."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
+def option(
+    default: Any, help: str, low: float | None = None, high: float = LARGE, short: str = ""
+) -> Any:
+    """A dataclass field that explains itself on the command line and knows its range.
+
+    short: another name for it there, such as -n.
+    """
+    metadata = {"help": help, "low": low, "high": high, "short": short}
+    return field(default=default, metadata=metadata)
 
 
 def check(settings: Any) -> None:
@@ -47,6 +53,18 @@ def rounds_of(settings: Any, processes: int = 1) -> int:
             f"{'es' if processes > 1 else ''}; the nearest that does is {nearest}"
         )
     return batch // chunk if micro else 1
+
+
+def identity_of(settings: Any) -> dict[str, Any]:
+    """The settings that a resumed run must share: not how its steps are fitted into memory."""
+    return {k: v for k, v in dataclasses.asdict(settings).items() if k != "micro_batch"}
+
+
+def smaller_micro_batch(settings: Any, processes: int = 1) -> int | None:
+    """The largest micro-batch below the present one with which the batch divides; None below 1."""
+    share = settings.batch_size // processes
+    now = settings.micro_batch or share
+    return next((n for n in range(now - 1, 0, -1) if share % n == 0), None)
 
 
 @dataclasses.dataclass
@@ -114,6 +132,17 @@ class RunOptions:
         "auto, reference (PyTorch), triton or cuda, and OPERATION=NAME for single operations "
         "(triton,group_norm=reference); auto is what is proven on the device",
     )
+    parallel: str = option(
+        "auto",
+        "how several processes share the networks: ddp (whole everywhere), fsdp (in parts), hsdp "
+        "(in parts inside a node, copies between nodes); auto takes ddp where memory allows",
+    )
+    shard_group: int | None = option(
+        None, "processes that share one copy in hsdp; default: those of a node", 1
+    )
+    timeout: float = option(
+        10.0, "minutes without a word from another process after which a run gives up", 0.05, 1e5
+    )
     log_every: int = option(50, "steps from one log line to the next", 1)
     snapshot_every: float = option(
         500.0, "kimg from one snapshot and sample grid to the next", 0.001
@@ -124,6 +153,17 @@ class RunOptions:
     resume: str | None = option(
         None, "go on from a state file, a run folder, or `latest`: the newest in --out or runs/"
     )
-    distance_images: int = option(
-        0, "images of a snapshot's pixel-space Fréchet distance to --data; 0: no distance", 0
+    eval_every: float | None = option(
+        None,
+        "kimg from one evaluation of the network's images to the next; default: none. The best "
+        "network is kept as best-*.safetensors",
+        0.001,
+    )
+    eval_images: int = option(50_000, "images of an evaluation; of fewer, KID tells more", 2)
+    detector: str = option(
+        "inception", "feature network of an evaluation, as in python -m sid_fast.evaluate"
+    )
+    trust: bool = option(False, "run a detector that is not known here; it is a program")
+    ref: str | None = option(
+        None, "statistics of real images (.npz) to evaluate against; default: the images of --data"
     )

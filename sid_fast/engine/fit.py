@@ -1,12 +1,13 @@
 """How many images a round: the most that fit, by trying."""
 
+import contextlib
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from sid_fast.engine import parallel
-from sid_fast.errors import RunFailed
+from sid_fast.errors import OutOfMemory, RunFailed
 
 
 def divisors(n: int) -> list[int]:
@@ -46,3 +47,13 @@ def _runs_out(try_step: Callable[[int], None], n: int) -> bool:
     finally:
         gc.collect()
         torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Out of memory in the block is OutOfMemory, which says in what and how much was asked for."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        asked = ". ".join(str(error).split(". ")[:2])  # what follows are statistics
+        raise OutOfMemory(f"{what}: {asked}") from error

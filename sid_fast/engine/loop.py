@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -13,11 +14,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from sid_fast.config.settings import RunOptions
+from sid_fast.config.settings import RunOptions, smaller_micro_batch
 from sid_fast.engine import parallel
-from sid_fast.engine.checkpoint import PATTERN, Trainer, load_state, save_state
+from sid_fast.engine.checkpoint import PATTERN, States, Trainer, launch, load_state, sweep
 from sid_fast.engine.log import Log
-from sid_fast.errors import RunFailed, UserError
+from sid_fast.errors import OutOfMemory, RunFailed, UserError
 from sid_fast.files.atomic import atomic_path
 
 FAILURES = 20  # failed steps in a row before a run gives up
@@ -56,13 +57,21 @@ def _next_number(name: str) -> int:
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[list[signal.Signals]]:
-    """SIGTERM and SIGINT become entries of a list, read between steps; the second one kills."""
+def signals(nothing_to_save: Callable[[], bool]) -> Iterator[list[signal.Signals]]:
+    """SIGTERM and SIGINT become entries of a list, read between steps; the second one kills.
+
+    Under torchrun it does not: Ctrl-C reaches us from the terminal and again from torchrun, which
+    kills by itself what has not ended in time. While there is nothing to save a signal ends the
+    process at once (SystemExit), in the middle of a compilation if need be.
+    """
     caught: list[signal.Signals] = []
 
     def catch(number: int, frame: object) -> None:
+        if nothing_to_save():
+            raise SystemExit(128 + number)
         caught.append(signal.Signals(number))
-        restore()
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            restore()
 
     def restore() -> None:
         for s, handler in before.items():
@@ -97,9 +106,10 @@ class Meter:
 class Loop:
     """Steps a trainer through its run, and writes what should be left of it into a folder.
 
-    snapshot(folder) writes what the trainer has made so far and returns figures for the log; it
-    is called on every process. Only the first process writes logs and states. name: of the
-    folder, if the options do not say; headline: what is trained, in a line.
+    snapshot(folder) writes what the trainer has made so far, evaluate(folder) measures it if
+    options.eval_every says when; both return figures for the log and are called on every process.
+    Only the first process writes logs and states. name: of the folder, if the options do not say;
+    headline: what is trained, in a line.
     """
 
     def __init__(
@@ -109,8 +119,10 @@ class Loop:
         snapshot: Callable[[Path], dict[str, float]],
         name: str,
         headline: str,
+        evaluate: Callable[[Path], dict[str, float]] | None = None,
     ):
-        self.trainer, self.options, self.snapshot = trainer, options, snapshot
+        self.trainer, self.options = trainer, options
+        self.snapshot, self.evaluate = snapshot, evaluate
         self.name, self.headline = name, headline
         self.end = round(options.kimg * 1000)
         self.meter = Meter()
@@ -119,18 +131,26 @@ class Loop:
         """Run to the end, from the start or from a state.
 
         A signal stops it behind the step with its state saved (SystemExit, 128 + signal).
-        Raises RunFailed when step after step fails.
+        Raises RunFailed when step after step fails, or when the last state cannot be written, and
+        UserError, with a smaller micro-batch, when memory runs out.
         """
         header = load_state(resume, self.trainer) if resume else None
         self.folder = open_folder(self.options, self.name, resume)
         self.options = dataclasses.replace(self.options, out=str(self.folder), resume=None)
         first = parallel.rank() == 0
+        self.states = States(self.folder, self.trainer, self.options, self.options.keep_states)
         if first:
-            for left_by_a_kill in self.folder.glob("*.tmp"):
-                left_by_a_kill.unlink()
-            text = json.dumps(dataclasses.asdict(self.options), indent=2, ensure_ascii=False)
+            sweep(self.folder)
+            config = dataclasses.asdict(self.options) | launch()
+            text = json.dumps(config, indent=2, ensure_ascii=False)
             with atomic_path(self.folder / "config.json") as temporary:
                 temporary.write_text(text + "\n", "utf-8")
+        parallel.wait_for_first()
+        if not (self.folder / "config.json").exists():
+            raise UserError(
+                f"out={self.folder} is another folder for process {parallel.rank()} than for the "
+                "first: choose one that all nodes share"
+            )
         with contextlib.ExitStack() as stack:
             log = Log(self.folder, self.trainer.images if resume else -1) if first else None
             self.log = log and stack.enter_context(log)
@@ -143,7 +163,9 @@ class Loop:
                     disable=not (first and sys.stderr.isatty()),
                 )
             )
-            caught = stack.enter_context(signals())
+            self.started = self.trainer.steps
+            caught = stack.enter_context(signals(self._nothing_to_save))
+            stack.push(self._stopped_early)
             self._say(f"{self.headline}; run folder {self.folder}")
             if header:
                 self._say(f"resumed {resume} at {self.trainer.images / 1000:g} kimg")
@@ -153,9 +175,18 @@ class Loop:
                         "on: other random numbers from here than in an unbroken run"
                     )
             else:
-                self._snapshot()
+                self._call("snapshot", self.snapshot)
+                if self.evaluate:
+                    self._call("evaluation", self.evaluate)
             self._steps(caught)
             self._say(f"done: snapshots, samples and log are in {self.folder}")
+
+    def _nothing_to_save(self) -> bool:
+        return self.trainer.steps == self.started
+
+    def _stopped_early(self, kind: type | None, *exception: object) -> None:
+        if kind is SystemExit and self._nothing_to_save():
+            self._say("stopped before the end of its first step: there is no new state to save")
 
     def _steps(self, caught: list[signal.Signals]) -> None:
         trainer, options = self.trainer, self.options
@@ -165,7 +196,12 @@ class Loop:
         stop = False
         while trainer.images < self.end and not stop:
             before = trainer.images
-            metrics = trainer.step()
+            try:
+                metrics = trainer.step()
+            except OutOfMemory as error:
+                smaller = smaller_micro_batch(trainer.settings, parallel.world())
+                way = f"try --micro-batch {smaller}" if smaller else "try --parallel fsdp"
+                raise UserError(f"{error}: {way}") from error
             self.meter.steps += 1
             self.bar.update(trainer.images - before)
             # Faults add up on the device until a line reports them.
@@ -182,11 +218,16 @@ class Loop:
                 faults.clear()
                 if failures >= FAILURES:
                     self._give_up()
+            self._warn(self.states.poll())
             with self.meter.paused():
                 if end or self._crossed(before, options.snapshot_every):
-                    self._snapshot()
-                if end or stop or self._crossed(before, options.state_every):
-                    self._save()
+                    self._call("snapshot", self.snapshot)
+                if self.evaluate and (end or self._crossed(before, options.eval_every)):
+                    self._call("evaluation", self.evaluate)
+                if end or stop:
+                    self._save_last()
+                elif self._crossed(before, options.state_every):
+                    self._warn(self.states.begin())
         if trainer.images < self.end:
             number = caught[0] if caught else signal.SIGTERM
             self._say(
@@ -198,13 +239,23 @@ class Loop:
         every = every_kimg * 1000
         return before // every != self.trainer.images // every
 
-    def _save(self) -> Path:
-        return save_state(self.folder, self.trainer, self.options, self.options.keep_states)
+    def _save_last(self) -> None:
+        """Write the state, wait for it, and fail where it cannot be written."""
+        self._warn(self.states.begin())
+        if problem := self.states.finish():
+            kept = sorted(p.name for p in self.folder.glob(PATTERN))
+            last = f"the last good state is {kept[-1]}" if kept else "there is no state of this run"
+            raise RunFailed(f"{problem}; {last}")
 
-    def _snapshot(self) -> None:
-        figures = self.snapshot(self.folder)
+    def _warn(self, problem: str | None) -> None:
+        if problem:
+            self._say(f"warning: {problem}; training goes on, with the states that there are")
+
+    def _call(self, what: str, make: Callable[[Path], dict[str, float]]) -> None:
+        figures = make(self.folder)
+        parallel.wait_for_first()
         self._record(figures)
-        parts = [f"{self.trainer.images / 1000:9.2f} kimg  snapshot"]
+        parts = [f"{self.trainer.images / 1000:9.2f} kimg  {what}"]
         self._say("  ".join(parts + [f"{name} {value:.4g}" for name, value in figures.items()]))
 
     def _say(self, line: str) -> None:
@@ -214,7 +265,10 @@ class Loop:
 
     def _record(self, values: dict[str, float]) -> None:
         if self.log and values:
-            self.log.write(self.trainer.images, values)
+            try:
+                self.log.write(self.trainer.images, values)
+            except UserError as error:  # a full disk, most likely: no reason to stop
+                self._say(f"warning: {error}; training goes on")
 
     def _report(self, metrics: dict[str, torch.Tensor]) -> None:
         """One line and one record; reading the metrics is the only wait for the device."""
@@ -235,9 +289,9 @@ class Loop:
         self._record(values | {"it_per_s": rate, "img_per_s": images})
 
     def _give_up(self) -> None:
-        path = self._save()
+        self._save_last()
         raise RunFailed(
             f"the last {FAILURES} steps or more failed: not one finite sample, or gradients mostly "
-            f"NaN or infinite, so there is nothing to learn from. The state is kept as {path}. A "
-            "new run with lower learning rates may not come to this"
+            f"NaN or infinite, so there is nothing to learn from. The state is kept as "
+            f"{self.states.path}. A new run with lower learning rates may not come to this"
         )

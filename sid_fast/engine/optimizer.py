@@ -22,35 +22,54 @@ def ema_beta(images: int, batch: int, halflife_kimg: float, rampup_ratio: float)
 
 
 class Optimizer:
-    """Holds the gradients, moments and average of a network; every tensor keeps its address."""
+    """Holds the gradients, moments and average of a network; every tensor keeps its address.
 
-    def __init__(self, net: nn.Module, beta1: float, beta2: float, eps: float, ema: bool = False):
+    dtype is what the network computes in; its weights stay float32, and have 16-bit shadows that
+    every update writes. layout says how network, average and all else lie over the processes; the
+    network and its average are sharded in place where it says so, and then have no shadows:
+    what is gathered is 16 bit.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        dtype: torch.dtype = torch.float32,
+        layout: parallel.Layout = parallel.WHOLE,
+        ema: bool = False,
+    ):
         self.net = net.requires_grad_(True)
         self.ema = copy.deepcopy(net).requires_grad_(False).eval() if ema else None
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
-        self.params = list(net.parameters())
+        for each in filter(None, (self.net, self.ema)):
+            each.compute_dtype = dtype
+            layout.shard(each, dtype)
+        self.shadow: list[torch.Tensor | None] | None = None
+        if layout.mesh is None and dtype != torch.float32:
+            self.net.compute_in(dtype)
+            self.shadow = self.net.shadows()
+        # While weights are gathered the modules hold those: the parts have to be kept by name.
+        self.named = dict(net.named_parameters())
+        self.named_ema = dict(self.ema.named_parameters()) if self.ema else {}
+        self.params = list(self.named.values())
         self.size = sum(p.numel() for p in self.params)
-        for p in self.params:
-            p.grad = torch.zeros_like(p)
+        self.gradients = layout.gradients(net)
         self.exp_avg_sq = [torch.zeros_like(p) for p in self.params]
         self.exp_avg = [torch.zeros_like(p) for p in self.params] if beta1 else []
         device = self.params[0].device
         self.step = torch.zeros((), dtype=torch.float64, device=device)
-        self.shadow: list[torch.Tensor | None] | None = None
-        self.totals = torch.zeros(
-            4, dtype=torch.float64, device=device
-        )  # loss, distance, kept, seen
+        # loss, distance, kept and seen of the rounds so far
+        self.totals = torch.zeros(4, dtype=torch.float64, device=device)
 
-    def compute_in(self, dtype: torch.dtype) -> None:
-        """Run the network in `dtype`; updates write the shadows of its weights from here on."""
-        self.net.compute_in(dtype)
-        shadows = self.net.shadows()
-        self.shadow = shadows if any(s is not None for s in shadows) else None
+    def accumulate(self, losses: Losses, scale: float, last: bool = True) -> None:
+        """Add a round's gradients of scale·loss, summed over its samples and all processes.
 
-    def accumulate(self, losses: Losses, scale: float) -> None:
-        """Add a round's gradients of scale·loss, summed over its samples and all processes."""
-        # The processes' gradients are averaged in update, their losses are to be summed.
-        (losses.loss.sum() * (scale * parallel.world())).backward()
+        In the last round before an update the processes begin to average.
+        """
+        # The processes' gradients are averaged, their losses are to be summed.
+        self.gradients.backward(losses.loss.sum() * (scale * parallel.world()), last)
         values = losses.loss.detach(), losses.distance, losses.kept, torch.ones_like(losses.kept)
         self.totals += torch.stack([v.sum(dtype=torch.float64) for v in values])
 
@@ -67,15 +86,14 @@ class Optimizer:
         nonfinite gradient values, skipped: whether no sample was finite, so that nothing has
         changed, and failed: whether it was so or most gradient values were not finite.
         """
-        grads = [p.grad for p in self.params]
         loss, distance, kept, seen = parallel.sum_(self.totals.clone())
-        parallel.average_(grads)
+        self.gradients.wait()
         nonfinite = kernels.adam_ema(
-            self.params,
-            grads,
-            self.exp_avg,
-            self.exp_avg_sq,
-            list(self.ema.parameters()) if self.ema else [],
+            parallel.local(self.params),
+            parallel.local([p.grad for p in self.params]),
+            parallel.local(self.exp_avg),
+            parallel.local(self.exp_avg_sq),
+            parallel.local(list(self.named_ema.values())),
             shadow=self.shadow,
             step=self.step,
             apply=(kept > 0) & apply,
@@ -85,8 +103,10 @@ class Optimizer:
             eps=self.eps,
             ema_beta=ema_beta,
         )
+        self.gradients.updated()
+        nonfinite = self.gradients.total(nonfinite)
         self.totals.zero_()
-        torch._foreach_zero_(grads)
+        self.gradients.zero()
         return {
             "loss": loss / kept,
             "distance": distance / kept,
@@ -99,13 +119,12 @@ class Optimizer:
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         """Everything that makes up the state, by name; copying into them restores it.
 
-        Shadows are made anew from the weights (EDMNetwork.refresh); buffers are constants.
+        Sharded tensors are DTensors. Shadows are made anew from the weights (EDMNetwork.refresh);
+        buffers are constants.
         """
         found = {f"{prefix}.step": self.step}
-        found |= {f"{prefix}.net.{name}": p for name, p in self.net.named_parameters()}
-        if self.ema:
-            found |= {f"{prefix}.ema.{name}": p for name, p in self.ema.named_parameters()}
-        names = [name for name, _ in self.net.named_parameters()]
+        found |= {f"{prefix}.net.{name}": p for name, p in self.named.items()}
+        found |= {f"{prefix}.ema.{name}": p for name, p in self.named_ema.items()}
         for kind, values in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
-            found |= {f"{prefix}.{kind}.{n}": v for n, v in zip(names, values, strict=False)}
+            found |= {f"{prefix}.{kind}.{n}": v for n, v in zip(self.named, values, strict=False)}
         return found

@@ -1,14 +1,30 @@
-"""Processes: who we are among them, and what they add up. One process needs none of it."""
+"""Processes: who we are among them, how they share networks, and what they add up.
+
+One process needs none of it. Three layouts: `ddp` keeps whole networks everywhere and averages
+gradients; `fsdp` keeps a part of every tensor on every process (FSDP2); `hsdp` does so inside
+groups that are copies of one another, such as the nodes of a cluster.
+"""
 
 import contextlib
+import dataclasses
 import datetime
 import os
-from collections.abc import Callable, Iterator
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from sid_fast.errors import UserError
+from sid_fast.errors import RunFailed, UserError
+from sid_fast.networks import EDMNetwork
+from sid_fast.networks.unet import Block
+
+MODES = ("auto", "ddp", "fsdp", "hsdp")
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -35,36 +51,102 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-# The others wait while the first process measures a snapshot.
-TIMEOUT = datetime.timedelta(hours=1)
-_hosts: dist.ProcessGroup | None = None  # for words between hosts, whatever the device
+MINUTES = 10.0  # that a process waits for the others, unless --timeout says otherwise
+PATIENCE = datetime.timedelta(days=7)  # for what has no stated length: downloads, snapshots
+WRITING = datetime.timedelta(hours=1)  # a state
+GRACE = 5.0  # seconds in which a process that has lost another one says that it is there
+
+
+class _Group(NamedTuple):
+    """Words between hosts, whatever the device; each on connections of its own."""
+
+    store: dist.Store
+    hosts: dist.ProcessGroup  # in every step
+    patient: dist.ProcessGroup  # to wait for the first process
+    saving: dist.ProcessGroup  # of the thread that writes states
+
+
+_group: _Group | None = None
 
 
 @contextlib.contextmanager
-def joined(device: torch.device) -> Iterator[None]:
-    """Among the other processes, if torchrun started us with any, for the length of the block."""
-    global _hosts
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+def joined(device: torch.device, mode: str = "auto", minutes: float = MINUTES) -> Iterator[None]:
+    """Among the other processes, if torchrun started us with any, for the length of the block.
+
+    A process alone forms a group of one where the mode asks for sharding. Raises RunFailed, with
+    the names of the processes that do not answer, when one is lost or silent for so many minutes.
+    """
+    global _group
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if alone and mode in ("auto", "ddp"):
         yield
         return
-    if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device, timeout=TIMEOUT)
-    else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
-    _hosts = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    store, me, count = (dist.HashStore(), 0, 1) if alone else next(dist.rendezvous("env://"))
+    # torchrun may give a restarted run the store of the one before, with its addresses.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    timeout = datetime.timedelta(minutes=minutes)
+    device_id = device if device.type == "cuda" else None
+    dist.init_process_group(
+        "nccl" if device_id else "gloo",
+        store=dist.PrefixStore("processes", store),
+        rank=me,
+        world_size=count,
+        timeout=2 * timeout if device_id else timeout,  # the hosts find out first, and say who
+        device_id=device_id,
+    )
+    groups = (dist.new_group(backend="gloo", timeout=t) for t in (timeout, PATIENCE, WRITING))
+    _group = _Group(dist.PrefixStore("sid_fast", store), *groups)
+    _group.store.set(f"host/{me}", socket.gethostname())
     try:
         yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo/" not in str(error):
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from torchrun: it kills us soon enough
+        missing = _missing()
+        what = "was lost" if "onnection" in str(error) else f"was silent for {minutes:g} minutes"
+        raise RunFailed(
+            f"{missing or 'another process'} {what}. "
+            "--resume goes on from the last state, and torchrun --max-restarts N does so by itself"
+        ) from error
     finally:
-        dist.destroy_process_group()
-        _hosts = None
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        _group = None
+
+
+def _missing() -> str:
+    """The processes that do not say that they are there, once one has been lost."""
+    store, count = _group.store, world()
+    store.set(f"here/{rank()}", "")
+    missing, deadline = [], time.monotonic() + GRACE
+    dist.destroy_process_group()  # closes connections: so that the others, too, notice at once
+    for other in range(count):
+        left = datetime.timedelta(seconds=max(deadline - time.monotonic(), 0.1))
+        try:
+            store.wait([f"here/{other}"], left)
+        except RuntimeError:
+            missing.append(f"process {other} on {store.get(f'host/{other}').decode()}")
+    return ", ".join(missing)
+
+
+def saving_group() -> dist.ProcessGroup | None:
+    """The group that reads and writes states."""
+    return _group and _group.saving
+
+
+def wait_for_first() -> None:
+    """Return once the first process is here too, however long it takes: it measures alone."""
+    if _group is not None:
+        dist.barrier(group=_group.patient)
 
 
 def from_first(make: Callable[[], int]) -> int:
     """A number that the first process makes, on every process."""
-    if _hosts is None:
+    if _group is None:
         return make()
     word = torch.tensor(make() if rank() == 0 else 0)
-    dist.broadcast(word, src=0, group=_hosts)
+    dist.broadcast(word, src=0, group=_group.hosts)
     return int(word)
 
 
@@ -72,32 +154,32 @@ def from_first(make: Callable[[], int]) -> int:
 def first_alone() -> Iterator[None]:
     """The first process of each node goes through the block before the others do."""
     local = int(os.environ.get("LOCAL_RANK", 0))
-    if _hosts is not None and local:
-        dist.barrier(group=_hosts)
+    if local:
+        wait_for_first()
     try:
         yield
     finally:
-        if _hosts is not None and not local:
-            dist.barrier(group=_hosts)
+        if not local:
+            wait_for_first()
 
 
 def gather(mine: torch.Tensor, total: int) -> torch.Tensor:
     """The rows of all processes, [total, …], where process r of w holds rows r, r + w, …"""
-    if _hosts is None:
+    if _group is None:
         return mine
     padded = mine.new_zeros(-(-total // world()), *mine.shape[1:])
     padded[: len(mine)] = mine
     parts = [torch.empty_like(padded) for _ in range(world())]
-    dist.all_gather(parts, padded, group=_hosts)
+    dist.all_gather(parts, padded, group=_group.hosts)
     return torch.stack(parts, dim=1).flatten(0, 1)[:total]
 
 
 def any_(flag: bool) -> bool:
     """Whether the flag is set on any process: a word between the hosts, not the devices."""
-    if _hosts is None:
+    if _group is None:
         return flag
     word = torch.tensor(int(flag))
-    dist.all_reduce(word, group=_hosts)
+    dist.all_reduce(word, group=_group.hosts)
     return bool(word)
 
 
@@ -116,11 +198,256 @@ def sum_(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def average_(tensors: list[torch.Tensor]) -> None:
-    """Average tensors over the processes, in place and in one message."""
-    if not dist.is_initialized():
-        return
-    flat = torch._utils._flatten_dense_tensors(tensors)
-    dist.all_reduce(flat)
-    flat /= world()
-    torch._foreach_copy_(tensors, torch._utils._unflatten_dense_tensors(flat, tensors))
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How networks and their optimisers lie over the processes; see plan().
+
+    mesh: of the processes, [shards] or [copies, shards]; None: whole networks everywhere.
+    gathered: weights stay whole on the device between their uses in a step, and only gradients,
+    moments, masters and the average are in parts.
+    """
+
+    mesh: DeviceMesh | None = None
+    gathered: bool = True
+    text: str = "one process"  # what it is, for people
+
+    def shard(self, net: EDMNetwork, dtype: torch.dtype = torch.float32) -> None:
+        """Leave of the network's parameters this process's part (FSDP2), in place.
+
+        They are gathered in `dtype`; gradients are added up in float32.
+        """
+        if self.mesh is None:
+            return
+        from torch.distributed.fsdp import (
+            MixedPrecisionPolicy,
+            fully_shard,
+            register_fsdp_forward_method,
+        )
+
+        types = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        keep = {"mesh": self.mesh, "reshard_after_forward": not self.gathered, "mp_policy": types}
+        for module in [m for m in net.modules() if isinstance(m, Block)] + [net]:
+            fully_shard(module, **keep)
+            module.set_reshard_after_backward(not self.gathered)
+        register_fsdp_forward_method(net, "raw")
+
+    def gradients(self, net: nn.Module) -> "Gradients":
+        """Give the network's parameters gradients, and the processes a way to average them."""
+        if self.mesh is not None:
+            return ShardedGradients(net, self.mesh)
+        return ReplicatedGradients(net) if world() > 1 else Gradients(net)
+
+
+WHOLE = Layout()
+
+# Bytes a parameter: masters, gradients and second moments of two networks, masters of the teacher
+# and the average, and 16-bit copies or first moments, which are left out where there are none.
+STATE = 40
+GATHERED = 16  # of these, what is whole on every process while weights stay gathered
+SHARE = 0.5  # of a device's memory that they may take; the rest is for activations
+
+
+def plan(
+    mode: str, net: nn.Module, device: torch.device, shard_group: int | None = None
+) -> "Layout":
+    """The layout that --parallel means for training networks of this one's size.
+
+    auto takes ddp where the state fits beside the activations, and always on a CPU; then hsdp on
+    several nodes and fsdp on one. shard_group: processes of an hsdp group, a node's by default.
+    Sharded weights stay gathered between their uses where memory allows. Raises UserError for an
+    unknown mode and for a group size that does not divide the processes.
+    """
+    if mode not in MODES:
+        raise UserError(f"parallel={mode!r} is unknown: choose from {', '.join(MODES)}")
+    group = shard_group or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    parameters, memory = sum(p.numel() for p in net.parameters()), float("inf")
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory * SHARE
+    if mode == "auto":
+        if world() == 1 or parameters * STATE <= memory:
+            mode = "ddp"
+        else:
+            mode = "hsdp" if world() > group else "fsdp"
+    if mode == "ddp":
+        text = f"whole on each of {world()} processes" if world() > 1 else "one process"
+        return Layout(text=f"{text}: about {parameters * STATE / 1e9:.2g} GB of state")
+    if mode == "fsdp":
+        group, shape, names = world(), (world(),), ("shards",)
+    else:
+        if world() % group:
+            raise UserError(
+                f"shard_group={group} does not divide {world()} processes; choose a divisor, or "
+                "--parallel fsdp"
+            )
+        shape, names = (world() // group, group), ("copies", "shards")
+    gathered = parameters * (GATHERED + (STATE - GATHERED) / group) <= memory
+    each = GATHERED + (STATE - GATHERED) / group if gathered else STATE / group
+    text = f"{mode}: state in {group} parts"
+    text += f", {world() // group} copies" if mode == "hsdp" else ""
+    text += ", weights gathered" if gathered else ", weights gathered block by block"
+    return Layout(
+        init_device_mesh(device.type, shape, mesh_dim_names=names),
+        gathered,
+        f"{text}: about {parameters * each / 1e9:.2g} GB a process",
+    )
+
+
+class Gradients:
+    """The gradients of a network on one process: zero, accumulated by backward, used.
+
+    They keep their addresses. The calls of a step: zero(), then backward(loss, last) a round, then
+    wait() before the gradients are read, and updated() once the parameters have changed.
+    """
+
+    def __init__(self, net: nn.Module):
+        self.params = list(net.parameters())
+        for p in self.params:
+            p.grad = torch.zeros_like(p)
+
+    def zero(self) -> None:
+        torch._foreach_zero_(local([p.grad for p in self.params]))
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Accumulate; the last round's backward carries the averaging over processes along."""
+        loss.backward()
+
+    def wait(self) -> None:
+        """Return when the gradients are averages over the processes."""
+
+    def updated(self) -> None:
+        """The parameters have new values."""
+
+    def total(self, count: torch.Tensor) -> torch.Tensor:
+        """What each process has counted in its own part of the gradients, over all parts."""
+        return count
+
+
+class ReplicatedGradients(Gradients):
+    """Averages in buckets, each sent as soon as the last backward has filled it.
+
+    Written out because the libraries' forms do not fit a network that is trained in one phase and
+    frozen in the next: DDP and `replicate` expect, at every forward that could take gradients, a
+    gradient for every parameter that could (map_augment gets none in the generator step; ψ none at
+    all in it), and FSDP2 over a mesh without shards keeps second copies of all parameters.
+    """
+
+    BUCKET = 2**23  # numbers: 32 MiB, enough to fill a link
+    ALIGN = 64  # numbers: every gradient starts where a kernel may load 16 bytes at a time
+
+    def __init__(self, net: nn.Module):
+        self.params = list(net.parameters())
+        self.buckets: list[torch.Tensor] = []
+        self.sizes: list[int] = []  # gradients in a bucket
+        # Backward comes to the last layers first, so they go into the first buckets.
+        bucket: list[nn.Parameter] = []
+        for p in reversed(self.params):
+            bucket.append(p)
+            if sum(q.numel() for q in bucket) >= self.BUCKET:
+                self._add(bucket)
+                bucket = []
+        if bucket:
+            self._add(bucket)
+        self.armed, self.works = False, []
+
+    def _add(self, params: list[nn.Parameter]) -> None:
+        starts = [0]
+        for p in params:
+            starts.append(starts[-1] + -(-p.numel() // self.ALIGN) * self.ALIGN)
+        flat = params[0].new_zeros(starts[-1], requires_grad=False)
+        number = len(self.buckets)
+        for p, start in zip(params, starts, strict=False):
+            p.grad = flat.as_strided(p.shape, p.stride(), start)
+            p.register_post_accumulate_grad_hook(lambda _: self._filled(number))
+        self.buckets.append(flat)
+        self.sizes.append(len(params))
+
+    def zero(self) -> None:
+        torch._foreach_zero_(self.buckets)
+        self.works = []
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        self.armed, self.missing = last, list(self.sizes)
+        loss.backward()
+        self.armed = False
+
+    def _filled(self, number: int) -> None:
+        if self.armed:
+            self.missing[number] -= 1
+            # In order, whatever backward's: all processes must send the same.
+            while len(self.works) < len(self.sizes) and self.missing[len(self.works)] == 0:
+                self._send()
+
+    def _send(self) -> None:
+        self.works.append(dist.all_reduce(self.buckets[len(self.works)], async_op=True))
+
+    def wait(self) -> None:
+        while len(self.works) < len(self.buckets):  # held up by one that got no gradient
+            self._send()
+        for work in self.works:
+            work.wait()
+        torch._foreach_div_(self.buckets, world())
+
+
+class ShardedGradients(Gradients):
+    """FSDP2 averages, and leaves every process its part."""
+
+    def __init__(self, net: nn.Module, mesh: DeviceMesh):
+        super().__init__(net)
+        self.modules = sharded_modules(net)
+        self.shards = mesh.get_group(mesh.ndim - 1)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        for module in self.modules:
+            module.set_requires_gradient_sync(last, recurse=False)
+        loss.backward()
+
+    def updated(self) -> None:
+        for module in self.modules:
+            module.reshard()
+
+    def total(self, count: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(count, group=self.shards)
+        return count
+
+
+def sharded_modules(net: nn.Module) -> list:
+    """The modules that FSDP2 shards; none if the network is whole."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return [m for m in net.modules() if isinstance(m, FSDPModule)]
+
+
+@torch.no_grad()
+def local(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """This process's part of each tensor, where it has one: the memory itself, not a copy."""
+    parts = [getattr(t, "to_local", lambda t=t: t)() for t in tensors]
+    return [part for part in parts if part.numel()]
+
+
+@torch.no_grad()
+def whole(net: EDMNetwork, everywhere: bool = False) -> EDMNetwork | None:
+    """The network, gathered if it is sharded, on the first process; None on the others, unless
+
+    it is wanted everywhere. Every process has to call it. Tensor after tensor: a process that gets
+    none holds no more than one whole.
+    """
+    modules, mine = sharded_modules(net), everywhere or rank() == 0
+    if not modules:
+        return net if mine else None
+    for module in modules:
+        module.reshard()
+    device, copy = next(net.parameters()).device, None
+    if mine:
+        with torch.device("meta"):
+            copy = EDMNetwork(net.config)
+        copy = copy.to_empty(device=device).requires_grad_(False).eval()
+        copy.compute_dtype = net.compute_dtype
+        for name, buffer in net.named_buffers():
+            copy.get_buffer(name).copy_(buffer)
+    for name, p in net.named_parameters():
+        value = p.full_tensor()
+        if copy is not None:
+            copy.get_parameter(name).copy_(value)
+    return copy

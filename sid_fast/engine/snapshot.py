@@ -1,6 +1,7 @@
 """What a run leaves to look at: the network, a grid of its images, and how good they are."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,23 +13,55 @@ from sid_fast.engine.checkpoint import Trainer, prune
 from sid_fast.engine.log import read_log
 from sid_fast.errors import UserError
 from sid_fast.evaluation.curve import save_curve
-from sid_fast.evaluation.pixels import NAME, PixelDistance
+from sid_fast.evaluation.detectors import label, load_detector
+from sid_fast.evaluation.reader import choose
+from sid_fast.evaluation.reference import real_sample
+from sid_fast.evaluation.sample import Clock, compare, generated, look
 from sid_fast.files.dataset import ImageDataset
 from sid_fast.files.images import save_grid, to_uint8
 from sid_fast.files.network import save_network
 from sid_fast.networks import EDMNetwork
 
-Make = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+Make = Callable[[EDMNetwork, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 GRID = 100  # images
-BATCH = 128  # images made at a time
+UNBIASED = 50_000  # images from which on the Fréchet distance needs no other beside it
 
 
 class Snapshots:
-    """Called at a snapshot: writes into a run's folder and returns figures for its log.
+    """Called at a snapshot: saves `net` and a grid of its images.
 
-    net is saved; make(latents, labels) gives its images. data: real images that theirs, and
-    once those of `teacher` for comparison, are compared with. Acts on the first process alone.
+    make(net, latents, labels) gives the images. Every process gives its part of a sharded network;
+    all else the first process does alone.
+    """
+
+    def __init__(self, options: RunOptions, trainer: Trainer, net: EDMNetwork, make: Make):
+        self.trainer, self.net, self.make = trainer, net, make
+        self.seed, self.keep = options.seed, options.keep_snapshots
+
+    @torch.no_grad()
+    def __call__(self, folder: Path) -> dict[str, float]:
+        net = parallel.whole(self.net)
+        if net is None:
+            return {}
+        images = f"{self.trainer.images:010d}"
+        save_network(folder / f"snapshot-{images}.safetensors", net)
+        prune(folder, "snapshot-*.safetensors", self.keep)
+        columns = net.config.label_dim
+        columns = columns if 1 < columns <= 16 else 10
+        device = next(net.parameters()).device
+        z, labels = gallery(net.config, self.seed, GRID // columns * columns)
+        grid = self.make(net, z.to(device), None if labels is None else labels.to(device))
+        save_grid(folder / f"samples-{images}.png", to_uint8(grid), columns)
+        return {}
+
+
+class Evaluations:
+    """Called every --eval-every kimg, on every process: measures the images of `net`.
+
+    They are compared with --ref or `data`, and once with those of the teacher. The first process
+    draws the curve and keeps the network of the least distance so far. steps: of the sampler,
+    for each of the two.
     """
 
     def __init__(
@@ -36,52 +69,57 @@ class Snapshots:
         options: RunOptions,
         trainer: Trainer,
         net: EDMNetwork,
-        make: Make,
         data: ImageDataset | None,
-        teacher: Make | None = None,
+        steps: int = 1,
+        teacher: EDMNetwork | None = None,
+        teacher_steps: int = 1,
     ):
-        self.trainer, self.net, self.make, self.teacher = trainer, net, make, teacher
-        self.seed, self.keep = options.seed, options.keep_snapshots
-        self.distance, self.count = None, options.distance_images
-        if self.count:
-            if data is None or self.count < 2:
-                raise UserError(
-                    f"distance_images={self.count}: a distance needs 2 images and --data to compare"
-                )
-            if parallel.rank() == 0:
-                self.distance = PixelDistance(data)
+        if not (data or options.ref):
+            raise UserError(
+                f"eval_every={options.eval_every}: compared with what? give real images as "
+                "--data, or their statistics as --ref"
+            )
+        self.trainer, self.net, self.steps = trainer, net, steps
+        self.teacher, self.teacher_steps = teacher, teacher_steps
+        self.count = options.eval_images
+        device = next(net.parameters()).device
+        self.clock = Clock(device)
+        with parallel.first_alone():  # it may download
+            self.detector = load_detector(options.detector, device, options.trust)
+        self.name = label("frechet_distance", self.detector)
+        reader = choose() if data else "plain"
+        self.real = real_sample(options.ref, data, self.detector, self.clock, reader)
 
     def __call__(self, folder: Path) -> dict[str, float]:
+        """Figures for the log, on the first process; their time is not the training's."""
+        began = time.perf_counter()
+        records = [r for r in read_log(folder / "log.jsonl") if self.name in r]
+        baseline = next((r["teacher"] for r in records if "teacher" in r), None)
+        figures = {}
+        if self.teacher and parallel.from_first(lambda: int(baseline is None)):
+            teacher = parallel.whole(self.teacher, everywhere=True)
+            images = generated(teacher, range(self.count), None, self.teacher_steps)
+            found = self._figures(images)
+            if found:
+                baseline = figures["teacher"] = found[self.name]
+        sigma = self.net.config.init_sigma
+        net = parallel.whole(self.net, everywhere=True)
+        figures |= self._figures(generated(net, range(self.count), sigma, self.steps))
         if parallel.rank():
             return {}
-        images = f"{self.trainer.images:010d}"
-        save_network(folder / f"snapshot-{images}.safetensors", self.net)
-        prune(folder, "snapshot-*.safetensors", self.keep)
-        columns = self.net.config.label_dim
-        columns = columns if 1 < columns <= 16 else 10
-        grid = self._images(self.make, GRID // columns * columns)
-        save_grid(folder / f"samples-{images}.png", grid, columns)
-        return self._measure(folder) if self.distance else {}
+        if all(figures[self.name] < r[self.name] for r in records):
+            best = folder / f"best-{self.trainer.images:010d}.safetensors"
+            save_network(best, net)
+            prune(folder, "best-*.safetensors", 1)
+        points = [(r["images"], r[self.name]) for r in records]
+        points.append((self.trainer.images, figures[self.name]))
+        save_curve(folder / "distance.png", *zip(*points, strict=True), self.name, baseline)
+        return figures | {"evaluation_s": time.perf_counter() - began}
 
-    def _measure(self, folder: Path) -> dict[str, float]:
-        figures = {}
-        records = [r for r in read_log(folder / "log.jsonl") if NAME in r]
-        baseline = next((r["teacher"] for r in records if "teacher" in r), None)
-        if baseline is None and self.teacher:
-            baseline = figures["teacher"] = self.distance(self._images(self.teacher, self.count))
-        figures[NAME] = self.distance(self._images(self.make, self.count))
-        points = [(r["images"], r[NAME]) for r in records] + [(self.trainer.images, figures[NAME])]
-        images, distances = zip(*points, strict=True)
-        save_curve(folder / "distance.png", images, distances, NAME, baseline)
-        return figures
-
-    @torch.no_grad()
-    def _images(self, make: Make, n: int) -> torch.Tensor:
-        """n images of fixed latents and labels, uint8."""
-        device = next(self.net.parameters()).device
-        z, labels = gallery(self.net.config, self.seed, n)
-        done = []
-        for i in range(0, n, BATCH):
-            c = None if labels is None else labels[i : i + BATCH].to(device)
-            done.append(to_uint8(make(z[i : i + BATCH].to(device), c)).cpu())
-        return torch.cat(done)
+    def _figures(self, images: Iterator[torch.Tensor]) -> dict[str, float]:
+        sample = look(images, self.count, self.detector, self.clock, "evaluation")
+        if parallel.rank():
+            return {}
+        metrics = ("fid", "kid") if self.count < UNBIASED else ("fid",)
+        found = compare(self.real, sample, self.detector, self.clock, metrics)
+        return {label(name, self.detector): value for name, value in found.items()}

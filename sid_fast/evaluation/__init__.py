@@ -1,5 +1,12 @@
 """How far generated images are from real ones."""
 
 from sid_fast.evaluation.frechet import frechet_distance, moments
+from sid_fast.evaluation.metrics import inception_score, kernel_distance, precision_recall
 
-__all__ = ["frechet_distance", "moments"]
+__all__ = [
+    "frechet_distance",
+    "inception_score",
+    "kernel_distance",
+    "moments",
+    "precision_recall",
+]

@@ -31,7 +31,9 @@ def draw_curve(
         axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axis.set_major_formatter(ScalarFormatter())
         axis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(lambda x, _: "start" if x < left * 1.01 else f"{x:,.0f}")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    if not images[0]:
+        axes.annotate("start", (left, distances[0]), (8, 2), textcoords="offset points")
     axes.grid(which="major", alpha=0.3)
     if teacher is not None:
         axes.legend()

@@ -31,9 +31,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         os.chmod(temporary, 0o666 & ~_UMASK)  # some libraries write for the owner alone
-        _fsync(temporary)
+        flush(temporary)
         os.replace(temporary, target)
-        _fsync(target.parent)  # makes the new name itself survive a power cut
+        flush(target.parent)  # makes the new name itself survive a power cut
     except OSError as error:
         raise UserError(
             f"{target} cannot be written ({error.strerror or error}): "
@@ -43,7 +43,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _fsync(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have the disk take a file, or the names in a folder, before anything else happens."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -2,9 +2,11 @@
 
 import io
 import json
+import mmap
 import os
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from operator import length_hint
 from pathlib import Path
@@ -28,8 +30,9 @@ class ImageDataset:
     """The images of an EDM data set in the order of their names, and their labels.
 
     Attributes: `path`; `resolution`, `channels` (1 or 3); `labels`, int64 [N] or None;
-    `label_dim`, the number of classes or 0. Indexing and `images()` give uint8 CHW. Opening
-    looks at the names, the labels and one image; each image is checked when it is read.
+    `label_dim`, the number of classes or 0. Indexing and `images()` give uint8 CHW, `encoded()`
+    the PNG itself. Opening looks at the names, the labels and one image; each image is checked
+    when it is read.
 
     Raises UserError for anything wrong with the files, naming the one at fault.
     """
@@ -37,6 +40,7 @@ class ImageDataset:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._zip = None if self.path.is_dir() else self._open_zip()
+        self._map: mmap.mmap | None = None
         if self._zip is not None:
             names = self._zip.namelist()
         else:
@@ -44,16 +48,37 @@ class ImageDataset:
         self._names = sorted(name for name in names if name.lower().endswith(".png"))
         if not self._names:
             raise UserError(f"{self.path} holds no PNG images: give a data set zip or folder")
-        self.channels, self.resolution = self._header(self._names[0], self._read(self._names[0]))
+        self.channels, self.resolution = self._header(self._names[0], self._member(self._names[0]))
         self.labels = self._read_labels() if _LABELS in names else None
         self.label_dim = 0 if self.labels is None else int(self.labels.max()) + 1
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the images: one zip, or every PNG of a folder."""
+        return [self.path] if self._zip else [self.path / name for name in self._names]
 
     def __len__(self) -> int:
         return len(self._names)
 
     def __getitem__(self, index: int) -> np.ndarray:
+        try:
+            image = Image.open(io.BytesIO(self.encoded(index)), formats=["PNG"])
+            image.load()
+        except UserError:
+            raise
+        except Exception as error:  # damaged bytes can fail in any way
+            raise self.damaged(index, str(error)) from error
+        pixels = np.array(image.convert("L" if self.channels == 1 else "RGB"))
+        return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
+
+    def encoded(self, index: int) -> np.ndarray:
+        """The PNG file of an image, uint8 [bytes]; of a stored zip a view, not a copy.
+
+        Its header says that it is an image as the others are, and no decoder would show it
+        differently from another. Whether the pixels are whole, only decoding tells.
+        """
         name = self._names[index]
-        data = self._read(name)
+        data = self._member(name)
         found, expected = self._header(name, data), (self.channels, self.resolution)
         if found != expected:
             raise self._error(
@@ -62,15 +87,11 @@ class ImageDataset:
                     *found, *expected
                 ),
             )
-        try:
-            image = Image.open(io.BytesIO(data), formats=["PNG"])
-            image.load()
-        except Exception as error:  # damaged bytes can fail in any way
-            raise self._error(name, f"is damaged ({error})") from error
-        if "transparency" in image.info:
-            raise self._error(name, "has transparency: save it as RGB or grey")
-        pixels = np.array(image.convert("L" if self.channels == 1 else "RGB"))
-        return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
+        return data
+
+    def damaged(self, index: int, why: str) -> UserError:
+        """The error to raise where an image turns out not to decode."""
+        return self._error(self._names[index], f"is damaged ({why}): replace it")
 
     def images(self) -> np.ndarray:
         """All images, uint8 [N, C, H, W]."""
@@ -99,15 +120,33 @@ class ImageDataset:
         except Exception as error:  # damaged bytes can fail in any way
             raise self._error(name, f"cannot be read ({error}): copy the data set again") from error
 
-    def _header(self, name: str, data: bytes) -> tuple[int, int]:
-        """Channels and resolution; the bit depth is known here alone, PIL hides it."""
-        if len(data) < 33 or data[:8] != b"\x89PNG\r\n\x1a\n":
+    def _member(self, name: str) -> np.ndarray:
+        """The bytes of a file; those of a stored zip are looked at where they lie."""
+        info = self._zip.getinfo(name) if self._zip else None
+        if info is None or info.compress_type != zipfile.ZIP_STORED:
+            return np.frombuffer(self._read(name), np.uint8)
+        if self._map is None:
+            with open(self.path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        lengths = self._map[info.header_offset + 26 : info.header_offset + 30]
+        start = info.header_offset + 30 + sum(struct.unpack("<HH", lengths.ljust(4, b"\0")))
+        data = np.frombuffer(self._map, np.uint8)[start : start + info.file_size]
+        if zlib.crc32(data) != info.CRC:
+            raise self._error(name, "cannot be read (bad CRC-32): copy the data set again")
+        return data
+
+    def _header(self, name: str, data: np.ndarray) -> tuple[int, int]:
+        """Channels and resolution; the bit depth is known here alone, decoders hide it."""
+        png = data.tobytes()
+        if len(png) < 33 or png[:8] != b"\x89PNG\r\n\x1a\n":
             raise self._error(name, "is damaged or not a PNG: replace it")
-        width, height, depth, colour = struct.unpack(">IIBB", data[16:26])
+        width, height, depth, colour = struct.unpack(">IIBB", png[16:26])
         if width != height:
             raise self._error(name, f"is {width}x{height} pixels: crop it to a square")
         if colour not in (_GREY, _RGB, _PALETTE) or (depth != 8 and colour != _PALETTE):
             raise self._error(name, "has alpha or is not 8-bit: save it as 8-bit RGB or grey")
+        if b"tRNS" in png[: png.find(b"IDAT")]:
+            raise self._error(name, "has transparency: save it as RGB or grey")
         return 1 if colour == _GREY else 3, width
 
     def _read_labels(self) -> np.ndarray | None:

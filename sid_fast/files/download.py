@@ -145,15 +145,21 @@ def _download(url: str, path: Path) -> None:
         raise UserError(f"{url} ended after {size} of {total} bytes: try again")
 
 
-def _verify(url: str, path: Path, sha256: str | None) -> None:
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _verify(url: str, path: Path, sha256: str | None) -> None:
+    found = file_sha256(path)
     if sha256 is None:
-        print(f"not verified; to pin it give {url}#sha256={digest.hexdigest()}", file=sys.stderr)
-    elif digest.hexdigest() != sha256:
+        print(f"not verified; to pin it give {url}#sha256={found}", file=sys.stderr)
+    elif found != sha256:
         raise UserError(
-            f"{url} has sha256 {digest.hexdigest()}, not {sha256}: delete {path} if it is there "
+            f"{url} has sha256 {found}, not {sha256}: delete {path} if it is there "
             "and download again, or give the URL with the digest you trust"
         )

@@ -24,8 +24,6 @@ def load_network(path: str | Path) -> EDMNetwork:
     try:
         if file.suffix == ".safetensors":
             state, values = read_snapshot(file)
-            if isinstance(values, dict) and "identity" in values:
-                raise UserError("is a training state, not a network; give a snapshot-*.safetensors")
             config = NetworkConfig.from_dict(values)
         else:
             pickled = read_pickle(file)
