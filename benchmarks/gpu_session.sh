@@ -110,9 +110,7 @@ else
     part "training" 60 "$python" -m benchmarks.train --seconds BUDGET --out "$out/train.json" \
         --micro-batch 2 --turns 2 --share 5 --variants "published,ours fp32,published bf16,ours"
 fi
-if [ -f benchmarks/evaluation.py ]; then
-    part "evaluation" 90 "$python" -m benchmarks.evaluation --out "$out/evaluation.json"
-fi
+part "evaluation" 90 "$python" -m benchmarks.evaluation --detector pixels --out "$out/evaluation.json"
 
 echo
 printf '%s\n' "${summary[@]}"
