@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -380,6 +381,8 @@ def made(check: Check, here: Here) -> dict:
         with deterministic():
             found, bound, note = check(here)
         status = "pass" if found <= bound else "fail"
+        if not math.isfinite(found):
+            found, note = None, f"{found}; {note}"
     except Skipped as reason:
         status, note = "skip", str(reason)
     except Exception as error:  # the others go on

@@ -47,7 +47,7 @@ part() {
     fi
     echo
     echo "== $name, at most $budget s"
-    timeout --signal=INT --kill-after=10 "$budget" "${@//BUDGET/$((budget * 3 / 4))}" </dev/null
+    timeout --signal=INT --kill-after=30 "$budget" "${@//BUDGET/$((budget * 3 / 4))}" </dev/null
     status=$?
     case $status in
         0) status=done ;;
@@ -110,9 +110,7 @@ else
     part "training" 60 "$python" -m benchmarks.train --seconds BUDGET --out "$out/train.json" \
         --micro-batch 2 --turns 2 --share 5 --variants "published,ours fp32,published bf16,ours"
 fi
-if [ -f benchmarks/evaluation.py ]; then
-    part "evaluation" 90 "$python" -m benchmarks.evaluation --out "$out/evaluation.json"
-fi
+part "evaluation" 90 "$python" -m benchmarks.evaluation --detector pixels --out "$out/evaluation.json"
 
 echo
 printf '%s\n' "${summary[@]}"

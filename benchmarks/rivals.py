@@ -1,6 +1,8 @@
 """SiD as others would run it on the same networks: what the training benchmark compares with.
 
-They share with sid_fast the networks' plain form and the random draws, and nothing of its step.
+They share with sid_fast the networks' plain form, the random draws and the augmentation (the
+published one sizes its padding from the data, for which the host waits once more), and nothing of
+its step.
 """
 
 import copy

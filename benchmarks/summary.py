@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks.record import read
 from benchmarks.train import HEAD, line
+from sid_fast.errors import UserError
 
 OURS = ("triton", "cuda")
 MOST = 14  # lines of a benchmark
@@ -52,7 +53,11 @@ SECTIONS = {"check": checks, "kernels": kernels, "train": training}
 
 def main(folder: Path) -> None:
     for path in sorted(folder.glob("*.json")):
-        result = read(path)
+        try:
+            result = read(path)
+        except UserError as error:
+            print(f"\n{error}")
+            continue
         print(f"\n{path.name}: {result['device']}, {result['date']}, {len(result['rows'])} rows")
         lines = SECTIONS.get(result["benchmark"], lambda rows: [])(result["rows"])
         print("\n".join(lines[:MOST]))

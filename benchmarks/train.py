@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -101,11 +101,17 @@ VARIANTS = {
 }
 
 
+# The others take parts away that a CPU does not run: it has all of ours in plain PyTorch.
+ON_CPU = ("ours", "published", "ours fp32", "published bf16", "skilled default mode")
+
+
 @dataclasses.dataclass
 class Options:
     preset: str = option("", "presets, with commas between; default: digits on a CPU, else all")
     micro_batch: tuple[int, ...] = option((), "images a round; default: 8, 16, … what fits")
-    variants: str = option("", f"with commas between, out of: {', '.join(VARIANTS)}; default: all")
+    variants: str = option(
+        "", f"with commas between, out of: {', '.join(VARIANTS)}; default: all that run here"
+    )
     turns: int = option(20, "steps that are timed of each, at most", 1)
     share: float = option(20.0, "seconds of turns for a micro-batch, unless --turns end sooner", 0)
     seconds: float = option(1e6, "set up nothing more after so many", 0)
@@ -134,6 +140,8 @@ class Running:
 
     def make(self, settings: Settings, config: NetworkConfig) -> Callable[[], object]:
         v = self.variant
+        if self.device.type == "cpu" and v not in map(VARIANTS.get, ON_CPU):
+            raise RuntimeError("needs a GPU")
         teacher = network(config, self.device)
         if v.kind == "ours":
             if isinstance(v.kernels, dict) and v.kernels["adam_ema"] == "cuda" and not library():
@@ -203,7 +211,7 @@ class Bench:
     def __init__(self, record: Record, options: Options, device: torch.device, end: float):
         self.record, self.options, self.device, self.end = record, options, device, end
 
-    def run(self, preset: str, micro_batch: int, names: list[str], flop: int) -> bool:
+    def run(self, preset: str, micro_batch: int, names: Iterable[str], flop: int) -> bool:
         """Whether any variant fitted into memory."""
         values = presets("train")[preset]
         fields = {f.name for f in dataclasses.fields(Settings)}
@@ -215,7 +223,7 @@ class Bench:
         alive: dict[str, Running] = {}
         written: set[str] = set()
         fitted = False
-        for name in names:
+        for name in sorted(names, key=lambda name: name != "ours"):
             if time.monotonic() > self.end:
                 print(f"out of time before {name} at {preset}, micro-batch {micro_batch}")
                 break
@@ -223,7 +231,11 @@ class Bench:
             if VARIANTS[name].graphed and not all(VARIANTS[n].graphed for n in alive):
                 self.turns(alive, written)
                 alive = {k: v for k, v in alive.items() if k == "ours"}
-            found = self.set_up(name, settings, config)
+            try:
+                found = self.set_up(name, settings, config)
+            except KeyboardInterrupt:  # minutes of compilation that no one waits for
+                self.turns(alive, written)
+                raise
             if found == "out of memory" and set(alive) - {"ours"}:
                 self.turns(alive, written)
                 alive = {k: v for k, v in alive.items() if k == "ours"}
@@ -327,7 +339,7 @@ def run(options: Options, given: set[str]) -> None:
     known = presets("train")
     everything = ("cifar10-uncond", "ffhq64", "imagenet64-cond") if cuda else ("digits",)
     names = chosen(options.preset, known, "preset") or everything
-    variants = chosen(options.variants, VARIANTS, "variants") or list(VARIANTS)
+    variants = chosen(options.variants, VARIANTS, "variants") or (VARIANTS if cuda else ON_CPU)
     batches = options.micro_batch or tuple(2**i for i in range(3, 11 if cuda else 4))
     torch.backends.cuda.matmul.allow_tf32 = False
     ceilings = measure.ceilings(device)

@@ -62,9 +62,9 @@ def test_kernels_are_measured_beside_their_rivals(small, tmp_path):
 @pytest.mark.parametrize("name", ["group_norm", "attention", "adam_ema", "augment"])
 def test_ours_and_plain_compute_the_same_in_the_benchmark(name):
     """Of the smallest case of each kernel: what is timed is the operation, not something less."""
-    case = min(
-        kernels.cases(kernels.Options(kernel=name, dtype="fp32"), CPU), key=lambda c: sum(c.nbytes)
-    )
+    cases = kernels.cases(kernels.Options(kernel=name, dtype="fp32"), CPU)
+    cases = [case for case in cases if "norm1" not in case.shape]  # which drops at random
+    case = min(cases, key=lambda case: sum(case.nbytes))
     inputs = case.inputs()
     if name == "adam_ema":
         params = {}
@@ -111,11 +111,11 @@ def test_a_rival_takes_the_step_that_we_take(kind, monkeypatch):
 
 def test_variants_are_timed_side_by_side_and_one_that_fails_is_a_row(small, tmp_path):
     out = tmp_path / "train.json"
-    train.run(one_step(variants="published,ours tf32,ours", out=str(out)), set())
+    train.run(one_step(variants="published,no graphs,ours", out=str(out)), set())
     result = read(out)
     rows = {row["variant"]: row for row in result["rows"]}
-    assert rows["ours tf32"]["ms"] == {"p20": None, "p50": None, "p80": None}
-    assert "precision=tf32" in rows["ours tf32"]["status"]
+    assert rows["no graphs"]["ms"] == {"p20": None, "p50": None, "p80": None}
+    assert rows["no graphs"]["status"] == "RuntimeError: needs a GPU"
     ours, published = rows["ours"], rows["published"]
     assert ours["to_ours"] == 1
     assert published["to_ours"] == pytest.approx(published["ms"]["p50"] / ours["ms"]["p50"])
@@ -126,11 +126,7 @@ def test_variants_are_timed_side_by_side_and_one_that_fails_is_a_row(small, tmp_
 
 
 def test_the_flop_of_a_forward_are_those_of_the_published_network():
-    """41.6 GFLOP in convolutions and products; arXiv 2206.00364's network counted by hand."""
-    conv = 2 * 9 * 3 * 16 * 64  # the first of TINY, 8x8 pixels
-    assert train.forward_flop(check.TINY) > conv
-    config = check.CIFAR10
-    assert train.forward_flop(config) == pytest.approx(41.57e9, rel=1e-3)
+    assert train.forward_flop(check.CIFAR10) == pytest.approx(41.57e9, rel=1e-3)
 
 
 class Crowded:
@@ -159,7 +155,7 @@ def test_what_does_not_fit_beside_the_others_has_its_turn_after_them(monkeypatch
         train, "VARIANTS", {name: train.Variant(kernels=name, options={}) for name in sizes}
     )
     out = tmp_path / "train.json"
-    train.run(one_step(out=str(out)), set())
+    train.run(one_step(variants=",".join(sizes), out=str(out)), set())
     rows = {row["variant"]: row for row in read(out)["rows"]}
     assert {n: row["status"] for n, row in rows.items()} == dict.fromkeys(sizes, "ok") | {
         "too large": "out of memory"
@@ -187,7 +183,7 @@ def test_a_result_goes_on_where_it_is_of_the_same_commit(tmp_path, monkeypatch):
         Record(path, "check", append=True)
 
 
-def test_checks_pass_fail_and_say_why_not(monkeypatch, tmp_path, capsys):
+def test_checks_pass_fail_and_say_why_not(monkeypatch, tmp_path):
     def broken(here):
         raise ValueError("as it\nis")
 
@@ -199,6 +195,7 @@ def test_checks_pass_fail_and_say_why_not(monkeypatch, tmp_path, capsys):
         "broken": broken,
     }
     monkeypatch.setattr(check, "CHECKS", checks)
+    monkeypatch.setattr(check.Here, "kernels", "reference")  # the interpreter takes its time
     out = tmp_path / "check.json"
     with pytest.raises(RunFailed, match="3 of 5 checks failed: worse, nan, broken"):
         check.run(check.Options(steps=1, device="cpu", out=str(out)), set())
@@ -211,15 +208,15 @@ def test_checks_pass_fail_and_say_why_not(monkeypatch, tmp_path, capsys):
 
 
 def test_the_check_of_a_resumed_run_sees_what_was_not_restored(monkeypatch):
-    here = check.Here(CPU, 1)
-    names = {"fake_score.exp_avg_sq"}
-    whole = Distiller.tensors
+    tensors = Distiller.tensors
 
-    def forgetful(self, prefixes=tuple(names)):
-        return {k: v for k, v in whole(self).items() if not k.startswith(prefixes)}
+    def forgetful(self):
+        found = tensors(self).items()
+        return {k: v for k, v in found if not k.startswith("fake_score.exp_avg_sq")}
 
+    monkeypatch.setattr(check.Here, "kernels", "reference")
     monkeypatch.setattr(Distiller, "tensors", forgetful)
-    found, bound, _ = check.resumes(here)
+    found, bound, _ = check.resumes(check.Here(CPU, 1))
     assert found > bound
 
 
