@@ -126,7 +126,7 @@ def test_variants_are_timed_side_by_side_and_one_that_fails_is_a_row(small, tmp_
 
 
 def test_the_flop_of_a_forward_are_those_of_the_published_network():
-    assert train.forward_flop(check.CIFAR10) == pytest.approx(41.57e9, rel=1e-3)
+    assert train.forward_flop(check.CIFAR10) == pytest.approx(42.38e9, rel=1e-3)
 
 
 class Crowded:
