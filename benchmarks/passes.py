@@ -170,8 +170,8 @@ def lines() -> Iterator[str]:
         "feature map, in brackets those that are neither convolution, matrix product, attention "
         "nor group norm, and MiB an image that they move. A block in training; its tail counts "
         "where it is added up, which in our form is the next block's first norm. PyTorch's group "
-        "norm counts as one pass though it reads its input twice. What is idle in ADM's backward adds "
-        "up partial sums of the gradient of qkv's bias."
+        "norm counts as one pass though it reads its input twice. What is idle in ADM's backward "
+        "adds up partial sums of the gradient of qkv's bias."
     )
     yield ""
     yield "| block | form | forward | MiB | backward | MiB |"

@@ -15,12 +15,16 @@ from sid_fast.networks import EDMNetwork, NetworkConfig
 TRAJECTORIES = ["ddpmpp_uncond", "adm_cond"]
 
 
-@pytest.mark.parametrize("name", TRAJECTORIES)
-def test_golden_trajectory(golden, name):
+@pytest.mark.parametrize(
+    ("name", "compile"), [*((name, False) for name in TRAJECTORIES), ("ddpmpp_uncond", True)]
+)
+def test_golden_trajectory(golden, name, compile, monkeypatch):
+    """Compiled, every block is traced as a single graph; inductor itself would take minutes."""
+    monkeypatch.setattr("sid_fast.engine.compile.BACKEND", "aot_eager")
     data = read(golden / f"trajectory_{name}.npz")
     teacher = sid_fast.load_network(golden / f"{name}.pkl")
     start = {k: v.clone() for k, v in teacher.state_dict().items()}
-    distiller = Distiller(teacher, golden_settings(data))
+    distiller = Distiller(teacher, golden_settings(data), compile=compile)
     steps = int(data["steps"])
     for step in range(steps):
         metrics = distiller.step(golden_draws(data, step))

@@ -10,9 +10,10 @@ from sid_fast.networks.unet import Block
 # Blocks share their code but not their shapes, and each runs in training, frozen and without
 # gradients; torch would give up after 8.
 VARIANTS = 512
+BACKEND = "inductor"
 
 
-def compile_blocks(*nets: nn.Module, backend: str = "inductor") -> None:
+def compile_blocks(*nets: nn.Module) -> None:
     """Compile the blocks of networks in place; the first calls take minutes, then a cache helps."""
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         from platformdirs import user_cache_dir  # a bare GPU machine has torch and not this
@@ -23,4 +24,4 @@ def compile_blocks(*nets: nn.Module, backend: str = "inductor") -> None:
     for net in nets:
         for module in net.modules():
             if isinstance(module, Block):
-                module.compile(fullgraph=True, dynamic=False, backend=backend)
+                module.compile(fullgraph=True, dynamic=False, backend=BACKEND)

@@ -1,5 +1,6 @@
 """CUDA graphs: what a step launches is recorded once, and then launched as one."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -96,9 +97,14 @@ class StepGraphs:
         self.parts: dict[str, Callable[[], Any]] = {}
 
     def __call__(self) -> dict[str, torch.Tensor]:
-        """What Distiller.run does."""
+        """What Distiller.run does; with a warning and from the host, if the capture fails."""
         if not self.parts:
-            self._capture()
+            try:
+                self._capture()
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                warnings.warn(f"CUDA graphs are off: the capture failed ({reason})", stacklevel=2)
+                self.parts = {"step": self.distiller.run}
         if "step" in self.parts:
             return self.parts["step"]()
         metrics = {}
@@ -113,10 +119,12 @@ class StepGraphs:
         d = self.distiller
         states = d.rng.get_state(), torch.cuda.get_rng_state(d.device)
         d.live.fill_(False)
-        warm_up(d.run)
-        d.live.fill_(True)
-        d.rng.set_state(states[0])
-        torch.cuda.set_rng_state(states[1], d.device)
+        try:
+            warm_up(d.run)
+        finally:
+            d.live.fill_(True)
+            d.rng.set_state(states[0])
+            torch.cuda.set_rng_state(states[1], d.device)
 
         alone = parallel.world() == 1
         if alone and d.rounds <= FEW:

@@ -1,0 +1,84 @@
+"""CUDA graphs: when there are any, and that rehearsal and replay make the same steps.
+
+Where there is no GPU a stand-in runs what would have been captured.
+"""
+
+import pytest
+import torch
+from test_distiller import FAST, small_teacher, weights
+
+from sid_fast import Distiller, Settings
+from sid_fast.engine import graphs
+from sid_fast.errors import UserError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def test_what_the_option_comes_to():
+    assert graphs.usable("auto", CUDA) == (True, "")
+    assert graphs.usable("on", CUDA) == (True, "")
+    assert graphs.usable("off", CUDA) == (False, "")
+    assert graphs.usable("auto", CPU) == (False, "")
+    used, note = graphs.usable("auto", CUDA, sharded=True)
+    assert not used and "CUDA graphs are off: weights" in note
+    used, note = graphs.usable("auto", CUDA, recompute=True)
+    assert not used and "CUDA graphs are off: blocks" in note
+    with pytest.raises(UserError, match="none on cpu"):
+        graphs.usable("on", CPU)
+    with pytest.raises(UserError, match="cuda-graph='yes'"):
+        graphs.usable("yes", CUDA)
+
+
+@pytest.fixture
+def stand_in(monkeypatch, device):
+    """The names of the graphs that were captured, in order."""
+    captured = []
+    if device.type == "cuda":
+        return captured
+
+    def graph(function, generators=(), pool=None):
+        captured.append(getattr(function, "func", function).__name__)
+        return function
+
+    monkeypatch.setattr(graphs, "Graph", graph)
+    monkeypatch.setattr(graphs, "warm_up", lambda function: (function(), function()))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda _: torch.get_rng_state())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, _: torch.set_rng_state(state))
+    return captured
+
+
+@pytest.mark.parametrize("micro_batch", [4, 1, None])
+def test_a_replayed_run_is_the_eager_one(stand_in, device, micro_batch):
+    """Dropout, warps and a first moment included; the two rehearsals leave no trace."""
+    settings = Settings(
+        **FAST | {"batch_size": 8},
+        dropout=0.2,
+        augment_p=0.5,
+        generator_beta1=0.9,
+        micro_batch=micro_batch,
+    )
+    found = []
+    for replayed in (False, True):
+        distiller = Distiller(small_teacher().to(device), settings, cuda_graph=replayed)
+        for _ in range(3):
+            metrics = distiller.step()
+        found.append((weights(distiller), metrics["generator/loss"].clone()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    if device.type == "cpu":
+        rounds = ["accumulate", "update"] * 2
+        assert stand_in == (rounds if micro_batch == 1 else ["run"])
+
+
+def test_a_failed_capture_is_a_warning(stand_in, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(graphs, "Graph", fail)
+    distiller = Distiller(small_teacher(), Settings(**FAST), cuda_graph=True)
+    with pytest.warns(UserWarning, match=r"CUDA graphs are off: .*not permitted.*capturing\)"):
+        distiller.step()
+    eager = Distiller(small_teacher(), Settings(**FAST))
+    eager.step()
+    assert torch.equal(weights(distiller), weights(eager))
+    distiller.step()
