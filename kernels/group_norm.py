@@ -119,7 +119,7 @@ def _into(x, TYPE: tl.constexpr):
     backward would turn into NaN, and that into the loss of every weight's gradient; NaN stays.
     """
     if tl.float16 == TYPE:
-        x = tl.where(tl.abs(x) > 65504.0, tl.where(x > 0.0, 65504.0, -65504.0), x)
+        x = tl.clamp(x, -65504.0, 65504.0, tl.PropagateNan.ALL)
     return x.to(TYPE)
 
 
