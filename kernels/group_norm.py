@@ -672,14 +672,21 @@ def _slab(channels: int, groups: int, pixels: int) -> tuple[int, int]:
 
 
 # Where ptxas would rather keep a word in memory than give up a program on a multiprocessor:
-# (channels, side, bytes, resample, backward). A thread of these holds half as much.
-SPREAD = {(384, 32, 4, "up", True), (256, 32, 2, "down", False), (576, 16, 4, None, False)}
+# (channels, side, type, resample, backward). A thread of these holds half as much.
+SPREAD = {
+    (384, 32, torch.float32, "up", True),
+    (576, 16, torch.float32, None, False),
+    (256, 32, torch.bfloat16, "down", False),
+    (256, 32, torch.float16, "down", False),
+    (384, 32, torch.float16, None, False),
+    (1152, 16, torch.float16, None, False),
+}
 
 
 def _launch(
     shape: tuple[int, ...],
     left: int,
-    itemsize: int,
+    dtype: torch.dtype,
     groups: int,
     silu: bool,
     resample: str | None,
@@ -697,13 +704,13 @@ def _launch(
     pixels = height * width
     slab, lanes = _slab(channels, groups, pixels)
     tile, fold = _power_of_two(pixels), 1
-    held = 16 if backward and itemsize == 4 else 32
+    held = 16 if backward and dtype == torch.float32 else 32
     warps = max(1, tile * lanes // (32 * held))
     if tile * lanes > 8192:
         warps = 8 if tile * lanes <= 65536 or held == 16 else 16
-        fold = (4 if backward else 8) // itemsize
+        fold = (4 if backward else 8) // dtype.itemsize
         tile = warps * 32 * 8 * fold // lanes
-    if (channels, width, itemsize, resample, backward) in SPREAD:
+    if (channels, width, dtype, resample, backward) in SPREAD:
         tile, warps = (tile, warps * 2) if tile >= pixels else (tile // 2, warps)
     return {
         "PIXELS": pixels,
@@ -774,7 +781,7 @@ def _forward(
     )  # fmt: skip
     n, channels = y.shape[:2]
     constants = _launch(
-        (n, channels, *x.shape[2:]), x.shape[1], x.element_size(), groups, silu, resample, False
+        (n, channels, *x.shape[2:]), x.shape[1], x.dtype, groups, silu, resample, False
     )
     (add,), add_stride = _rows(add)
     (scale, shift), film_stride = _rows(scale, shift)
@@ -844,7 +851,7 @@ def _backward(
     )  # fmt: skip
     n, channels, groups = len(h), len(weight), stats.shape[2]
     constants = _launch(
-        (n, channels, *h.shape[2:]), h.shape[1], h.element_size(), groups, silu, resample, True
+        (n, channels, *h.shape[2:]), h.shape[1], h.dtype, groups, silu, resample, True
     )
     has_x_bias, has_param, has_add, has_film = wanted
     x_bias_sums = stats.new_empty((n, h.shape[1])) if has_x_bias else None
@@ -1109,7 +1116,7 @@ def configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any],
     """
     kinds = dict.fromkeys(("stats", "weight", "bias", "dparam", "x_bias", "dx_bias"), "*fp32")
     kinds |= {"seed": "*i64", "eps": "fp32", "x_scale": "fp32"}
-    dtypes = {"bf16": 2, "fp16": 2, "fp32": 4}
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     kernels = {"forward": _forward_kernel, "backward": _backward_kernel}
     for form, (way, kernel), dtype in itertools.product(PLACES, kernels.items(), dtypes):
         given = _arguments(form, way == "backward")
