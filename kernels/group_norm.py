@@ -679,6 +679,7 @@ SPREAD = {
     (256, 32, torch.bfloat16, "down", False),
     (256, 32, torch.float16, "down", False),
     (384, 32, torch.float16, None, False),
+    (256, 64, torch.float16, None, True),
     (1152, 16, torch.float16, None, False),
 }
 
