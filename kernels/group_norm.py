@@ -672,15 +672,16 @@ def _slab(channels: int, groups: int, pixels: int) -> tuple[int, int]:
 
 
 # Where ptxas would rather keep a word in memory than give up a program on a multiprocessor:
-# (channels, side, type, resample, backward). A thread of these holds half as much.
+# (channels, side, type, resample, backward), and by how much less a thread of these holds.
 SPREAD = {
-    (384, 32, torch.float32, "up", True),
-    (576, 16, torch.float32, None, False),
-    (256, 32, torch.bfloat16, "down", False),
-    (256, 32, torch.float16, "down", False),
-    (384, 32, torch.float16, None, False),
-    (256, 64, torch.float16, None, True),
-    (1152, 16, torch.float16, None, False),
+    (384, 32, torch.float32, "up", True): 2,
+    (576, 16, torch.float32, None, False): 2,
+    (256, 32, torch.bfloat16, "down", False): 2,
+    (256, 32, torch.float16, "down", False): 2,
+    (384, 32, torch.float16, None, False): 2,
+    (1152, 16, torch.float16, None, False): 2,
+    (192, 32, torch.float16, None, True): 4,
+    (256, 64, torch.float16, None, True): 2,
 }
 
 
@@ -711,8 +712,8 @@ def _launch(
         warps = 8 if tile * lanes <= 65536 or held == 16 else 16
         fold = (4 if backward else 8) // dtype.itemsize
         tile = warps * 32 * 8 * fold // lanes
-    if (channels, width, dtype, resample, backward) in SPREAD:
-        tile, warps = (tile, warps * 2) if tile >= pixels else (tile // 2, warps)
+    less = SPREAD.get((channels, width, dtype, resample, backward), 1)
+    tile, warps = (tile, warps * less) if tile >= pixels else (tile // less, warps)
     return {
         "PIXELS": pixels,
         "WIDTH": width,

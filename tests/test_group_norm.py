@@ -7,7 +7,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sid_fast.kernels.dispatch import forced
-from sid_fast.kernels.group_norm import Normed, bytes_moved, group_norm, group_norm_ref
+from sid_fast.kernels.group_norm import (
+    SPREAD,
+    Normed,
+    bytes_moved,
+    group_norm,
+    group_norm_ref,
+)
 
 # Largest ‖out − ref‖/‖ref‖, the reference in float64 on the same rounded inputs. Rounding to
 # nearest costs 0.0017 in bfloat16; Triton's interpreter cuts off instead, which costs 0.0034.
@@ -508,3 +514,9 @@ def test_float16_has_no_infinity(device):
         assert t[0].isfinite().all()
         assert t[1].isnan().any()
     assert out.h[0, 3, 1, 1] == out.y[0].abs().max() == x.grad[0].abs().max() == 65504
+
+
+@pytest.mark.parametrize("spread", sorted(SPREAD, key=str), ids=str)
+def test_shapes_that_are_spread_thinner(spread, device):
+    channels, side, dtype, resample, _ = spread
+    check(*draw((1, channels, side, side), 32, dtype, device, resample=resample), dtype)
