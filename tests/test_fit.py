@@ -84,10 +84,12 @@ def test_recomputed_blocks_give_the_same_step():
 
 def test_recomputed_blocks_keep_less():
     config = small_teacher().config
-    (plain,) = cost.steps(config, Settings(), [64])
-    (recomputing,) = cost.steps(config, Settings(), [64], prepare=checkpoint_activations)
+    # In PyTorch's form, where frozen networks too keep all that their convolutions read.
+    of = config, Settings(), [64], "reference"
+    (plain,) = cost.steps(*of)
+    (recomputing,) = cost.steps(*of, prepare=checkpoint_activations)
     kinds = ("activations", "workspace")
     before, after = (sum(step.peak[k] for k in kinds) for step in (plain, recomputing))
-    assert after < 0.65 * before
+    assert after < 0.55 * before
     flops = [sum(op.flops for op in step.ops) for step in (plain, recomputing)]
     assert 1.3 < flops[1] / flops[0] < 15.5 / 11
