@@ -9,6 +9,10 @@ class UserError(Exception):
     """
 
 
+class WriteFailed(UserError):
+    """A file that the disk does not take. A run that has begun goes on without it."""
+
+
 class RunFailed(Exception):
     """A run that cannot go on: says why, and where its last good state is. Exit status 1."""
 

@@ -10,6 +10,7 @@ import signal
 import pytest
 import torch
 from processes import python, python_until, tensors_of
+from safetensors import SafetensorError
 from test_distiller import small_teacher
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
@@ -18,6 +19,7 @@ from sid_fast.distiller import Distiller
 from sid_fast.engine.checkpoint import HEADER, States, find_state, load_state, read_header
 from sid_fast.engine.loop import Loop
 from sid_fast.errors import UserError
+from sid_fast.files import snapshots
 from sid_fast.files.network import save_network
 
 LAST = "state-000000040"
@@ -240,6 +242,30 @@ def test_a_full_disk_at_the_end_is_a_failure_with_the_last_good_state_intact(
     assert not list(out.glob("*.tmp"))
     assert [p.name for p in states(out)] == ["state-000000002"]
     assert read_header(states(out)[0])["steps"] == 2
+
+
+@pytest.mark.parametrize(("at", "status"), [(0, 2), (16, 0), (32, 1)])
+def test_a_snapshot_that_cannot_be_written(tmp_path, monkeypatch, run_command, at, status):
+    """At the start there is no run, on the way a warning, at the end a failure behind the state."""
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    real = snapshots.save_file
+
+    def full(tensors, path, metadata):
+        if f"snapshot-{at:010d}" in str(path):
+            raise SafetensorError("I/O error: No space left on device")
+        real(tensors, path, metadata)
+
+    monkeypatch.setattr(snapshots, "save_file", full)
+    out = tmp_path / "run"
+    found, error = run_command(
+        "train", "--teacher", tmp_path / "teacher.safetensors", "--batch-size", 4,
+        "--kimg", 0.032, "--snapshot-every", 0.008, "--out", out,
+    )  # fmt: skip
+    assert found == status, error
+    assert (f"snapshot-{at:010d}" in error and "No space left" in error) == (status > 0)
+    assert [p.name for p in states(out)] == (["state-000000008"] if at else [])
+    made = [int(p.stem.split("-")[1]) for p in sorted(out.glob("snapshot-*"))]
+    assert made == ([n for n in (0, 8, 16, 24, 32) if n != at] if at else [])
 
 
 def test_torchrun_s_restart_goes_on_from_this_run_s_last_state(tmp_path, monkeypatch, run_command):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from sid_fast.errors import UserError
+from sid_fast.errors import WriteFailed
 from sid_fast.files.atomic import atomic_path
 
 
@@ -49,7 +49,7 @@ class Log:
             self.board.close()
 
     def write(self, images: int, values: dict[str, float]) -> None:
-        """Append a record; raises UserError if the disk does not take it."""
+        """Append a record; raises WriteFailed if the disk does not take it."""
         record = {"images": images}
         record |= {k: v if math.isfinite(v) else None for k, v in values.items()}
         try:
@@ -59,4 +59,4 @@ class Log:
                 self.board.add_scalar(name, value, images)
             self.board.flush()
         except OSError as error:
-            raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from None
+            raise WriteFailed(f"{self.path} cannot be written: {error.strerror or error}") from None

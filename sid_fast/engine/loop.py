@@ -18,7 +18,7 @@ from sid_fast.config.settings import RunOptions, smaller_micro_batch
 from sid_fast.engine import parallel
 from sid_fast.engine.checkpoint import PATTERN, States, Trainer, launch, load_state, sweep
 from sid_fast.engine.log import Log
-from sid_fast.errors import OutOfMemory, RunFailed, UserError
+from sid_fast.errors import OutOfMemory, RunFailed, UserError, WriteFailed
 from sid_fast.files.atomic import atomic_path
 
 FAILURES = 20  # failed steps in a row before a run gives up
@@ -131,8 +131,9 @@ class Loop:
         """Run to the end, from the start or from a state.
 
         A signal stops it behind the step with its state saved (SystemExit, 128 + signal).
-        Raises RunFailed when step after step fails, or when the last state cannot be written, and
-        UserError, with a smaller micro-batch, when memory runs out.
+        What cannot be written on the way is a warning. Raises RunFailed when step after step fails,
+        or when a file of the end cannot be written, and UserError where the first one cannot, or,
+        with a smaller micro-batch, when memory runs out.
         """
         header = load_state(resume, self.trainer) if resume else None
         self.folder = open_folder(self.options, self.name, resume)
@@ -220,12 +221,15 @@ class Loop:
                     self._give_up()
             self._warn(self.states.poll())
             with self.meter.paused():
+                unwritten = []
                 if end or self._crossed(before, options.snapshot_every):
-                    self._call("snapshot", self.snapshot)
+                    unwritten += self._call("snapshot", self.snapshot)
                 if self.evaluate and (end or self._crossed(before, options.eval_every)):
-                    self._call("evaluation", self.evaluate)
+                    unwritten += self._call("evaluation", self.evaluate)
                 if end or stop:
                     self._save_last()
+                    if end and unwritten:
+                        raise RunFailed(f"{unwritten[0]}; the state is saved: {self.states.path}")
                 elif self._crossed(before, options.state_every):
                     self._warn(self.states.begin())
         if trainer.images < self.end:
@@ -247,16 +251,25 @@ class Loop:
             last = f"the last good state is {kept[-1]}" if kept else "there is no state of this run"
             raise RunFailed(f"{problem}; {last}")
 
-    def _warn(self, problem: str | None) -> None:
+    def _warn(self, problem: object) -> None:
         if problem:
-            self._say(f"warning: {problem}; training goes on, with the states that there are")
+            self._say(f"warning: {problem}; training goes on")
 
-    def _call(self, what: str, make: Callable[[Path], dict[str, float]]) -> None:
-        figures = make(self.folder)
+    def _call(self, what: str, make: Callable[[Path], dict[str, float]]) -> list[WriteFailed]:
+        """Make and record it; returns, with a warning, what a run that has begun cannot write."""
+        try:
+            figures = make(self.folder)
+        except WriteFailed as error:
+            if not self.trainer.steps:
+                raise
+            parallel.wait_for_first()
+            self._say(f"warning: {error}")
+            return [error]
         parallel.wait_for_first()
         self._record(figures)
         parts = [f"{self.trainer.images / 1000:9.2f} kimg  {what}"]
         self._say("  ".join(parts + [f"{name} {value:.4g}" for name, value in figures.items()]))
+        return []
 
     def _say(self, line: str) -> None:
         if self.log:
@@ -267,8 +280,8 @@ class Loop:
         if self.log and values:
             try:
                 self.log.write(self.trainer.images, values)
-            except UserError as error:  # a full disk, most likely: no reason to stop
-                self._say(f"warning: {error}; training goes on")
+            except WriteFailed as error:
+                self._warn(error)
 
     def _report(self, metrics: dict[str, torch.Tensor]) -> None:
         """One line and one record; reading the metrics is the only wait for the device."""

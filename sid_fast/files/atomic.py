@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sid_fast.errors import UserError
+from sid_fast.errors import UserError, WriteFailed
 
 # It can only be read by setting it.
 os.umask(_UMASK := os.umask(0))
@@ -19,13 +19,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     The block writes one file there. If it raises, the temporary file is removed and whatever
     stood at `path` is left untouched. Parent folders are not created.
 
-    Raises UserError if the folder is missing, `path` is a folder, or writing fails.
+    Raises UserError if `path` is a folder, WriteFailed if its folder is missing or writing fails.
     """
     target = Path(path)
     if target.is_dir():
         raise UserError(f"{target} is a folder: give the name of a file")
     if not target.parent.is_dir():
-        raise UserError(f"{target} cannot be written: create the folder {target.parent} first")
+        raise WriteFailed(f"{target} cannot be written: create the folder {target.parent} first")
     # Random rather than the process id: ranks on several nodes may share one file system.
     temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -35,7 +35,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
         flush(target.parent)  # makes the new name itself survive a power cut
     except OSError as error:
-        raise UserError(
+        raise WriteFailed(
             f"{target} cannot be written ({error.strerror or error}): "
             "check the permissions and the free space"
         ) from error

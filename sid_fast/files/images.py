@@ -40,7 +40,7 @@ def save_grid(
     """Write uint8 images [N, C, H, W], N > 0, C = 1 or 3, as one PNG, row by row, atomically.
 
     Small images are enlarged by a whole factor so that a person can look at the grid, which is
-    near square unless `columns` is given. Raises UserError if the file cannot be written.
+    near square unless `columns` is given. Raises WriteFailed if the disk does not take it.
     """
     count, channels, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(count))

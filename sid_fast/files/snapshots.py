@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from sid_fast.errors import UserError
+from sid_fast.errors import UserError, WriteFailed
 from sid_fast.files.atomic import atomic_path
 
 _KEY = "sid_fast"
@@ -20,7 +20,7 @@ def write_snapshot(
 ) -> None:
     """Write tensors and a JSON-serialisable `config` to `path` atomically.
 
-    Raises UserError if the file cannot be written.
+    Raises WriteFailed if the disk does not take it.
     """
     metadata = {_KEY: json.dumps({"version": _VERSION, "config": config})}
     tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
@@ -28,7 +28,7 @@ def write_snapshot(
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata)
     except SafetensorError as error:
-        raise UserError(f"{path} cannot be written ({error}): check the free space") from error
+        raise WriteFailed(f"{path} cannot be written ({error}): check the free space") from error
 
 
 def read_snapshot(
