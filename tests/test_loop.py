@@ -1,6 +1,9 @@
 """The loop: what a run leaves behind, and how it ends when nothing is finite any more."""
 
 import json
+import os
+import queue
+import signal
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from processes import TORCHRUN, python
 from test_distiller import small_teacher
 
 from sid_fast.distiller import Distiller
-from sid_fast.engine import loop, snapshot
+from sid_fast.engine import compile, loop, snapshot
 from sid_fast.files.network import load_network, save_network
 
 DISTANCE = "Fréchet distance (pixels)"
@@ -131,3 +134,28 @@ def test_the_time_of_an_evaluation_is_not_in_the_throughput(tmp_path, run_comman
     (line,) = (r for r in records(tmp_path / "run") if "it_per_s" in r)
     assert line["it_per_s"] == 1
     assert [r["evaluation_s"] for r in records(tmp_path / "run") if DISTANCE in r] == [1000] * 5
+
+
+def test_a_signal_within_the_first_step_ends_it_at_once(tmp_path, run_command, monkeypatch):
+    """In the middle of a compilation, say: minutes may be left of it, and there is no state."""
+
+    def compiling(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(Distiller, "step", compiling)
+    seen = []
+    monkeypatch.setattr(loop.Loop, "_say", lambda self, line: seen.append(line))
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    out = tmp_path / "run"
+    status, _ = run_command("train", "--teacher", tmp_path / "teacher.safetensors", "--out", out)
+    assert status == 128 + signal.SIGTERM
+    assert "no new state to save" in seen[-1]
+    assert not list(out.glob("state-*")) and list(out.glob("snapshot-*"))
+
+
+def test_a_first_step_that_takes_long_says_so(monkeypatch):
+    monkeypatch.setattr(compile, "PERIOD", 0.001)
+    lines = queue.Queue()
+    with compile.shown(lines.put):
+        assert "compiles and tunes" in lines.get(timeout=60)

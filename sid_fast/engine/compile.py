@@ -1,6 +1,10 @@
 """torch.compile around what the kernels leave: every residual block, as one graph."""
 
+import contextlib
 import os
+import threading
+import time
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -11,6 +15,9 @@ from sid_fast.networks.unet import Block
 # gradients; torch would give up after 8.
 VARIANTS = 512
 BACKEND = "inductor"
+
+
+PERIOD = 10.0  # seconds between lines on a first step that takes long
 
 
 def compile_blocks(*nets: nn.Module) -> None:
@@ -25,3 +32,23 @@ def compile_blocks(*nets: nn.Module) -> None:
         for module in net.modules():
             if isinstance(module, Block):
                 module.compile(fullgraph=True, dynamic=False, backend=BACKEND)
+
+
+@contextlib.contextmanager
+def shown(say: Callable[[str], None]) -> Iterator[None]:
+    """Around a first step: every PERIOD a line on how long it has taken and what is compiled."""
+    began, over = time.perf_counter(), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(PERIOD):
+            line = f"the first step compiles and tunes: {time.perf_counter() - began:.0f} s so far"
+            blocks = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            say(line + (f", {blocks} graphs of blocks compiled" if blocks else ""))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from sid_fast.config.settings import RunOptions, smaller_micro_batch
 from sid_fast.engine import parallel
 from sid_fast.engine.checkpoint import PATTERN, States, Trainer, launch, load_state, sweep
+from sid_fast.engine.compile import shown
 from sid_fast.engine.log import Log
 from sid_fast.errors import OutOfMemory, RunFailed, UserError, WriteFailed
 from sid_fast.files.atomic import atomic_path
@@ -197,8 +198,10 @@ class Loop:
         stop = False
         while trainer.images < self.end and not stop:
             before = trainer.images
+            first = trainer.steps == self.started
             try:
-                metrics = trainer.step()
+                with shown(self._say) if first else contextlib.nullcontext():
+                    metrics = trainer.step()
             except OutOfMemory as error:
                 smaller = smaller_micro_batch(trainer.settings, parallel.world())
                 way = f"try --micro-batch {smaller}" if smaller else "try --parallel fsdp"
