@@ -14,6 +14,7 @@ from sid_fast.config import cli
 from sid_fast.config.settings import RunOptions, Settings, check, option, part, rounds_of
 from sid_fast.distiller import Distiller
 from sid_fast.engine import parallel, precision
+from sid_fast.engine.checkpoint import read_header
 from sid_fast.engine.fit import largest_micro_batch
 from sid_fast.engine.graphs import usable
 from sid_fast.engine.loop import Loop
@@ -101,6 +102,8 @@ def require_teacher(config: TrainConfig) -> None:
 
 
 def run(config: TrainConfig, given: set[str], auto_micro_batch: bool = False) -> None:
+    if auto_micro_batch:  # what a state had is tried first
+        given = given - {"micro_batch"}
     resume = cli.resume(config, given)
     check(config)
     require_teacher(config)
@@ -112,8 +115,11 @@ def run(config: TrainConfig, given: set[str], auto_micro_batch: bool = False) ->
             teacher = load_network(config.teacher).to(device)
         if data:
             check_data(data, teacher.config)
-        if auto_micro_batch and device.type == "cuda":
-            config.micro_batch = micro_batch_that_fits(teacher, config, device)
+        if auto_micro_batch:
+            if resume and read_header(resume)["processes"] != parallel.world():
+                config.micro_batch = None
+            if device.type == "cuda":
+                config.micro_batch = micro_batch_that_fits(teacher, config, device)
         settings = part(config, Settings)
         layout = parallel.plan(config.parallel, teacher, device, config.shard_group)
         sharded = layout.mesh is not None
@@ -161,7 +167,7 @@ def prepare(trainer: Distiller, config: TrainConfig) -> None:
 
 
 def micro_batch_that_fits(teacher: EDMNetwork, config: TrainConfig, device: torch.device) -> int:
-    """The largest micro-batch for this process's GPU: estimated, then tried."""
+    """The largest micro-batch for this process's GPU: estimated, or as it was, then tried."""
     settings, world = part(config, Settings), parallel.world()
     rounds_of(dataclasses.replace(settings, micro_batch=None), world)
     batch = settings.batch_size // world
@@ -187,7 +193,8 @@ def micro_batch_that_fits(teacher: EDMNetwork, config: TrainConfig, device: torc
         if first:
             print(line, flush=True)
 
-    return largest_micro_batch(batch, parallel.from_first(estimate), try_step, say)
+    most = config.micro_batch or parallel.from_first(estimate)
+    return largest_micro_batch(batch, most, try_step, say)
 
 
 def check_data(data: ImageDataset, network: NetworkConfig) -> None:

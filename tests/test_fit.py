@@ -65,6 +65,17 @@ def test_auto_takes_the_whole_batch_without_a_gpu(tmp_path, run_command):
     assert '"micro_batch": null' in (tmp_path / "run" / "config.json").read_text()
 
 
+def test_auto_keeps_what_a_state_had(tmp_path, run_command):
+    """A restart under torchrun repeats its command: on as many processes it ends on one's bits."""
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    out = tmp_path / "run"
+    arguments = ["--teacher", tmp_path / "teacher.safetensors", "--batch-size", 4, "--out", out]
+    assert run_command("train", *arguments, "--micro-batch", 2, "--kimg", 0.004)[0] == 0
+    status, error = run_command("train", "--resume", out, "--micro-batch", "auto", "--kimg", 0.008)
+    assert status == 0, error
+    assert '"micro_batch": 2' in (out / "config.json").read_text()
+
+
 def networks(distiller):
     return distiller.teacher, distiller.generator, distiller.fake_score
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,3 +115,26 @@ def test_a_layout_that_cannot_be_is_refused():
     with pytest.raises(UserError, match="shard_group=3"):
         parallel.plan("hsdp", small_teacher(), cpu, shard_group=3)
     assert parallel.plan("auto", small_teacher(), cpu).mesh is None
+
+
+@pytest.mark.parametrize(
+    ("memory", "node", "mesh", "gathered"),
+    [
+        (80.0, 8, None, True),  # half of it holds the whole state
+        (79.9, 8, (8,), True),  # 16 + 24/8 bytes a parameter
+        (37.9, 8, (8,), False),
+        (44.1, 4, (2, 4), True),  # two nodes; 16 + 24/4 bytes
+        (43.9, 4, (2, 4), False),
+    ],
+)
+def test_auto_goes_by_the_memory(monkeypatch, memory, node, mesh, gathered):
+    net = torch.nn.Linear(1000, 1000, bias=False)
+    properties = SimpleNamespace(total_memory=memory * 1e6)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(parallel, "world", lambda: 8)
+    monkeypatch.setattr(parallel, "init_device_mesh", lambda kind, shape, **_: (kind, shape))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(node))
+    found = parallel.plan("auto", net, torch.device("cuda"))
+    assert found.mesh == (mesh and ("cuda", mesh)) and found.gathered is gathered
+    if mesh:
+        assert ("gathered block by block" in found.text) != gathered
