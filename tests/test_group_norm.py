@@ -10,6 +10,7 @@ from sid_fast.kernels.dispatch import forced
 from sid_fast.kernels.group_norm import (
     SPREAD,
     Normed,
+    _launch,
     bytes_moved,
     group_norm,
     group_norm_ref,
@@ -517,6 +518,14 @@ def test_float16_has_no_infinity(device):
 
 
 @pytest.mark.parametrize("spread", sorted(SPREAD, key=str), ids=str)
-def test_shapes_that_are_spread_thinner(spread, device):
-    channels, side, dtype, resample, _ = spread
-    check(*draw((1, channels, side, side), 32, dtype, device, resample=resample), dtype)
+def test_shapes_that_are_spread_thinner(spread, device, monkeypatch):
+    """4 of the 32 groups: the programs are the same, and an eighth of them."""
+    channels, side, dtype, resample, backward = spread
+    few = channels // 8
+    monkeypatch.setitem(SPREAD, (few, side, dtype, resample, backward), SPREAD[spread])
+    real, small = (
+        _launch((1, c, side, side), c, dtype, groups, True, resample, backward)
+        for c, groups in ((channels, 32), (few, 4))
+    )
+    assert real | {"CHANNELS": few, "LEFT": few, "GROUPS": 4} == small
+    check(*draw((1, few, side, side), 4, dtype, device, resample=resample), dtype)
