@@ -100,6 +100,12 @@ def faults(mode: str) -> None:
         print(f"{mode} faults")
 
 
+def hosts_agree() -> None:
+    """What one of them has been told, a signal say, all of them know."""
+    assert parallel.any_(rank == world - 1) and not parallel.any_(False)
+    assert parallel.from_first(lambda: 7 + rank) == 7
+
+
 def same_everywhere(distiller: sid_fast.Distiller, metrics: dict[str, torch.Tensor]) -> None:
     """All processes agree on the metrics and, where they have whole networks, on these."""
     values = [float(v) for v in metrics.values()]
@@ -115,6 +121,7 @@ def same_everywhere(distiller: sid_fast.Distiller, metrics: dict[str, torch.Tens
 
 with parallel.joined(cpu, "fsdp"):
     rank, world = dist.get_rank(), dist.get_world_size()
+    hosts_agree()
     for case in sys.argv[3:]:
         name, *rest = case.split(":")
         faults(*rest) if name == "faults" else trajectory(name, *rest)
