@@ -29,19 +29,14 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def shared_states(tmp_path_factory):
-    return tmp_path_factory.mktemp("states")
-
-
-@pytest.mark.parametrize("processes", CASES)
-def test_every_layout_meets_the_golden_trajectory(golden, shared_states, processes):
+def test_every_layout_meets_the_golden_trajectory(golden, tmp_path):
     script = __file__.replace("test_parallel", "parallel_trajectory")
-    cases = [c if "_" in c or "faults" in c else f"ddpmpp_uncond:{c}" for c in CASES[processes]]
-    done = python(*TORCHRUN, processes, script, golden, shared_states, *cases)
-    assert done.returncode == 0, done.stdout + done.stderr
-    faults = sum(c.startswith("faults") for c in cases)
-    assert len(done.stdout.splitlines()) == faults + 3 * (len(cases) - faults), done.stdout
+    for processes, modes in CASES.items():
+        cases = [c if "_" in c or "faults" in c else f"ddpmpp_uncond:{c}" for c in modes]
+        done = python(*TORCHRUN, processes, script, golden, tmp_path, *cases)
+        assert done.returncode == 0, done.stdout + done.stderr
+        faults = sum(c.startswith("faults") for c in cases)
+        assert len(done.stdout.splitlines()) == faults + 3 * (len(cases) - faults), done.stdout
 
 
 @pytest.fixture(scope="module")
