@@ -23,6 +23,7 @@ from sid_fast.networks import EDMNetwork
 golden, states = Path(sys.argv[1]), Path(sys.argv[2])
 torch.set_num_threads(1)
 cpu = torch.device("cpu")
+parallel.ReplicatedGradients.BUCKET = 2**16  # several of them, sent while backward goes on
 load = functools.cache(lambda name: sid_fast.load_network(golden / f"{name}.pkl"))
 
 
@@ -100,6 +101,16 @@ def faults(mode: str) -> None:
         print(f"{mode} faults")
 
 
+def gathers_buffers() -> None:
+    """The random frequencies of NCSN++ are no parameters."""
+    config = dataclasses.replace(small_teacher().config, architecture="ncsnpp")
+    net = EDMNetwork(config)
+    expected = {k: v.clone() for k, v in net.state_dict().items()}
+    parallel.plan("fsdp", net, cpu).shard(net)
+    found = parallel.whole(net, everywhere=True).state_dict()
+    assert all(torch.equal(found[k], v) for k, v in expected.items())
+
+
 def hosts_agree() -> None:
     """What one of them has been told, a signal say, all of them know."""
     assert parallel.any_(rank == world - 1) and not parallel.any_(False)
@@ -122,6 +133,7 @@ def same_everywhere(distiller: sid_fast.Distiller, metrics: dict[str, torch.Tens
 with parallel.joined(cpu, "fsdp"):
     rank, world = dist.get_rank(), dist.get_world_size()
     hosts_agree()
+    gathers_buffers()
     for case in sys.argv[3:]:
         name, *rest = case.split(":")
         faults(*rest) if name == "faults" else trajectory(name, *rest)
