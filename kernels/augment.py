@@ -145,7 +145,7 @@ def augment_ref(images: torch.Tensor, parameters: Parameters) -> tuple[torch.Ten
 
     # Reflect by as much as could ever be needed; sizes from the data would stall the device.
     x = F.pad(x, [width - 1, width - 1, height - 1, height - 1], mode="reflect")
-    taps = torch.tensor(SYM6, device=x.device, dtype=x.dtype)
+    taps = _taps(x.device, x.dtype)[1:-2]
     up = x.new_zeros(n, channels, x.shape[2], 2, x.shape[3], 2)
     up[:, :, :, 0, :, 0] = x
     up = up.flatten(4).flatten(2, 3)
@@ -183,9 +183,9 @@ def flop(images: int, channels: int, height: int, width: int) -> int:
 
 
 @functools.cache
-def _taps(device: torch.device) -> torch.Tensor:
-    """The filter between a zero before it and two behind it."""
-    return torch.tensor([0.0, *SYM6, 0.0, 0.0], device=device)
+def _taps(device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The filter between a zero before it and two behind it; copied to the device once."""
+    return torch.tensor([0.0, *SYM6, 0.0, 0.0], device=device, dtype=dtype)
 
 
 @triton.jit

@@ -64,7 +64,10 @@ def one_hot(
     if weights is None:
         classes = torch.randint(label_dim, (n,), generator=rng, device=rng.device)
     else:
-        classes = torch.multinomial(weights, n, replacement=True, generator=rng)
+        # torch.multinomial waits for the device when it is asked for a single one.
+        shares = weights.double().cumsum(0)
+        at = torch.rand(n, generator=rng, device=rng.device, dtype=torch.float64) * shares[-1]
+        classes = torch.searchsorted(shares[:-1], at, right=True)
     return torch.zeros(n, label_dim, device=rng.device).scatter_(1, classes[:, None], 1.0)
 
 

@@ -53,13 +53,14 @@ def network_of(teacher: str) -> NetworkConfig:
 class Counts:
     """What is counted of a step: bytes that stay and that an image adds, by kind; FLOP an image.
 
-    forward: FLOP of one forward of one image.
+    forward: FLOP of one forward of one image; form: of the kernels, "triton" or "reference".
     """
 
     stays: Counter[str]
     image: Counter[str]
     flop: float
     forward: float
+    form: str = "triton"
 
     def memory(self, images: int, gpus: int = 1, sharded: bool = False) -> Counter[str]:
         """Bytes by kind on one of so many GPUs, at the peak of a round of `images`.
@@ -115,6 +116,7 @@ def counts(
         image=image,
         flop=(flop := sum(op.flops for op in two.ops) / 2),
         forward=flop / forwards,
+        form=form,
     )
 
 
@@ -156,8 +158,10 @@ def plan(found: Counts, settings: Settings, kimg: float, options: PlanOptions) -
     # An all-reduce is a reduce-scatter and an all-gather, each of all numbers but one's own part.
     traffic = 2 * (gpus - 1) / gpus * found.stays["gradients"]
     exchange = traffic / (link_of(options) * 1e9)
-    # Either network's gradients travel while the last round's backward (two forwards) goes on.
-    exposed = max(0.0, exchange - 2 * 2 * found.forward * micro / rate)
+    # Whole networks' gradients leave behind the replay of the last round's graph; in parts, either
+    # network's travel while the last round's backward (two forwards) goes on.
+    replayed = found.memory(micro, gpus).total() <= room
+    exposed = max(0.0, exchange - (not replayed) * 2 * 2 * found.forward * micro / rate)
     seconds = compute + exposed
     return Plan(
         memory={w: found.memory(max(micro, 1), gpus, sharded=w == "fsdp") for w in ways},
@@ -199,7 +203,8 @@ def text(
     million = found.stays["average"] / 4e6
     tb_s = f"{options.mfu:.0%} of {tflops_of(settings, options):.0f} TFLOP/s a GPU"
     lines = [
-        f"{name}: {network}, {million:.1f} M parameters, {precision_of(settings)}",
+        f"{name}: {network}, {million:.1f} M parameters, {precision_of(settings)}, "
+        f"{found.form} kernels",
         f"on {gpus} x {options.card}, {memory:g} GiB each; estimates, nothing here is measured",
         "",
         f"memory of a GPU, GiB{''.join(f'{way:>10}' for way in p.memory)}",

@@ -83,12 +83,14 @@ def _number(name: str, value: Any) -> int | None:
 
 def show_plan(command: Command) -> None:
     check(command)
+    check(part(command, Settings))
     require_teacher(command)
     settings, options = part(command, Settings), part(command, plan.PlanOptions)
     plan.check_request(settings, options)
     network = plan.network_of(command.teacher)
-    form = "reference" if command.kernels == "reference" else "triton"
-    print(f"counting a step, {form} kernels …", file=sys.stderr, flush=True)
+    kernels.dispatch.configure(command.kernels, torch.device("cuda"))  # wherever this runs
+    form = kernels.dispatch.choose("block")
+    print("counting a step: takes about a minute …", file=sys.stderr, flush=True)
     found = plan.counts(network, settings, command.checkpoint_activations, form)
     name = command.preset or command.teacher
     print(plan.text(name, network, found, settings, command.kimg, options))
@@ -115,14 +117,14 @@ def run(config: TrainConfig, given: set[str], auto_micro_batch: bool = False) ->
             teacher = load_network(config.teacher).to(device)
         if data:
             check_data(data, teacher.config)
+        layout = parallel.plan(config.parallel, teacher, device, config.shard_group)
+        sharded = layout.mesh is not None
         if auto_micro_batch:
             if resume and read_header(resume)["processes"] != parallel.world():
                 config.micro_batch = None
             if device.type == "cuda":
-                config.micro_batch = micro_batch_that_fits(teacher, config, device)
+                config.micro_batch = micro_batch_that_fits(teacher, config, device, sharded)
         settings = part(config, Settings)
-        layout = parallel.plan(config.parallel, teacher, device, config.shard_group)
-        sharded = layout.mesh is not None
         graphs, note = usable(config.cuda_graph, device, config.checkpoint_activations, sharded)
         trainer = Distiller(
             teacher,
@@ -166,8 +168,13 @@ def prepare(trainer: Distiller, config: TrainConfig) -> None:
         checkpoint_activations(trainer.teacher, trainer.generator, trainer.fake_score)
 
 
-def micro_batch_that_fits(teacher: EDMNetwork, config: TrainConfig, device: torch.device) -> int:
-    """The largest micro-batch for this process's GPU: estimated, or as it was, then tried."""
+def micro_batch_that_fits(
+    teacher: EDMNetwork, config: TrainConfig, device: torch.device, sharded: bool
+) -> int:
+    """The largest micro-batch for this process's GPU: estimated, or as it was, then tried.
+
+    In parts it is not tried: processes that run out of memory would leave the others waiting.
+    """
     settings, world = part(config, Settings), parallel.world()
     rounds_of(dataclasses.replace(settings, micro_batch=None), world)
     batch = settings.batch_size // world
@@ -178,9 +185,11 @@ def micro_batch_that_fits(teacher: EDMNetwork, config: TrainConfig, device: torc
         form = kernels.dispatch.choose("block")
         found = plan.counts(teacher.config, precision.settle(settings, device), recompute, form)
         room = torch.cuda.mem_get_info()[0]
-        return plan.estimated_micro_batch(found, batch, room, world, sharded=False)
+        return plan.estimated_micro_batch(found, batch, room, world, sharded)
 
     def try_step(n: int) -> None:
+        if sharded:
+            return
         trainer = Distiller(
             teacher, dataclasses.replace(settings, batch_size=n * world, micro_batch=n)
         )
@@ -188,6 +197,9 @@ def micro_batch_that_fits(teacher: EDMNetwork, config: TrainConfig, device: torc
         draws = trainer.draw()
         trainer.fake_score_round(draws["fake"][0]).loss.sum().backward()
         trainer.generator_round(draws["generator"][0]).loss.sum().backward()
+        if world == 1:  # else it sends messages
+            trainer.live.fill_(False)
+            trainer.update("generator")
 
     def say(line: str) -> None:
         if first:

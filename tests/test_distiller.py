@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from golden import TRAJECTORY_TOLERANCE, golden_draws, golden_settings, read, trajectory_error
+from torch.profiler import ProfilerActivity, profile
 
 import sid_fast
 from sid_fast import Distiller, Draw, Settings, noise
 from sid_fast.config.settings import rounds_of
+from sid_fast.draws import one_hot
 from sid_fast.engine.optimizer import ema_beta
 from sid_fast.errors import UserError
 from sid_fast.networks import EDMNetwork, NetworkConfig
@@ -158,6 +160,26 @@ def test_an_astronomical_draw_is_as_good_as_infinite(field, value):
     assert int(metrics["fake/dropped"]) == int(metrics["generator/dropped"]) == 1
     assert int(metrics["fake/nonfinite"]) == int(metrics["generator/nonfinite"]) == 0
     assert torch.isfinite(weights(distiller)).all()
+
+
+def test_a_step_meets_the_host_nowhere():
+    """It reads no number, and copies none to the device: a CUDA graph could do neither."""
+    settings = Settings(**FAST, micro_batch=1, augment_p=0.5, dropout=0.2, generator_beta1=0.9)
+    distiller = Distiller(small_teacher(), settings, label_weights=torch.ones(10))
+    distiller.run()
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        distiller.run()
+    names = {event.key for event in found.key_averages()}
+    assert "aten::randn" in names and "sid_fast::augment" in names
+    for name in ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "lift_fresh"):
+        assert f"aten::{name}" not in names
+
+
+def test_labels_are_drawn_in_proportion():
+    rng, weights = torch.Generator().manual_seed(0), torch.tensor([0.0, 1.0, 3.0, 0.0, 4.0, 0.0])
+    found = one_hot(40_000, 6, rng, weights).mean(0)
+    assert torch.allclose(found, weights / 8, atol=0.01)
+    assert torch.equal(found == 0, weights == 0)
 
 
 def test_labels_follow_the_weights():

@@ -70,6 +70,14 @@ def test_a_replayed_run_is_the_eager_one(stand_in, device, micro_batch):
         assert stand_in == (rounds if micro_batch == 1 else ["run"])
 
 
+def test_a_capture_that_failed_elsewhere_is_not_used_here(stand_in, monkeypatch):
+    """Processes that replay and processes that do not would send in different orders."""
+    monkeypatch.setattr(graphs.parallel, "any_", lambda failed: True)
+    distiller = Distiller(small_teacher(), Settings(**FAST), cuda_graph=True)
+    distiller.step()
+    assert distiller.graphs.parts == {"step": distiller.run}
+
+
 def test_a_failed_capture_is_a_warning(stand_in, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")

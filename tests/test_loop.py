@@ -110,6 +110,33 @@ def test_a_resumed_run_remembers_teacher_and_best(tmp_path, run_command):
     assert [p.name for p in out.glob("best-*")] == [f"best-{least:010d}.safetensors"]
 
 
+@pytest.mark.parametrize("loses", [True, False])
+def test_what_ends_a_run_in_an_evaluation_finds_a_state(tmp_path, run_command, monkeypatch, loses):
+    """Killed, it makes the evaluation when it goes on; politely, it finishes it first."""
+    real = snapshot.Evaluations.__call__
+
+    def preempted(self, folder):
+        if self.trainer.images == 8:
+            if loses:
+                raise SystemExit(9)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, folder)
+
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    out = tmp_path / "run"
+    monkeypatch.setattr(snapshot.Evaluations, "__call__", preempted)
+    status, _ = run_command(
+        "train", "--teacher", tmp_path / "teacher.safetensors", "--data", "digits", "--out", out,
+        "--batch-size", 4, "--kimg", 0.016, "--eval-every", 0.008, "--eval-images", 20,
+        "--detector", "pixels", "--teacher-steps", 0,
+    )  # fmt: skip
+    assert status == (9 if loses else 128 + signal.SIGTERM)
+    monkeypatch.setattr(snapshot.Evaluations, "__call__", real)
+    assert run_command("train", "--resume", out)[0] == 0
+    assert [r["images"] for r in records(out) if DISTANCE in r] == [0, 8, 16]
+    assert (out / "state-000000004").exists()
+
+
 def test_the_time_of_an_evaluation_is_not_in_the_throughput(tmp_path, run_command, monkeypatch):
     now = [0.0]  # a step takes a second, an evaluation a thousand
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])

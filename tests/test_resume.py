@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,14 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from sid_fast.config.settings import Settings
 from sid_fast.distiller import Distiller
-from sid_fast.engine.checkpoint import HEADER, States, find_state, load_state, read_header
+from sid_fast.engine.checkpoint import (
+    HEADER,
+    States,
+    find_state,
+    load_state,
+    read_header,
+    restarted,
+)
 from sid_fast.engine.loop import Loop
 from sid_fast.errors import UserError
 from sid_fast.files import snapshots
@@ -157,9 +165,10 @@ def test_a_damaged_state_is_refused_before_it_is_used(tmp_path):
     file.write_bytes(b"\xff" * 16 + content[16:])
     with pytest.raises(UserError, match="damaged"):
         load_state(state, distiller)
-    (state / HEADER).write_text("{")
-    with pytest.raises(UserError, match="no whole training state"):
-        load_state(state, distiller)
+    for header in ("{", '{"files": {}}', '{"files": {}, "kind": 7}'):
+        (state / HEADER).write_text(header)
+        with pytest.raises(UserError, match="no whole training state"):
+            load_state(state, distiller)
 
 
 def test_reading_a_state_executes_nothing(tmp_path):
@@ -282,3 +291,14 @@ def test_torchrun_s_restart_goes_on_from_this_run_s_last_state(tmp_path, monkeyp
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["000-distil", "001-distil"]
     names = [p.name for p in states(tmp_path / "runs" / "000-distil")]
     assert names == ["state-000000002", "state-000000004"]
+
+
+def test_a_restart_without_a_name_takes_up_no_other_run(tmp_path, monkeypatch):
+    """torchrun calls every run "none" that is not told apart by --standalone or --rdzv-id."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "003-other").mkdir(parents=True)
+    (tmp_path / "runs" / "003-other" / "config.json").write_text('{"launch": "none"}')
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert restarted(None) is None
+    assert restarted("runs/003-other") == Path("runs/003-other")

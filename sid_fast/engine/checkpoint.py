@@ -24,7 +24,10 @@ from sid_fast.files.atomic import atomic_path, flush
 
 PATTERN = "state-*[0-9]"
 HEADER = "state.json"
+KINDS = {"kind": str, "identity": dict, "steps": int, "images": int, "processes": int,
+         "options": dict}  # fmt: skip
 FILES = 4  # of a process
+UNNAMED = "none"  # what torchrun calls a run without an id
 
 # One process needs no torch.distributed; there is nothing to warn of.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -65,14 +68,15 @@ class States:
         self.writing: Future | None = None
         self.path: Path | None = None  # of the newest one begun
 
-    def begin(self) -> str | None:
+    def begin(self, keep_all: bool = False) -> str | None:
         """Copy the state as it is now to the host, and start to write it.
 
         One that is still being written is waited for. Returns what went wrong with that one.
+        keep_all: the older ones stay.
         """
         from torch.distributed.checkpoint import HuggingFaceStorageWriter, async_save
 
-        problem = self.finish()
+        problem, self.keep_all = self.finish(), keep_all
         self.path = self.folder / f"state-{self.trainer.steps:09d}"
         self.temporary = self.path.with_name(f"{self.path.name}.tmp")
         self.header = {
@@ -124,7 +128,8 @@ class States:
         _remove(self.path)
         os.replace(self.temporary, self.path)
         flush(self.folder)
-        prune(self.folder, PATTERN, self.keep)
+        if not self.keep_all:
+            prune(self.folder, PATTERN, self.keep)
 
 
 def _reason(error: BaseException) -> str:
@@ -175,13 +180,16 @@ def find_state(resume: str, out: str | None) -> Path:
 
 def launch() -> dict[str, str]:
     """Which call of torchrun started us, for config.json: the same after it has restarted us."""
-    run = os.environ.get("TORCHELASTIC_RUN_ID")
-    return {"launch": run} if run else {}
+    run = os.environ.get("TORCHELASTIC_RUN_ID", UNNAMED)
+    return {} if run == UNNAMED else {"launch": run}
 
 
 def restarted(out: str | None) -> Path | None:
-    """The folder of this run, if torchrun has restarted it (--max-restarts) and there is one."""
-    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+    """The folder of this run, if torchrun has restarted it (--max-restarts) and there is one.
+
+    Without --out it is known by torchrun's id, which --standalone or --rdzv-id gives.
+    """
+    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) or not (out or launch()):
         return None
     configs = [Path(out) / "config.json"] if out else Path("runs").glob("*/config.json")
     mine = [
@@ -197,6 +205,9 @@ def read_header(path: Path) -> dict[str, Any]:
     try:
         header = json.loads((path / HEADER).read_text("utf-8"))
         files = header["files"]
+        for name, kind in KINDS.items():
+            if not isinstance(header[name], kind):
+                raise ValueError(f"{name} is {header[name]!r}")
         for name, size in files.items():
             found = (path / name).stat().st_size
             if found != size:

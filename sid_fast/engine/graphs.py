@@ -99,11 +99,15 @@ class StepGraphs:
     def __call__(self) -> dict[str, torch.Tensor]:
         """What Distiller.run does; with a warning and from the host, if the capture fails."""
         if not self.parts:
+            self._rehearse()
+            reason = ""
             try:
                 self._capture()
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
                 warnings.warn(f"CUDA graphs are off: the capture failed ({reason})", stacklevel=2)
+            # Graphs on some processes alone would meet the others' messages in another order.
+            if parallel.any_(bool(reason)):
                 self.parts = {"step": self.distiller.run}
         if "step" in self.parts:
             return self.parts["step"]()
@@ -114,8 +118,8 @@ class StepGraphs:
             metrics |= self.parts[f"{phase} update"]()
         return metrics
 
-    def _capture(self) -> None:
-        """After two rehearsals, which change nothing; the draws begin anew behind them."""
+    def _rehearse(self) -> None:
+        """Two steps that change nothing; the draws begin anew behind them."""
         d = self.distiller
         states = d.rng.get_state(), torch.cuda.get_rng_state(d.device)
         d.live.fill_(False)
@@ -126,7 +130,8 @@ class StepGraphs:
             d.rng.set_state(states[0])
             torch.cuda.set_rng_state(states[1], d.device)
 
-        alone = parallel.world() == 1
+    def _capture(self) -> None:
+        d, alone = self.distiller, parallel.world() == 1
         if alone and d.rounds <= FEW:
             self.parts["step"] = Graph(d.run, [d.rng])
             return

@@ -18,7 +18,7 @@ from sid_fast.config.settings import RunOptions, smaller_micro_batch
 from sid_fast.engine import parallel
 from sid_fast.engine.checkpoint import PATTERN, States, Trainer, launch, load_state, sweep
 from sid_fast.engine.compile import shown
-from sid_fast.engine.log import Log
+from sid_fast.engine.log import Log, read_log
 from sid_fast.errors import OutOfMemory, RunFailed, UserError, WriteFailed
 from sid_fast.files.atomic import atomic_path
 
@@ -176,6 +176,9 @@ class Loop:
                         f"note: {header['processes']} processes wrote it and {parallel.world()} go "
                         "on: other random numbers from here than in an unbroken run"
                     )
+                before = self.trainer.images - self.trainer.settings.batch_size
+                if self._to_evaluate(before) and not parallel.from_first(self._evaluated):
+                    self._call("evaluation", self.evaluate)
             else:
                 self._call("snapshot", self.snapshot)
                 if self.evaluate:
@@ -223,18 +226,21 @@ class Loop:
                 if failures >= FAILURES:
                     self._give_up()
             self._warn(self.states.poll())
+            unwritten = []
             with self.meter.paused():
-                unwritten = []
                 if end or self._crossed(before, options.snapshot_every):
                     unwritten += self._call("snapshot", self.snapshot)
-                if self.evaluate and (end or self._crossed(before, options.eval_every)):
-                    unwritten += self._call("evaluation", self.evaluate)
-                if end or stop:
-                    self._save_last()
-                    if end and unwritten:
-                        raise RunFailed(f"{unwritten[0]}; the state is saved: {self.states.path}")
-                elif self._crossed(before, options.state_every):
+                evaluating = self._to_evaluate(before)
+                if end or stop or evaluating or self._crossed(before, options.state_every):
                     self._warn(self.states.begin())
+                if evaluating and not stop:
+                    # A machine that is taken away while the evaluation lasts leaves a whole state.
+                    self._finish() if end else self._warn(self.states.finish())
+                    unwritten += self._call("evaluation", self.evaluate)
+                    stop = parallel.any_(bool(caught))
+        self._finish()
+        if unwritten and trainer.images >= self.end:
+            raise RunFailed(f"{unwritten[0]}; the state is saved: {self.states.path}")
         if trainer.images < self.end:
             number = caught[0] if caught else signal.SIGTERM
             self._say(
@@ -246,9 +252,14 @@ class Loop:
         every = every_kimg * 1000
         return before // every != self.trainer.images // every
 
-    def _save_last(self) -> None:
-        """Write the state, wait for it, and fail where it cannot be written."""
-        self._warn(self.states.begin())
+    def _to_evaluate(self, before: int) -> bool:
+        at = self.trainer.images
+        return self.evaluate is not None and (
+            at >= self.end or self._crossed(before, self.options.eval_every)
+        )
+
+    def _finish(self) -> None:
+        """Wait for the last state, and fail where it cannot be written."""
         if problem := self.states.finish():
             kept = sorted(p.name for p in self.folder.glob(PATTERN))
             last = f"the last good state is {kept[-1]}" if kept else "there is no state of this run"
@@ -304,10 +315,17 @@ class Loop:
         self._say("  ".join(parts))
         self._record(values | {"it_per_s": rate, "img_per_s": images})
 
+    def _evaluated(self) -> int:
+        """Whether the log has an evaluation at this point."""
+        records = read_log(self.folder / "log.jsonl")
+        return any(r["images"] == self.trainer.images and "evaluation_s" in r for r in records)
+
     def _give_up(self) -> None:
-        self._save_last()
+        self._warn(self.states.begin(keep_all=True))
+        self._finish()
         raise RunFailed(
             f"the last {FAILURES} steps or more failed: not one finite sample, or gradients mostly "
             f"NaN or infinite, so there is nothing to learn from. The state is kept as "
-            f"{self.states.path}. A new run with lower learning rates may not come to this"
+            f"{self.states.path}, and those before it. A new run with lower learning rates may not "
+            "come to this"
         )
