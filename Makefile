@@ -12,21 +12,24 @@ help:
 	@echo "make test    set up $(VENV) and run all tests"
 	@echo "make lint    check style"
 
-$(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt
-	@echo "== setting up $(VENV) with the versions of constraints.txt"
+# What is installed, for a user and for a developer.
+$(VENV)/.ready: WHAT = .
+$(VENV)/.ready-dev: WHAT = .[dev]
+$(VENV)/.ready $(VENV)/.ready-dev: pyproject.toml constraints.txt CMakeLists.txt
+	@echo "== setting up $(VENV): downloads PyTorch and more, which takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.3"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
-		--build-constraint constraints.txt --editable ".[dev]"
+		--build-constraint constraints.txt --editable "$(WHAT)"
 	@touch $@
 
 train: $(VENV)/.ready
 	@echo "== distilling the digits teacher into a one-step generator"
 	$(BIN)/python -m sid_fast.train --preset digits $(ARGS)
 
-test: $(VENV)/.ready
+test: $(VENV)/.ready-dev
 	@echo "== all tests; those that need a GPU are skipped without one"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
-lint: $(VENV)/.ready
+lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

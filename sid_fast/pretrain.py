@@ -33,6 +33,9 @@ class PretrainConfig(RunOptions, PretrainSettings):
     num_blocks: int = option(4, "residual blocks a level", 1)
     attention_resolutions: tuple[int, ...] = option((16,), "resolutions with attention")
     sampler_steps: int = option(18, "steps of the sampler that shows the teacher's images", 1, 1000)
+    lr_rampup_kimg: float | None = option(
+        None, "the learning rate rises linearly over so many; default: a 20th of the run", 0
+    )
 
 
 def run(config: PretrainConfig, given: set[str]) -> None:
@@ -40,6 +43,8 @@ def run(config: PretrainConfig, given: set[str]) -> None:
     check(config)
     if not config.data:
         raise UserError("data is missing: --data images.zip names the images to learn")
+    if config.lr_rampup_kimg is None:  # as published: 10 of 200 million images
+        config.lr_rampup_kimg = config.kimg / 20
     device = parallel.pick_device(config.device)
     kernels.dispatch.configure(config.kernels, device)
     data = open_dataset(config.data)
@@ -67,7 +72,10 @@ def run(config: PretrainConfig, given: set[str]) -> None:
         if config.eval_every:
             evaluations = Evaluations(config, trainer, trainer.ema, data, config.sampler_steps)
         name = f"teacher-{config.preset or Path(config.data).stem}"
-        where = f"on {device}, kernels: {kernels.dispatch.report()}, {layout.text}"
+        where = (
+            f"on {device} in {trainer.settings.precision}, kernels: {kernels.dispatch.report()}, "
+            f"{layout.text}"
+        )
         headline = f"training a teacher ({network}) on {len(data):,} images, {where}"
         Loop(trainer, config, snapshots, name, headline, evaluations).run(resume)
 

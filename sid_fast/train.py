@@ -159,6 +159,8 @@ def run(config: TrainConfig, given: set[str], auto_micro_batch: bool = False) ->
         )
         headline = f"distilling {config.teacher} ({teacher.config}), {where}"
         headline += note and f"\nnote: {note}"
+        if data and data.labels is None and teacher.config.label_dim:
+            headline += f"\nnote: {data.path} has no labels: every class is drawn alike"
         name = config.preset or "distil"
         Loop(trainer, config, snapshots, name, headline, evaluations).run(resume)
 

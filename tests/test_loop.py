@@ -1,9 +1,12 @@
 """The loop: what a run leaves behind, and how it ends when nothing is finite any more."""
 
+import io
 import json
 import os
 import queue
+import re
 import signal
+import sys
 
 import pytest
 import torch
@@ -181,8 +184,38 @@ def test_a_signal_within_the_first_step_ends_it_at_once(tmp_path, run_command, m
     assert not list(out.glob("state-*")) and list(out.glob("snapshot-*"))
 
 
-def test_a_first_step_that_takes_long_says_so(monkeypatch):
+def test_a_terminal_that_goes_away_stops_a_run_with_its_state(tmp_path, run_command, monkeypatch):
+    """So does a pipe that no one reads any more: both are a hangup."""
+
+    class Gone(io.StringIO):
+        def write(self, text):
+            if "0.01 kimg" in text:
+                raise BrokenPipeError
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    out = tmp_path / "run"
+    status, error = run_command(
+        "train", "--teacher", tmp_path / "teacher.safetensors", "--out", out, "--batch-size", 4,
+        "--kimg", 1, "--log-every", 1,
+    )  # fmt: skip
+    assert status == 128 + signal.SIGHUP, error
+    assert (out / "state-000000003").exists()
+
+
+def test_nohup_is_heeded():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with loop.signals(lambda: False) as caught:
+            signal.raise_signal(signal.SIGHUP)
+        assert not caught
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_takes_long_says_so(monkeypatch):
     monkeypatch.setattr(compile, "PERIOD", 0.001)
     lines = queue.Queue()
-    with compile.shown(lines.put):
-        assert "compiles and tunes" in lines.get(timeout=60)
+    with compile.shown("first step", lines.put):
+        assert re.fullmatch(r"first step: \d+ s so far", lines.get(timeout=60))

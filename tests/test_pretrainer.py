@@ -1,5 +1,7 @@
 """A teacher learns from real images; its steps are a function of seed and step alone."""
 
+import json
+
 import torch
 from processes import tensors_of
 from test_distiller import SMALL
@@ -74,3 +76,25 @@ def test_steps_are_a_function_of_seed_and_step_alone():
         runs.append(weights(trainer))
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
+
+
+def test_the_learning_rate_rises_over_a_20th_of_the_run(tmp_path, run_command):
+    arguments = ["--data", "digits", "--out", tmp_path / "run", "--kimg", 0.016, "--batch-size", 4]
+    arguments += ["--model-channels", 16, "--channel-mult", "1", "--num-blocks", 1]
+    assert run_command("pretrain", *arguments, "--sampler-steps", 1)[0] == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["lr_rampup_kimg"] == 0.016 / 20
+
+
+def test_latest_is_of_the_command_that_asks(tmp_path, run_command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--data", "digits", "--batch-size", 4, "--model-channels", 16]
+    arguments += ["--channel-mult", "1", "--num-blocks", 1, "--sampler-steps", 1]
+    assert run_command("pretrain", *arguments, "--kimg", 0.004, "--out", "runs/teacher")[0] == 0
+    distil = ["--teacher", "runs/teacher", "--batch-size", 4, "--kimg", 0.004]
+    assert run_command("train", *distil, "--out", "runs/one-step")[0] == 0
+    status, error = run_command("pretrain", "--resume", "latest", "--kimg", 0.008)
+    assert status == 0, error
+    assert (tmp_path / "runs" / "teacher" / "state-000000002").exists()
+    status, error = run_command("pretrain", "--resume", "runs/one-step")
+    assert status == 2 and "python -m sid_fast.train" in error

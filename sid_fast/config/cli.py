@@ -131,11 +131,13 @@ def resume(config: Any, given: set[str]) -> Path | None:
             config.resume = str(folder)
     if not config.resume:
         return None
-    state = find_state(config.resume, config.out)
+    kind = type(config).__name__
+    state = find_state(config.resume, config.out, kind)
     header = read_header(state)
-    saved, kind = header["options"], type(config).__name__
+    saved = header["options"]
     if header["kind"] != kind:
-        raise UserError(f"{state} is the state of another command's run ({header['kind']})")
+        other = header["kind"].removesuffix("Config").lower()
+        raise UserError(f"{state} is of another command: resume it with python -m sid_fast.{other}")
     if config.preset and config.preset != saved["preset"]:
         raise UserError(f"{state} was written with preset={saved['preset']}, not {config.preset}")
     for name in {f.name for f in dataclasses.fields(config)} - given - MACHINE:

@@ -167,15 +167,27 @@ def _age(path: Path) -> float:
     return (header if header.exists() else path).stat().st_mtime
 
 
-def find_state(resume: str, out: str | None) -> Path:
-    """The state that --resume means: itself, the newest of a run folder, or `latest`."""
+def find_state(resume: str, out: str | None, kind: str = "") -> Path:
+    """The state that --resume means: itself, the newest of a run folder, or `latest`.
+
+    kind: of the runs among which the latest is looked for.
+    """
     place = Path(out or "runs") if resume == "latest" else Path(resume)
     if place.is_file() or (place / HEADER).exists():
         return place.parent if place.name == HEADER else place
     states = [*place.glob(PATTERN), *(place.glob(f"*/{PATTERN}") if resume == "latest" else ())]
+    if resume == "latest" and kind:
+        states = [path for path in states if _may_be(kind, path)]
     if not states:
         raise UserError(f"resume={resume}: there is no training state (state-*) at {place}")
     return max(states, key=_age)
+
+
+def _may_be(kind: str, path: Path) -> bool:
+    try:
+        return read_header(path)["kind"] == kind
+    except UserError:
+        return True  # and what is wrong with it is said when it is read
 
 
 def launch() -> dict[str, str]:

@@ -17,7 +17,7 @@ VARIANTS = 512
 BACKEND = "inductor"
 
 
-PERIOD = 10.0  # seconds between lines on a first step that takes long
+PERIOD = 10.0  # seconds to the first line on what takes long; twice as many to every next
 
 
 def compile_blocks(*nets: nn.Module) -> None:
@@ -35,15 +35,17 @@ def compile_blocks(*nets: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def shown(say: Callable[[str], None]) -> Iterator[None]:
-    """Around a first step: every PERIOD a line on how long it has taken and what is compiled."""
+def shown(what: str, say: Callable[[str], None]) -> Iterator[None]:
+    """A line now and then on how long the block has taken, and what has been compiled in it."""
     began, over = time.perf_counter(), threading.Event()
 
     def watch() -> None:
-        while not over.wait(PERIOD):
-            line = f"the first step compiles and tunes: {time.perf_counter() - began:.0f} s so far"
+        pause = PERIOD
+        while not over.wait(pause):
+            pause *= 2
             blocks = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-            say(line + (f", {blocks} graphs of blocks compiled" if blocks else ""))
+            compiled = f", {blocks} graphs of blocks compiled" if blocks else ""
+            say(f"{what}: {time.perf_counter() - began:.0f} s so far{compiled}")
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()

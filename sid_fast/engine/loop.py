@@ -59,7 +59,7 @@ def _next_number(name: str) -> int:
 
 @contextlib.contextmanager
 def signals(nothing_to_save: Callable[[], bool]) -> Iterator[list[signal.Signals]]:
-    """SIGTERM and SIGINT become entries of a list, read between steps; the second one kills.
+    """SIGTERM, SIGINT, SIGHUP become entries of a list, read between steps; the second one kills.
 
     Under torchrun it does not: Ctrl-C reaches us from the terminal and again from torchrun, which
     kills by itself what has not ended in time. While there is nothing to save a signal ends the
@@ -78,7 +78,10 @@ def signals(nothing_to_save: Callable[[], bool]) -> Iterator[list[signal.Signals
         for s, handler in before.items():
             signal.signal(s, handler)
 
-    before = {s: signal.signal(s, catch) for s in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup's wish
+        numbers.append(signal.SIGHUP)
+    before = {s: signal.signal(s, catch) for s in numbers}
     try:
         yield caught
     finally:
@@ -203,7 +206,7 @@ class Loop:
             before = trainer.images
             first = trainer.steps == self.started
             try:
-                with shown(self._say) if first else contextlib.nullcontext():
+                with shown("first step", self._say) if first else contextlib.nullcontext():
                     metrics = trainer.step()
             except OutOfMemory as error:
                 smaller = smaller_micro_batch(trainer.settings, parallel.world())
@@ -272,7 +275,8 @@ class Loop:
     def _call(self, what: str, make: Callable[[Path], dict[str, float]]) -> list[WriteFailed]:
         """Make and record it; returns, with a warning, what a run that has begun cannot write."""
         try:
-            figures = make(self.folder)
+            with shown(what, self._say):
+                figures = make(self.folder)
         except WriteFailed as error:
             if not self.trainer.steps:
                 raise
@@ -287,8 +291,12 @@ class Loop:
 
     def _say(self, line: str) -> None:
         if self.log:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+            try:
+                tqdm.write(line, file=sys.stdout)
+                sys.stdout.flush()
+            except OSError:  # who read it has gone, as a terminal does
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+                signal.raise_signal(signal.SIGHUP)
 
     def _record(self, values: dict[str, float]) -> None:
         if self.log and values:
@@ -305,7 +313,7 @@ class Loop:
         left = (self.end - self.trainer.images) / images
         parts = [
             f"{self.trainer.images / 1000:9.2f} kimg",
-            f"{100 * self.trainer.images / self.end:3.0f} %",
+            f"{min(100 * self.trainer.images / self.end, 100):3.0f} %",
             f"{rate:.3g} it/s",
             f"{images:.0f} img/s",
             "ETA " + tqdm.format_interval(max(left, 0)),

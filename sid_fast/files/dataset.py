@@ -9,7 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
 from operator import length_hint
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from sid_fast.files.atomic import atomic_path
 from sid_fast.files.images import encode_png
 
 _LABELS = "dataset.json"
+_OTHERS = {".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _BAR_FROM = 1000  # images; fewer take no time
 _GREY, _RGB, _PALETTE = 0, 2, 3  # PNG colour types
 
@@ -47,7 +48,11 @@ class ImageDataset:
             names = [file.relative_to(path).as_posix() for file in self.path.rglob("*")]
         self._names = sorted(name for name in names if name.lower().endswith(".png"))
         if not self._names:
-            raise UserError(f"{self.path} holds no PNG images: give a data set zip or folder")
+            seen = sorted({PurePosixPath(name).suffix.lower() for name in names} & _OTHERS)
+            way = "give a data set zip or folder"
+            if seen:
+                way = f"convert its {seen[0]} files, with magick mogrify -format png *{seen[0]} say"
+            raise UserError(f"{self.path} holds no PNG images: {way}")
         self.channels, self.resolution = self._header(self._names[0], self._member(self._names[0]))
         self.labels = self._read_labels() if _LABELS in names else None
         self.label_dim = 0 if self.labels is None else int(self.labels.max()) + 1

@@ -52,8 +52,10 @@ TEACHERS: dict[str, Teacher] = {
 }
 
 
-def fetch(source: str) -> Path:
+def fetch(source: str, others: str = "") -> Path:
     """Return a local file for a path, an https URL or the name of a teacher in `TEACHERS`.
+
+    others: what else the caller takes, to be named where there is no such file.
 
     URLs are downloaded once, to the folder in $SID_FAST_CACHE or the user's cache. `URL#sha256=HEX`
     is checked against the digest, on every use; without one the digest is printed. Several
@@ -68,10 +70,7 @@ def fetch(source: str) -> Path:
         url, sha256 = _split_digest(source)
     else:
         if not Path(source).exists():
-            raise UserError(
-                f"{source} does not exist: give a file, an https URL or one of "
-                + ", ".join(TEACHERS)
-            )
+            raise UserError(f"{source} does not exist: give a file, an https URL{others}")
         return Path(source)
 
     _require_https(url)

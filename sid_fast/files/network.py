@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from sid_fast.errors import UserError
-from sid_fast.files.download import fetch
+from sid_fast.files.download import TEACHERS, fetch
 from sid_fast.files.pickles import read_pickle
 from sid_fast.files.snapshots import read_snapshot, write_snapshot
 from sid_fast.networks import EDMNetwork, NetworkConfig
@@ -47,7 +47,7 @@ def _locate(path: str) -> Path:
         return snapshots[-1]
     if path == "digits" and not Path(path).exists():
         return Path(str(resources.files("sid_fast") / "teachers" / "digits.safetensors"))
-    return fetch(path)
+    return fetch(path, ", a run folder or one of digits, " + ", ".join(TEACHERS))
 
 
 def _check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
