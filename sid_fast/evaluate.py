@@ -14,6 +14,7 @@ import torch
 from sid_fast.config import cli
 from sid_fast.config.settings import Settings, check, option
 from sid_fast.engine import parallel
+from sid_fast.engine.graphs import usable
 from sid_fast.errors import UserError
 from sid_fast.evaluation.detectors import Detector, Pixels, label, load_detector
 from sid_fast.evaluation.reader import choose, read
@@ -143,7 +144,8 @@ def by_network(config: EvaluateConfig, device: torch.device) -> list[Draw]:
         draws = [parse_seeds(config.seeds)]
     net = load_network(config.network).to(device)
     sigma = config.init_sigma or net.config.init_sigma or Settings.init_sigma
-    return [(seeds, generated(net, seeds, sigma, config.steps)) for seeds in draws]
+    graph, _ = usable("auto", device)
+    return [(seeds, generated(net, seeds, sigma, config.steps, graph)) for seeds in draws]
 
 
 def by_files(config: EvaluateConfig, device: torch.device, reader: str) -> list[Draw]:

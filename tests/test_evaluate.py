@@ -11,14 +11,15 @@ from conftest import SHARED
 from processes import ENV, TORCHRUN, python
 from test_distiller import small_teacher
 
+from sid_fast.engine import graphs
 from sid_fast.errors import UserError
-from sid_fast.evaluation import detectors, inception_score, moments
+from sid_fast.evaluation import detectors, inception_score, moments, sample
 from sid_fast.evaluation.detectors import load_detector
 from sid_fast.evaluation.reference import content_digest, measure, read_reference, reference_of
 from sid_fast.evaluation.sample import Clock
 from sid_fast.files.dataset import ImageDataset, write_dataset
 from sid_fast.files.network import load_network, save_network
-from sid_fast.generate import inputs, make
+from sid_fast.generate import group_size, inputs, make
 
 CPU = torch.device("cpu")
 RNG = np.random.default_rng(0)
@@ -195,7 +196,7 @@ def test_a_byte_changed_in_place_gives_another_digest(real):
 
 
 def test_features_of_a_large_set_are_spread_over_it(real, monkeypatch):
-    from sid_fast.evaluation import reference, sample
+    from sid_fast.evaluation import reference
 
     monkeypatch.setattr(reference, "KEPT", 10)
     monkeypatch.setattr(sample, "KEPT", 10)
@@ -205,6 +206,46 @@ def test_features_of_a_large_set_are_spread_over_it(real, monkeypatch):
     spread = [0, 2, 4, 6, 9, 11, 13, 16, 18, 20]
     assert np.allclose(found.features, pixels[spread], atol=1e-6)
     assert found.count == 23 and np.allclose(found.mean, pixels.mean(0))
+
+
+# --- generation
+
+
+class Overwriting:
+    """What a graph does, from the host: a replay writes into the result of the one before."""
+
+    def __init__(self, function):
+        self.function, self.result = function, None
+
+    def __call__(self):
+        found = self.function()
+        self.result = found if self.result is None else self.result.copy_(found)
+        return self.result
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_replayed_generation_makes_the_same_images(device, monkeypatch, steps):
+    """The last group filled up, and over several batches; so too where the capture fails."""
+    net = small_teacher().to(device).eval()
+    size = group_size(device, 8)
+    monkeypatch.setattr(sample, "GENERATED", size + 3)
+
+    def images(**options) -> torch.Tensor:
+        return torch.cat(list(sample.generated(net, range(2 * size + 1), 2.5, steps, **options)))
+
+    expected = images()
+    assert len(expected.unique(dim=0)) == len(expected)
+    if device.type == "cpu":
+        monkeypatch.setattr(graphs, "warm_up", lambda function: function())
+        monkeypatch.setattr(graphs, "Graph", Overwriting)
+    assert torch.equal(images(cuda_graph=True), expected)
+
+    def fail(_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "Graph", fail)
+    with pytest.warns(UserWarning, match=r"CUDA graphs are off: .*not permitted"):
+        assert torch.equal(images(cuda_graph=True), expected)
 
 
 # --- the command
