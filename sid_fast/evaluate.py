@@ -18,7 +18,7 @@ from sid_fast.engine.graphs import usable
 from sid_fast.errors import UserError
 from sid_fast.evaluation.detectors import Detector, Pixels, label, load_detector
 from sid_fast.evaluation.reader import choose, read
-from sid_fast.evaluation.reference import measure, real_sample, write_reference
+from sid_fast.evaluation.reference import real_sample, reference_of, write_reference
 from sid_fast.evaluation.sample import METRICS, Clock, Sample, compare, generated, look, share
 from sid_fast.files.atomic import atomic_path
 from sid_fast.files.dataset import ImageDataset
@@ -120,6 +120,7 @@ def run(config: EvaluateConfig, given: set[str]) -> None:
             if parallel.rank() == 0:
                 correction = PROTOCOLS[config.protocol][1]
                 figures.append(compare(real, sample, detector, clock, metrics, correction))
+            parallel.wait_for_first()  # precision and recall can take longer than a time-out
         if parallel.rank() == 0:
             report(config, detector, real, [what for what, _ in draws], figures, clock)
 
@@ -142,7 +143,8 @@ def by_network(config: EvaluateConfig, device: torch.device) -> list[Draw]:
         if config.num or config.protocol:
             raise UserError("seeds: are one draw; leave out --seeds, or --num and --protocol")
         draws = [parse_seeds(config.seeds)]
-    net = load_network(config.network).to(device)
+    with parallel.first_alone():  # it may download
+        net = load_network(config.network).to(device)
     sigma = config.init_sigma or net.config.init_sigma or Settings.init_sigma
     graph, _ = usable("auto", device)
     return [(seeds, generated(net, seeds, sigma, config.steps, graph)) for seeds in draws]
@@ -229,13 +231,14 @@ def run_reference(config: ReferenceConfig, given: set[str]) -> None:
     with parallel.joined(device):
         detector, data, reader = prepare(config, device)
         clock = Clock(device)
-        sample = measure(data, detector, clock, reader)
+        sample = reference_of(data, detector, clock, reader)
         if parallel.rank() == 0:
             write_reference(config.out, sample, detector)
-            rate = len(data) / sum(clock.seconds.values())
+            seconds = sum(clock.seconds.values())
+            how = f"at {len(data) / seconds:.0f} images a second" if seconds else "from the cache"
             print(
                 f"{config.out}: statistics of {len(data):,} images in {len(sample.mean)} features "
-                f"of {detector.name}, at {rate:.0f} images a second"
+                f"of {detector.name}, {how}"
             )
 
 

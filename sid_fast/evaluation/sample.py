@@ -109,8 +109,8 @@ def look(
             with clock("detector"):
                 features = detector(some.to(clock.device, non_blocking=True))
             with clock("moments"):
+                kept.append(features[: max(keep - sums.count, 0)].float().cpu())
                 sums.add(features)
-                kept.append(features[: max(keep - bar.n, 0)].float().cpu())
             bar.update(len(some))
     with clock("moments"):
         sums.reduce()
