@@ -105,6 +105,10 @@ def run(config: EvaluateConfig, given: set[str]) -> None:
         raise UserError(f"metrics: {unknown[0]!r} is unknown: choose from {', '.join(METRICS)}")
     if config.protocol not in PROTOCOLS:
         raise UserError(f"protocol={config.protocol!r} is unknown: choose edm or sid")
+    if config.protocol == "edm" and "fid" not in metrics:
+        raise UserError(
+            "metrics: edm reports the draw of the least FID; add fid, or leave --protocol"
+        )
     if config.out:
         open_target(config.out)
     device = parallel.pick_device(config.device)
@@ -168,7 +172,7 @@ def summary(protocol: str | None, figures: list[dict[str, float]]) -> dict[str, 
         values = {n: [f[n] for f in figures] for n in names}
         means = {n: statistics.fmean(v) for n, v in values.items()}
         return means | {f"{n}_std": statistics.pstdev(v) for n, v in values.items()}
-    return min(figures, key=lambda f: f.get("frechet_distance", 0.0))
+    return min(figures, key=lambda f: f.get("frechet_distance", 0.0))  # one draw may have none
 
 
 def report(
@@ -194,10 +198,9 @@ def report(
         text = f"{reported[name]:.5g}" + ("" if std is None else f" ± {std:.2g}")
         each = "  ".join(f"{f[name]:.5g}" for f in figures) if len(figures) > 1 else ""
         print(f"{label(name, detector):32} {text:32} {each}".rstrip())
-    wanted = config.metrics.split(",")
-    if "is" in wanted and "inception_score" not in reported:
+    if "is" in config.metrics and "inception_score" not in reported:
         print(f"no {label('inception_score', detector)}: it knows no classes")
-    if real.features is None and {"kid", "pr"} & set(wanted):
+    if real.features is None and ("kid" in config.metrics or "pr" in config.metrics):
         print("no kernel distance, precision or recall: they take real images, --data")
     seconds = {stage: round(s, 3) for stage, s in clock.seconds.items()}
     print("seconds: " + ", ".join(f"{stage} {s:.3g}" for stage, s in seconds.items()))
