@@ -14,10 +14,11 @@ import torch
 from sid_fast.config import cli
 from sid_fast.config.settings import Settings, check, option
 from sid_fast.engine import parallel
+from sid_fast.engine.graphs import usable
 from sid_fast.errors import UserError
 from sid_fast.evaluation.detectors import Detector, Pixels, label, load_detector
 from sid_fast.evaluation.reader import choose, read
-from sid_fast.evaluation.reference import measure, real_sample, write_reference
+from sid_fast.evaluation.reference import real_sample, reference_of, write_reference
 from sid_fast.evaluation.sample import METRICS, Clock, Sample, compare, generated, look, share
 from sid_fast.files.atomic import atomic_path
 from sid_fast.files.dataset import ImageDataset
@@ -104,6 +105,10 @@ def run(config: EvaluateConfig, given: set[str]) -> None:
         raise UserError(f"metrics: {unknown[0]!r} is unknown: choose from {', '.join(METRICS)}")
     if config.protocol not in PROTOCOLS:
         raise UserError(f"protocol={config.protocol!r} is unknown: choose edm or sid")
+    if config.protocol == "edm" and "fid" not in metrics:
+        raise UserError(
+            "metrics: edm reports the draw of the least FID; add fid, or leave --protocol"
+        )
     if config.out:
         open_target(config.out)
     device = parallel.pick_device(config.device)
@@ -119,6 +124,7 @@ def run(config: EvaluateConfig, given: set[str]) -> None:
             if parallel.rank() == 0:
                 correction = PROTOCOLS[config.protocol][1]
                 figures.append(compare(real, sample, detector, clock, metrics, correction))
+            parallel.wait_for_first()  # precision and recall can take longer than a time-out
         if parallel.rank() == 0:
             report(config, detector, real, [what for what, _ in draws], figures, clock)
 
@@ -141,9 +147,11 @@ def by_network(config: EvaluateConfig, device: torch.device) -> list[Draw]:
         if config.num or config.protocol:
             raise UserError("seeds: are one draw; leave out --seeds, or --num and --protocol")
         draws = [parse_seeds(config.seeds)]
-    net = load_network(config.network).to(device)
+    with parallel.first_alone():  # it may download
+        net = load_network(config.network).to(device)
     sigma = config.init_sigma or net.config.init_sigma or Settings.init_sigma
-    return [(seeds, generated(net, seeds, sigma, config.steps)) for seeds in draws]
+    graph, _ = usable("auto", device)
+    return [(seeds, generated(net, seeds, sigma, config.steps, graph)) for seeds in draws]
 
 
 def by_files(config: EvaluateConfig, device: torch.device, reader: str) -> list[Draw]:
@@ -164,7 +172,7 @@ def summary(protocol: str | None, figures: list[dict[str, float]]) -> dict[str, 
         values = {n: [f[n] for f in figures] for n in names}
         means = {n: statistics.fmean(v) for n, v in values.items()}
         return means | {f"{n}_std": statistics.pstdev(v) for n, v in values.items()}
-    return min(figures, key=lambda f: f.get("frechet_distance", 0.0))
+    return min(figures, key=lambda f: f.get("frechet_distance", 0.0))  # one draw may have none
 
 
 def report(
@@ -190,10 +198,9 @@ def report(
         text = f"{reported[name]:.5g}" + ("" if std is None else f" ± {std:.2g}")
         each = "  ".join(f"{f[name]:.5g}" for f in figures) if len(figures) > 1 else ""
         print(f"{label(name, detector):32} {text:32} {each}".rstrip())
-    wanted = config.metrics.split(",")
-    if "is" in wanted and "inception_score" not in reported:
+    if "is" in config.metrics and "inception_score" not in reported:
         print(f"no {label('inception_score', detector)}: it knows no classes")
-    if real.features is None and {"kid", "pr"} & set(wanted):
+    if real.features is None and ("kid" in config.metrics or "pr" in config.metrics):
         print("no kernel distance, precision or recall: they take real images, --data")
     seconds = {stage: round(s, 3) for stage, s in clock.seconds.items()}
     print("seconds: " + ", ".join(f"{stage} {s:.3g}" for stage, s in seconds.items()))
@@ -227,13 +234,14 @@ def run_reference(config: ReferenceConfig, given: set[str]) -> None:
     with parallel.joined(device):
         detector, data, reader = prepare(config, device)
         clock = Clock(device)
-        sample = measure(data, detector, clock, reader)
+        sample = reference_of(data, detector, clock, reader)
         if parallel.rank() == 0:
             write_reference(config.out, sample, detector)
-            rate = len(data) / sum(clock.seconds.values())
+            seconds = sum(clock.seconds.values())
+            how = f"at {len(data) / seconds:.0f} images a second" if seconds else "from the cache"
             print(
                 f"{config.out}: statistics of {len(data):,} images in {len(sample.mean)} features "
-                f"of {detector.name}, at {rate:.0f} images a second"
+                f"of {detector.name}, {how}"
             )
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -88,12 +89,15 @@ def make(
     classes: torch.Tensor,
     init_sigma: float | None = None,
     steps: int = 1,
+    call: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """uint8 images [N, C, R, R], on the CPU, of latents and classes as `inputs` gives them.
 
     An image does not depend on its neighbours: the network is always called with whole groups,
     the last one filled up. One step is G(z) = D(σ_init·z; σ_init); more are Heun's method.
+    call: what is called in place of the network, such as its replay from a CUDA graph.
     """
+    call = call or net
     device = next(net.parameters()).device
     size = group_size(device, net.config.resolution)
     labels = torch.eye(net.config.label_dim)[classes] if net.config.label_dim else None
@@ -103,9 +107,9 @@ def make(
         z = latents[rows].to(device)
         c = None if labels is None else labels[rows].to(device)
         if steps == 1:
-            x = net(z * init_sigma, torch.full((size,), init_sigma, device=device), c)
+            x = call(z * init_sigma, torch.full((size,), init_sigma, device=device), c)
         else:
-            x = heun(net, z, c, steps)
+            x = heun(call, z, c, steps)
         images.append(to_uint8(x).cpu())
     return torch.cat(images)[: len(latents)]
 

@@ -38,7 +38,9 @@ class TrainConfig(RunOptions, Settings):
         "data set whose label distribution to use; uniform labels without. No image is trained on",
     )
     cuda_graph: str = option(
-        "auto", "replay the step's launches from CUDA graphs: auto, on or off; auto is on a GPU"
+        "auto",
+        "replay the launches of steps and evaluations from CUDA graphs: auto, on or off; auto is "
+        "on a GPU",
     )
     compile: bool = option(
         False, "run every block through torch.compile; the first steps take minutes"
@@ -152,6 +154,7 @@ def run(config: TrainConfig, given: set[str], auto_micro_batch: bool = False) ->
                 data,
                 teacher=teacher if config.teacher_steps else None,
                 teacher_steps=config.teacher_steps,
+                cuda_graph=config.cuda_graph,
             )
         where = (
             f"on {device} in {trainer.settings.precision}, kernels: {kernels.dispatch.report()}"

@@ -17,6 +17,7 @@ from sid_fast.evaluation import (
     precision_recall,
 )
 from sid_fast.evaluation.frechet import Moments
+from sid_fast.evaluation.sample import Sample
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,16 @@ def test_moments_of_batches_are_those_of_the_whole(features):
         assert torch.allclose(mean, real.mean(0), rtol=1e-6, atol=1e-8)
         expected = np.cov(real.numpy().T, ddof=correction)
         assert np.allclose(covariance.numpy(), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_a_sample_knows_its_covariance_over_n(features):
+    real, _ = features
+    some = Sample(*moments(real), count=len(real))
+    for correction in (0, 1):
+        expected = np.cov(real.numpy().T, ddof=correction)
+        assert np.allclose(some.moments(correction)[1].numpy(), expected, rtol=1e-12)
+    some.count = None  # as of a published file: what it holds is all there is
+    assert torch.equal(some.moments(0)[1], some.covariance)
 
 
 # --- independent libraries

@@ -85,6 +85,37 @@ def warm_up(function: Callable[[], Any], times: int = 2) -> None:
     torch.cuda.synchronize()
 
 
+def capture_failed(error: RuntimeError) -> None:
+    reason = str(error).partition("\n")[0]
+    warnings.warn(f"CUDA graphs are off: the capture failed ({reason})", stacklevel=3)
+
+
+class Replayed:
+    """A function of tensors, captured at its first call and replayed from then on.
+
+    Calls give tensors of the same shapes, or None in the same places; what they return is
+    overwritten by the next. With a warning and from the host, if the capture fails.
+    """
+
+    def __init__(self, function: Callable[..., torch.Tensor]):
+        self.function = function
+        self.replay: Callable[[], torch.Tensor] | None = None
+
+    def __call__(self, *inputs: torch.Tensor | None) -> torch.Tensor:
+        if self.replay is None:
+            self.inputs = [v if v is None else v.clone() for v in inputs]
+            self.replay = partial(self.function, *self.inputs)
+            try:
+                warm_up(self.replay)
+                self.replay = Graph(self.replay)
+            except RuntimeError as error:
+                capture_failed(error)
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            if mine is not None:
+                mine.copy_(given)
+        return self.replay()
+
+
 class StepGraphs:
     """A Distiller's step, drawing its own random numbers: one graph if its rounds are few.
 
@@ -100,14 +131,14 @@ class StepGraphs:
         """What Distiller.run does; with a warning and from the host, if the capture fails."""
         if not self.parts:
             self._rehearse()
-            reason = ""
+            failed = False
             try:
                 self._capture()
             except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                warnings.warn(f"CUDA graphs are off: the capture failed ({reason})", stacklevel=2)
+                capture_failed(error)
+                failed = True
             # Graphs on some processes alone would meet the others' messages in another order.
-            if parallel.any_(bool(reason)):
+            if parallel.any_(failed):
                 self.parts = {"step": self.distiller.run}
         if "step" in self.parts:
             return self.parts["step"]()

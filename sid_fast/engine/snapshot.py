@@ -1,7 +1,7 @@
 """What a run leaves to look at: the network, a grid of its images, and how good they are."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from sid_fast.config.settings import RunOptions
 from sid_fast.draws import gallery
 from sid_fast.engine import parallel
 from sid_fast.engine.checkpoint import Trainer, prune
+from sid_fast.engine.graphs import usable
 from sid_fast.engine.log import read_log
 from sid_fast.errors import UserError
 from sid_fast.evaluation.curve import save_curve
@@ -61,7 +62,7 @@ class Evaluations:
 
     They are compared with --ref or `data`, and once with those of the teacher. The first process
     draws the curve and keeps the network of the least distance so far. steps: of the sampler,
-    for each of the two.
+    for each of the two. cuda_graph: auto, on or off, as usable has it.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Evaluations:
         steps: int = 1,
         teacher: EDMNetwork | None = None,
         teacher_steps: int = 1,
+        cuda_graph: str = "auto",
     ):
         if not (data or options.ref):
             raise UserError(
@@ -83,6 +85,7 @@ class Evaluations:
         self.teacher, self.teacher_steps = teacher, teacher_steps
         self.count = options.eval_images
         device = next(net.parameters()).device
+        self.cuda_graph, _ = usable(cuda_graph, device)
         self.clock = Clock(device)
         with parallel.first_alone():  # it may download
             self.detector = load_detector(options.detector, device, options.trust)
@@ -98,13 +101,12 @@ class Evaluations:
         figures = {}
         if self.teacher and parallel.from_first(lambda: int(baseline is None)):
             teacher = parallel.whole(self.teacher, everywhere=True)
-            images = generated(teacher, range(self.count), None, self.teacher_steps)
-            found = self._figures(images)
+            found = self._figures(teacher, None, self.teacher_steps)
             if found:
                 baseline = figures["teacher"] = found[self.name]
         sigma = self.net.config.init_sigma
         net = parallel.whole(self.net, everywhere=True)
-        figures |= self._figures(generated(net, range(self.count), sigma, self.steps))
+        figures |= self._figures(net, sigma, self.steps)
         if parallel.rank():
             return {}
         if all(figures[self.name] < r[self.name] for r in records):
@@ -116,7 +118,8 @@ class Evaluations:
         save_curve(folder / "distance.png", *zip(*points, strict=True), self.name, baseline)
         return figures | {"evaluation_s": time.perf_counter() - began}
 
-    def _figures(self, images: Iterator[torch.Tensor]) -> dict[str, float]:
+    def _figures(self, net: EDMNetwork, sigma: float | None, steps: int) -> dict[str, float]:
+        images = generated(net, range(self.count), sigma, steps, self.cuda_graph)
         sample = look(images, self.count, self.detector, self.clock, "evaluation")
         if parallel.rank():
             return {}

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from sid_fast.engine import parallel
+from sid_fast.engine.graphs import Replayed
 from sid_fast.errors import UserError
 from sid_fast.evaluation.detectors import Detector, Pixels
 from sid_fast.evaluation.frechet import Moments, frechet_distance
@@ -62,13 +63,24 @@ def share(items: Sequence) -> Sequence:
 
 
 def generated(
-    net: EDMNetwork, seeds: Sequence[int], init_sigma: float | None, steps: int = 1
+    net: EDMNetwork,
+    seeds: Sequence[int],
+    init_sigma: float | None,
+    steps: int = 1,
+    cuda_graph: bool = False,
 ) -> Iterator[torch.Tensor]:
-    """This process's share of one image a seed, in batches, uint8 [N, C, R, R]."""
+    """This process's share of one image a seed, in batches, uint8 [N, C, R, R].
+
+    cuda_graph: the network's launches are replayed from a graph.
+    """
     mine = list(share(seeds))
+    # Captured anew for every pass, which costs two calls more. A graph kept for the next one would
+    # hold the activations of a group of images while the training in between needs the memory,
+    # and the whole copy of a sharded network is another each time.
+    call = Replayed(net) if cuda_graph else net
     for i in range(0, len(mine), GENERATED):
         latents, classes = inputs(mine[i : i + GENERATED], net.config, None)
-        yield make(net, latents, classes, init_sigma, steps)
+        yield make(net, latents, classes, init_sigma, steps, call)
 
 
 def look(
@@ -97,8 +109,8 @@ def look(
             with clock("detector"):
                 features = detector(some.to(clock.device, non_blocking=True))
             with clock("moments"):
+                kept.append(features[: max(keep - sums.count, 0)].float().cpu())
                 sums.add(features)
-                kept.append(features[: max(keep - bar.n, 0)].float().cpu())
             bar.update(len(some))
     with clock("moments"):
         sums.reduce()
