@@ -17,8 +17,8 @@ PRECISION = "bf16"
 HEAD = f"""# What a run takes, planned
 
 **Estimates, all of them: nothing here was measured.** Made by `python -m benchmarks.plan`; each
-block is what `python -m sid_fast.train --preset NAME --plan --gpus N --card CARD` prints, which
-takes other precisions, sizes, rates and MFU too.
+block is what `python -m sid_fast.train --preset NAME --plan --gpus N --card CARD --kernels triton`
+prints, which takes other precisions, sizes, rates and MFU too.
 
 - Memory is counted: a step of the real network runs on tensors without values ({PRECISION}, Triton
   kernels, rounds of 1 and 2 images), and what is alive at its peak is linear in the images. On top
@@ -26,8 +26,9 @@ takes other precisions, sizes, rates and MFU too.
   and what the allocator cannot use.
 - FLOP are counted in the same step, 2 a multiply-add.
 - Time is FLOP over an **assumed** MFU of {plan.PlanOptions.mfu:.0%} of the card's matrix rate, and
-  what communication the backward cannot hide, at an **assumed** {plan.LINKS["inside a node"]:.0f}
-  GB/s a GPU inside a node of {plan.NODE}, {plan.LINKS["between nodes"]:.0f} between nodes.
+  what waits for communication (all of it behind a replayed CUDA graph), at an **assumed**
+  {plan.LINKS["inside a node"]:.0f} GB/s a GPU inside a node of {plan.NODE},
+  {plan.LINKS["between nodes"]:.0f} between nodes.
 """
 COLUMNS = (
     "preset", "machine", "micro-batch x rounds", "GiB a GPU (ddp / fsdp)", "TFLOP a step",

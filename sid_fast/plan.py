@@ -221,7 +221,7 @@ def text(
     lines += [
         f"largest micro-batch  {p.micro_batch} of {batch // gpus} images a GPU: "
         f"{p.rounds} round{'s' if p.rounds > 1 else ''} a step",
-        f"work a step          {p.flop / 1e12:,.1f} TFLOP: {found.flop / 1e9:.0f} GFLOP an image, "
+        f"work a step          {amount(p.flop)}FLOP: {amount(found.flop)}FLOP an image, "
         f"{found.flop / found.forward:.0f} forwards",
         f"time a step          {p.compute * 1e3:,.1f} ms at {tb_s} (MFU assumed)",
     ]
@@ -236,7 +236,7 @@ def text(
             f"{p.exchange * 1e3:.1f} ms at {link_of(options):g} GB/s (assumed); {hidden}"
         )
     lines.append(
-        f"the whole run        {kimg / 1e3:,.0f} Mimg at {p.images_per_second:,.0f} img/s: "
+        f"the whole run        {amount(kimg * 1e3)}img at {p.images_per_second:,.0f} img/s: "
         f"{p.days:.1f} days, {p.days * gpus:.1f} GPU days"
     )
     if p.memory.get("ddp", Counter()).total() > memory * GIB:
@@ -247,6 +247,13 @@ def text(
             + ("fewer GPUs cost less" if p.rounds == 1 else "--checkpoint-activations makes room")
         )
     return "\n".join(lines)
+
+
+def amount(value: float) -> str:
+    """Three digits with their prefix, for a unit to follow."""
+    sizes = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1.0}
+    prefix = next((p for p, size in sizes.items() if value >= size), "")
+    return f"{value / sizes[prefix]:.3g} {prefix}"
 
 
 ABOUT = {

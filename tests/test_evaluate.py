@@ -104,7 +104,7 @@ def test_only_known_or_trusted_code_is_run(script, monkeypatch, capsys):
 
 def test_inception_is_fetched_and_checked(script, monkeypatch):
     asked = []
-    monkeypatch.setattr(detectors, "fetch", lambda source: asked.append(source) or script)
+    monkeypatch.setattr(detectors, "fetch", lambda source, others: asked.append(source) or script)
     with pytest.raises(UserError, match="not a known one"):
         load_detector("inception", CPU)
     assert asked == [f"{detectors.INCEPTION}#sha256={detectors.INCEPTION_SHA256}"]

@@ -26,7 +26,8 @@ def draw_curve(
     if teacher is not None:
         axes.axhline(teacher, color="black", linestyle="--", label=f"teacher: {teacher:.3g}")
     axes.set(xscale="log", yscale="log", xlabel="images seen", ylabel=name)
-    axes.set_title(f"{distances[0]:.3g} at the start, {distances[-1]:.3g} at the end")
+    title = f"{distances[0]:.3g} at {images[0] / 1000:g} kimg"
+    axes.set_title(title + f", {distances[-1]:.3g} at {images[-1] / 1000:g}" * (len(images) > 1))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axis.set_major_formatter(ScalarFormatter())

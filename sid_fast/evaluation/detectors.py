@@ -104,7 +104,12 @@ def load_detector(
     if source == "pixels":
         return Pixels()
     inception = source == "inception"
-    path = fetch(f"{INCEPTION}#sha256={INCEPTION_SHA256}" if inception else source)
+    try:
+        address = f"{INCEPTION}#sha256={INCEPTION_SHA256}"
+        path = fetch(address if inception else source, " or one of inception, pixels")
+    except UserError as error:
+        hint = " as --detector; --detector pixels needs no file" if inception else ""
+        raise UserError(f"{error}{hint}") from error
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -67,4 +67,5 @@ def frechet_distance(
         torch.as_tensor(v).to(device, torch.float64) for v in (mu1, sigma1, mu2, sigma2)
     )
     cross = torch.linalg.svdvals(_factor(sigma1).T @ _factor(sigma2)).sum()
-    return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross)
+    found = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross
+    return max(float(found), 0.0)  # which rounding can make of 0 what is less
