@@ -1,25 +1,20 @@
-"""The benchmark commands in small: their rows, their rivals, and a session that is cut off."""
+"""The benchmark commands in small: their rows and their rivals."""
 
 import copy
 import csv
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from golden import relative
 
-from benchmarks import check, kernels, rivals, summary, train
+from benchmarks import check, evaluation, kernels, rivals, summary, train
 from benchmarks.record import Record, read
 from sid_fast import Distiller, Settings
 from sid_fast.errors import RunFailed, UserError
+from sid_fast.evaluation import reader
 from sid_fast.networks import EDMNetwork
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -235,15 +230,46 @@ def test_the_check_of_a_network_sees_a_wrong_gradient(monkeypatch):
     assert found > bound
 
 
-def test_a_session_without_time_leaves_a_summary(tmp_path):
-    """The tree is imported through its links, and nothing in it is written to."""
-    row = {"name": "x", "found": 1.0, "bound": 2.0, "seconds": 0.1, "note": "", "status": "pass"}
-    Record(tmp_path / "check.json", "check").add(**row)
-    command = [ROOT / "benchmarks" / "gpu_session.sh", tmp_path, "5"]
-    environment = os.environ | {"PYTHON": sys.executable, "SID_FAST_COMMIT": "abc"}
-    found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
-    assert found.returncode == 0, found.stdout + found.stderr
-    assert "commit abc, 5 s" in found.stdout and "checks: no time left" in found.stdout
-    assert "1 pass, 0 fail" in found.stdout
-    assert (tmp_path / "session.log").read_text() in found.stdout
-    json.loads((tmp_path / "check.json").read_text())
+def test_an_evaluation_is_kept_stage_by_stage(monkeypatch, tmp_path):
+    """The readers in turns, and whatever is done when it is cut off."""
+    order = []
+
+    def read_plainly(data, indices, device, kind):
+        order.append(kind)
+        return reader.read(data, indices, device)
+
+    def cut_off(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "SMALL", check.TINY)
+    monkeypatch.setattr(evaluation, "choose", lambda: "dali")
+    monkeypatch.setattr(evaluation, "read", read_plainly)
+    monkeypatch.setattr(evaluation.reference, "read", read_plainly)
+    out = tmp_path / "evaluation.json"
+    options = evaluation.Options(images=20, rounds=2, device="cpu", out=str(out))
+    evaluation.run(options, set())
+    assert order == ["dali", "plain"] * 2 + ["dali"] * 2
+    rows = {(row["stage"], row["variant"]): row for row in read(out)["rows"]}
+    parts = {"images", "detector", "moments"}
+    assert set(rows) >= {(part, of) for part in parts for of in ("reference", "generated")}
+    assert ("Fréchet distance", "comparison") in rows
+    dali, plain = (rows["reading", kind] for kind in ("dali", "plain"))
+    assert plain["over_plain"] == 1 and dali["over_plain"] > 0
+    for row in rows.values():
+        assert row["images"] == 20 and row["img_s"] == pytest.approx(2e4 / row["ms"]["p50"])
+    assert f"{dali['over_plain']:.2f}" in summary.evaluated([dali])[1]
+    monkeypatch.setattr(evaluation, "compare", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.run(options, set())
+    assert len(read(out)["rows"]) == 2 + 3 + 3
+
+
+def test_the_ratio_of_the_readers_is_of_the_same_turn(monkeypatch, tmp_path):
+    """A machine that slows down from turn to turn has no part in it."""
+    times = {"dali": [(1.0, 0), (10.0, 0), (100.0, 0)], "plain": [(3.0, 0), (30.0, 0), (200.0, 0)]}
+    monkeypatch.setattr(evaluation.measure, "in_turns", lambda *_: times)
+    bench = evaluation.Bench(Record(tmp_path / "e.json", "evaluation"), CPU, 3)
+    bench.readers(range(100), "dali")
+    dali, plain = read(tmp_path / "e.json")["rows"]
+    assert (dali["over_plain"], plain["over_plain"]) == (3, 1)
+    assert dali["img_s"] == pytest.approx(100 / 10e-3)
