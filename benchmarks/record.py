@@ -161,6 +161,7 @@ def surroundings() -> dict[str, Any]:
     packages = ("torch", "triton", "numpy")
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "load": round(os.getloadavg()[0], 1),  # programs that ran in the minute before
         "driver": _line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "versions": {
             "python": platform.python_version(),

@@ -40,10 +40,11 @@ MOST = 12  # layers of a roofline that are shown
 
 
 def provenance(result: Result) -> str:
-    """Device, versions, date and commit, in a line."""
-    versions = result["versions"]
+    """Device, the load it was under, versions, date and commit, in a line."""
+    versions, load = result["versions"], result.get("load")
     parts = [
         result["device"],
+        load is not None and result["benchmark"] != "roofline" and f"load {load:g} before",
         result["driver"] and f"driver {result['driver']}",
         *(f"{name} {v}" for name, v in versions.items() if v and name != "numpy"),
         result["date"][:10],
@@ -149,10 +150,11 @@ def draw_throughput(path: Path, title: str, rows: list[dict]) -> None:
 def _kernels(result: Result, stem: Path) -> tuple[list[str], list[Path]]:
     parts, pictures = [], []
     for (name,), rows in groups(result["rows"], "name").items():
-        path = stem.with_name(f"{stem.name}-{name}.png")
-        title = f"{name}\n{provenance(result)}"
-        draw_bars(path, title, timed(rows), ("shape", "dtype", "mode"), "provider")
-        pictures.append(path)
+        if found := timed(rows):
+            path = stem.with_name(f"{stem.name}-{name}.png")
+            title = f"{name}\n{provenance(result)}"
+            draw_bars(path, title, found, ("shape", "dtype", "mode"), "provider")
+            pictures.append(path)
         parts.append(f"**{name}**\n\n{table(rows)}")
     return parts, pictures
 
@@ -160,23 +162,31 @@ def _kernels(result: Result, stem: Path) -> tuple[list[str], list[Path]]:
 def _train(result: Result, stem: Path) -> tuple[list[str], list[Path]]:
     parts, pictures = [], []
     for (preset,), rows in groups(result["rows"], "preset").items():
-        path = stem.with_name(f"{stem.name}-{preset}.png")
-        draw_throughput(path, f"{preset}\n{provenance(result)}", timed(rows))
-        # Side by side where most variants have run.
         sizes = groups(timed(rows), "micro_batch")
-        (size,), shared = max(sizes.items(), key=lambda item: (len(item[1]), item[0]))
-        bars = stem.with_name(f"{stem.name}-{preset}-step.png")
-        title = f"{preset}, a step in rounds of {size} images\n{provenance(result)}"
-        draw_bars(bars, title, shared, ("micro_batch",), "variant")
-        pictures += [path, bars]
+        if len(sizes) > 1:
+            path = stem.with_name(f"{stem.name}-{preset}.png")
+            draw_throughput(path, f"{preset}\n{provenance(result)}", timed(rows))
+            pictures.append(path)
+        if sizes:  # side by side where most variants have run
+            (size,), shared = max(sizes.items(), key=lambda item: (len(item[1]), item[0]))
+            path = stem.with_name(f"{stem.name}-{preset}-step.png")
+            title = f"{preset}, a step in rounds of {size} images\n{provenance(result)}"
+            draw_bars(path, title, shared, ("micro_batch",), "variant")
+            pictures.append(path)
         parts.append(f"**{preset}**\n\n{table(rows)}")
     return parts, pictures
 
 
 def _evaluation(result: Result, stem: Path) -> tuple[list[str], list[Path]]:
     path = stem.with_name(f"{stem.name}.png")
-    draw_bars(path, f"evaluation\n{provenance(result)}", result["rows"], ("stage",), "variant")
-    return [table(result["rows"])], [path]
+    rows, head = result["rows"], f"{result['detector']} on {result['data']}, by stage"
+    draw_bars(path, f"{head}\n{provenance(result)}", rows, ("stage",), "variant")
+    ratios = [
+        f"In turns, {row['variant']} reads {row['over_plain']:.2f} times as fast as plain.\n"
+        for row in rows
+        if row["over_plain"] is not None and row["variant"] != "plain"
+    ]
+    return [f"**{head}**\n", *ratios, table(rows)], [path]
 
 
 def _roofline(result: Result, stem: Path) -> tuple[list[str], list[Path]]:
