@@ -28,7 +28,7 @@ from benchmarks import measure
 from benchmarks.record import PERCENTILES, RESULTS, Record, percentiles
 from sid_fast import augment as warp
 from sid_fast.config import cli
-from sid_fast.config.settings import option
+from sid_fast.config.settings import check, option
 from sid_fast.engine import parallel
 from sid_fast.errors import UserError
 from sid_fast.files.download import TEACHERS
@@ -450,6 +450,7 @@ def _cost(case: Case) -> float:
 
 
 def run(options: Options, given: set[str]) -> None:
+    check(options)
     device = parallel.pick_device(options.device)
     end = time.monotonic() + options.seconds
     rivals = {name.strip() for name in options.rivals.split(",") if name.strip()}

@@ -30,7 +30,7 @@ from benchmarks.rivals import Plain, Skilled
 from sid_fast import kernels
 from sid_fast.config import cli
 from sid_fast.config.cli import presets
-from sid_fast.config.settings import Settings, option
+from sid_fast.config.settings import Settings, check, option
 from sid_fast.distiller import Distiller
 from sid_fast.engine import parallel, precision
 from sid_fast.errors import UserError
@@ -333,6 +333,7 @@ def chosen(names: str, known: dict, what: str) -> list[str]:
 
 
 def run(options: Options, given: set[str]) -> None:
+    check(options)
     device = parallel.pick_device(options.device)
     cuda = device.type == "cuda"
     end = time.monotonic() + options.seconds

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import dataclasses
 
 import pytest
 import torch
@@ -171,6 +172,15 @@ def test_an_unknown_variant_is_refused(small, tmp_path):
         train.run(one_step(variants="ours,faster", out=str(tmp_path / "t.json")), set())
 
 
+@pytest.mark.parametrize(
+    ("command", "field", "value"),
+    [(train, "turns", 0), (kernels, "seconds", -1), (evaluation, "rounds", 0)],
+)
+def test_a_number_out_of_range_is_refused_by_name(command, field, value):
+    with pytest.raises(UserError, match=f"{field}={value} is out of range"):
+        command.run(command.Options(**{field: value}), set())
+
+
 def test_a_result_goes_on_where_it_is_of_the_same_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("SID_FAST_COMMIT", "abc")
     row = {"name": "x", "found": 1.0, "bound": 2.0, "seconds": 0.1, "note": "", "status": "pass"}
@@ -198,7 +208,6 @@ def test_checks_pass_fail_and_say_why_not(monkeypatch, tmp_path):
         "broken": broken,
     }
     monkeypatch.setattr(check, "CHECKS", checks)
-    monkeypatch.setattr(check.Here, "kernels", "reference")  # the interpreter takes its time
     out = tmp_path / "check.json"
     with pytest.raises(RunFailed, match="3 of 5 checks failed: worse, nan, broken"):
         check.run(check.Options(steps=1, device="cpu", out=str(out)), set())
@@ -217,7 +226,6 @@ def test_the_check_of_a_resumed_run_sees_what_was_not_restored(monkeypatch):
         found = tensors(self).items()
         return {k: v for k, v in found if not k.startswith("fake_score.exp_avg_sq")}
 
-    monkeypatch.setattr(check.Here, "kernels", "reference")
     monkeypatch.setattr(Distiller, "tensors", forgetful)
     found, bound, _ = check.resumes(check.Here(CPU, 1))
     assert found > bound
@@ -225,7 +233,9 @@ def test_the_check_of_a_resumed_run_sees_what_was_not_restored(monkeypatch):
 
 def test_the_check_of_a_network_sees_a_wrong_gradient(monkeypatch):
     here = check.Here(CPU, 1)
-    assert check.network_agrees(here, check.TINY, "fp32")[0] <= 1e-4
+    smaller = dataclasses.replace(check.TINY, resolution=4, channel_mult=(1,))
+    monkeypatch.setattr(check, "TINY", smaller)
+    assert check.network_agrees(here, smaller, "fp32")[0] <= 1e-4
     original = EDMNetwork.forward
 
     def off(self, *args):
@@ -234,7 +244,7 @@ def test_the_check_of_a_network_sees_a_wrong_gradient(monkeypatch):
         )
 
     monkeypatch.setattr(EDMNetwork, "forward", off)
-    found, bound, _ = check.network_agrees(here, check.TINY, "fp32")
+    found, bound, _ = check.network_agrees(here, smaller, "fp32")
     assert found > bound
 
 
