@@ -7,7 +7,8 @@ preset's shape with random weights. Variants (--variants; see VARIANTS) take tur
 and other work on the machine meet all alike; those that do not fit into memory beside the others
 take theirs after them, with `ours` again in their turns. `to_ours` is their time as a multiple of
 its. MFU is 11 forwards' FLOP an image (fake step 4, generator step 7), by PyTorch's counter, over
-the rate of a bfloat16 product in the same run, whatever the variant computes in. Memory is what a
+the rate of the fastest matrix product in the same run, which is bfloat16's on a GPU and float32's
+on most CPUs, whatever the variant computes in. Memory is what a
 variant adds: at its peak, from nothing, within three steps. Host time is until a step that found
 an idle device returns.
 """
@@ -289,7 +290,7 @@ class Bench:
             device, host = zip(*times, strict=True)
             ms = percentiles(list(device))
             seconds = ms["p50"] / 1e3
-            rate = self.record.head["ceilings"]["bf16"] * 1e12
+            rate = max(self.record.head["ceilings"][kind] for kind in ("bf16", "fp32")) * 1e12
             cuda = self.device.type == "cuda"
             row |= {
                 "ms": ms,

@@ -31,7 +31,7 @@ def settings_of_the_process():
 def small(monkeypatch):
     """The digits preset on a network of a few thousand weights, on a device of known rates."""
     monkeypatch.setattr(train, "network_of", lambda teacher: check.TINY)
-    ceilings = {"bf16": 1.0, "fp32": 1.0, "copy": 0.1}
+    ceilings = {"bf16": 0.5, "fp32": 1.0, "copy": 0.1}
     monkeypatch.setattr("benchmarks.measure.ceilings", lambda device: ceilings)
 
 

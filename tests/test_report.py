@@ -25,20 +25,27 @@ def results(tmp_path):
     train = record.Record(tmp_path / "results" / "h200" / "train.json", "train", device="NVIDIA X")
     for variant, rate in (("published", 10.0), ("ours", 5678.0)):
         for micro in (8, 16):
-            train.add(
-                preset="cifar10-uncond", variant=variant, micro_batch=micro, ms=ms(1, 2, 3),
-                it_s=1.0, img_s=rate * micro, mfu=0.5, peak_allocated=1.0, peak_reserved=None,
-                host_ms=0.1, to_ours=None, status="ok",
-            )  # fmt: skip
-    figures = dict.fromkeys(record.FORMS["train"].figures) | {"status": "out of memory"}
-    train.add(
-        preset="cifar10-uncond",
-        variant="skilled",
-        micro_batch=16,
-        ms=ms(None, None, None),
-        **figures,
-    )
+            train.add(**step(variant, micro, img_s=rate * micro))
+    train.add(**step("skilled", 16, None))
+    evaluation = record.Record(
+        tmp_path / "results" / "evaluation.json", "evaluation", device="CPU", detector="pixels",
+        data="cifar10.zip",
+    )  # fmt: skip
+    for kind, ratio in (("dali", 4.321), ("plain", 1.0)):
+        evaluation.add(
+            stage="reading", variant=kind, ms=ms(1, 2, 3), images=9, img_s=4.5, over_plain=ratio
+        )
     return tmp_path / "results"
+
+
+def step(variant, micro_batch, middle=2, preset="cifar10-uncond", **figures):
+    """A row of the training benchmark; without a time, one of a variant that did not fit."""
+    figures = dict.fromkeys(record.FORMS["train"].figures) | figures
+    figures["status"] = "ok" if middle else "out of memory"
+    spread = ms(middle, middle, middle)
+    return {
+        "preset": preset, "variant": variant, "micro_batch": micro_batch, "ms": spread, **figures
+    }  # fmt: skip
 
 
 def test_every_figure_stands_with_its_device_date_and_commit(results, capsys):
@@ -48,14 +55,38 @@ def test_every_figure_stands_with_its_device_date_and_commit(results, capsys):
         found = record.read(path)
         heading = next(line for line in text.splitlines() if found["device"] in line)
         assert found["commit"] in heading and found["date"][:10] in heading
+        assert f"load {found['load']:g} before" in heading
     assert "1.23" in text and "90,848" in text  # a median, and 5678·16 img/s
     assert "peak_reserved" not in text  # nowhere measured
     assert "| skilled | 16 | out of memory |" in re.sub(r"(\|  )+", "", text)  # and in no picture
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    assert len(pictures) == 3
+    assert len(pictures) == 4
     for picture in pictures:
         assert (results.parent / picture).stat().st_size > 5000
     assert "No measured result" not in text
+    assert "pixels on cifar10.zip" in text and "dali reads 4.32 times as fast as plain" in text
+    assert "plain reads" not in text
+
+
+def test_bars_stand_where_most_variants_have_run(monkeypatch, tmp_path):
+    """And the curve where there is more than one size; of what has no time there is neither."""
+    drawn = []
+    monkeypatch.setattr(report, "draw_bars", lambda path, title, rows, *_: drawn.append(rows))
+    monkeypatch.setattr(report, "draw_throughput", lambda path, *_: drawn.append(path.name))
+    train = record.Record(tmp_path / "train.json", "train")
+    train.extend(
+        [step("ours", 8), step("published", 8), step("ours", 64), step("skilled", 64, None)]
+    )
+    train.extend([step("ours", 16, preset="ffhq64"), step("ours", 8, None, preset="imagenet64")])
+    texts, pictures = report._train(record.read(train.path), tmp_path / "train")
+    curve, bars, alone = drawn
+    assert curve == "train-cifar10-uncond.png" and alone == [step("ours", 16, preset="ffhq64")]
+    assert bars == [step("ours", 8), step("published", 8)]
+    assert len(pictures) == 3 and "| imagenet64 | ours | 8 | out of memory |" in texts[2]
+    kernels = record.Record(tmp_path / "kernels.json", "kernels")
+    kernels.add(**ROW | {"ms": ms(None, None, None), "status": "no kernel for this shape"})
+    texts, pictures = report._kernels(record.read(kernels.path), tmp_path / "kernels")
+    assert not pictures and "no kernel for this shape" in texts[0]
 
 
 def test_a_report_of_estimates_alone_says_so(tmp_path):
