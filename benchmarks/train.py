@@ -8,9 +8,8 @@ and other work on the machine meet all alike; those that do not fit into memory 
 take theirs after them, with `ours` again in their turns. `to_ours` is their time as a multiple of
 its. MFU is 11 forwards' FLOP an image (fake step 4, generator step 7), by PyTorch's counter, over
 the rate of the fastest matrix product in the same run, which is bfloat16's on a GPU and float32's
-on most CPUs, whatever the variant computes in. Memory is what a
-variant adds: at its peak, from nothing, within three steps. Host time is until a step that found
-an idle device returns.
+on most CPUs, whatever the variant computes in. Memory is what a variant adds: at its peak, from
+nothing, within three steps. Host time is until a step that found an idle device returns.
 """
 
 import contextlib
