@@ -65,7 +65,7 @@ part() {
     # In the background: a signal that comes meanwhile does not wait for it.
     timeout --signal=INT --kill-after=30 "$budget" "${@//BUDGET/$((budget * 3 / 4))}" </dev/null &
     running=$!
-    wait "$running"
+    wait "$running" 2>/dev/null # in which bash would tell of one that had to be killed
     status=$?
     running=
     case $status in
