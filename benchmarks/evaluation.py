@@ -82,8 +82,8 @@ class Bench:
             ratio = measure.median([plain / ms for plain, ms in pairs])
             self.add("reading", kind, times[kind], len(data), ratio)
 
-    def passes(self, variant: str, images: int, work: Callable[[Clock], Sample | dict]):
-        """A row for every stage of some work on images; returns what the work does."""
+    def passes(self, variant: str, images: int | None, work: Callable[[Clock], Sample | dict]):
+        """A row for every stage of some work, on so many images; returns what the work does."""
         times: dict[str, list[float]] = {}
         for _ in range(self.rounds):
             clock = Clock(self.device)
@@ -94,10 +94,10 @@ class Bench:
             self.add(stage, variant, ms, images)
         return found
 
-    def add(self, stage: str, variant: str, times: list[float], images: int, ratio=None) -> None:
+    def add(self, stage: str, variant: str, times: list[float], images, ratio=None) -> None:
         ms = percentiles(times)
         row = {"stage": stage, "variant": variant, "ms": ms, "images": images}
-        row |= {"img_s": images / ms["p50"] * 1e3, "over_plain": ratio}
+        row |= {"img_s": images and images / ms["p50"] * 1e3, "over_plain": ratio}
         self.record.add(**row)
         print(line(row), flush=True)
 
@@ -106,11 +106,12 @@ HEAD = f"{'stage':22} {'of':12} {'images':>7} {'seconds':>9} {'img/s':>9} {'over
 
 
 def line(row: dict) -> str:
-    ratio = "" if row["over_plain"] is None else f"{row['over_plain']:.2f}"
-    return (
-        f"{row['stage']:22} {row['variant']:12} {row['images']:7} {row['ms']['p50'] / 1e3:9.3f} "
-        f"{row['img_s']:9.0f} {ratio:>10}"
+    images, rate, ratio = (
+        "" if row[name] is None else format(row[name], spec)
+        for name, spec in (("images", ""), ("img_s", ".0f"), ("over_plain", ".2f"))
     )
+    seconds = row["ms"]["p50"] / 1e3
+    return f"{row['stage']:22} {row['variant']:12} {images:>7} {seconds:9.3f} {rate:>9} {ratio:>10}"
 
 
 def run(options: Options, given: set[str]) -> None:
@@ -145,7 +146,7 @@ def run(options: Options, given: set[str]) -> None:
         look_at_real = partial(reference.measure, data, detector, reader=best)
         real = bench.passes("reference", len(data), lambda clock: look_at_real(clock=clock))
         sample = bench.passes("generated", count, partial(generate, count))
-        bench.passes("comparison", count, partial(compare, real, sample, detector))
+        bench.passes("comparison", None, partial(compare, real, sample, detector))
     print(f"kept as {record.path} and .csv")
 
 

@@ -113,13 +113,12 @@ class Record:
 
     def extend(self, rows: list[dict[str, Any]]) -> None:
         """Several rows at once."""
+        expected = (*self.form.keys, *(["ms"] if self.form.timed else []), *self.form.figures)
         for row in rows:
-            expected = {*self.form.keys, *self.form.figures} | (
-                {"ms"} if self.form.timed else set()
-            )
-            if set(row) != expected or (self.form.timed and tuple(row["ms"]) != PERCENTILES):
-                odd = sorted(set(row) ^ expected) or [f"ms of {', '.join(row['ms'])}"]
+            if set(row) != {*expected} or (self.form.timed and tuple(row["ms"]) != PERCENTILES):
+                odd = sorted(set(row) ^ {*expected}) or [f"ms of {', '.join(row['ms'])}"]
                 raise ValueError(f"{self.path}: a row is off by {', '.join(odd)}")
+        rows = [{name: row[name] for name in expected} for row in rows]
         new = [self.form.key(row) for row in rows]
         old = [row for row in self.rows[: self.old] if self.form.key(row) not in new]
         self.rows, self.old = old + self.rows[self.old :] + rows, len(old)

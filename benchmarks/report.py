@@ -128,11 +128,13 @@ def draw_throughput(path: Path, title: str, rows: list[dict]) -> None:
     """Images a second by micro-batch, a line a variant."""
     figure = Figure(figsize=(9, 5), dpi=110, layout="constrained")
     axes = figure.subplots()
-    for (variant,), line in groups(rows, "variant").items():
+    for i, ((variant,), line) in enumerate(groups(rows, "variant").items()):
         line = sorted(line, key=lambda row: row["micro_batch"])
         axes.plot(
             [row["micro_batch"] for row in line],
             [row["img_s"] for row in line],
+            color=matplotlib.colormaps["tab10"](i % 10),
+            linestyle=("-", "--", ":")[i // 10 % 3],
             marker="o",
             label=variant,
         )
@@ -171,7 +173,7 @@ def _train(result: Result, stem: Path) -> tuple[list[str], list[Path]]:
             (size,), shared = max(sizes.items(), key=lambda item: (len(item[1]), item[0]))
             path = stem.with_name(f"{stem.name}-{preset}-step.png")
             title = f"{preset}, a step in rounds of {size} images\n{provenance(result)}"
-            draw_bars(path, title, shared, ("micro_batch",), "variant")
+            draw_bars(path, title, shared, ("preset",), "variant")
             pictures.append(path)
         parts.append(f"**{preset}**\n\n{table(rows)}")
     return parts, pictures

@@ -194,6 +194,9 @@ def test_a_result_goes_on_where_it_is_of_the_same_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("SID_FAST_COMMIT", "abd")
     with pytest.raises(UserError, match="is of commit abc, not abd"):
         Record(path, "check", append=True)
+    monkeypatch.setenv("SID_FAST_COMMIT", "abc")
+    with pytest.raises(UserError, match=r"of device .*, not another one"):
+        Record(path, "check", device="another one", append=True)
 
 
 def test_checks_pass_fail_and_say_why_not(monkeypatch, tmp_path):
@@ -274,8 +277,12 @@ def test_an_evaluation_is_kept_stage_by_stage(monkeypatch, tmp_path):
     dali, plain = (rows["reading", kind] for kind in ("dali", "plain"))
     assert plain["over_plain"] == 1 and dali["over_plain"] > 0
     for row in rows.values():
+        if row["variant"] == "comparison":
+            assert row["images"] is None and row["img_s"] is None
+            continue
         assert row["images"] == 20 and row["img_s"] == pytest.approx(2e4 / row["ms"]["p50"])
-    assert f"{dali['over_plain']:.2f}" in summary.evaluated([dali])[1]
+    shown = summary.evaluated([dali, *(row for row in rows.values() if row["img_s"] is None)])
+    assert shown[1].endswith(f"{dali['over_plain']:.2f}") and shown[2].startswith("Fréchet")
     monkeypatch.setattr(evaluation, "compare", cut_off)
     with pytest.raises(KeyboardInterrupt):
         evaluation.run(options, set())
