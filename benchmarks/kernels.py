@@ -345,7 +345,7 @@ def adam_ema_cases(dtypes, fill, device) -> Iterator[Case]:
 
 
 def _scalars(device):
-    step = torch.ones((), dtype=torch.float64, device=device)
+    step = torch.zeros((), dtype=torch.float64, device=device)
     return step, torch.ones((), dtype=torch.bool, device=device)
 
 

@@ -90,27 +90,48 @@ def test_sdpa_reads_qkv_as_our_attention_does():
     assert relative(kernels.sdpa(qkv, 2), expected) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", ["published", "skilled"])
-def test_a_rival_takes_the_step_that_we_take(kind, monkeypatch):
-    """Weights and average after two steps of the same draws."""
+@pytest.fixture(params=["published", "skilled"])
+def rival(request, monkeypatch):
+    """rival(draws, settings) -> one whose steps take these draws; uncompiled."""
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *args, **kwargs: None)
+
+    def make(draws, settings):
+        monkeypatch.setattr(rivals, "draw_round", lambda phase, *_: draws[phase][0])
+        teacher = train.network(check.TINY, CPU)
+        if request.param == "published":
+            return rivals.Plain(teacher, settings, torch.float32)
+        return rivals.Skilled(teacher, settings, torch.float32, "default")
+
+    return make
+
+
+def test_a_rival_takes_the_step_that_we_take(rival):
+    """Weights and average after two steps of the same draws."""
     settings = Settings(
-        batch_size=4, augment_p=0.5, eps=1.0, fake_lr=1e-2, generator_lr=1e-2, generator_beta1=0.9
-    )
+        batch_size=4, augment_p=0.5, eps=1.0, fake_lr=1e-2, generator_lr=1e-2, generator_beta1=0.9,
+        ema_rampup_ratio=2.0,
+    )  # fmt: skip
     ours = Distiller(train.network(check.TINY, CPU), settings)
-    start = check.weights(ours)
-    teacher = train.network(check.TINY, CPU)
-    theirs = (
-        rivals.Plain(teacher, settings, torch.float32)
-        if kind == "published"
-        else rivals.Skilled(teacher, settings, torch.float32, "default")
-    )
+    start, draws = check.weights(ours), {}
+    theirs = rival(draws, settings)
     for _ in range(2):
-        draws = ours.draw()
-        monkeypatch.setattr(rivals, "draw_round", lambda phase, *_, draws=draws: draws[phase][0])
+        draws |= ours.draw()
         theirs.step()
         ours.step(draws)
     assert check.apart(theirs, ours, start) <= 1e-4
+
+
+def test_a_rival_survives_a_spoiled_sample(rival):
+    """As the published step does: its loss is left out, and gradients that it spoiled are 0."""
+    settings = Settings(batch_size=2, fake_lr=1e-2, generator_lr=1e-2)
+    draws = Distiller(train.network(check.TINY, CPU), settings).draw()
+    for phase in draws:
+        draws[phase][0].noise[0] = torch.nan
+    theirs, losses = rival(draws, settings), []
+    theirs.read = losses.append
+    theirs.step()
+    assert len(losses) == 2 and all(map(torch.isfinite, losses)) and losses[0] != 0
+    assert torch.isfinite(check.weights(theirs)).all()
 
 
 def test_variants_are_timed_side_by_side_and_one_that_fails_is_a_row(small, tmp_path):
@@ -238,7 +259,6 @@ def test_the_check_of_a_network_sees_a_wrong_gradient(monkeypatch):
     here = check.Here(CPU, 1)
     smaller = dataclasses.replace(check.TINY, resolution=4, channel_mult=(1,))
     monkeypatch.setattr(check, "TINY", smaller)
-    assert check.network_agrees(here, smaller, "fp32")[0] <= 1e-4
     original = EDMNetwork.forward
 
     def off(self, *args):
@@ -248,7 +268,7 @@ def test_the_check_of_a_network_sees_a_wrong_gradient(monkeypatch):
 
     monkeypatch.setattr(EDMNetwork, "forward", off)
     found, bound, _ = check.network_agrees(here, smaller, "fp32")
-    assert found > bound
+    assert found == pytest.approx(1e-3, rel=0.1) and found > bound
 
 
 def test_an_evaluation_is_kept_stage_by_stage(monkeypatch, tmp_path):
@@ -291,10 +311,10 @@ def test_an_evaluation_is_kept_stage_by_stage(monkeypatch, tmp_path):
 
 def test_the_ratio_of_the_readers_is_of_the_same_turn(monkeypatch, tmp_path):
     """A machine that slows down from turn to turn has no part in it."""
-    times = {"dali": [(1.0, 0), (10.0, 0), (100.0, 0)], "plain": [(3.0, 0), (30.0, 0), (200.0, 0)]}
+    times = {"dali": [(1.0, 0), (10.0, 0), (100.0, 0)], "plain": [(3.0, 0), (10.0, 0), (200.0, 0)]}
     monkeypatch.setattr(evaluation.measure, "in_turns", lambda *_: times)
     bench = evaluation.Bench(Record(tmp_path / "e.json", "evaluation"), CPU, 3)
     bench.readers(range(100), "dali")
     dali, plain = read(tmp_path / "e.json")["rows"]
-    assert (dali["over_plain"], plain["over_plain"]) == (3, 1)
+    assert (dali["over_plain"], plain["over_plain"]) == (2, 1)
     assert dali["img_s"] == pytest.approx(100 / 10e-3)

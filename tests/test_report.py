@@ -103,16 +103,18 @@ def test_slower_is_slower_beyond_both_spreads(tmp_path, capsys):
         b=ms(1, 1.1, 1.2),
         c=ms(1, 1.1, 1.2),
         d=ms(1, 1, 1),
+        e=ms(1, 1.1, 1.2),
     )
     new = kernels(
-        tmp_path / "new.json", a=ms(1.19, 2, 3), b=ms(1.3, 1.4, 1.5), c=ms(0.5, 0.6, 0.7)
+        tmp_path / "new.json", a=ms(1.19, 2, 3), b=ms(1.3, 1.4, 1.5), c=ms(0.5, 0.6, 0.7),
+        e=ms(0.9, 1, 1.05),
     )  # fmt: skip
     assert report.main(["--compare", str(old), str(new)]) == 1
     shown = capsys.readouterr().out
     assert "slower  group_norm b" in shown and "x1.27" in shown
     assert "faster  group_norm c" in shown and "missing group_norm d" in shown
-    assert "group_norm a" not in shown  # the spreads touch
-    assert "3 rows compared: 1 slower, 1 faster" in shown
+    assert "group_norm a" not in shown and "group_norm e" not in shown  # the spreads touch
+    assert "4 rows compared: 1 slower, 1 faster" in shown
     assert report.main(["--compare", str(old), str(old)]) == 0
 
 
