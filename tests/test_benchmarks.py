@@ -255,6 +255,28 @@ def test_the_check_of_a_resumed_run_sees_what_was_not_restored(monkeypatch):
     assert found > bound
 
 
+def test_nan_is_the_worst_of_errors():
+    assert check.worst([0.1, 0.2]) == 0.2
+    assert check.worst([0.1, float("nan")]) == check.worst([float("nan"), 0.1]) == float("inf")
+
+
+@pytest.mark.parametrize("off", check.PHASES)
+def test_the_check_of_gradients_sees_both_networks(off, monkeypatch):
+    accumulate = Distiller.accumulate
+
+    def wrong(self, phase, draw):
+        found = accumulate(self, phase, draw)
+        if phase == off and self.settings.precision == "fp16":
+            net = self.fake_score if phase == "fake" else self.generator
+            for p in net.parameters():
+                p.grad *= 1.5
+        return found
+
+    monkeypatch.setattr(Distiller, "accumulate", wrong)
+    found, bound, note = check.stays_close(check.Here(CPU, 1), "fp16")
+    assert found == pytest.approx(0.5, abs=0.05) and found > bound and "nan" not in note
+
+
 def test_the_check_of_a_network_sees_a_wrong_gradient(monkeypatch):
     here = check.Here(CPU, 1)
     smaller = dataclasses.replace(check.TINY, resolution=4, channel_mult=(1,))
