@@ -127,7 +127,7 @@ else
     part "kernels" 40 "$python" -m benchmarks.kernels --dtype fp32 --kernel sid_loss --rivals eager \
         --seconds BUDGET --out "$out/kernels.json"
     part "training" 60 "$python" -m benchmarks.train --seconds BUDGET --out "$out/train.json" \
-        --micro-batch 2 --turns 2 --share 5 --variants "published,ours fp32,published bf16,ours"
+        --micro-batch 2 --turns 2 --share 5 --variants "ours,ours fp32,published,published bf16"
 fi
 part "evaluation" 90 "$python" -m benchmarks.evaluation --detector pixels \
     --images $((gpu ? 5000 : 100)) --out "$out/evaluation.json"
