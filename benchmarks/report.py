@@ -239,8 +239,8 @@ def write(results: Path, readme: Path) -> int:
                 link = Path(os.path.relpath(picture, readme.parent)).as_posix()
                 lines.append(f"![{picture.stem}]({link})\n")
             lines += parts
-    if not any(result["benchmark"] != "roofline" for _, result in found):
-        lines.insert(1, "**No measured result is committed yet.**\n")
+    if not any(result["driver"] and result["benchmark"] != "roofline" for _, result in found):
+        lines.insert(1, "**Nothing was measured on a GPU yet: these are CPUs, or estimates.**\n")
     with atomic_path(readme) as temporary:
         temporary.write_text("\n".join(lines), "utf-8")
     return len(found)

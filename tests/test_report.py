@@ -13,7 +13,7 @@ def ms(low, middle, high):
 
 
 def kernels(path, device="NVIDIA H200", **times):
-    result = record.Record(path, "kernels", device=device)
+    result = record.Record(path, "kernels", device=device, driver="580.1")
     for shape, spread in times.items():
         result.add(**ROW | {"shape": shape, "ms": spread})
     return path
@@ -63,7 +63,7 @@ def test_every_figure_stands_with_its_device_date_and_commit(results, capsys):
     assert len(pictures) == 4
     for picture in pictures:
         assert (results.parent / picture).stat().st_size > 5000
-    assert "No measured result" not in text
+    assert "driver 580.1" in text and "Nothing was measured on a GPU" not in text
     assert "pixels on cifar10.zip" in text and "dali reads 4.32 times as fast as plain" in text
     assert "plain reads" not in text
 
@@ -89,11 +89,12 @@ def test_bars_stand_where_most_variants_have_run(monkeypatch, tmp_path):
     assert not pictures and "no kernel for this shape" in texts[0]
 
 
-def test_a_report_of_estimates_alone_says_so(tmp_path):
-    (tmp_path / "results").mkdir()
+def test_a_report_without_a_gpu_says_so(tmp_path):
+    check = record.Record(tmp_path / "results" / "check.json", "check", driver=None)
+    check.add(name="x", status="pass", found=0.0, bound=0.0, seconds=1.0, note="")
     (tmp_path / "results" / "config.json").write_text('{"alpha": 1.2}')  # of a run, not a result
     assert report.main(["--results", str(tmp_path / "results")]) == 0
-    assert "No measured result is committed yet" in (tmp_path / "README.md").read_text()
+    assert "Nothing was measured on a GPU yet" in (tmp_path / "README.md").read_text()
 
 
 def test_slower_is_slower_beyond_both_spreads(tmp_path, capsys):
