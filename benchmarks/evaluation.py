@@ -1,33 +1,54 @@
-"""Seconds of an evaluation by stage, and images a second from a zip to the device.
+"""Seconds of an evaluation by stage, and images a second of the readers.
 
-python -m benchmarks.evaluation --detector inception --images 50000 --out results.json
+    python -m benchmarks.evaluation --detector inception --images 50000
 
-On a GPU this is FID over 50,000 images of the CIFAR-10 network; on a CPU the same at a reduced
-size, as a check of itself and for the ratio of the two readers. Networks have random weights: the
-time does not depend on them.
+The readers of PNGs take turns over the whole data set. Then come the pass over the real images, the
+pass that generates and looks at as many as --images says, and the comparison of the two. On a GPU
+this is FID over 50,000 images of the CIFAR-10 network; on a CPU the same at a reduced size, as a
+check of itself and for the ratio of the readers. Networks have random weights: the time does not
+depend on them.
 """
 
-import argparse
-import datetime
-import json
-import statistics
+import dataclasses
 import tempfile
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks import measure
+from benchmarks.record import RESULTS, Record, percentiles
+from benchmarks.train import network
+from sid_fast.config import cli
+from sid_fast.config.settings import check, option
 from sid_fast.engine import parallel
+from sid_fast.evaluation import reference
 from sid_fast.evaluation.detectors import load_detector
 from sid_fast.evaluation.reader import choose, read
-from sid_fast.evaluation.reference import measure
-from sid_fast.evaluation.sample import Clock, compare, generated, look
-from sid_fast.files.atomic import atomic_path
+from sid_fast.evaluation.sample import Clock, Sample, compare, generated, look
 from sid_fast.files.dataset import ImageDataset, write_dataset
-from sid_fast.networks import EDMNetwork, NetworkConfig
+from sid_fast.files.download import TEACHERS
+from sid_fast.networks import NetworkConfig
 
-ROUNDS = 5  # of both readers in turn
+SMALL = NetworkConfig(
+    "ddpmpp", resolution=16, label_dim=10, model_channels=32, channel_mult=(1, 1), num_blocks=1,
+    attention_resolutions=(),
+)  # fmt: skip
+INIT_SIGMA = 2.5
+WARM_UP = 512  # images
+
+
+@dataclasses.dataclass
+class Options:
+    detector: str = option("", "pixels, inception or a TorchScript file; default: pixels on a CPU")
+    trust: bool = option(False, "run a TorchScript file that is not known here")
+    images: int = option(0, "images to generate; default: 50,000, on a CPU 1,000", 0)
+    data: str = option("", "zip of real images; default: as many made up as are generated")
+    rounds: int = option(3, "turns of the readers, and passes", 1)
+    device: str = option("auto", "auto, cpu or cuda")
+    out: str | None = option(None, "the result file; default: benchmarks/results/evaluation.json")
 
 
 def pictures(path: Path, n: int, resolution: int) -> ImageDataset:
@@ -40,79 +61,96 @@ def pictures(path: Path, n: int, resolution: int) -> ImageDataset:
     return ImageDataset(path)
 
 
-def readers(data: ImageDataset, device: torch.device) -> dict[str, float]:
-    """Images a second of each reader: medians over rounds, one after the other in each."""
-    kinds = ["dali", "plain"] if choose() == "dali" else ["plain"]
-    rates: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for _ in range(ROUNDS):
+class Bench:
+    """Measures and writes rows, what is done first."""
+
+    def __init__(self, record: Record, device: torch.device, rounds: int):
+        self.record, self.device, self.rounds = record, device, rounds
+
+    def readers(self, data: ImageDataset, best: str) -> None:
+        """The best reader and the plain one in turns, over all images of a data set."""
+        kinds = dict.fromkeys((best, "plain"))
+
+        def whole(kind: str) -> None:
+            assert sum(map(len, read(data, range(len(data)), self.device, kind))) == len(data)
+
+        calls = {kind: partial(whole, kind) for kind in kinds}
+        found = measure.in_turns(calls, self.device, 0, self.rounds, self.rounds)
+        times = {kind: [ms for ms, _ in found[kind]] for kind in kinds}
         for kind in kinds:
-            began = time.perf_counter()
-            seen = sum(len(images) for images in read(data, range(len(data)), device, kind))
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            rates[kind].append(seen / (time.perf_counter() - began))
-    figures = {f"{kind}_images_per_s": statistics.median(v) for kind, v in rates.items()}
-    if len(kinds) == 2:
-        figures["dali_over_plain"] = statistics.median(
-            d / p for d, p in zip(*rates.values(), strict=True)
-        )
-    return figures
+            pairs = zip(times["plain"], times[kind], strict=True)
+            ratio = measure.median([plain / ms for plain, ms in pairs])
+            self.add("reading", kind, times[kind], len(data), ratio)
+
+    def passes(self, variant: str, images: int | None, work: Callable[[Clock], Sample | dict]):
+        """A row for every stage of some work, on so many images; returns what the work does."""
+        times: dict[str, list[float]] = {}
+        for _ in range(self.rounds):
+            clock = Clock(self.device)
+            found = work(clock)
+            for stage, seconds in clock.seconds.items():
+                times.setdefault(stage, []).append(seconds * 1e3)
+        for stage, ms in times.items():
+            self.add(stage, variant, ms, images)
+        return found
+
+    def add(self, stage: str, variant: str, times: list[float], images, ratio=None) -> None:
+        ms = percentiles(times)
+        row = {"stage": stage, "variant": variant, "ms": ms, "images": images}
+        row |= {"img_s": images and images / ms["p50"] * 1e3, "over_plain": ratio}
+        self.record.add(**row)
+        print(line(row), flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--detector", default=None, help="default: pixels on a CPU, else inception")
-    parser.add_argument("--trust", action="store_true")
-    parser.add_argument("--images", type=int, help="default: 50,000; 1,000 on a CPU")
-    parser.add_argument("--data", help="zip of real images; default: made up")
-    parser.add_argument("--out", help="file for the results as JSON")
-    options = parser.parse_args()
+HEAD = f"{'stage':22} {'of':12} {'images':>7} {'seconds':>9} {'img/s':>9} {'over plain':>10}"
 
-    device = parallel.pick_device(options.device)
-    gpu = device.type == "cuda"
-    count = options.images or (50_000 if gpu else 1000)
-    resolution, width = (32, 128) if gpu else (16, 32)
-    network = NetworkConfig(
-        architecture="ddpmpp", resolution=resolution, channels=3, label_dim=10,
-        model_channels=width, channel_mult=(2, 2, 2) if gpu else (1, 1), num_blocks=4 if gpu else 1,
-        attention_resolutions=(16,) if gpu else (), init_sigma=2.5,
-    )  # fmt: skip
-    net = EDMNetwork(network).to(device).requires_grad_(False).eval()
-    detector = load_detector(
-        options.detector or ("inception" if gpu else "pixels"), device, options.trust
+
+def line(row: dict) -> str:
+    images, rate, ratio = (
+        "" if row[name] is None else format(row[name], spec)
+        for name, spec in (("images", ""), ("img_s", ".0f"), ("over_plain", ".2f"))
     )
-    clock, stages = Clock(device), {}
+    seconds = row["ms"]["p50"] / 1e3
+    return f"{row['stage']:22} {row['variant']:12} {images:>7} {seconds:9.3f} {rate:>9} {ratio:>10}"
+
+
+def run(options: Options, given: set[str]) -> None:
+    check(options)
+    device = parallel.pick_device(options.device)
+    cuda = device.type == "cuda"
+    count = options.images or (50_000 if cuda else 1000)
+    config = TEACHERS["cifar10-cond"].network if cuda else SMALL
+    detector = options.detector or ("inception" if cuda else "pixels")
+    detector = load_detector(detector, device, options.trust)
     with tempfile.TemporaryDirectory() as folder:
+        made_up = Path(folder) / "made-up.zip"
         data = (
             ImageDataset(options.data)
             if options.data
-            else pictures(Path(folder) / "made-up.zip", count, resolution)
+            else pictures(made_up, count, config.resolution)
         )
-        rates = readers(data, device)
-        real = measure(data, detector, clock, choose())
-        stages["reference"] = dict(clock.seconds)
-        clock.seconds.clear()
-        sample = look(generated(net, range(count), 2.5), count, detector, clock, "generated")
-        compare(real, sample, detector, clock)
-        stages["generated"] = dict(clock.seconds)
-    results = {
-        "device": torch.cuda.get_device_name(device) if gpu else "cpu",
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-        "detector": detector.name,
-        "images": count,
-        "network": str(network),
-        "reference_images": len(data),
-        "readers": rates,
-        "seconds": stages,
-    }
-    text = json.dumps(results, indent=2, ensure_ascii=False)
-    if options.out:
-        with atomic_path(options.out) as temporary:
-            temporary.write_text(text + "\n", "utf-8")
-    print(text)
+        of = {"resolution": data.resolution, "channels": data.channels}
+        net = network(dataclasses.replace(config, **of), device).requires_grad_(False).eval()
+        path = Path(options.out or RESULTS / "evaluation.json")
+        more = {"detector": detector.name, "network": str(net.config), "data": data.path.name}
+        record = Record(path, "evaluation", **more)
+        print(f"{record.head['device']}, {detector.name}, {len(data)} real images\n{HEAD}")
+        bench = Bench(record, device, options.rounds)
+        best = choose()
+        bench.readers(data, best)
 
+        def generate(n: int, clock: Clock) -> Sample:
+            return look(generated(net, range(n), INIT_SIGMA), n, detector, clock, "generated")
+
+        generate(min(count, WARM_UP), Clock(device))
+        look_at_real = partial(reference.measure, data, detector, reader=best)
+        real = bench.passes("reference", len(data), lambda clock: look_at_real(clock=clock))
+        sample = bench.passes("generated", count, partial(generate, count))
+        bench.passes("comparison", None, partial(compare, real, sample, detector))
+    print(f"kept as {record.path} and .csv")
+
+
+main = cli.command(Options, run, None, __doc__)
 
 if __name__ == "__main__":
-    main()
+    cli.main(main, "benchmarks.evaluation")

@@ -5,9 +5,9 @@
 #
 # Needs a Python ($PYTHON, python3) with torch, triton and pytest; nothing is installed or fetched.
 # What is worth most comes first, each part within a share of the time that is left. Results are
-# whole after every row, so a session that is cut off counts as far as it came. A tree without its
-# history is told its commit in $SID_FAST_COMMIT. Without a GPU everything runs in small, as a
-# rehearsal.
+# whole after every row, so a session that is cut off counts as far as it came; SIGTERM and Ctrl-C
+# end it with its summary. A tree without its history is told its commit in $SID_FAST_COMMIT. Without
+# a GPU everything runs in small, as a rehearsal.
 set -u
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -17,7 +17,7 @@ python=${PYTHON:-python3}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 log=$out/session.log
 : >"$log"
-exec > >(tee -a "$log") 2>&1
+exec > >(trap '' INT TERM && exec tee -a "$log") 2>&1
 
 # The packages as the wheel lays them out, made of links.
 site=$(mktemp -d)
@@ -35,6 +35,21 @@ export SID_FAST_SHARED=${SID_FAST_SHARED:-$([ -d "$root/shared" ] && echo "$root
 PATH=$PATH:/usr/local/cuda/bin
 
 summary=()
+running=
+finish() {
+    echo
+    printf '%s\n' "${summary[@]}"
+    "$python" -m benchmarks.summary "$out"
+}
+cut_off() {
+    trap '' INT TERM
+    [[ $running ]] && kill "$running" && wait "$running"
+    summary+=("cut off after $SECONDS s")
+    finish
+    exit 143
+}
+trap cut_off INT TERM
+
 # part NAME SHARE COMMAND…: run within SHARE percent of the time that is left; BUDGET in the command
 # is that many seconds, less what it takes to stop.
 part() {
@@ -47,8 +62,12 @@ part() {
     fi
     echo
     echo "== $name, at most $budget s"
-    timeout --signal=INT --kill-after=30 "$budget" "${@//BUDGET/$((budget * 3 / 4))}" </dev/null
+    # In the background: a signal that comes meanwhile does not wait for it.
+    timeout --signal=INT --kill-after=30 "$budget" "${@//BUDGET/$((budget * 3 / 4))}" </dev/null &
+    running=$!
+    wait "$running" 2>/dev/null # in which bash would tell of one that had to be killed
     status=$?
+    running=
     case $status in
         0) status=done ;;
         124 | 137) status="out of time, kept what it had" ;;
@@ -97,7 +116,7 @@ if ((gpu)); then
     part "training" 55 "$python" -m benchmarks.train --seconds BUDGET --out "$out/train.json" \
         --micro-batch 64,256,8 --share 8 --turns 10 --variants "$variants"
     part "training, compiled rivals" 70 "$python" -m benchmarks.train --append --seconds BUDGET \
-        --out "$out/train.json" --preset cifar10-uncond --micro-batch 64 --share 8 \
+        --out "$out/train.json" --preset cifar10-uncond,ffhq64 --micro-batch 64 --share 8 \
         --variants "ours,skilled default mode,skilled,compile"
     part "kernels, compiled rivals" 80 "$python" -m benchmarks.kernels --append --seconds BUDGET \
         --out "$out/kernels.json" --rivals compile
@@ -108,10 +127,8 @@ else
     part "kernels" 40 "$python" -m benchmarks.kernels --dtype fp32 --kernel sid_loss --rivals eager \
         --seconds BUDGET --out "$out/kernels.json"
     part "training" 60 "$python" -m benchmarks.train --seconds BUDGET --out "$out/train.json" \
-        --micro-batch 2 --turns 2 --share 5 --variants "published,ours fp32,published bf16,ours"
+        --micro-batch 2 --turns 2 --share 5 --variants "ours,ours fp32,published,published bf16"
 fi
-part "evaluation" 90 "$python" -m benchmarks.evaluation --detector pixels --out "$out/evaluation.json"
-
-echo
-printf '%s\n' "${summary[@]}"
-"$python" -m benchmarks.summary "$out"
+part "evaluation" 90 "$python" -m benchmarks.evaluation --detector pixels \
+    --images $((gpu ? 5000 : 100)) --out "$out/evaluation.json"
+finish

@@ -35,7 +35,8 @@ class Form:
     timed: whether there is "ms" besides, with its percentiles: of a call, or of a step of one
     round of micro_batch images. Memory is in GiB; floor_share is the part of the time that the
     counted bytes or FLOP would take; to_ours is the time as a multiple of that of the variant
-    "ours", measured in turns with it; status is "ok", or why there are no figures: they are null.
+    "ours", over_plain the images a second as one of those of "plain", each measured in turns with
+    it; status is "ok", or why there are no figures: they are null.
     """
 
     keys: tuple[str, ...]
@@ -57,7 +58,7 @@ FORMS = {
         ("it_s", "img_s", "mfu", "to_ours", "peak_allocated", "peak_reserved", "host_ms", "status"),
     ),
     "check": Form(("name",), ("status", "found", "bound", "seconds", "note"), timed=False),
-    "evaluation": Form(("stage", "variant"), ("images", "img_s")),
+    "evaluation": Form(("stage", "variant"), ("images", "img_s", "over_plain")),
     "roofline": Form(
         ("scope", "layer", "kind"),
         ("calls", "gflop", "mb", "floor_us", "bound"),
@@ -112,13 +113,12 @@ class Record:
 
     def extend(self, rows: list[dict[str, Any]]) -> None:
         """Several rows at once."""
+        expected = (*self.form.keys, *(["ms"] if self.form.timed else []), *self.form.figures)
         for row in rows:
-            expected = {*self.form.keys, *self.form.figures} | (
-                {"ms"} if self.form.timed else set()
-            )
-            if set(row) != expected or (self.form.timed and tuple(row["ms"]) != PERCENTILES):
-                odd = sorted(set(row) ^ expected) or [f"ms of {', '.join(row['ms'])}"]
+            if set(row) != {*expected} or (self.form.timed and tuple(row["ms"]) != PERCENTILES):
+                odd = sorted(set(row) ^ {*expected}) or [f"ms of {', '.join(row['ms'])}"]
                 raise ValueError(f"{self.path}: a row is off by {', '.join(odd)}")
+        rows = [{name: row[name] for name in expected} for row in rows]
         new = [self.form.key(row) for row in rows]
         old = [row for row in self.rows[: self.old] if self.form.key(row) not in new]
         self.rows, self.old = old + self.rows[self.old :] + rows, len(old)
@@ -160,6 +160,7 @@ def surroundings() -> dict[str, Any]:
     packages = ("torch", "triton", "numpy")
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "load": round(os.getloadavg()[0], 1),  # programs that ran in the minute before
         "driver": _line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "versions": {
             "python": platform.python_version(),
@@ -178,7 +179,8 @@ def _processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 
 def _version(package: str) -> str | None:

@@ -40,10 +40,11 @@ MOST = 12  # layers of a roofline that are shown
 
 
 def provenance(result: Result) -> str:
-    """Device, versions, date and commit, in a line."""
-    versions = result["versions"]
+    """Device, the load it was under, versions, date and commit, in a line."""
+    versions, load = result["versions"], result.get("load")
     parts = [
         result["device"],
+        load is not None and result["benchmark"] != "roofline" and f"load {load:g} before",
         result["driver"] and f"driver {result['driver']}",
         *(f"{name} {v}" for name, v in versions.items() if v and name != "numpy"),
         result["date"][:10],
@@ -127,11 +128,13 @@ def draw_throughput(path: Path, title: str, rows: list[dict]) -> None:
     """Images a second by micro-batch, a line a variant."""
     figure = Figure(figsize=(9, 5), dpi=110, layout="constrained")
     axes = figure.subplots()
-    for (variant,), line in groups(rows, "variant").items():
+    for i, ((variant,), line) in enumerate(groups(rows, "variant").items()):
         line = sorted(line, key=lambda row: row["micro_batch"])
         axes.plot(
             [row["micro_batch"] for row in line],
             [row["img_s"] for row in line],
+            color=matplotlib.colormaps["tab10"](i % 10),
+            linestyle=("-", "--", ":")[i // 10 % 3],
             marker="o",
             label=variant,
         )
@@ -149,10 +152,11 @@ def draw_throughput(path: Path, title: str, rows: list[dict]) -> None:
 def _kernels(result: Result, stem: Path) -> tuple[list[str], list[Path]]:
     parts, pictures = [], []
     for (name,), rows in groups(result["rows"], "name").items():
-        path = stem.with_name(f"{stem.name}-{name}.png")
-        title = f"{name}\n{provenance(result)}"
-        draw_bars(path, title, timed(rows), ("shape", "dtype", "mode"), "provider")
-        pictures.append(path)
+        if found := timed(rows):
+            path = stem.with_name(f"{stem.name}-{name}.png")
+            title = f"{name}\n{provenance(result)}"
+            draw_bars(path, title, found, ("shape", "dtype", "mode"), "provider")
+            pictures.append(path)
         parts.append(f"**{name}**\n\n{table(rows)}")
     return parts, pictures
 
@@ -160,23 +164,31 @@ def _kernels(result: Result, stem: Path) -> tuple[list[str], list[Path]]:
 def _train(result: Result, stem: Path) -> tuple[list[str], list[Path]]:
     parts, pictures = [], []
     for (preset,), rows in groups(result["rows"], "preset").items():
-        path = stem.with_name(f"{stem.name}-{preset}.png")
-        draw_throughput(path, f"{preset}\n{provenance(result)}", timed(rows))
-        # Side by side where most variants have run.
         sizes = groups(timed(rows), "micro_batch")
-        (size,), shared = max(sizes.items(), key=lambda item: (len(item[1]), item[0]))
-        bars = stem.with_name(f"{stem.name}-{preset}-step.png")
-        title = f"{preset}, a step in rounds of {size} images\n{provenance(result)}"
-        draw_bars(bars, title, shared, ("micro_batch",), "variant")
-        pictures += [path, bars]
+        if len(sizes) > 1:
+            path = stem.with_name(f"{stem.name}-{preset}.png")
+            draw_throughput(path, f"{preset}\n{provenance(result)}", timed(rows))
+            pictures.append(path)
+        if sizes:  # side by side where most variants have run
+            (size,), shared = max(sizes.items(), key=lambda item: (len(item[1]), item[0]))
+            path = stem.with_name(f"{stem.name}-{preset}-step.png")
+            title = f"{preset}, a step in rounds of {size} images\n{provenance(result)}"
+            draw_bars(path, title, shared, ("preset",), "variant")
+            pictures.append(path)
         parts.append(f"**{preset}**\n\n{table(rows)}")
     return parts, pictures
 
 
 def _evaluation(result: Result, stem: Path) -> tuple[list[str], list[Path]]:
     path = stem.with_name(f"{stem.name}.png")
-    draw_bars(path, f"evaluation\n{provenance(result)}", result["rows"], ("stage",), "variant")
-    return [table(result["rows"])], [path]
+    rows, head = result["rows"], f"{result['detector']} on {result['data']}, by stage"
+    draw_bars(path, f"{head}\n{provenance(result)}", rows, ("stage",), "variant")
+    ratios = [
+        f"In turns, {row['variant']} reads {row['over_plain']:.2f} times as fast as plain.\n"
+        for row in rows
+        if row["over_plain"] is not None and row["variant"] != "plain"
+    ]
+    return [f"**{head}**\n", *ratios, table(rows)], [path]
 
 
 def _roofline(result: Result, stem: Path) -> tuple[list[str], list[Path]]:
@@ -227,8 +239,8 @@ def write(results: Path, readme: Path) -> int:
                 link = Path(os.path.relpath(picture, readme.parent)).as_posix()
                 lines.append(f"![{picture.stem}]({link})\n")
             lines += parts
-    if not any(result["benchmark"] != "roofline" for _, result in found):
-        lines.insert(1, "**No measured result is committed yet.**\n")
+    if not any(result["driver"] and result["benchmark"] != "roofline" for _, result in found):
+        lines.insert(1, "**Nothing was measured on a GPU yet: these are CPUs, or estimates.**\n")
     with atomic_path(readme) as temporary:
         temporary.write_text("\n".join(lines), "utf-8")
     return len(found)

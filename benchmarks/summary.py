@@ -6,8 +6,8 @@ python -m benchmarks.summary FOLDER
 import sys
 from pathlib import Path
 
+from benchmarks import evaluation, train
 from benchmarks.record import read
-from benchmarks.train import HEAD, line
 from sid_fast.errors import UserError
 
 OURS = ("triton", "cuda")
@@ -45,10 +45,14 @@ def kernels(rows: list[dict]) -> list[str]:
 
 
 def training(rows: list[dict]) -> list[str]:
-    return [HEAD, *map(line, rows)]
+    return [train.HEAD, *map(train.line, rows)]
 
 
-SECTIONS = {"check": checks, "kernels": kernels, "train": training}
+def evaluated(rows: list[dict]) -> list[str]:
+    return [evaluation.HEAD, *map(evaluation.line, rows)]
+
+
+SECTIONS = {"check": checks, "kernels": kernels, "train": training, "evaluation": evaluated}
 
 
 def main(folder: Path) -> None:

@@ -27,7 +27,7 @@ def calls():
                     yield pytest.param(case, provider, mode, id=f"{name} {provider}")
 
 
-@pytest.mark.parametrize(("case", "provider", "mode"), calls())
+@pytest.mark.parametrize(("case", "provider", "mode"), list(calls()))
 def test_kernel(benchmark, case, provider, mode):
     try:
         call = measure.Cold(kernels.prepared(case, provider, DEVICE)[mode], DEVICE)

@@ -49,6 +49,16 @@ def test_a_row_of_another_form_is_refused_and_leaves_the_file(tmp_path, change, 
     assert len(record.read(tmp_path / "kernels.json")["rows"]) == 1
 
 
+def test_columns_stand_in_the_order_of_the_form(tmp_path):
+    """What a row is of first, whatever order it is given in."""
+    result = record.Record(tmp_path / "kernels.json", "kernels")
+    result.add(**dict(reversed(ROW.items())))
+    expected = [*result.form.keys, "ms", *result.form.figures]
+    assert list(record.read(result.path)["rows"][0]) == expected
+    header = result.path.with_suffix(".csv").read_text().partition("\n")[0]
+    assert header.split(",")[:6] == [*result.form.keys, "ms_p20"]
+
+
 def test_percentiles():
     assert record.percentiles([float(n) for n in range(11)]) == {"p20": 2, "p50": 5, "p80": 8}
 

@@ -87,7 +87,9 @@ def command(
     hints = typing.get_type_hints(config)
     fields = {f.name: f for f in dataclasses.fields(config)}
     names = dict.fromkeys(n for c in config.__mro__ for n in inspect.get_annotations(c))
-    params: list[click.Parameter] = [_option(fields[n], hints[n]) for n in names if n != "preset"]
+    params: list[click.Parameter] = [
+        _option(fields[n], hints[n]) for n in names if not (kind and n == "preset")
+    ]
     if kind:
         known = ", ".join(presets(kind))
         params.insert(
