@@ -57,6 +57,11 @@ FORMS = {
         ("preset", "variant", "micro_batch"),
         ("it_s", "img_s", "mfu", "to_ours", "peak_allocated", "peak_reserved", "host_ms", "status"),
     ),
+    "breakdown": Form(
+        ("preset", "precision", "micro_batch", "kind", "name"),
+        ("calls", "device_ms", "share", "floor_ms"),
+        timed=False,
+    ),
     "check": Form(("name",), ("status", "found", "bound", "seconds", "note"), timed=False),
     "evaluation": Form(("stage", "variant"), ("images", "img_s", "over_plain")),
     "roofline": Form(

@@ -32,6 +32,7 @@ would take of which machine, [LOG.md](LOG.md) what was tried.
 TITLES = {
     "check": "Correctness on the device",
     "train": "Training",
+    "breakdown": "Where the time of a step goes",
     "kernels": "Kernels",
     "evaluation": "Evaluation",
     "roofline": "Rooflines (estimates)",
@@ -179,6 +180,32 @@ def _train(result: Result, stem: Path) -> tuple[list[str], list[Path]]:
     return parts, pictures
 
 
+def _breakdown(result: Result, stem: Path) -> tuple[list[str], list[Path]]:
+    parts, pictures = [], []
+    for keys, rows in groups(result["rows"], "preset", "precision", "micro_batch").items():
+        kinds = [row for row in rows if row["name"] == "all" and row["kind"] != "all"]
+        path = stem.with_name("-".join(map(str, (stem.name, *keys))) + ".png")
+        figure = Figure(figsize=(8, 1.2 + 0.5 * len(kinds)), dpi=110, layout="constrained")
+        axes = figure.subplots()
+        places, names = range(len(kinds)), [row["kind"] for row in kinds]
+        for shift, column, label in ((-0.2, "device_ms", "measured"), (0.2, "floor_ms", "floor")):
+            values = [row[column] for row in kinds]
+            bars = axes.barh([at + shift for at in places], values, 0.4, label=label)
+            axes.bar_label(bars, [f" {number(v)}" for v in values], fontsize=7)
+        axes.set_yticks(places, names, fontsize=8)
+        axes.invert_yaxis()
+        axes.margins(x=0.1)
+        axes.set(xlabel="ms of a step")
+        axes.set_title(f"{', '.join(map(str, keys))} images\n{provenance(result)}", fontsize=8)
+        axes.legend(fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        _save(figure, path)
+        pictures.append(path)
+        shown = [{k: v for k, v in row.items() if k not in ("preset", "precision")} for row in rows]
+        parts.append(f"**{', '.join(map(str, keys))} images**\n\n{table(shown)}")
+    return parts, pictures
+
+
 def _evaluation(result: Result, stem: Path) -> tuple[list[str], list[Path]]:
     path = stem.with_name(f"{stem.name}.png")
     rows, head = result["rows"], f"{result['detector']} on {result['data']}, by stage"
@@ -216,6 +243,7 @@ SECTIONS = {
     "check": _check,
     "kernels": _kernels,
     "train": _train,
+    "breakdown": _breakdown,
     "evaluation": _evaluation,
     "roofline": _roofline,
 }
