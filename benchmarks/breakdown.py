@@ -123,19 +123,19 @@ def run(options: Options, given: set[str]) -> None:
         longest = sorted(table.items(), key=lambda item: -item[1][1])[:SINGLE]
         rows += [row(what(name), name[:120], *found, None) for name, found in longest]
     record.extend(rows)
-    show(rows)
+    print("\n".join([HEAD, *map(line, rows)]))
     print(f"kept as {record.path} and .csv")
 
 
-def show(rows: list[dict]) -> None:
-    print(f"{'kind':14} {'operation':64} {'calls':>6} {'ms':>9} {'share':>6} {'floor ms':>9}")
-    for row in rows:
-        calls, floor = row["calls"], row["floor_ms"]
-        print(
-            f"{row['kind']:14} {row['name'][:64]:64} {'' if calls is None else f'{calls:g}':>6} "
-            f"{row['device_ms']:9.3f} {row['share']:6.1%} "
-            f"{'' if floor is None else f'{floor:.3f}':>9}"
-        )
+HEAD = f"{'kind':14} {'operation':64} {'calls':>6} {'ms':>9} {'share':>6} {'floor ms':>9}"
+
+
+def line(row: dict) -> str:
+    calls, floor = row["calls"], row["floor_ms"]
+    return (
+        f"{row['kind']:14} {row['name'][:64]:64} {'' if calls is None else f'{calls:g}':>6} "
+        f"{row['device_ms']:9.3f} {row['share']:6.1%} {'' if floor is None else f'{floor:.3f}':>9}"
+    )
 
 
 main = cli.command(Options, run, None, __doc__)

@@ -115,6 +115,7 @@ if ((gpu)); then
         --rivals "eager,fused Adam,apex,sdpa cudnn,sdpa flash,sdpa efficient"
     part "training" 55 "$python" -m benchmarks.train --seconds BUDGET --out "$out/train.json" \
         --micro-batch 64,256,8 --share 8 --turns 10 --variants "$variants"
+    part "breakdown" 20 "$python" -m benchmarks.breakdown --out "$out/breakdown.json"
     part "training, compiled rivals" 70 "$python" -m benchmarks.train --append --seconds BUDGET \
         --out "$out/train.json" --preset cifar10-uncond,ffhq64 --micro-batch 64 --share 8 \
         --variants "ours,skilled default mode,skilled,compile"
@@ -128,6 +129,7 @@ else
         --seconds BUDGET --out "$out/kernels.json"
     part "training" 60 "$python" -m benchmarks.train --seconds BUDGET --out "$out/train.json" \
         --micro-batch 2 --turns 2 --share 5 --variants "ours,ours fp32,published,published bf16"
+    part "breakdown" 40 "$python" -m benchmarks.breakdown --out "$out/breakdown.json"
 fi
 part "evaluation" 90 "$python" -m benchmarks.evaluation --detector pixels \
     --images $((gpu ? 5000 : 100)) --out "$out/evaluation.json"

@@ -6,7 +6,7 @@ python -m benchmarks.summary FOLDER
 import sys
 from pathlib import Path
 
-from benchmarks import evaluation, train
+from benchmarks import breakdown, evaluation, train
 from benchmarks.record import read
 from sid_fast.errors import UserError
 
@@ -52,7 +52,17 @@ def evaluated(rows: list[dict]) -> list[str]:
     return [evaluation.HEAD, *map(evaluation.line, rows)]
 
 
-SECTIONS = {"check": checks, "kernels": kernels, "train": training, "evaluation": evaluated}
+def broken_down(rows: list[dict]) -> list[str]:
+    return [breakdown.HEAD, *map(breakdown.line, rows)]
+
+
+SECTIONS = {
+    "check": checks,
+    "kernels": kernels,
+    "train": training,
+    "breakdown": broken_down,
+    "evaluation": evaluated,
+}
 
 
 def main(folder: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from golden import relative
 
-from benchmarks import check, evaluation, kernels, rivals, summary, train
+from benchmarks import breakdown, check, evaluation, kernels, rivals, summary, train
 from benchmarks.record import Record, read
 from sid_fast import Distiller, Settings
 from sid_fast.errors import RunFailed, UserError
@@ -148,6 +148,26 @@ def test_variants_are_timed_side_by_side_and_one_that_fails_is_a_row(small, tmp_
     flop = 11 * 2 * train.forward_flop(check.TINY)
     assert ours["mfu"] == pytest.approx(flop * ours["it_s"] / 1e12)
     assert len(summary.training(result["rows"])) == 4
+
+
+def test_a_step_is_broken_down_to_the_operations_that_it_runs(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(breakdown, "network_of", lambda teacher: check.TINY)
+    path = tmp_path / "breakdown.json"
+    breakdown.run(breakdown.Options(micro_batch=2, device="cpu", out=str(path)), set())
+    rows = read(path)["rows"]
+    kinds = {row["kind"]: row for row in rows if row["name"] == "all"}
+    whole = kinds.pop("all")
+    assert kinds.keys() >= {"convolution", "group norm", "linear", "pointwise", "update"}
+    for column in ("device_ms", "floor_ms"):
+        assert sum(row[column] for row in kinds.values()) == pytest.approx(whole[column])
+        assert all(row[column] > 0 for row in kinds.values())
+    assert whole["share"] == 1
+    (update,) = (row for row in rows if row["name"] == "sid_fast::adam_ema")
+    assert update["kind"] == "update" and update["calls"] == 2
+    # Two networks' gradients read, weights and moments read and written, and so one average.
+    weights = sum(p.numel() for p in EDMNetwork(check.TINY).parameters())
+    least = (2 * (4 + 8 + 8) + 8) * weights / 0.1e9
+    assert least <= kinds["update"]["floor_ms"] < 1.2 * least
 
 
 def test_the_flop_of_a_forward_are_those_of_the_published_network():

@@ -35,6 +35,12 @@ def results(tmp_path):
         evaluation.add(
             stage="reading", variant=kind, ms=ms(1, 2, 3), images=9, img_s=4.5, over_plain=ratio
         )
+    steps = record.Record(tmp_path / "results" / "breakdown.json", "breakdown", device="NVIDIA Z")
+    for kind, name, floor in (("update", "all", 0.5), ("update", "adam_ema_kernel", None)):
+        steps.add(
+            preset="ffhq64", precision="bf16", micro_batch=64, kind=kind, name=name, calls=2.0,
+            device_ms=1.75, share=0.25, floor_ms=floor,
+        )  # fmt: skip
     return tmp_path / "results"
 
 
@@ -60,7 +66,8 @@ def test_every_figure_stands_with_its_device_date_and_commit(results, capsys):
     assert "peak_reserved" not in text  # nowhere measured
     assert "| skilled | 16 | out of memory |" in re.sub(r"(\|  )+", "", text)  # and in no picture
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    assert len(pictures) == 4
+    assert len(pictures) == 5
+    assert "| update | adam_ema_kernel | 2 | 1.75 | 0.25 |" in re.sub(r"\| 64 ", "", text)
     for picture in pictures:
         assert (results.parent / picture).stat().st_size > 5000
     assert "driver 580.1" in text and "Nothing was measured on a GPU" not in text
