@@ -179,7 +179,9 @@ def find_state(resume: str, out: str | None, kind: str = "") -> Path:
     if resume == "latest" and kind:
         states = [path for path in states if _may_be(kind, path)]
     if not states:
-        raise UserError(f"resume={resume}: there is no training state (state-*) at {place}")
+        missing = not (place.exists() or resume == "latest")
+        what = "there is no" if missing else "there is no training state (state-*) at"
+        raise UserError(f"resume={resume}: {what} {place}")
     return max(states, key=_age)
 
 

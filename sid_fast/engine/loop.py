@@ -228,6 +228,10 @@ class Loop:
                 faults.clear()
                 if failures >= FAILURES:
                     self._give_up()
+            elif trainer.steps == self.started + 2:  # an early word on how long it will take
+                self._report(metrics, keep=False)
+            if first:  # it compiles
+                self.meter = Meter()
             self._warn(self.states.poll())
             unwritten = []
             with self.meter.paused():
@@ -305,8 +309,8 @@ class Loop:
             except WriteFailed as error:
                 self._warn(error)
 
-    def _report(self, metrics: dict[str, torch.Tensor]) -> None:
-        """One line and one record; reading the metrics is the only wait for the device."""
+    def _report(self, metrics: dict[str, torch.Tensor], keep: bool = True) -> None:
+        """One line, and one record; reading the metrics is the only wait for the device."""
         values = {name: float(v) for name, v in metrics.items()}
         rate = self.meter.read()
         images = rate * self.trainer.settings.batch_size
@@ -321,7 +325,8 @@ class Loop:
         ]
         parts += [f"{k} {v:.0f}" for k, v in values.items() if k.endswith(FAULTS) and v]
         self._say("  ".join(parts))
-        self._record(values | {"it_per_s": rate, "img_per_s": images})
+        if keep:
+            self._record(values | {"it_per_s": rate, "img_per_s": images})
 
     def _evaluated(self) -> int:
         """Whether the log has an evaluation at this point."""
