@@ -194,6 +194,7 @@ def test_a_terminal_that_goes_away_stops_a_run_with_its_state(tmp_path, run_comm
             return super().write(text)
 
     monkeypatch.setattr(sys, "stdout", Gone())
+    monkeypatch.setattr(loop.signal, "getsignal", lambda _: signal.SIG_DFL)  # under nohup, too
     save_network(tmp_path / "teacher.safetensors", small_teacher())
     out = tmp_path / "run"
     status, error = run_command(
@@ -218,4 +219,4 @@ def test_what_takes_long_says_so(monkeypatch):
     monkeypatch.setattr(compile, "PERIOD", 0.001)
     lines = queue.Queue()
     with compile.shown("first step", lines.put):
-        assert re.fullmatch(r"first step: \d+ s so far", lines.get(timeout=60))
+        assert re.match(r"first step: \d+ s so far", lines.get(timeout=60))
