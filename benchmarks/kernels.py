@@ -431,7 +431,7 @@ def measured(case: Case, device: torch.device, ceilings: dict, rivals: set[str])
 
 
 def cases(options: Options, device: torch.device) -> list[Case]:
-    """What is asked for, the kernels in turns, the largest cases first; on a CPU the least alone."""
+    """What is asked for, the kernels in turns, the largest cases first; on a CPU only the least."""
     for name, value, known in (
         ("kernel", options.kernel, CASES),
         *(("dtype", value, DTYPES) for value in options.dtype.split(",")),

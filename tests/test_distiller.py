@@ -170,7 +170,7 @@ def test_a_step_meets_the_host_nowhere():
     with profile(activities=[ProfilerActivity.CPU]) as found:
         distiller.run()
     names = {event.key for event in found.key_averages()}
-    assert "aten::randn" in names and "sid_fast::augment" in names
+    assert {"aten::randn", "aten::grid_sampler"} <= names  # the latter within the warp's operator
     for name in ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "lift_fresh"):
         assert f"aten::{name}" not in names
 
