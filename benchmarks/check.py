@@ -28,7 +28,8 @@ from benchmarks.train import network
 from sid_fast import Draw, Settings, load_network
 from sid_fast.config import cli
 from sid_fast.config.settings import option
-from sid_fast.distiller import PHASES, Distiller
+from sid_fast.distiller import Distiller
+from sid_fast.draws import PHASES
 from sid_fast.engine import cost, parallel, precision
 from sid_fast.engine.graphs import Graph, warm_up
 from sid_fast.errors import RunFailed
@@ -117,7 +118,7 @@ def flat(tensors) -> torch.Tensor:
 
 def weights(distiller: Distiller) -> torch.Tensor:
     nets = distiller.fake_score, distiller.generator, distiller.ema
-    return flat(p for net in nets for p in net.parameters())
+    return flat(parallel.local([p for net in nets for p in net.parameters()]))
 
 
 def apart(found: Distiller, expected: Distiller, start: torch.Tensor) -> float:
@@ -241,6 +242,19 @@ def resumes(here: Here) -> tuple[float, float, str]:
             for _ in range(here.steps):
                 distiller.step()
         return apart(again, whole, start), 0.0, f"{here.steps} steps and {here.steps} more"
+
+
+def shards(here: Here) -> tuple[float, float, str]:
+    """FSDP at one process, replayed where there are graphs, against whole networks."""
+    with dispatch.forced(here.kernels):
+        whole = here.distiller()
+        start = weights(whole)
+        for _ in range(here.steps):
+            whole.step()
+        with parallel.joined(here.device, "fsdp"):
+            layout = parallel.plan("fsdp", whole.teacher, here.device)
+            parts = here.run(layout=layout, cuda_graph=here.cuda)
+            return apart(parts, whole, start), 1e-4, f"{here.steps} steps, {layout.text}"
 
 
 def compiles(here: Here) -> tuple[float, float, str]:
@@ -375,6 +389,7 @@ CHECKS: dict[str, Check] = {
     "no waiting": partial(never_waits, graphs=False),
     "no waiting, graphs": partial(never_waits, graphs=True),
     "resume": resumes,
+    "fsdp": shards,
     "golden ddpmpp_uncond": partial(follows_golden, name="ddpmpp_uncond"),
     "golden adm_cond": partial(follows_golden, name="adm_cond"),
     "gradients bf16": partial(stays_close, kind="bf16"),

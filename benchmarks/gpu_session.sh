@@ -108,7 +108,7 @@ pytest=("$python" -m pytest -q -p no:cacheprovider -o addopts= -rfE)
 if ((gpu)); then
     variants="ours,published,published bf16,no graphs,ours fp32,cuDNN tuned,no fused block"
     variants+=",no fused group norm,no fused attention,no fused loss,no fused optimiser"
-    variants+=",CUDA optimiser,no channels-last"
+    variants+=",CUDA optimiser,no channels-last,fsdp,fsdp no graphs"
     part "kernel tests" 30 "${pytest[@]}" "${workers[@]}" -m "" "${tests[@]}"
     part "checks" 35 "$python" -m benchmarks.check --out "$out/check.json"
     part "kernels" 25 "$python" -m benchmarks.kernels --seconds BUDGET --out "$out/kernels.json" \

@@ -26,7 +26,7 @@ prints, which takes other precisions, sizes, rates and MFU too.
   and what the allocator cannot use.
 - FLOP are counted in the same step, 2 a multiply-add.
 - Time is FLOP over an **assumed** MFU of {plan.PlanOptions.mfu:.0%} of the card's matrix rate, and
-  what waits for communication (all of it behind a replayed CUDA graph), at an **assumed**
+  communication that neither network's last backward hides, at an **assumed**
   {plan.LINKS["inside a node"]:.0f} GB/s a GPU inside a node of {plan.NODE},
   {plan.LINKS["between nodes"]:.0f} between nodes.
 """

@@ -12,8 +12,10 @@ on most CPUs, whatever the variant computes in. Memory is what a variant adds: a
 nothing, within three steps. Host time is until a step that found an idle device returns.
 """
 
+import atexit
 import contextlib
 import dataclasses
+import functools
 import gc
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -48,7 +50,7 @@ class Variant:
     kind: ours, plain or skilled; precision as of --precision; kernels as of dispatch.force;
     options go to Distiller, or are the mode of torch.compile; tuned: whether cuDNN tries what it
     has and takes the fastest, where the training command asks for what is deterministic;
-    channels_last: False has everything in NCHW.
+    channels_last: False has everything in NCHW. sharded: --parallel fsdp, at this one process.
     """
 
     kind: str = "ours"
@@ -57,6 +59,7 @@ class Variant:
     options: dict[str, Any] = dataclasses.field(default_factory=lambda: {"cuda_graph": True})
     tuned: bool = False
     channels_last: bool = True
+    sharded: bool = False
 
     @property
     def graphed(self) -> bool:
@@ -97,13 +100,15 @@ VARIANTS = {
         kernels={"sid_loss": "triton", "adam_ema": "triton"}, channels_last=False
     ),
     "ours tf32": Variant(precision="tf32"),
+    "fsdp": Variant(sharded=True),
+    "fsdp no graphs": Variant(sharded=True, options={}),
     "compile": Variant(options={"cuda_graph": True, "compile": True}),
 }
 
 
 # The others take parts away that a CPU does not run: it has all of ours in plain PyTorch. Ours come
 # first, so that all take turns together.
-ON_CPU = ("ours", "ours fp32", "published", "published bf16", "skilled default mode")
+ON_CPU = ("ours", "ours fp32", "published", "published bf16", "skilled default mode", "fsdp")
 
 
 @dataclasses.dataclass
@@ -149,7 +154,12 @@ class Running:
                 raise RuntimeError("the CUDA kernels are not built")
             graph = v.graphed and self.device.type == "cuda"
             settings = dataclasses.replace(settings, precision=v.precision)
-            return Distiller(teacher, settings, **v.options | {"cuda_graph": graph}).step
+            layout = parallel.WHOLE
+            if v.sharded:
+                one_process(self.device)
+                layout = parallel.plan("fsdp", teacher, self.device)
+            options = v.options | {"cuda_graph": graph}
+            return Distiller(teacher, settings, layout=layout, **options).step
         dtype = precision.TYPES[v.precision]
         settings = dataclasses.replace(settings, eps=precision.ADAM_EPS[v.precision])
         return {"plain": Plain, "skilled": Skilled}[v.kind](
@@ -174,6 +184,14 @@ class Running:
     def __call__(self) -> None:
         with self.around():
             self.step()
+
+
+@functools.cache
+def one_process(device: torch.device) -> None:
+    """Be a group of one process, until the end of it."""
+    group = contextlib.ExitStack()
+    group.enter_context(parallel.joined(device, "fsdp"))
+    atexit.register(group.close)
 
 
 def memory(device: torch.device, most: str = "") -> list[int]:

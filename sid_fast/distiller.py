@@ -8,7 +8,7 @@ import torch
 
 from sid_fast import augment, losses
 from sid_fast.config.settings import Settings, check, identity_of, rounds_of
-from sid_fast.draws import Draw, draw_round, dropout_seed, seed_of
+from sid_fast.draws import PHASES, Draw, draw_round, dropout_seed, seed_of
 from sid_fast.engine import parallel, precision
 from sid_fast.engine.checkpoint import digest
 from sid_fast.engine.compile import compile_blocks
@@ -20,7 +20,6 @@ from sid_fast.kernels import Losses
 from sid_fast.networks import EDMNetwork
 
 Draws = dict[str, list[Draw]]
-PHASES = ("fake", "generator")
 
 
 class Distiller:
@@ -149,6 +148,7 @@ class Distiller:
             found = self.fake_optimizer.update(s.fake_lr, apply=self.live)
         else:
             found = self.generator_optimizer.update(s.generator_lr, self.ema_beta, self.live)
+            parallel.reshard(self.fake_score)  # a step ends as it began, as its graphs need it
         return {f"{phase}/{name}": value for name, value in found.items()}
 
     def fake_score_round(self, draw: Draw) -> Losses:

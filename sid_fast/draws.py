@@ -13,6 +13,8 @@ from sid_fast.augment import draw as draw_warp
 from sid_fast.config.settings import Settings
 from sid_fast.networks import NetworkConfig
 
+PHASES = ("fake", "generator")  # of a step, in order
+
 # What random numbers are for; the order is part of what a seed means.
 PURPOSES = ("draws", "dropout", "gallery", "weights")
 

@@ -158,10 +158,8 @@ def plan(found: Counts, settings: Settings, kimg: float, options: PlanOptions) -
     # An all-reduce is a reduce-scatter and an all-gather, each of all numbers but one's own part.
     traffic = 2 * (gpus - 1) / gpus * found.stays["gradients"]
     exchange = traffic / (link_of(options) * 1e9)
-    # Whole networks' gradients leave behind the replay of the last round's graph; in parts, either
-    # network's travel while the last round's backward (two forwards) goes on.
-    replayed = found.memory(micro, gpus).total() <= room
-    exposed = max(0.0, exchange - (not replayed) * 2 * 2 * found.forward * micro / rate)
+    # Either network's gradients travel while the last round's backward (two forwards) goes on.
+    exposed = max(0.0, exchange - 2 * 2 * found.forward * micro / rate)
     seconds = compute + exposed
     return Plan(
         memory={w: found.memory(max(micro, 1), gpus, sharded=w == "fsdp") for w in ways},

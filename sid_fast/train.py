@@ -127,7 +127,7 @@ def run(config: TrainConfig, given: set[str], auto_micro_batch: bool = False) ->
             if device.type == "cuda":
                 config.micro_batch = micro_batch_that_fits(teacher, config, device, sharded)
         settings = part(config, Settings)
-        graphs, note = usable(config.cuda_graph, device, config.checkpoint_activations, sharded)
+        graphs, note = usable(config.cuda_graph, device, config.checkpoint_activations)
         trainer = Distiller(
             teacher,
             settings,

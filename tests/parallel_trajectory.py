@@ -2,14 +2,16 @@
 
 python parallel_trajectory.py GOLDEN STATES NETWORK:MODE[:save|resume] … runs one after the other.
 MODE is one of --parallel, or `tight`: fsdp with nothing kept gathered. NETWORK `faults` is a small
-one with values planted that are not finite.
+one with values planted that are not finite; `graphs` replays its steps.
 """
 
 import dataclasses
 import functools
 import sys
+from functools import partial
 from pathlib import Path
 
+import recorder
 import torch
 import torch.distributed as dist
 from golden import TRAJECTORY_TOLERANCE, read
@@ -36,11 +38,13 @@ def part(rounds: list[sid_fast.Draw]) -> list[sid_fast.Draw]:
     return [sid_fast.Draw(*chunk) for chunk in zip(*chunks, strict=True)]
 
 
-def distiller_of(teacher: EDMNetwork, mode: str, settings: sid_fast.Settings) -> sid_fast.Distiller:
+def distiller_of(
+    teacher: EDMNetwork, mode: str, settings: sid_fast.Settings, **options
+) -> sid_fast.Distiller:
     name = "fsdp" if mode == "tight" else mode
     layout = parallel.plan(name, teacher, cpu, shard_group=min(world, 2))
     layout = dataclasses.replace(layout, gathered=mode != "tight")
-    return sid_fast.Distiller(teacher, settings, layout=layout)
+    return sid_fast.Distiller(teacher, settings, layout=layout, **options)
 
 
 def trajectory(name: str, mode: str, state: str = "") -> None:
@@ -101,6 +105,23 @@ def faults(mode: str) -> None:
         print(f"{mode} faults")
 
 
+def replays(mode: str, rounds: str) -> None:
+    """Recorded steps, messages and all, end on the bits of those that ask Python every time."""
+    recorder.stand_in(setattr)
+    settings = sid_fast.Settings(
+        batch_size=int(rounds) * world, micro_batch=1, dropout=0.2, precision="bf16"
+    )
+    found = []
+    for graph in (False, True):
+        distiller = distiller_of(small_teacher(), mode, settings, cuda_graph=graph)
+        metrics = [distiller.step() for _ in range(2)][-1]
+        found.append(parallel.local([*distiller.tensors().values(), *metrics.values()]))
+    assert len(distiller.graphs.parts) == (1 if rounds == "1" else 6)
+    assert all(map(torch.equal, *found))
+    if rank == 0:
+        print(f"{mode} graphs")
+
+
 def gathers_buffers() -> None:
     """The random frequencies of NCSN++ are no parameters."""
     config = dataclasses.replace(small_teacher().config, architecture="ncsnpp")
@@ -136,4 +157,4 @@ with parallel.joined(cpu, "fsdp"):
     gathers_buffers()
     for case in sys.argv[3:]:
         name, *rest = case.split(":")
-        faults(*rest) if name == "faults" else trajectory(name, *rest)
+        {"faults": faults, "graphs": replays}.get(name, partial(trajectory, name))(*rest)

@@ -1,9 +1,10 @@
 """CUDA graphs: when there are any, and that rehearsal and replay make the same steps.
 
-Where there is no GPU a stand-in runs what would have been captured.
+Where there is no GPU operations are recorded in place of launches: see recorder.py.
 """
 
 import pytest
+import recorder
 import torch
 from test_distiller import FAST, small_teacher, weights
 
@@ -19,8 +20,6 @@ def test_what_the_option_comes_to():
     assert graphs.usable("on", CUDA) == (True, "")
     assert graphs.usable("off", CUDA) == (False, "")
     assert graphs.usable("auto", CPU) == (False, "")
-    used, note = graphs.usable("auto", CUDA, sharded=True)
-    assert not used and "CUDA graphs are off: weights" in note
     used, note = graphs.usable("auto", CUDA, recompute=True)
     assert not used and "CUDA graphs are off: blocks" in note
     with pytest.raises(UserError, match="none on cpu"):
@@ -31,20 +30,8 @@ def test_what_the_option_comes_to():
 
 @pytest.fixture
 def stand_in(monkeypatch, device):
-    """The names of the graphs that were captured, in order."""
-    captured = []
-    if device.type == "cuda":
-        return captured
-
-    def graph(function, generators=(), pool=None):
-        captured.append(getattr(function, "func", function).__name__)
-        return function
-
-    monkeypatch.setattr(graphs, "Graph", graph)
-    monkeypatch.setattr(graphs, "warm_up", lambda function: (function(), function()))
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda _: torch.get_rng_state())
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, _: torch.set_rng_state(state))
-    return captured
+    if device.type == "cpu":
+        recorder.stand_in(monkeypatch.setattr)
 
 
 @pytest.mark.parametrize("micro_batch", [4, 1, None])
@@ -65,9 +52,8 @@ def test_a_replayed_run_is_the_eager_one(stand_in, device, micro_batch):
         found.append((weights(distiller), metrics["generator/loss"].clone()))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
-    if device.type == "cpu":
-        rounds = ["accumulate", "update"] * 2
-        assert stand_in == (rounds if micro_batch == 1 else ["run"])
+    expected = [1, 6, 1, 1, 6, 1] if micro_batch == 1 else [1]
+    assert [times for _, times in distiller.graphs.parts] == expected
 
 
 def test_a_capture_that_failed_elsewhere_is_not_used_here(stand_in, monkeypatch):
@@ -75,7 +61,7 @@ def test_a_capture_that_failed_elsewhere_is_not_used_here(stand_in, monkeypatch)
     monkeypatch.setattr(graphs.parallel, "any_", lambda failed: True)
     distiller = Distiller(small_teacher(), Settings(**FAST), cuda_graph=True)
     distiller.step()
-    assert distiller.graphs.parts == {"step": distiller.run}
+    assert distiller.graphs.parts == [(distiller.run, 1)]
 
 
 def test_a_failed_capture_is_a_warning(stand_in, monkeypatch):

@@ -23,8 +23,8 @@ from sid_fast.files.network import save_network
 # the middle of a trajectory; two and one go on from it to the end of the published one.
 CASES = {
     4: ["ddp", "hsdp", "fsdp:save"],
-    2: ["ddp", "hsdp", "fsdp:resume", "tight", "adm_cond:fsdp", *(f"faults:{m}" for m in
-        ("ddp", "fsdp", "hsdp"))],
+    2: ["ddp", "hsdp", "fsdp:resume", "tight", "adm_cond:fsdp", "graphs:ddp:5", "graphs:fsdp:5",
+        "graphs:hsdp:1", "graphs:tight:1", *(f"faults:{m}" for m in ("ddp", "fsdp", "hsdp"))],
     1: ["fsdp", "hsdp", "ddp:resume"],
 }  # fmt: skip
 
@@ -32,11 +32,12 @@ CASES = {
 def test_every_layout_meets_the_golden_trajectory(golden, tmp_path):
     script = __file__.replace("test_parallel", "parallel_trajectory")
     for processes, modes in CASES.items():
-        cases = [c if "_" in c or "faults" in c else f"ddpmpp_uncond:{c}" for c in modes]
+        small = [c for c in modes if c.startswith(("faults", "graphs"))]
+        cases = [c if "_" in c or c in small else f"ddpmpp_uncond:{c}" for c in modes]
         done = python(*TORCHRUN, processes, script, golden, tmp_path, *cases)
         assert done.returncode == 0, done.stdout + done.stderr
-        faults = sum(c.startswith("faults") for c in cases)
-        assert len(done.stdout.splitlines()) == faults + 3 * (len(cases) - faults), done.stdout
+        lines = len(small) + 3 * (len(cases) - len(small))
+        assert len(done.stdout.splitlines()) == lines, done.stdout
 
 
 @pytest.fixture(scope="module")

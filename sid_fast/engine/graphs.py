@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sid_fast.draws import PHASES
 from sid_fast.engine import parallel
 from sid_fast.errors import UserError
 
@@ -16,9 +17,7 @@ if TYPE_CHECKING:
 FEW = 4  # rounds up to which a step is one graph
 
 
-def usable(
-    choice: str, device: torch.device, recompute: bool = False, sharded: bool = False
-) -> tuple[bool, str]:
+def usable(choice: str, device: torch.device, recompute: bool = False) -> tuple[bool, str]:
     """What --cuda-graph (auto, on or off) comes to, and a line on why not, if it was auto.
 
     Raises UserError for an unknown choice, and for `on` where there can be none.
@@ -28,8 +27,6 @@ def usable(
     reason = ""
     if device.type != "cuda":
         reason = f"there are none on {device}"
-    elif sharded:
-        reason = "weights are gathered and freed while a step runs"
     elif recompute:
         reason = "blocks that run again set back the state of random numbers from the host"
     if choice == "on" and reason:
@@ -59,6 +56,7 @@ class Graph:
         pool: "Graph | None" = None,
     ):
         self.graph = torch.cuda.CUDAGraph()
+        parallel.captured.add(self)
         for generator in generators:
             self.graph.register_generator_state(generator)
         # Threads that load data or talk to other processes would break a capture of all.
@@ -72,6 +70,10 @@ class Graph:
     def __call__(self) -> Any:
         self.graph.replay()
         return self.result
+
+    def reset(self) -> None:
+        """Let go of it; it cannot be replayed any more."""
+        self.graph.reset()
 
 
 def warm_up(function: Callable[[], Any], times: int = 2) -> None:
@@ -117,36 +119,37 @@ class Replayed:
 
 
 class StepGraphs:
-    """A Distiller's step, drawing its own random numbers: one graph if its rounds are few.
+    """A Distiller's step, drawing its own random numbers, as one graph if its rounds are few.
 
-    Otherwise a graph a round and one an update, which launches from the host where processes
-    have to meet in it.
+    Otherwise, for either phase, a graph of its first round, one of those that follow, and one of
+    the last with the update. What processes send one another is in the graphs, too: weights that
+    lie in parts are gathered in a phase's first round and let go at the latest at its end.
     """
 
     def __init__(self, distiller: "Distiller"):
         self.distiller = distiller
-        self.parts: dict[str, Callable[[], Any]] = {}
+        self.parts: list[tuple[Callable[[], Any], int]] = []  # in order; how often
 
     def __call__(self) -> dict[str, torch.Tensor]:
-        """What Distiller.run does; with a warning and from the host, if the capture fails."""
+        """What Distiller.run does; with a warning and from the host, if the capture fails.
+
+        Raises UserError if it fails where networks lie in parts: they may be in no state to go on.
+        """
         if not self.parts:
             self._rehearse()
-            failed = False
+            failure = None
             try:
-                self._capture()
+                self.parts = self._captured()
             except RuntimeError as error:
-                capture_failed(error)
-                failed = True
+                failure = error
             # Graphs on some processes alone would meet the others' messages in another order.
-            if parallel.any_(failed):
-                self.parts = {"step": self.distiller.run}
-        if "step" in self.parts:
-            return self.parts["step"]()
+            if parallel.any_(failure is not None):
+                self._give_up(failure)
         metrics = {}
-        for phase in ("fake", "generator"):
-            for _ in range(self.distiller.rounds):
-                self.parts[phase]()
-            metrics |= self.parts[f"{phase} update"]()
+        for part, times in self.parts:
+            for _ in range(times):
+                found = part()
+            metrics |= found or {}
         return metrics
 
     def _rehearse(self) -> None:
@@ -161,13 +164,28 @@ class StepGraphs:
             d.rng.set_state(states[0])
             torch.cuda.set_rng_state(states[1], d.device)
 
-    def _capture(self) -> None:
-        d, alone = self.distiller, parallel.world() == 1
-        if alone and d.rounds <= FEW:
-            self.parts["step"] = Graph(d.run, [d.rng])
-            return
-        pool = None
-        for phase in ("fake", "generator"):
-            self.parts[phase] = pool = Graph(partial(d.accumulate, phase), [d.rng], pool)
-            update = partial(d.update, phase)
-            self.parts[f"{phase} update"] = Graph(update, pool=pool) if alone else update
+    def _captured(self) -> list[tuple[Graph, int]]:
+        d = self.distiller
+        if d.rounds <= FEW:
+            return [(Graph(d.run, [d.rng]), 1)]
+        parts, graph = [], None
+        for phase in PHASES:
+            each, last = partial(d.accumulate, phase), partial(self._last, phase)
+            for function, times in ((each, 1), (each, d.rounds - 2), (last, 1)):
+                graph = Graph(function, [d.rng], graph)
+                parts.append((graph, times))
+        return parts
+
+    def _last(self, phase: str) -> dict[str, torch.Tensor]:
+        self.distiller.accumulate(phase, last=True)
+        return self.distiller.update(phase)
+
+    def _give_up(self, failure: RuntimeError | None) -> None:
+        if parallel.sharded_modules(self.distiller.generator):
+            reason = str(failure or "on another process").partition("\n")[0]
+            raise UserError(
+                f"CUDA graphs cannot be: the capture failed ({reason}); use --cuda-graph off"
+            ) from failure
+        if failure:
+            capture_failed(failure)
+        self.parts = [(self.distiller.run, 1)]

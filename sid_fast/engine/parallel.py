@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -67,6 +68,7 @@ class _Group(NamedTuple):
 
 
 _group: _Group | None = None
+captured: weakref.WeakSet = weakref.WeakSet()  # CUDA graphs, which may send messages
 
 
 @contextlib.contextmanager
@@ -86,6 +88,8 @@ def joined(device: torch.device, mode: str = "auto", minutes: float = MINUTES) -
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     timeout = datetime.timedelta(minutes=minutes)
     device_id = device if device.type == "cuda" else None
+    # NCCL cannot register a graph's buffers in memory that was taken in expandable segments.
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     dist.init_process_group(
         "nccl" if device_id else "gloo",
         store=dist.PrefixStore("processes", store),
@@ -111,8 +115,14 @@ def joined(device: torch.device, mode: str = "auto", minutes: float = MINUTES) -
         ) from error
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            _leave()
         _group = None
+
+
+def _leave() -> None:
+    for graph in captured:
+        graph.reset()  # before the connections that it sends on are closed
+    dist.destroy_process_group()
 
 
 def _missing() -> str:
@@ -120,7 +130,7 @@ def _missing() -> str:
     store, count = _group.store, world()
     store.set(f"here/{rank()}", "")
     missing, deadline = [], time.monotonic() + GRACE
-    dist.destroy_process_group()  # closes connections: so that the others, too, notice at once
+    _leave()  # closes connections: so that the others, too, notice at once
     for other in range(count):
         left = datetime.timedelta(seconds=max(deadline - time.monotonic(), 0.1))
         try:
@@ -193,7 +203,7 @@ def world() -> int:
 
 def sum_(tensor: torch.Tensor) -> torch.Tensor:
     """Sum a tensor over the processes, in place."""
-    if dist.is_initialized():
+    if world() > 1:
         dist.all_reduce(tensor)
     return tensor
 
@@ -395,7 +405,7 @@ class ShardedGradients(Gradients):
 
     def __init__(self, net: nn.Module, mesh: DeviceMesh):
         super().__init__(net)
-        self.modules = sharded_modules(net)
+        self.net, self.modules = net, sharded_modules(net)
         self.shards = mesh.get_group(mesh.ndim - 1)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
@@ -404,8 +414,7 @@ class ShardedGradients(Gradients):
         loss.backward()
 
     def updated(self) -> None:
-        for module in self.modules:
-            module.reshard()
+        reshard(self.net)
 
     def total(self, count: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(count, group=self.shards)
@@ -414,9 +423,17 @@ class ShardedGradients(Gradients):
 
 def sharded_modules(net: nn.Module) -> list:
     """The modules that FSDP2 shards; none if the network is whole."""
+    if not dist.is_initialized():
+        return []
     from torch.distributed.fsdp import FSDPModule
 
     return [m for m in net.modules() if isinstance(m, FSDPModule)]
+
+
+def reshard(net: nn.Module) -> None:
+    """Let go of the network's gathered weights, if it has any."""
+    for module in sharded_modules(net):
+        module.reshard()
 
 
 @torch.no_grad()
@@ -436,8 +453,7 @@ def whole(net: EDMNetwork, everywhere: bool = False) -> EDMNetwork | None:
     modules, mine = sharded_modules(net), everywhere or rank() == 0
     if not modules:
         return net if mine else None
-    for module in modules:
-        module.reshard()
+    reshard(net)
     device, copy = next(net.parameters()).device, None
     if mine:
         with torch.device("meta"):

@@ -1,0 +1,105 @@
+"""What stands in for graphs.Graph where there is no GPU: operations are recorded and run again.
+
+As in a capture, what a function asks Python for is asked once: a replay is the operations alone,
+on the same memory. Messages between processes are operations, too.
+"""
+
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp._fully_shard import _fsdp_param
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+from sid_fast.engine import graphs
+
+
+def stand_in(put: Callable[[object, str, object], None]) -> None:
+    """Put recordings in the place of graphs: put is setattr, or takes it back later."""
+    put(graphs, "Graph", Recorded)
+    put(graphs, "warm_up", lambda function: (function(), function()))
+    put(torch.cuda, "get_rng_state", lambda _: torch.get_rng_state())
+    put(torch.cuda, "set_rng_state", lambda state, _: torch.set_rng_state(state))
+
+
+def unseen(function):
+    """Not recorded: of a message, the operation that sent it is, and a replay waits for that."""
+
+    def call(*arguments):
+        with _disable_current_modes():
+            return function(*arguments)
+
+    return call
+
+
+class Recorded(TorchDispatchMode):
+    """Takes Graph's arguments. Making one changes nothing: memory and generators are put back."""
+
+    def __init__(self, function, generators=(), pool=None):
+        super().__init__()
+        self.operations, self.before = [], {}
+        self.own = pool.own if pool else set()  # storages
+        states = [(g, g.get_state()) for g in (torch.default_generator, *generators)]
+        with (
+            mock.patch.object(_fsdp_param, "alloc_storage", self._allocate),
+            mock.patch.object(_fsdp_param, "free_storage", self._free),
+            mock.patch.object(dist.Work, "wait", unseen(dist.Work.wait)),
+            self,
+        ):
+            self.result = function()
+        for generator, state in states:
+            generator.set_state(state)
+        for memory, value in self.before.values():
+            memory.copy_(value)
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if operation is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("a capture cannot wait for a value")
+        names = operation._schema.arguments
+        given = dict(zip((a.name for a in names), args, strict=False)) | kwargs
+        for argument in names:
+            if argument.alias_info and argument.alias_info.is_write:
+                self._keep(given.get(argument.name))
+        # Of lists there may be less when the operation has run: they are copied.
+        copied = tree_map(lambda leaf: leaf, (args, kwargs))
+        found = operation(*args, **kwargs)
+        if operation.namespace != "profiler":
+            self.operations.append((operation, *copied, found))
+        return found
+
+    def _keep(self, argument):
+        """The memory of tensors that are about to be written."""
+        for tensor in tree_leaves(argument):
+            if isinstance(tensor, torch.Tensor):
+                tensor = getattr(tensor, "_local_tensor", tensor)
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.before:
+                    memory = torch.empty(0, dtype=torch.uint8).set_(storage)
+                    self.before[storage._cdata] = memory, memory.clone()
+
+    def _allocate(self, tensor):
+        """FSDP's, for gathered weights; a graph's memory remains its own when it is freed."""
+        size = tensor.numel() * tensor.itemsize
+        if tensor.untyped_storage().size() != size:
+            tensor.untyped_storage().resize_(size)
+        self.own.add(tensor.untyped_storage()._cdata)
+
+    def _free(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage.size() and storage._cdata not in self.own:
+            raise RuntimeError("a graph frees memory that it reads, and that is not its own")
+
+    @torch.no_grad()
+    def __call__(self):
+        for operation, args, kwargs, expected in self.operations:
+            found = operation(*args, **kwargs)
+            for new, old in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+                if isinstance(new, torch.Tensor):
+                    if new.data_ptr() != old.data_ptr():
+                        old.copy_(new)
+                elif isinstance(new, torch.ScriptObject):
+                    dist.Work.unbox(new).wait()
+        return self.result
