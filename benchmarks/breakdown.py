@@ -5,28 +5,28 @@
 A step of ours, of one round, launched from the host under PyTorch's profiler: what is summed is
 the time of its kernels, without the gaps between them, which CUDA graphs close. The floor of a
 kind of operation is counted: operation by operation the longer of its FLOP at the rate of a matrix
-product and its bytes at the rate of a copy, both measured in the same run.
+product and its bytes at the rate of a copy, each the fastest of the same run. It is the floor of
+the direct convolution: one by Winograd's algorithm has fewer FLOP and may fall below it.
 """
 
 import dataclasses
 from collections import Counter
 from pathlib import Path
 
-import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import measure
 from benchmarks.record import RESULTS, Record
-from benchmarks.train import VARIANTS, Running
+from benchmarks.train import VARIANTS, Running, one_round
 from sid_fast.config import cli
 from sid_fast.config.cli import presets
-from sid_fast.config.settings import Settings, option
+from sid_fast.config.settings import check, option
 from sid_fast.engine import cost, parallel
-from sid_fast.engine.precision import TYPES
 from sid_fast.errors import UserError
-from sid_fast.plan import network_of
 
+# Of TF32 no product is timed, so that there is no floor.
+PRECISIONS = ("bf16", "fp16", "fp32")
 STEPS = 3  # under the profiler
 SINGLE = 40  # operations and kernels that get a row of their own: those that take longest
 
@@ -73,6 +73,7 @@ def profiled(step: Running, cuda: bool) -> tuple[dict[str, tuple[float, float]],
 
 
 def run(options: Options, given: set[str]) -> None:
+    check(options)
     device = parallel.pick_device(options.device)
     cuda = device.type == "cuda"
     known = presets("train")
@@ -80,18 +81,17 @@ def run(options: Options, given: set[str]) -> None:
     if preset not in known:
         raise UserError(f"preset={preset!r} is unknown: choose from {', '.join(known)}")
     precision = options.precision or ("bf16" if cuda else "fp32")
-    if precision not in TYPES:
-        raise UserError(f"precision={precision!r} is unknown: choose from {', '.join(TYPES)}")
+    if precision not in PRECISIONS:
+        choices = ", ".join(PRECISIONS)
+        raise UserError(f"precision={precision!r} cannot be broken down: choose from {choices}")
     images = options.micro_batch or (64 if cuda else 8)
 
-    config = network_of(known[preset]["teacher"])
-    fields = {f.name for f in dataclasses.fields(Settings)}
-    settings = Settings(**{k: v for k, v in known[preset].items() if k in fields})
-    settings = dataclasses.replace(
-        settings, batch_size=images, micro_batch=None, precision=precision
-    )
+    config, settings = one_round(preset, images)
+    settings = dataclasses.replace(settings, precision=precision)
     rates = measure.ceilings(device)
-    product = rates["fp32" if TYPES[precision] == torch.float32 else "bf16"]
+    product = rates["fp32"]
+    if precision != "fp32":  # a CPU may convert and compute in float32: faster than bfloat16's
+        product = max(product, rates["bf16"])
     form = "triton" if cuda else "reference"
     (counted,) = cost.steps(config, settings, [images], form)
     least = floors(counted.ops, product, rates["copy"])

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from benchmarks.record import RESULTS, Record
 from sid_fast.config import cli
 from sid_fast.config.cli import presets
-from sid_fast.config.settings import Settings, option, part
+from sid_fast.config.settings import Settings, check, option, part
 from sid_fast.engine import cost
 from sid_fast.engine.cards import Card, card
 from sid_fast.engine.precision import TYPES
@@ -143,12 +143,13 @@ def draw(path: Path, title: str, layers: list[dict], step: list[dict], card: Car
 
 
 def run(options: Options, given: set[str]) -> None:
+    check(options)
     known = presets("train")
     if not options.preset:
         raise UserError(f"preset is missing: --preset with one of {', '.join(known)}")
-    if options.precision not in TYPES:
-        choices = ", ".join(TYPES)
-        raise UserError(f"precision={options.precision!r} is unknown: choose from {choices}")
+    for name, choices in (("precision", TYPES), ("kernels", ("triton", "reference"))):
+        if (value := getattr(options, name)) not in choices:
+            raise UserError(f"{name}={value!r} is unknown: choose from {', '.join(choices)}")
     chosen, precision, images = card(options.card), options.precision, options.images
     config = TrainConfig(**known[options.preset])
     network, settings = network_of(config.teacher), part(config, Settings)

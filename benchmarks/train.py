@@ -32,13 +32,14 @@ from benchmarks.rivals import Plain, Skilled
 from sid_fast import kernels
 from sid_fast.config import cli
 from sid_fast.config.cli import presets
-from sid_fast.config.settings import Settings, check, option
+from sid_fast.config.settings import Settings, check, option, part
 from sid_fast.distiller import Distiller
 from sid_fast.engine import parallel, precision
 from sid_fast.errors import UserError
 from sid_fast.kernels.adam_ema import library
 from sid_fast.networks import EDMNetwork, NetworkConfig
 from sid_fast.plan import network_of
+from sid_fast.train import TrainConfig
 
 FORWARDS = 11  # an image of a step costs; fake step G 1, ψ 3; generator step G 3, φ 2, ψ 2
 
@@ -146,8 +147,6 @@ class Running:
 
     def make(self, settings: Settings, config: NetworkConfig) -> Callable[[], object]:
         v = self.variant
-        if self.device.type == "cpu" and v not in map(VARIANTS.get, ON_CPU):
-            raise RuntimeError("needs a GPU")
         teacher = network(config, self.device)
         if v.kind == "ours":
             if isinstance(v.kernels, dict) and v.kernels["adam_ema"] == "cuda" and not library():
@@ -213,6 +212,15 @@ def network(config: NetworkConfig, device: torch.device) -> EDMNetwork:
     return net
 
 
+def one_round(preset: str, images: int) -> tuple[NetworkConfig, Settings]:
+    """A preset's network, and its settings for a step of one round of so many images."""
+    config = TrainConfig(**presets("train")[preset])
+    settings = part(config, Settings)
+    return network_of(config.teacher), dataclasses.replace(
+        settings, batch_size=images, micro_batch=None
+    )
+
+
 def forward_flop(config: NetworkConfig) -> int:
     """FLOP of a forward of one image: of convolutions and matrix products, 2 a multiply-add."""
     x = torch.empty(1, config.channels, config.resolution, config.resolution, device="meta")
@@ -232,11 +240,7 @@ class Bench:
 
     def run(self, preset: str, micro_batch: int, names: Iterable[str], flop: int) -> bool:
         """Whether any variant fitted into memory."""
-        values = presets("train")[preset]
-        fields = {f.name for f in dataclasses.fields(Settings)}
-        settings = Settings(**{k: v for k, v in values.items() if k in fields})
-        settings = dataclasses.replace(settings, batch_size=micro_batch, micro_batch=None)
-        config = network_of(values["teacher"])
+        config, settings = one_round(preset, micro_batch)
         self.keys = {"preset": preset, "micro_batch": micro_batch}
         self.flop = FORWARDS * flop * micro_batch
         alive: dict[str, Running] = {}
@@ -274,6 +278,8 @@ class Bench:
         """The variant, or why there is none."""
         start = time.monotonic()
         try:
+            if self.device.type == "cpu" and name not in ON_CPU:
+                raise RuntimeError("needs a GPU")
             found = Running(VARIANTS[name], settings, config, self.device)
         except Exception as error:  # the others go on
             found = measure.reason(error)

@@ -1,5 +1,6 @@
 """The benchmark commands in small: their rows and their rivals."""
 
+import collections
 import copy
 import csv
 import dataclasses
@@ -8,7 +9,7 @@ import pytest
 import torch
 from golden import relative
 
-from benchmarks import breakdown, check, evaluation, kernels, rivals, summary, train
+from benchmarks import breakdown, check, evaluation, kernels, rivals, roofline, summary, train
 from benchmarks.record import Record, read
 from sid_fast import Distiller, Settings
 from sid_fast.errors import RunFailed, UserError
@@ -151,7 +152,6 @@ def test_variants_are_timed_side_by_side_and_one_that_fails_is_a_row(small, tmp_
 
 
 def test_a_step_is_broken_down_to_the_operations_that_it_runs(small, monkeypatch, tmp_path):
-    monkeypatch.setattr(breakdown, "network_of", lambda teacher: check.TINY)
     path = tmp_path / "breakdown.json"
     breakdown.run(breakdown.Options(micro_batch=2, device="cpu", out=str(path)), set())
     rows = read(path)["rows"]
@@ -168,6 +168,24 @@ def test_a_step_is_broken_down_to_the_operations_that_it_runs(small, monkeypatch
     weights = sum(p.numel() for p in EDMNetwork(check.TINY).parameters())
     least = (2 * (4 + 8 + 8) + 8) * weights / 0.1e9
     assert least <= kinds["update"]["floor_ms"] < 1.2 * least
+
+
+def test_16_bit_has_the_floor_of_the_fastest_product(small, monkeypatch, tmp_path):
+    """Which on a CPU is float32's: bfloat16's may be emulated, and half as fast as what it runs."""
+    rates = []
+    monkeypatch.setattr(
+        breakdown, "floors", lambda ops, *found: rates.append(found) or collections.Counter()
+    )
+    path = tmp_path / "breakdown.json"
+    options = breakdown.Options(precision="fp16", micro_batch=1, device="cpu", out=str(path))
+    breakdown.run(options, set())
+    assert rates == [(1.0, 0.1)]
+    assert {row["precision"] for row in read(path)["rows"]} == {"fp16"}
+
+
+def test_what_has_no_floor_is_not_broken_down(tmp_path):
+    with pytest.raises(UserError, match=r"precision='tf32' cannot be .*bf16, fp16, fp32"):
+        breakdown.run(breakdown.Options(precision="tf32", out=str(tmp_path / "b.json")), set())
 
 
 def test_the_flop_of_a_forward_are_those_of_the_published_network():
@@ -199,6 +217,7 @@ def test_what_does_not_fit_beside_the_others_has_its_turn_after_them(monkeypatch
     monkeypatch.setattr(
         train, "VARIANTS", {name: train.Variant(kernels=name, options={}) for name in sizes}
     )
+    monkeypatch.setattr(train, "ON_CPU", tuple(sizes))
     out = tmp_path / "train.json"
     train.run(one_step(variants=",".join(sizes), out=str(out)), set())
     rows = {row["variant"]: row for row in read(out)["rows"]}
@@ -215,7 +234,13 @@ def test_an_unknown_variant_is_refused(small, tmp_path):
 
 @pytest.mark.parametrize(
     ("command", "field", "value"),
-    [(train, "turns", 0), (kernels, "seconds", -1), (evaluation, "rounds", 0)],
+    [
+        (train, "turns", 0),
+        (kernels, "seconds", -1),
+        (evaluation, "rounds", 0),
+        (breakdown, "micro_batch", -3),
+        (roofline, "images", 0),
+    ],
 )
 def test_a_number_out_of_range_is_refused_by_name(command, field, value):
     with pytest.raises(UserError, match=f"{field}={value} is out of range"):
