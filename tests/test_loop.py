@@ -1,5 +1,6 @@
 """The loop: what a run leaves behind, and how it ends when nothing is finite any more."""
 
+import errno
 import io
 import json
 import os
@@ -184,25 +185,36 @@ def test_a_signal_within_the_first_step_ends_it_at_once(tmp_path, run_command, m
     assert not list(out.glob("state-*")) and list(out.glob("snapshot-*"))
 
 
-def test_a_terminal_that_goes_away_stops_a_run_with_its_state(tmp_path, run_command, monkeypatch):
-    """So does a pipe that no one reads any more: both are a hangup."""
+@pytest.mark.parametrize(
+    ("error", "steps", "ends"),
+    [
+        (errno.EIO, 3, 128 + signal.SIGHUP),
+        (errno.EPIPE, 3, 128 + signal.SIGHUP),
+        (errno.ENOSPC, 4, 0),
+    ],
+)
+def test_a_terminal_that_goes_away_stops_a_run_with_its_state(
+    tmp_path, run_command, monkeypatch, error, steps, ends
+):
+    """So does a pipe that no one reads any more: a hangup both. A full disk costs the line alone."""
 
-    class Gone(io.StringIO):
+    class Broken(io.StringIO):
         def write(self, text):
             if "0.01 kimg" in text:
-                raise BrokenPipeError
+                raise OSError(error, os.strerror(error))
             return super().write(text)
 
-    monkeypatch.setattr(sys, "stdout", Gone())
+    monkeypatch.setattr(sys, "stdout", shown := Broken())
     monkeypatch.setattr(loop.signal, "getsignal", lambda _: signal.SIG_DFL)  # under nohup, too
     save_network(tmp_path / "teacher.safetensors", small_teacher())
     out = tmp_path / "run"
-    status, error = run_command(
+    status, line = run_command(
         "train", "--teacher", tmp_path / "teacher.safetensors", "--out", out, "--batch-size", 4,
-        "--kimg", 1, "--log-every", 1,
+        "--kimg", 0.016, "--log-every", 1,
     )  # fmt: skip
-    assert status == 128 + signal.SIGHUP, error
-    assert (out / "state-000000003").exists()
+    assert status == ends, line
+    assert [p.name for p in out.glob("state-*")] == [f"state-{steps:09d}"]
+    assert ("done: snapshots" in shown.getvalue()) == (ends == 0)
 
 
 def test_nohup_is_heeded():

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from sid_fast.errors import OutOfMemory, RunFailed, UserError, WriteFailed
 from sid_fast.files.atomic import atomic_path
 
 FAILURES = 20  # failed steps in a row before a run gives up
+HANGUP = (errno.EPIPE, errno.EIO)  # of a pipe without a reader, and of a terminal that has gone
 FAULTS = ("dropped", "nonfinite", "skipped", "failed")
 
 
@@ -298,9 +300,10 @@ class Loop:
             try:
                 tqdm.write(line, file=sys.stdout)
                 sys.stdout.flush()
-            except OSError:  # who read it has gone, as a terminal does
-                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-                signal.raise_signal(signal.SIGHUP)
+            except OSError as error:  # on a full disk, say, the line alone is lost
+                if error.errno in HANGUP:
+                    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+                    signal.raise_signal(signal.SIGHUP)
 
     def _record(self, values: dict[str, float]) -> None:
         if self.log and values:
