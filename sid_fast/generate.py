@@ -157,6 +157,10 @@ def run(config: GenerateConfig, given: set[str]) -> None:
             write(config, net.config, seeds, images, classes)
 
 
+# A folder is hardly called so; of these --out writes the first two, in small letters.
+NO_FOLDER = (".zip", ".npz", ".npy", ".png", ".jpg", ".tar", ".gz", ".tgz")
+
+
 def is_file(out: str) -> bool:
     """Whether --out names a .zip or .npz, not a folder for PNGs."""
     return Path(out).suffix in (".zip", ".npz")
@@ -166,6 +170,10 @@ def open_targets(out: str | None, grid: str | None) -> None:
     """Make the folders that will be written to; UserError if one of the files cannot be."""
     if grid and Path(grid).suffix != ".png":
         raise UserError(f"grid={grid} is not the name of a .png file")
+    if out and not is_file(out) and (suffix := Path(out).suffix).lower() in NO_FOLDER:
+        raise UserError(
+            f"out={out}: {suffix} is not written: give a folder, or the name of a .zip or .npz file"
+        )
     if out:
         open_target(out, folder=not is_file(out))
     if grid:
