@@ -1,13 +1,17 @@
 """Bad input to the commands: one clear line, exit status 2, nothing half-written."""
 
 import dataclasses
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
-from test_distiller import small_teacher
+from test_distiller import SMALL, small_teacher
 
 from sid_fast import evaluate, generate, pretrain, train
+from sid_fast.files.dataset import write_dataset
 from sid_fast.files.network import save_network
+from sid_fast.networks import EDMNetwork
 
 
 @pytest.fixture
@@ -55,6 +59,24 @@ def test_train_without_a_teacher_says_how_to_give_one(run_command):
     assert status == 2 and "--teacher" in error and "--preset" in error
 
 
+@pytest.mark.parametrize(
+    ("labels", "label_dim", "noted"), [(None, 10, True), ([3, 1], 10, False), (None, 0, False)]
+)
+def test_train_notes_a_data_set_without_labels(
+    run_command, monkeypatch, tmp_path, labels, label_dim, noted
+):
+    """Where the teacher takes some: nothing tells how often its classes are to be drawn."""
+    write_dataset(tmp_path / "data.zip", np.zeros((2, 1, 8, 8), np.uint8), labels)
+    network = EDMNetwork(dataclasses.replace(SMALL, label_dim=label_dim))
+    save_network(tmp_path / "teacher.safetensors", network)
+    monkeypatch.setattr(train, "Loop", loop := Mock())
+    arguments = ["--teacher", tmp_path / "teacher.safetensors", "--data", tmp_path / "data.zip"]
+    assert run_command("train", *arguments) == (0, "")
+    headline = loop.call_args.args[4]
+    assert headline.startswith("distilling")
+    assert ("note: " in headline) == ("data.zip has no labels" in headline) == noted
+
+
 def test_train_refuses_a_folder_that_holds_a_run(run_command, teacher, tmp_path):
     arguments = ["--teacher", teacher, "--out", tmp_path / "run", "--batch-size", 4]
     assert run_command("train", *arguments, "--kimg", 0.004)[0] == 0
@@ -70,20 +92,23 @@ def test_train_refuses_a_folder_that_holds_a_run(run_command, teacher, tmp_path)
         (["--seeds", "5-1"], ["'5-1'"]),
         (["--seeds", "x"], ["'x'", "0-63"]),
         (["--grid", "grid.jpg"], ["grid.jpg", ".png"]),
+        (["--out", "x.tar"], ["x.tar", "folder", ".zip or .npz"]),
+        (["--out", "x.PNG"], ["x.PNG", "folder"]),
         (["--network", "x" * 5000], ["xxx"]),
         (["--class", "10"], ["class=10", "0 to 9"]),
         (["--class", "-1"], ["class"]),
         (["--network", "none"], ["none"]),
     ],
 )
-def test_generate_refuses(run_command, teacher, tmp_path, arguments, words):
-    base = ["--network", teacher, "--out", tmp_path / "out"]
+def test_generate_refuses(run_command, teacher, monkeypatch, tmp_path, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    base = ["--network", teacher, "--out", "out"]
     status, error = run_command("generate", *base, *arguments)
     assert status == 2
     assert error.strip().count("\n") == 0
     for word in words:
         assert word in error
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == [teacher]
 
 
 @pytest.mark.parametrize(

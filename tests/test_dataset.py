@@ -152,6 +152,15 @@ def test_containers(tmp_path):
         refused(tmp_path / "cut.zip", "not a zip, or damaged")
 
 
+@pytest.mark.parametrize("kind", ["jpg", "JPEG", "webp"])
+def test_a_folder_of_other_pictures_names_the_way_out(tmp_path, kind):
+    (tmp_path / "cats").mkdir()
+    for name in (f"cats/1.{kind}", "readme.txt"):
+        (tmp_path / name).write_bytes(b"")
+    refused(tmp_path, f"no PNG images: convert its .{kind.lower()} files, with magick mogrify")
+    refused(make_zip(tmp_path / "a.zip", {f"1.{kind}": b""}), f"convert its .{kind.lower()} files")
+
+
 GOOD = png(colour())
 IMAGES = {
     "mixed size": (png(colour(size=4)), "has 3 channels of 4 pixels squared, the first"),

@@ -196,7 +196,7 @@ def test_a_signal_within_the_first_step_ends_it_at_once(tmp_path, run_command, m
 def test_a_terminal_that_goes_away_stops_a_run_with_its_state(
     tmp_path, run_command, monkeypatch, error, steps, ends
 ):
-    """So does a pipe that no one reads any more: a hangup both. A full disk costs the line alone."""
+    """So does a pipe that no one reads any more; a full disk costs no more than the line."""
 
     class Broken(io.StringIO):
         def write(self, text):

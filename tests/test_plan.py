@@ -101,6 +101,7 @@ def test_plan_of_a_teacher_without_a_gpu(tmp_path, monkeypatch, capsys):
         (["--gpus", 8], ["gpus=8", "--plan", "torchrun"]),
         (["--micro-batch", "most"], ["micro_batch='most'", "auto"]),
         (["--micro-batch", "0"], ["micro_batch=0"]),
+        (["--plan", "--micro-batch", "-5"], ["micro_batch=-5", "choose from 1"]),
     ],
 )
 def test_a_bad_request_is_one_line(run_command, tmp_path, arguments, words):

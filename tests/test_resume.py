@@ -125,6 +125,16 @@ def test_going_on_from_an_older_state_keeps_what_it_writes(tmp_path):
         assert states(tmp_path) == [newest]
 
 
+def test_a_state_to_be_looked_at_leaves_those_before_it(tmp_path):
+    settings = Settings(batch_size=4)
+    distiller = Distiller(small_teacher(), settings)
+    writer = States(tmp_path, distiller, settings, keep=1)
+    for steps, keep_all, left in ((1, False, [1]), (2, True, [1, 2]), (3, True, [1, 2, 3])):
+        distiller.steps = steps
+        assert writer.begin(keep_all=keep_all) is None and writer.finish() is None
+        assert [int(p.name[6:]) for p in states(tmp_path)] == left
+
+
 def test_a_state_of_other_settings_names_the_first_that_differs(tmp_path):
     settings = Settings(batch_size=4)
     state = save_state(tmp_path, Distiller(small_teacher(), settings), settings, keep=1)
