@@ -9,11 +9,13 @@ activation size, its bytes are those tensors'. Convolutions count like all other
 import dataclasses
 from collections.abc import Iterator
 
+import click
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sid_fast.config import cli
 from sid_fast.kernels import dispatch
 from sid_fast.networks import EDMNetwork, NetworkConfig
 from sid_fast.networks.fused import Sum
@@ -189,5 +191,10 @@ def lines() -> Iterator[str]:
             yield f"| whole network, {title} | {form} | {row(of_network(config, *how))} |"
 
 
-if __name__ == "__main__":
+@click.command(help=__doc__)
+def main() -> None:
     print("\n".join(lines()))
+
+
+if __name__ == "__main__":
+    cli.main(main, "benchmarks.passes")

@@ -5,7 +5,10 @@ python -m benchmarks.plan
 
 from pathlib import Path
 
+import click
+
 from sid_fast import plan
+from sid_fast.config import cli
 from sid_fast.config.cli import presets
 from sid_fast.config.settings import Settings, part
 from sid_fast.files.atomic import atomic_path
@@ -36,6 +39,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
+@click.command(help=__doc__)
 def main() -> None:
     parts, rows = [], []
     for name in TEACHERS:
@@ -64,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.main(main, "benchmarks.plan")

@@ -9,11 +9,13 @@ results/precision/digits.json and .png.
 import json
 from pathlib import Path
 
+import click
 import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from sid_fast import Distiller, Settings, load_network
+from sid_fast.config import cli
 from sid_fast.draws import gallery
 from sid_fast.evaluation import frechet_distance, moments
 from sid_fast.files.atomic import atomic_path
@@ -78,6 +80,7 @@ def draw(curves: dict[str, list[list[float]]]) -> None:
         figure.savefig(temporary, format="png")
 
 
+@click.command(help=__doc__)
 def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     real = moments(features(torch.from_numpy(open_dataset("digits").images())))
@@ -92,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.main(main, "benchmarks.precision")

@@ -4,9 +4,11 @@ import collections
 import copy
 import csv
 import dataclasses
+import importlib
 
 import pytest
 import torch
+from click.testing import CliRunner
 from golden import relative
 
 from benchmarks import breakdown, check, evaluation, kernels, rivals, roofline, summary, train
@@ -245,6 +247,13 @@ def test_an_unknown_variant_is_refused(small, tmp_path):
 def test_a_number_out_of_range_is_refused_by_name(command, field, value):
     with pytest.raises(UserError, match=f"{field}={value} is out of range"):
         command.run(command.Options(**{field: value}), set())
+
+
+@pytest.mark.parametrize("name", ["plan", "passes", "precision", "roofline", "breakdown"])
+def test_help_is_shown_in_place_of_a_run(name):
+    module = importlib.import_module(f"benchmarks.{name}")
+    shown = CliRunner().invoke(module.main, ["--help"])
+    assert shown.exit_code == 0 and f"python -m benchmarks.{name}" in shown.output
 
 
 def test_a_result_goes_on_where_it_is_of_the_same_commit(tmp_path, monkeypatch):
