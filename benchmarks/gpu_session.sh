@@ -108,7 +108,7 @@ pytest=("$python" -m pytest -q -p no:cacheprovider -o addopts= -rfE)
 if ((gpu)); then
     variants="ours,published,published bf16,no graphs,ours fp32,cuDNN tuned,no fused block"
     variants+=",no fused group norm,no fused attention,no fused loss,no fused optimiser"
-    variants+=",CUDA optimiser,no channels-last,fsdp,fsdp no graphs"
+    variants+=",CUDA optimiser,no channels-last"
     part "kernel tests" 30 "${pytest[@]}" "${workers[@]}" -m "" "${tests[@]}"
     part "checks" 35 "$python" -m benchmarks.check --out "$out/check.json"
     part "kernels" 25 "$python" -m benchmarks.kernels --seconds BUDGET --out "$out/kernels.json" \
@@ -119,6 +119,9 @@ if ((gpu)); then
     part "training, compiled rivals" 70 "$python" -m benchmarks.train --append --seconds BUDGET \
         --out "$out/train.json" --preset cifar10-uncond,ffhq64 --micro-batch 64 --share 8 \
         --variants "ours,skilled default mode,skilled,compile"
+    part "training, in parts" 20 "$python" -m benchmarks.train --append --seconds BUDGET \
+        --out "$out/train.json" --preset cifar10-uncond --micro-batch 64,8 --share 6 \
+        --variants "ours,fsdp,fsdp no graphs"
     part "kernels, compiled rivals" 80 "$python" -m benchmarks.kernels --append --seconds BUDGET \
         --out "$out/kernels.json" --rivals compile
 else

@@ -29,7 +29,8 @@ prints, which takes other precisions, sizes, rates and MFU too.
   and what the allocator cannot use.
 - FLOP are counted in the same step, 2 a multiply-add.
 - Time is FLOP over an **assumed** MFU of {plan.PlanOptions.mfu:.0%} of the card's matrix rate, and
-  communication that neither network's last backward hides, at an **assumed**
+  communication that neither network's last backward hides, reckoned for whole networks (in parts,
+  weights are gathered too: an eighth less in 16 bit, a quarter more in float32), at an **assumed**
   {plan.LINKS["inside a node"]:.0f} GB/s a GPU inside a node of {plan.NODE},
   {plan.LINKS["between nodes"]:.0f} between nodes.
 """

@@ -148,7 +148,8 @@ class Distiller:
             found = self.fake_optimizer.update(s.fake_lr, apply=self.live)
         else:
             found = self.generator_optimizer.update(s.generator_lr, self.ema_beta, self.live)
-            parallel.reshard(self.fake_score)  # a step ends as it began, as its graphs need it
+            # A step ends as it began, as its graphs need it: the fake score in parts again.
+            self.fake_optimizer.gradients.updated()
         return {f"{phase}/{name}": value for name, value in found.items()}
 
     def fake_score_round(self, draw: Draw) -> Losses:

@@ -40,7 +40,7 @@ class TrainConfig(RunOptions, Settings):
     cuda_graph: str = option(
         "auto",
         "replay the launches of steps and evaluations from CUDA graphs: auto, on or off; auto is "
-        "on a GPU",
+        "on a GPU, unless networks lie in parts (fsdp, hsdp)",
     )
     compile: bool = option(
         False, "run every block through torch.compile; the first steps take minutes"
@@ -127,7 +127,7 @@ def run(config: TrainConfig, given: set[str], auto_micro_batch: bool = False) ->
             if device.type == "cuda":
                 config.micro_batch = micro_batch_that_fits(teacher, config, device, sharded)
         settings = part(config, Settings)
-        graphs, note = usable(config.cuda_graph, device, config.checkpoint_activations)
+        graphs, note = usable(config.cuda_graph, device, config.checkpoint_activations, sharded)
         trainer = Distiller(
             teacher,
             settings,

@@ -8,8 +8,8 @@ one with values planted that are not finite; `graphs` replays its steps.
 import dataclasses
 import functools
 import sys
-from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import recorder
 import torch
@@ -18,6 +18,8 @@ from golden import TRAJECTORY_TOLERANCE, read
 from test_distiller import golden_draws, golden_settings, small_teacher, trajectory_error
 
 import sid_fast
+import sid_fast.kernels
+from sid_fast import errors
 from sid_fast.engine import parallel
 from sid_fast.engine.checkpoint import States, find_state, load_state
 from sid_fast.networks import EDMNetwork
@@ -122,6 +124,29 @@ def replays(mode: str, rounds: str) -> None:
         print(f"{mode} graphs")
 
 
+def fails() -> None:
+    """A capture that fails in the middle, on one process, leaves all of them with eager steps."""
+    recorder.stand_in(setattr)
+    settings = sid_fast.Settings(batch_size=2 * world, eps=1.0, fake_lr=1e-3, generator_lr=1e-3)
+    found, update, captures = [], sid_fast.kernels.adam_ema, []
+
+    def fail_in_a_capture(*args, **kwargs):
+        captures.append(recorder.recording())
+        if rank == 0 and captures[-1] and sum(captures) == 2:  # all its messages have been sent
+            raise errors.OutOfMemory("an update")
+        return update(*args, **kwargs)
+
+    for graph in (False, True):
+        distiller = distiller_of(small_teacher(), "ddp", settings, cuda_graph=graph)
+        with mock.patch.object(sid_fast.kernels, "adam_ema", fail_in_a_capture):
+            distiller.step()
+        found.append([v.clone() for v in distiller.tensors().values()])
+    assert distiller.graphs.parts == [(distiller.run, 1)]
+    assert all(map(torch.equal, *found))
+    if rank == 0:
+        print("failed graphs")
+
+
 def gathers_buffers() -> None:
     """The random frequencies of NCSN++ are no parameters."""
     config = dataclasses.replace(small_teacher().config, architecture="ncsnpp")
@@ -157,4 +182,5 @@ with parallel.joined(cpu, "fsdp"):
     gathers_buffers()
     for case in sys.argv[3:]:
         name, *rest = case.split(":")
-        {"faults": faults, "graphs": replays}.get(name, partial(trajectory, name))(*rest)
+        case = {"faults": faults, "graphs": replays, "failed graphs": fails}.get(name)
+        case(*rest) if case else trajectory(name, *rest)

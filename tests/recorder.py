@@ -1,16 +1,23 @@
 """What stands in for graphs.Graph where there is no GPU: operations are recorded and run again.
 
 As in a capture, what a function asks Python for is asked once: a replay is the operations alone,
-on the same memory. Messages between processes are operations, too.
+on the same memory. Messages between processes are operations, too. Streams there are none, and
+no memory is used twice within a graph.
 """
 
+import contextlib
 from collections.abc import Callable
+from functools import partial
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp._fully_shard import _fsdp_param
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sid_fast.engine import graphs
@@ -24,14 +31,8 @@ def stand_in(put: Callable[[object, str, object], None]) -> None:
     put(torch.cuda, "set_rng_state", lambda state, _: torch.set_rng_state(state))
 
 
-def unseen(function):
-    """Not recorded: of a message, the operation that sent it is, and a replay waits for that."""
-
-    def call(*arguments):
-        with _disable_current_modes():
-            return function(*arguments)
-
-    return call
+def recording() -> bool:
+    return any(isinstance(mode, Recorded) for mode in _get_current_dispatch_mode_stack())
 
 
 class Recorded(TorchDispatchMode):
@@ -41,18 +42,27 @@ class Recorded(TorchDispatchMode):
         super().__init__()
         self.operations, self.before = [], {}
         self.own = pool.own if pool else set()  # storages
+        self.messages = 0  # that have been sent, and not waited for
         states = [(g, g.get_state()) for g in (torch.default_generator, *generators)]
-        with (
-            mock.patch.object(_fsdp_param, "alloc_storage", self._allocate),
-            mock.patch.object(_fsdp_param, "free_storage", self._free),
-            mock.patch.object(dist.Work, "wait", unseen(dist.Work.wait)),
-            self,
-        ):
-            self.result = function()
-        for generator, state in states:
-            generator.set_state(state)
-        for memory, value in self.before.values():
-            memory.copy_(value)
+        try:
+            with contextlib.ExitStack() as stack:
+                wait, patch = dist.Work.wait, partial(mock.patch.object, create=True)
+                for target, name, new in (
+                    (_fsdp_param, "alloc_storage", self._allocate),
+                    (_fsdp_param_group, "alloc_storage", self._allocate),
+                    (_fsdp_param, "free_storage", self._free),
+                    (dist.Work, "wait", lambda *work: self._wait(wait, *work)),
+                ):
+                    stack.enter_context(patch(target, name, new))
+                stack.enter_context(self)
+                self.result = function()
+        finally:
+            for generator, state in states:
+                generator.set_state(state)
+            for memory, value in self.before.values():
+                memory.copy_(value)
+        if self.messages > 0:
+            raise RuntimeError(f"{self.messages} messages are not joined with the graph")
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -66,9 +76,16 @@ class Recorded(TorchDispatchMode):
         # Of lists there may be less when the operation has run: they are copied.
         copied = tree_map(lambda leaf: leaf, (args, kwargs))
         found = operation(*args, **kwargs)
+        self.messages += operation.namespace == "c10d"
         if operation.namespace != "profiler":
             self.operations.append((operation, *copied, found))
         return found
+
+    def _wait(self, wait, *work):
+        """Not recorded: of a message its operation is, and a replay waits for that."""
+        self.messages -= 1
+        with _disable_current_modes():
+            return wait(*work)
 
     def _keep(self, argument):
         """The memory of tensors that are about to be written."""

@@ -70,7 +70,7 @@ def test_the_commands_of_a_session_are_those_that_there_are(session):
     shown = process.communicate(timeout=100)[0]
     assert process.returncode == 0 and "kernels/csrc: exit status 1" in shown
     names = [name for name, *_ in calls()]
-    order = "check kernels train breakdown train kernels evaluation summary"
+    order = "check kernels train breakdown train train kernels evaluation summary"
     assert names == ["pytest"] + [f"benchmarks.{name}" for name in order.split()]
     assert [file for file in calls()[0] if file.startswith("tests/")]
     assert all((ROOT / file).exists() for file in calls()[0] if file.startswith("tests/"))

@@ -20,6 +20,9 @@ def test_what_the_option_comes_to():
     assert graphs.usable("on", CUDA) == (True, "")
     assert graphs.usable("off", CUDA) == (False, "")
     assert graphs.usable("auto", CPU) == (False, "")
+    used, note = graphs.usable("auto", CUDA, sharded=True)
+    assert not used and "--cuda-graph on" in note
+    assert graphs.usable("on", CUDA, sharded=True) == (True, "")
     used, note = graphs.usable("auto", CUDA, recompute=True)
     assert not used and "CUDA graphs are off: blocks" in note
     with pytest.raises(UserError, match="none on cpu"):

@@ -22,17 +22,17 @@ from sid_fast.files.network import save_network
 # All that so many processes do: starting them takes longer than doing it. Four write a state in
 # the middle of a trajectory; two and one go on from it to the end of the published one.
 CASES = {
-    4: ["ddp", "hsdp", "fsdp:save"],
+    4: ["ddp", "hsdp", "fsdp:save", "graphs:hsdp:1"],
     2: ["ddp", "hsdp", "fsdp:resume", "tight", "adm_cond:fsdp", "graphs:ddp:5", "graphs:fsdp:5",
-        "graphs:hsdp:1", "graphs:tight:1", *(f"faults:{m}" for m in ("ddp", "fsdp", "hsdp"))],
-    1: ["fsdp", "hsdp", "ddp:resume"],
+        "graphs:tight:1", "failed graphs", *(f"faults:{m}" for m in ("ddp", "fsdp", "hsdp"))],
+    1: ["fsdp", "hsdp", "ddp:resume", "graphs:fsdp:5"],
 }  # fmt: skip
 
 
 def test_every_layout_meets_the_golden_trajectory(golden, tmp_path):
     script = __file__.replace("test_parallel", "parallel_trajectory")
     for processes, modes in CASES.items():
-        small = [c for c in modes if c.startswith(("faults", "graphs"))]
+        small = [c for c in modes if "faults" in c or "graphs" in c]
         cases = [c if "_" in c or c in small else f"ddpmpp_uncond:{c}" for c in modes]
         done = python(*TORCHRUN, processes, script, golden, tmp_path, *cases)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -84,6 +84,35 @@ def test_a_process_that_dies_is_named_and_the_restart_ends_the_run(command, tmp_
     assert "(exitcode: -9) local_rank: 1" in error, error
     assert "process 1 on" in error and "was lost" in error, error
     assert "resumed" in output and "kimg  100 %" in output
+
+
+class Event:
+    """Of a device that has come as far as `ended` says."""
+
+    made, ended = 0, 0
+
+    def record(self):
+        Event.made += 1
+        self.number = Event.made
+
+    def query(self):
+        return self.number <= Event.ended
+
+
+def test_a_host_is_a_step_ahead_of_its_device_and_does_not_wait_without_end(monkeypatch):
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    monkeypatch.setattr(parallel, "_group", SimpleNamespace(minutes=0.001))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    pace = parallel.Pace(torch.device("cuda", 0))
+    pace.step()  # with nothing before it
+    Event.ended = 1
+    pace.step()
+    with pytest.raises(torch.distributed.DistError, match="cuda:0 still waits"):
+        pace.catch_up()
+    with pytest.raises(torch.distributed.DistError):
+        pace.step()
+    Event.ended = 3
+    pace.catch_up()
 
 
 def test_running_out_of_memory_names_the_phase_and_the_next_micro_batch(

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 FEW = 4  # rounds up to which a step is one graph
 
 
-def usable(choice: str, device: torch.device, recompute: bool = False) -> tuple[bool, str]:
+def usable(
+    choice: str, device: torch.device, recompute: bool = False, sharded: bool = False
+) -> tuple[bool, str]:
     """What --cuda-graph (auto, on or off) comes to, and a line on why not, if it was auto.
 
     Raises UserError for an unknown choice, and for `on` where there can be none.
@@ -31,6 +33,10 @@ def usable(choice: str, device: torch.device, recompute: bool = False) -> tuple[
         reason = "blocks that run again set back the state of random numbers from the host"
     if choice == "on" and reason:
         raise UserError(f"cuda-graph=on cannot be: {reason}; use auto")
+    if choice == "auto" and sharded:
+        reason = reason or (
+            "with networks in parts they have not run on a GPU yet; --cuda-graph on takes them"
+        )
     note = (
         f"CUDA graphs are off: {reason}"
         if choice == "auto" and device.type == "cuda" and reason
@@ -46,7 +52,7 @@ class Graph:
     run before, so that nothing is tuned or allocated for good during the capture. What it
     returns is overwritten by the next replay. generators are those it draws from, besides the
     device's own; each replay goes on where their state stands. pool: another graph, not replayed
-    at the same time, whose memory this one may share.
+    at the same time, whose memory this one may share. Processes that part reset it first.
     """
 
     def __init__(
@@ -59,13 +65,17 @@ class Graph:
         parallel.captured.add(self)
         for generator in generators:
             self.graph.register_generator_state(generator)
-        # Threads that load data or talk to other processes would break a capture of all.
-        with torch.cuda.graph(
-            self.graph,
-            pool=pool and pool.graph.pool(),
-            capture_error_mode="thread_local",
-        ):
-            self.result = function()
+        stream = torch.cuda.current_stream()
+        try:
+            # Threads that load data or talk to other processes would break a capture of all.
+            with torch.cuda.graph(
+                self.graph,
+                pool=pool and pool.graph.pool(),
+                capture_error_mode="thread_local",
+            ):
+                self.result = function()
+        finally:
+            torch.cuda.set_stream(stream)  # a capture that cannot be ended stays on its own
 
     def __call__(self) -> Any:
         self.graph.replay()
@@ -87,9 +97,15 @@ def warm_up(function: Callable[[], Any], times: int = 2) -> None:
     torch.cuda.synchronize()
 
 
-def capture_failed(error: RuntimeError) -> None:
-    reason = str(error).partition("\n")[0]
-    warnings.warn(f"CUDA graphs are off: the capture failed ({reason})", stacklevel=3)
+def reason_of(error: BaseException) -> str:
+    """Of a failed capture: the first error, which ending the capture may have hidden."""
+    while error.__context__:
+        error = error.__context__
+    return str(error).partition("\n")[0]
+
+
+def capture_failed(error: Exception) -> None:
+    warnings.warn(f"CUDA graphs are off: the capture failed ({reason_of(error)})", stacklevel=3)
 
 
 class Replayed:
@@ -123,7 +139,7 @@ class StepGraphs:
 
     Otherwise, for either phase, a graph of its first round, one of those that follow, and one of
     the last with the update. What processes send one another is in the graphs, too: weights that
-    lie in parts are gathered in a phase's first round and let go at the latest at its end.
+    lie in parts are gathered in a first round, and all in parts again when the step ends.
     """
 
     def __init__(self, distiller: "Distiller"):
@@ -133,14 +149,15 @@ class StepGraphs:
     def __call__(self) -> dict[str, torch.Tensor]:
         """What Distiller.run does; with a warning and from the host, if the capture fails.
 
-        Raises UserError if it fails where networks lie in parts: they may be in no state to go on.
+        It has been rehearsed from there, so that it fits into memory. Raises UserError if networks
+        lie in parts: they may be in no state to go on.
         """
         if not self.parts:
             self._rehearse()
             failure = None
             try:
                 self.parts = self._captured()
-            except RuntimeError as error:
+            except Exception as error:
                 failure = error
             # Graphs on some processes alone would meet the others' messages in another order.
             if parallel.any_(failure is not None):
@@ -180,9 +197,9 @@ class StepGraphs:
         self.distiller.accumulate(phase, last=True)
         return self.distiller.update(phase)
 
-    def _give_up(self, failure: RuntimeError | None) -> None:
+    def _give_up(self, failure: Exception | None) -> None:
         if parallel.sharded_modules(self.distiller.generator):
-            reason = str(failure or "on another process").partition("\n")[0]
+            reason = reason_of(failure) if failure else "on another process"
             raise UserError(
                 f"CUDA graphs cannot be: the capture failed ({reason}); use --cuda-graph off"
             ) from failure

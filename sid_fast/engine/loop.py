@@ -132,6 +132,7 @@ class Loop:
         self.name, self.headline = name, headline
         self.end = round(options.kimg * 1000)
         self.meter = Meter()
+        self.pace = parallel.Pace(trainer.device)
 
     def run(self, resume: Path | None = None) -> None:
         """Run to the end, from the start or from a state.
@@ -223,6 +224,7 @@ class Loop:
             failed = sum(v for name, v in metrics.items() if name.endswith("failed")) > 0
             failures = (failures + 1) * failed
             stop = parallel.any_(bool(caught))
+            self.pace.step()
             end = trainer.images >= self.end
 
             if end or trainer.steps % options.log_every == 0:
@@ -241,6 +243,7 @@ class Loop:
                     unwritten += self._call("snapshot", self.snapshot)
                 evaluating = self._to_evaluate(before)
                 if end or stop or evaluating or self._crossed(before, options.state_every):
+                    self.pace.catch_up()
                     self._warn(self.states.begin())
                 if evaluating and not stop:
                     # A machine that is taken away while the evaluation lasts leaves a whole state.
@@ -280,6 +283,7 @@ class Loop:
 
     def _call(self, what: str, make: Callable[[Path], dict[str, float]]) -> list[WriteFailed]:
         """Make and record it; returns, with a warning, what a run that has begun cannot write."""
+        self.pace.catch_up()
         try:
             with shown(what, self._say):
                 figures = make(self.folder)
@@ -313,7 +317,8 @@ class Loop:
                 self._warn(error)
 
     def _report(self, metrics: dict[str, torch.Tensor], keep: bool = True) -> None:
-        """One line, and one record; reading the metrics is the only wait for the device."""
+        """One line, and one record; only for the metrics does a run wait for the device."""
+        self.pace.catch_up()
         values = {name: float(v) for name, v in metrics.items()}
         rate = self.meter.read()
         images = rate * self.trainer.settings.batch_size

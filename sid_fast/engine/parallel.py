@@ -8,6 +8,7 @@ groups that are copies of one another, such as the nodes of a cluster.
 import contextlib
 import dataclasses
 import datetime
+import faulthandler
 import os
 import signal
 import socket
@@ -62,6 +63,7 @@ class _Group(NamedTuple):
     """Words between hosts, whatever the device; each on connections of its own."""
 
     store: dist.Store
+    minutes: float
     hosts: dist.ProcessGroup  # in every step
     patient: dist.ProcessGroup  # to wait for the first process
     saving: dist.ProcessGroup  # of the thread that writes states
@@ -88,8 +90,8 @@ def joined(device: torch.device, mode: str = "auto", minutes: float = MINUTES) -
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     timeout = datetime.timedelta(minutes=minutes)
     device_id = device if device.type == "cuda" else None
-    # NCCL cannot register a graph's buffers in memory that was taken in expandable segments.
-    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+    if "expandable_segments" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")  # it cannot, in such memory
     dist.init_process_group(
         "nccl" if device_id else "gloo",
         store=dist.PrefixStore("processes", store),
@@ -99,38 +101,50 @@ def joined(device: torch.device, mode: str = "auto", minutes: float = MINUTES) -
         device_id=device_id,
     )
     groups = (dist.new_group(backend="gloo", timeout=t) for t in (timeout, PATIENCE, WRITING))
-    _group = _Group(dist.PrefixStore("sid_fast", store), *groups)
+    _group = _Group(dist.PrefixStore("sid_fast", store), minutes, *groups)
     _group.store.set(f"host/{me}", socket.gethostname())
+    orderly = False
     try:
         yield
+        orderly = True
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo/" not in str(error):
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from torchrun: it kills us soon enough
-        missing = _missing()
+        missing = _missing(device)
         what = "was lost" if "onnection" in str(error) else f"was silent for {minutes:g} minutes"
         raise RunFailed(
             f"{missing or 'another process'} {what}. "
             "--resume goes on from the last state, and torchrun --max-restarts N does so by itself"
         ) from error
     finally:
-        if dist.is_initialized():
-            _leave()
-        _group = None
+        if _group is not None:
+            _leave(device, orderly)
 
 
-def _leave() -> None:
-    for graph in captured:
-        graph.reset()  # before the connections that it sends on are closed
-    dist.destroy_process_group()
+def _leave(device: torch.device, orderly: bool) -> None:
+    """Close the connections to the other processes, so that those notice at once."""
+    global _group
+    if orderly or device.type == "cpu":
+        for graph in captured:
+            graph.reset()  # before the connections that it sends on are closed
+        dist.destroy_process_group()
+    else:
+        # A device that waits for a message holds up whoever closes its connections, and the end
+        # of the program too; what happened has been said by then.
+        for group in (_group.hosts, _group.patient, _group.saving):
+            dist.destroy_process_group(group)
+        nowhere = open(os.devnull, "w")  # noqa: SIM115
+        faulthandler.dump_traceback_later(4 * GRACE, exit=True, file=nowhere)
+    _group = None
 
 
-def _missing() -> str:
+def _missing(device: torch.device) -> str:
     """The processes that do not say that they are there, once one has been lost."""
     store, count = _group.store, world()
     store.set(f"here/{rank()}", "")
     missing, deadline = [], time.monotonic() + GRACE
-    _leave()  # closes connections: so that the others, too, notice at once
+    _leave(device, orderly=False)
     for other in range(count):
         left = datetime.timedelta(seconds=max(deadline - time.monotonic(), 0.1))
         try:
@@ -191,6 +205,36 @@ def any_(flag: bool) -> bool:
     word = torch.tensor(int(flag))
     dist.all_reduce(word, group=_group.hosts)
     return bool(word)
+
+
+class Pace:
+    """Keeps the host within a step of its device, where there are other processes.
+
+    A device waits without end for one that is gone, and the host that reads from it waits along.
+    Hosts have deadlines: they have to meet (any_) before each waits for its device.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device if world() > 1 and device.type == "cuda" else None
+        self.last: torch.cuda.Event | None = None
+
+    def step(self) -> None:
+        """A step has been launched: return when the one before it has ended."""
+        if self.device:
+            before, self.last = self.last, torch.cuda.Event()
+            self.last.record()
+            self._wait(before)
+
+    def catch_up(self) -> None:
+        """Return when the last step has ended."""
+        self._wait(self.last)
+
+    def _wait(self, event: "torch.cuda.Event | None") -> None:
+        deadline = time.monotonic() + 60 * _group.minutes if event else 0
+        while event and not event.query():
+            if time.monotonic() > deadline:
+                raise dist.DistError(f"{self.device} still waits for the other processes")
+            time.sleep(5e-4)
 
 
 def rank() -> int:
@@ -375,10 +419,9 @@ class ReplicatedGradients(Gradients):
 
     def zero(self) -> None:
         torch._foreach_zero_(self.buckets)
-        self.works = []
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        self.armed, self.missing = last, list(self.sizes)
+        self.armed, self.missing, self.works = last, list(self.sizes), []
         loss.backward()
         self.armed = False
 
@@ -405,7 +448,7 @@ class ShardedGradients(Gradients):
 
     def __init__(self, net: nn.Module, mesh: DeviceMesh):
         super().__init__(net)
-        self.net, self.modules = net, sharded_modules(net)
+        self.modules = sharded_modules(net)
         self.shards = mesh.get_group(mesh.ndim - 1)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
@@ -414,7 +457,8 @@ class ShardedGradients(Gradients):
         loss.backward()
 
     def updated(self) -> None:
-        reshard(self.net)
+        for module in self.modules:
+            module.reshard()
 
     def total(self, count: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(count, group=self.shards)
@@ -428,12 +472,6 @@ def sharded_modules(net: nn.Module) -> list:
     from torch.distributed.fsdp import FSDPModule
 
     return [m for m in net.modules() if isinstance(m, FSDPModule)]
-
-
-def reshard(net: nn.Module) -> None:
-    """Let go of the network's gathered weights, if it has any."""
-    for module in sharded_modules(net):
-        module.reshard()
 
 
 @torch.no_grad()
@@ -453,7 +491,8 @@ def whole(net: EDMNetwork, everywhere: bool = False) -> EDMNetwork | None:
     modules, mine = sharded_modules(net), everywhere or rank() == 0
     if not modules:
         return net if mine else None
-    reshard(net)
+    for module in modules:
+        module.reshard()
     device, copy = next(net.parameters()).device, None
     if mine:
         with torch.device("meta"):
