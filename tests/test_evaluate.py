@@ -379,8 +379,18 @@ def test_a_file_of_statistics_gives_the_distance_alone(run_command, network, rea
     found = results(run_command, tmp_path, *base, "--ref", stats)["reported"]
     whole = results(run_command, tmp_path, *base, "--data", real)["reported"]
     assert found == pytest.approx({"frechet_distance": whole["frechet_distance"]})
-    both = results(run_command, tmp_path, *base, "--ref", stats, "--data", real)["reported"]
-    assert both == pytest.approx(whole)
+    # Another one's beside the data: the distance is to the file's images, the rest to the data's.
+    other = tmp_path / "other.npz"
+    values = dict(np.load(stats))
+    np.savez(other, **values | {"mu": values["mu"] + 0.1})
+    far = results(run_command, tmp_path, *base, "--ref", other)["reported"]
+    both = results(run_command, tmp_path, *base, "--ref", other, "--data", real)["reported"]
+    assert far["frechet_distance"] > whole["frechet_distance"] + 1
+    assert both == pytest.approx(whole | far)
+    # The file knows how many images it is of, as covariances over N need it.
+    base += ["--protocol", "sid", "--metrics", "fid"]
+    found = results(run_command, tmp_path, *base, "--ref", stats)["reported"]
+    assert found == pytest.approx(results(run_command, tmp_path, *base, "--data", real)["reported"])
 
 
 @pytest.mark.parametrize(
