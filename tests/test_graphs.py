@@ -10,7 +10,7 @@ from test_distiller import FAST, small_teacher, weights
 
 from sid_fast import Distiller, Settings
 from sid_fast.engine import graphs
-from sid_fast.errors import UserError
+from sid_fast.errors import OutOfMemory, UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -63,19 +63,29 @@ def test_a_capture_that_failed_elsewhere_is_not_used_here(stand_in, monkeypatch)
     """Processes that replay and processes that do not would send in different orders."""
     monkeypatch.setattr(graphs.parallel, "any_", lambda failed: True)
     distiller = Distiller(small_teacher(), Settings(**FAST), cuda_graph=True)
-    distiller.step()
-    assert distiller.graphs.parts == [(distiller.run, 1)]
+    with pytest.raises(UserError, match=r"\(on another process\); use --cuda-graph off"):
+        distiller.step()
 
 
-def test_a_failed_capture_is_a_warning(stand_in, monkeypatch):
+def test_a_failed_capture_says_why_and_the_way_out(stand_in, monkeypatch):
     def fail(*_, **__):
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        finally:
+            raise RuntimeError("capture was invalidated")  # by ending it
 
     monkeypatch.setattr(graphs, "Graph", fail)
     distiller = Distiller(small_teacher(), Settings(**FAST), cuda_graph=True)
-    with pytest.warns(UserWarning, match=r"CUDA graphs are off: .*not permitted.*capturing\)"):
+    with pytest.raises(UserError, match=r"\(operation .* capturing\); use --cuda-graph off"):
         distiller.step()
-    eager = Distiller(small_teacher(), Settings(**FAST))
-    eager.step()
-    assert torch.equal(weights(distiller), weights(eager))
-    distiller.step()
+
+
+def test_what_is_said_on_purpose_hides_its_cause():
+    try:
+        try:
+            raise RuntimeError("CUDA out of memory. 2.00 GiB. GPU 0 has a total …")
+        except RuntimeError as error:
+            raise OutOfMemory("fake step: 2.00 GiB") from error
+    except OutOfMemory as error:
+        assert graphs.reason_of(error) == "fake step: 2.00 GiB"
+    assert graphs.reason_of(AssertionError()) == "AssertionError"

@@ -64,7 +64,8 @@ def test_a_run_on_two_processes_leaves_what_one_leaves(command, tmp_path):
 def test_a_process_that_dies_is_named_and_the_restart_ends_the_run(command, tmp_path):
     out = tmp_path / "run"
     arguments = [
-        *TORCHRUN, 2, "--max-restarts", 1, *command, "--kimg", 0.12, "--out", out,
+        *TORCHRUN, 4, "--max-restarts", 1, *command, "--batch-size", 8, "--kimg", 0.24,
+        "--state-every", 0.016, "--out", out,
     ]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, *map(str, arguments)], env=ENV, text=True,
@@ -83,6 +84,7 @@ def test_a_process_that_dies_is_named_and_the_restart_ends_the_run(command, tmp_
     assert process.returncode == 0, error
     assert "(exitcode: -9) local_rank: 1" in error, error
     assert "process 1 on" in error and "was lost" in error, error
+    assert not any(f"process {other} on" in error for other in (0, 2, 3)), error
     assert "resumed" in output and "kimg  100 %" in output
 
 
@@ -113,6 +115,18 @@ def test_a_host_is_a_step_ahead_of_its_device_and_does_not_wait_without_end(monk
         pace.step()
     Event.ended = 3
     pace.catch_up()
+
+
+def test_connections_between_devices_are_left_open_where_one_may_still_wait(monkeypatch):
+    closed = []
+    group = SimpleNamespace(hosts="hosts", patient="patient", saving="saving")
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    monkeypatch.setattr(parallel, "_group", group)
+    monkeypatch.setattr(parallel, "abandoned", False)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", closed.append)
+    parallel._leave(torch.device("cuda", 0), orderly=False)
+    assert closed == ["hosts", "patient", "saving"]
+    assert parallel.abandoned and parallel._group is None
 
 
 def test_running_out_of_memory_names_the_phase_and_the_next_micro_batch(

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import os
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import click
 
+from sid_fast.engine import parallel
 from sid_fast.engine.checkpoint import PATTERN, find_state, read_header, restarted
 from sid_fast.errors import RunFailed, UserError
 
@@ -152,9 +154,11 @@ def resume(config: Any, given: set[str]) -> Path | None:
 
 def main(command: click.Command, module: str) -> None:
     """Run a command: bad input is one line on stderr and exit status 2, a failed run 1."""
-    status = 2
+    status, message = 2, ""
     try:
-        sys.exit(command.main(prog_name=f"python -m {module}", standalone_mode=False))
+        status = command.main(prog_name=f"python -m {module}", standalone_mode=False)
+    except SystemExit as stopped:
+        status = stopped.code
     except UserError as error:
         message = str(error)
     except RunFailed as error:
@@ -165,7 +169,17 @@ def main(command: click.Command, module: str) -> None:
         message = f"{error.filename or module}: {error.strerror or error}"
     except (click.Abort, KeyboardInterrupt):
         message, status = "interrupted", 130
-    rank = os.environ.get("RANK", "0")
-    prefix = "error: " if rank == "0" else f"error on process {rank}: "
-    print(prefix + " ".join(message.split()), file=sys.stderr)
+    except Exception:
+        if not parallel.abandoned:
+            raise
+        traceback.print_exc()
+        status = 1
+    if message:
+        rank = os.environ.get("RANK", "0")
+        prefix = "error: " if rank == "0" else f"error on process {rank}: "
+        print(prefix + " ".join(message.split()), file=sys.stderr)
+    if parallel.abandoned:  # an end in good order would wait: for a device, or a thread that saves
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status or 0)
     sys.exit(status)

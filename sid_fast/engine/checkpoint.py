@@ -36,6 +36,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 class Trainer(Protocol):
     """What the loop trains: a Distiller or a Pretrainer."""
 
+    device: torch.device
     settings: Any
     identity: dict[str, Any]  # what must be the same for a state to fit
     shown: dict[str, str]  # metrics of the progress line, with their labels

@@ -99,13 +99,9 @@ def warm_up(function: Callable[[], Any], times: int = 2) -> None:
 
 def reason_of(error: BaseException) -> str:
     """Of a failed capture: the first error, which ending the capture may have hidden."""
-    while error.__context__:
+    while error.__context__ and not error.__suppress_context__:
         error = error.__context__
-    return str(error).partition("\n")[0]
-
-
-def capture_failed(error: Exception) -> None:
-    warnings.warn(f"CUDA graphs are off: the capture failed ({reason_of(error)})", stacklevel=3)
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 class Replayed:
@@ -127,7 +123,9 @@ class Replayed:
                 warm_up(self.replay)
                 self.replay = Graph(self.replay)
             except RuntimeError as error:
-                capture_failed(error)
+                warnings.warn(
+                    f"CUDA graphs are off: the capture failed ({reason_of(error)})", stacklevel=2
+                )
         for mine, given in zip(self.inputs, inputs, strict=True):
             if mine is not None:
                 mine.copy_(given)
@@ -147,21 +145,23 @@ class StepGraphs:
         self.parts: list[tuple[Callable[[], Any], int]] = []  # in order; how often
 
     def __call__(self) -> dict[str, torch.Tensor]:
-        """What Distiller.run does; with a warning and from the host, if the capture fails.
+        """What Distiller.run does. Raises UserError on all processes if the capture fails on one.
 
-        It has been rehearsed from there, so that it fits into memory. Raises UserError if networks
-        lie in parts: they may be in no state to go on.
+        PyTorch does not promise memory and random numbers to be in order then.
         """
         if not self.parts:
             self._rehearse()
-            failure = None
+            reason = ""
             try:
                 self.parts = self._captured()
             except Exception as error:
-                failure = error
+                reason = reason_of(error)
             # Graphs on some processes alone would meet the others' messages in another order.
-            if parallel.any_(failure is not None):
-                self._give_up(failure)
+            if parallel.any_(bool(reason)):
+                raise UserError(
+                    f"CUDA graphs cannot be: the capture failed ({reason or 'on another process'});"
+                    " use --cuda-graph off"
+                )
         metrics = {}
         for part, times in self.parts:
             for _ in range(times):
@@ -196,13 +196,3 @@ class StepGraphs:
     def _last(self, phase: str) -> dict[str, torch.Tensor]:
         self.distiller.accumulate(phase, last=True)
         return self.distiller.update(phase)
-
-    def _give_up(self, failure: Exception | None) -> None:
-        if parallel.sharded_modules(self.distiller.generator):
-            reason = reason_of(failure) if failure else "on another process"
-            raise UserError(
-                f"CUDA graphs cannot be: the capture failed ({reason}); use --cuda-graph off"
-            ) from failure
-        if failure:
-            capture_failed(failure)
-        self.parts = [(self.distiller.run, 1)]

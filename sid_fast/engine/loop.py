@@ -238,12 +238,15 @@ class Loop:
                 self.meter = Meter()
             self._warn(self.states.poll())
             unwritten = []
+            looking = end or self._crossed(before, options.snapshot_every)
+            evaluating = self._to_evaluate(before)
+            saving = end or stop or evaluating or self._crossed(before, options.state_every)
+            if looking or saving:
+                self.pace.catch_up()
             with self.meter.paused():
-                if end or self._crossed(before, options.snapshot_every):
+                if looking:
                     unwritten += self._call("snapshot", self.snapshot)
-                evaluating = self._to_evaluate(before)
-                if end or stop or evaluating or self._crossed(before, options.state_every):
-                    self.pace.catch_up()
+                if saving:
                     self._warn(self.states.begin())
                 if evaluating and not stop:
                     # A machine that is taken away while the evaluation lasts leaves a whole state.
@@ -283,7 +286,6 @@ class Loop:
 
     def _call(self, what: str, make: Callable[[Path], dict[str, float]]) -> list[WriteFailed]:
         """Make and record it; returns, with a warning, what a run that has begun cannot write."""
-        self.pace.catch_up()
         try:
             with shown(what, self._say):
                 figures = make(self.folder)

@@ -8,11 +8,11 @@ groups that are copies of one another, such as the nodes of a cluster.
 import contextlib
 import dataclasses
 import datetime
-import faulthandler
 import os
 import signal
 import socket
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -71,6 +71,7 @@ class _Group(NamedTuple):
 
 _group: _Group | None = None
 captured: weakref.WeakSet = weakref.WeakSet()  # CUDA graphs, which may send messages
+abandoned = False  # others were left in the middle of something: nothing here may wait for them
 
 
 @contextlib.contextmanager
@@ -90,8 +91,9 @@ def joined(device: torch.device, mode: str = "auto", minutes: float = MINUTES) -
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     timeout = datetime.timedelta(minutes=minutes)
     device_id = device if device.type == "cuda" else None
-    if "expandable_segments" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
-        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")  # it cannot, in such memory
+    # Registering a graph's buffers makes processes meet in the capture, and fails in memory that
+    # was taken in expandable segments.
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     dist.init_process_group(
         "nccl" if device_id else "gloo",
         store=dist.PrefixStore("processes", store),
@@ -111,10 +113,15 @@ def joined(device: torch.device, mode: str = "auto", minutes: float = MINUTES) -
         if not isinstance(error, dist.DistError) and "gloo/" not in str(error):
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from torchrun: it kills us soon enough
-        missing = _missing(device)
         what = "was lost" if "onnection" in str(error) else f"was silent for {minutes:g} minutes"
+        reason = str(error).partition("\n")[0]
+        met: BaseException | None = error
+        while met:  # frames that sent something keep its connection open
+            traceback.clear_frames(met.__traceback__)
+            met = met.__context__
+        missing = _missing(device)
         raise RunFailed(
-            f"{missing or 'another process'} {what}. "
+            f"{f'{missing} {what}' if missing else f'the processes lost touch: {reason}'}. "
             "--resume goes on from the last state, and torchrun --max-restarts N does so by itself"
         ) from error
     finally:
@@ -123,34 +130,38 @@ def joined(device: torch.device, mode: str = "auto", minutes: float = MINUTES) -
 
 
 def _leave(device: torch.device, orderly: bool) -> None:
-    """Close the connections to the other processes, so that those notice at once."""
-    global _group
+    """Close the connections to the other processes, so that those notice at once.
+
+    Out of order, those between devices stay open: one that waits for a message would hold up who
+    closes them.
+    """
+    global _group, abandoned
+    abandoned = not orderly and world() > 1
     if orderly or device.type == "cpu":
         for graph in captured:
             graph.reset()  # before the connections that it sends on are closed
         dist.destroy_process_group()
     else:
-        # A device that waits for a message holds up whoever closes its connections, and the end
-        # of the program too; what happened has been said by then.
         for group in (_group.hosts, _group.patient, _group.saving):
             dist.destroy_process_group(group)
-        nowhere = open(os.devnull, "w")  # noqa: SIM115
-        faulthandler.dump_traceback_later(4 * GRACE, exit=True, file=nowhere)
     _group = None
 
 
 def _missing(device: torch.device) -> str:
     """The processes that do not say that they are there, once one has been lost."""
     store, count = _group.store, world()
-    store.set(f"here/{rank()}", "")
     missing, deadline = [], time.monotonic() + GRACE
-    _leave(device, orderly=False)
-    for other in range(count):
-        left = datetime.timedelta(seconds=max(deadline - time.monotonic(), 0.1))
-        try:
-            store.wait([f"here/{other}"], left)
-        except RuntimeError:
-            missing.append(f"process {other} on {store.get(f'host/{other}').decode()}")
+    try:
+        store.set(f"here/{rank()}", "")
+        _leave(device, orderly=False)
+        for other in range(count):
+            left = datetime.timedelta(seconds=max(deadline - time.monotonic(), 0.1))
+            try:
+                store.wait([f"here/{other}"], left)
+            except RuntimeError:
+                missing.append(f"process {other} on {store.get(f'host/{other}').decode()}")
+    except RuntimeError:  # the host that keeps the names is lost too
+        missing = missing or ["the first node"]
     return ", ".join(missing)
 
 
@@ -211,7 +222,8 @@ class Pace:
     """Keeps the host within a step of its device, where there are other processes.
 
     A device waits without end for one that is gone, and the host that reads from it waits along.
-    Hosts have deadlines: they have to meet (any_) before each waits for its device.
+    Hosts have deadlines: they have to meet (any_) before each waits for its device. That the queue
+    of launches is full in less than a step is left to the deadline of what eager steps send.
     """
 
     def __init__(self, device: torch.device):
