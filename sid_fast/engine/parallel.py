@@ -8,6 +8,7 @@ groups that are copies of one another, such as the nodes of a cluster.
 import contextlib
 import dataclasses
 import datetime
+import gc
 import os
 import signal
 import socket
@@ -60,7 +61,7 @@ GRACE = 5.0  # seconds in which a process that has lost another one says that it
 
 
 class _Group(NamedTuple):
-    """Words between hosts, whatever the device; each on connections of its own."""
+    """Words between hosts, whatever the device, each on connections of its own; --timeout."""
 
     store: dist.Store
     minutes: float
@@ -71,6 +72,7 @@ class _Group(NamedTuple):
 
 _group: _Group | None = None
 captured: weakref.WeakSet = weakref.WeakSet()  # CUDA graphs, which may send messages
+_senders: weakref.WeakSet = weakref.WeakSet()  # what has `works`: messages on their way
 abandoned = False  # others were left in the middle of something: nothing here may wait for them
 
 
@@ -115,10 +117,14 @@ def joined(device: torch.device, mode: str = "auto", minutes: float = MINUTES) -
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from torchrun: it kills us soon enough
         what = "was lost" if "onnection" in str(error) else f"was silent for {minutes:g} minutes"
         reason = str(error).partition("\n")[0]
+        # A message keeps its connection open, and so does a frame that sent one.
+        for sender in _senders:
+            sender.works.clear()
         met: BaseException | None = error
-        while met:  # frames that sent something keep its connection open
+        while met:
             traceback.clear_frames(met.__traceback__)
             met = met.__context__
+        gc.collect()
         missing = _missing(device)
         raise RunFailed(
             f"{f'{missing} {what}' if missing else f'the processes lost touch: {reason}'}. "
@@ -132,12 +138,12 @@ def joined(device: torch.device, mode: str = "auto", minutes: float = MINUTES) -
 def _leave(device: torch.device, orderly: bool) -> None:
     """Close the connections to the other processes, so that those notice at once.
 
-    Out of order, those between devices stay open: one that waits for a message would hold up who
-    closes them.
+    Where others are left in the middle of something, those between devices stay open: one that
+    waits for a message would hold up who closes them.
     """
     global _group, abandoned
     abandoned = not orderly and world() > 1
-    if orderly or device.type == "cpu":
+    if not abandoned or device.type == "cpu":
         for graph in captured:
             graph.reset()  # before the connections that it sends on are closed
         dist.destroy_process_group()
@@ -416,6 +422,7 @@ class ReplicatedGradients(Gradients):
         if bucket:
             self._add(bucket)
         self.armed, self.works = False, []
+        _senders.add(self)
 
     def _add(self, params: list[nn.Parameter]) -> None:
         starts = [0]
