@@ -1,6 +1,9 @@
 """Bad input to the commands: one clear line, exit status 2, nothing half-written."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from unittest.mock import Mock
 
 import numpy as np
@@ -75,6 +78,34 @@ def test_train_notes_a_data_set_without_labels(
     headline = loop.call_args.args[4]
     assert headline.startswith("distilling")
     assert ("note: " in headline) == ("data.zip has no labels" in headline) == noted
+
+
+ABANDONED = """
+import threading, time, click
+from sid_fast.config import cli
+from sid_fast.engine import parallel
+from sid_fast.errors import RunFailed
+
+@click.command()
+def command():
+    threading.Thread(target=time.sleep, args=(3600,)).start()
+    print("a line that does not fit")
+    parallel.abandoned = True
+    raise RunFailed("process 1 was lost")
+
+cli.main(command, "x")
+"""
+
+
+def test_who_has_left_others_behind_waits_for_nothing_at_the_end():
+    """Neither for a thread, which may wait for them, nor for a log on a full disk."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", ABANDONED],
+            stdout=full, stderr=subprocess.PIPE, env=env, timeout=60,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, b"error: process 1 was lost\n")
 
 
 def test_train_refuses_a_folder_that_holds_a_run(run_command, teacher, tmp_path):

@@ -1,5 +1,6 @@
 """A command line from a dataclass: every field is an option, its preset the default."""
 
+import contextlib
 import dataclasses
 import inspect
 import os
@@ -179,7 +180,8 @@ def main(command: click.Command, module: str) -> None:
         prefix = "error: " if rank == "0" else f"error on process {rank}: "
         print(prefix + " ".join(message.split()), file=sys.stderr)
     if parallel.abandoned:  # an end in good order would wait: for a device, or a thread that saves
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # its disk may be full
+                stream.flush()
         os._exit(status or 0)
     sys.exit(status)

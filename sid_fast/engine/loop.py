@@ -319,7 +319,7 @@ class Loop:
                 self._warn(error)
 
     def _report(self, metrics: dict[str, torch.Tensor], keep: bool = True) -> None:
-        """One line, and one record; only for the metrics does a run wait for the device."""
+        """One line, and one record; reading the metrics waits for the device."""
         self.pace.catch_up()
         values = {name: float(v) for name, v in metrics.items()}
         rate = self.meter.read()
