@@ -10,10 +10,10 @@ from sid_fast.kernels.dispatch import forced
 from sid_fast.kernels.group_norm import (
     SPREAD,
     Normed,
-    _launch,
     bytes_moved,
     group_norm,
     group_norm_ref,
+    launch,
 )
 
 # Largest ‖out − ref‖/‖ref‖, the reference in float64 on the same rounded inputs. Rounding to

@@ -1,0 +1,378 @@
+"""Device functions that the forward and the backward kernel share.
+
+A program normalises `GROUPS_PER_BLOCK` adjacent groups of one sample. Tensors are channels-last, so
+its elements form a matrix [pixels, channels]; it works on tiles [BLOCK_HW, BLOCK_C] of it.
+
+The functions with inline PTX hold one instruction each and, for Triton's interpreter, its plain
+form; everything else is the same code on both.
+"""
+
+from sid_fast.kernels._triton import INTERPRETED, tl, triton
+
+# --- arithmetic ---------------------------------------------------------------------------------
+
+
+@triton.jit
+def exp2(x):
+    """2^x to 2 ulp. Results below 2^-126 are 0: tl.exp2 spends three instructions on those."""
+    if INTERPRETED:
+        y = tl.exp2(x)
+    else:
+        y = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return y
+
+
+@triton.jit
+def reciprocal(x):
+    """1/x to 1 ulp for |x| < 2^126, 0 beyond: a division spends four instructions on range."""
+    if INTERPRETED:
+        y = 1.0 / x
+    else:
+        y = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return y
+
+
+@triton.jit
+def sigmoid(x, keep):
+    """sigmoid(x)/keep in four instructions: both fold into one product and one sum."""
+    return reciprocal(exp2(x * -1.4426950408889634) * keep + keep)
+
+
+@triton.jit
+def widen(x):
+    """To float32, exactly. A pair of bfloat16 takes two instructions, and three without the PTX."""
+    if tl.constexpr(x.dtype != tl.bfloat16) or INTERPRETED:
+        y = x.to(tl.float32)
+    else:
+        y = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x],
+            dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    return y
+
+
+@triton.jit
+def round_to_bfloat16(x):
+    """To nearest, ties to even. Pairs, because a lone conversion runs at a quarter of the rate."""
+    if INTERPRETED:  # whose own conversion truncates
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + (((bits >> 16) & 1) + 0x7FFF)) & -0x10000
+        y = tl.where(x == x, bits.to(tl.float32, bitcast=True), x).to(tl.bfloat16)
+    else:
+        y = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x],
+            dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    return y
+
+
+@triton.jit
+def saturating_cast(x, DTYPE: tl.constexpr):
+    """Cast from float32, with saturation in fp16: ±65504 instead of inf.
+
+    An inf would become NaN in backward and void every weight gradient. NaN is preserved.
+    """
+    if tl.constexpr(DTYPE == tl.bfloat16):
+        y = round_to_bfloat16(x)
+    elif tl.constexpr(DTYPE == tl.float16):
+        y = tl.clamp(x, -65504.0, 65504.0, tl.PropagateNan.ALL).to(DTYPE)
+    else:
+        y = x.to(DTYPE)
+    return y
+
+
+@triton.jit
+def saturated(x):
+    """To float32, inf in fp16 read as ±65504."""
+    y = widen(x)
+    if tl.constexpr(x.dtype == tl.float16):
+        y = tl.clamp(y, -65504.0, 65504.0, tl.PropagateNan.ALL)
+    return y
+
+
+# --- sums ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def sum_pair(a, b, AXIS: tl.constexpr):
+    """Both sums in one reduction: one pass through shared memory and half the barriers."""
+    return tl.reduce((a, b), AXIS, _add_pairs)
+
+
+@triton.jit
+def fold(tile, FOLD: tl.constexpr):
+    """[BLOCK_HW, BLOCK_C] -> [BLOCK_HW/FOLD, BLOCK_C]: sums of rows that one thread holds."""
+    rows: tl.constexpr = tile.shape[0] // FOLD
+    return tl.sum(tl.reshape(tile, [FOLD, rows, tile.shape[1]]), 0)
+
+
+@triton.jit
+def members(GROUP: tl.constexpr, BLOCK_C: tl.constexpr, GROUPS_POW2: tl.constexpr):
+    """[BLOCK_C, GROUPS_POW2]: which group each lane belongs to."""
+    return (tl.arange(0, BLOCK_C) // GROUP)[:, None] == tl.arange(0, GROUPS_POW2)[None, :]
+
+
+@triton.jit
+def group_sums(values, member):
+    """[BLOCK_C] -> [GROUPS_POW2]."""
+    return tl.sum(tl.where(member, values[:, None], 0.0), 0)
+
+
+@triton.jit
+def group_sums_pair(a, b, member):
+    """[BLOCK_C] twice -> [GROUPS_POW2] twice."""
+    return sum_pair(tl.where(member, a[:, None], 0.0), tl.where(member, b[:, None], 0.0), 0)
+
+
+@triton.jit
+def to_channels(values, member):
+    """[GROUPS_POW2] -> [BLOCK_C]; 0 where a lane has no group."""
+    return tl.sum(tl.where(member, values[None, :], 0.0), 1)
+
+
+@triton.jit
+def to_channels_pair(a, b, member):
+    """[GROUPS_POW2] twice -> [BLOCK_C] twice."""
+    return sum_pair(tl.where(member, a[None, :], 0.0), tl.where(member, b[None, :], 0.0), 1)
+
+
+# --- addresses ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def block_of_program(
+    CHANNELS: tl.constexpr,
+    LEFT: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS_PER_BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Sample, block, the channel of each lane, which lanes the block owns, and which belong to h.
+
+    Lanes beyond the block's channels repeat its first ones, so that no load needs a mask; sums and
+    stores leave them out. VECTOR adjacent channels are loaded together.
+    """
+    sample = tl.program_id(0) // BLOCKS
+    block = tl.program_id(0) % BLOCKS
+    lane = tl.arange(0, BLOCK_C)
+    start = block * (GROUPS_PER_BLOCK * GROUP)
+    owned = tl.full([BLOCK_C], True, tl.int1)
+    if GROUPS_PER_BLOCK * GROUP != BLOCK_C or CHANNELS % BLOCK_C:
+        owned = (lane < GROUPS_PER_BLOCK * GROUP) & (start + lane < CHANNELS)
+    channel = start + tl.where(owned, lane, lane % VECTOR)
+    channel = tl.multiple_of(tl.max_contiguous(channel, VECTOR), VECTOR)
+    near = owned
+    if LEFT < CHANNELS:
+        near = owned & (channel < LEFT)
+    return sample, block, channel, owned, near
+
+
+@triton.jit
+def joined(left_ptr, right_ptr, start, channel, LEFT: tl.constexpr, CHANNELS: tl.constexpr):
+    """Address of every channel of pixel `start` in cat(left, right)."""
+    ptr = left_ptr + (start * LEFT + channel)
+    if right_ptr is not None:
+        right = right_ptr + (start * (CHANNELS - LEFT) + (channel - LEFT))
+        ptr = tl.where(channel < LEFT, ptr, right)
+    return ptr
+
+
+@triton.jit
+def offsets(pixel, channel, LEFT: tl.constexpr, CHANNELS: tl.constexpr):
+    """[rows, 1 or BLOCK_C]: from the first pixel to others of cat(left, right)."""
+    if LEFT == CHANNELS or 2 * LEFT == CHANNELS:
+        offset = pixel[:, None] * LEFT
+    else:
+        offset = pixel[:, None] * tl.where(channel < LEFT, LEFT, CHANNELS - LEFT)[None, :]
+    return offset
+
+
+@triton.jit
+def step(first, channel, LEFT: tl.constexpr, CHANNELS: tl.constexpr):
+    """The same for the one pixel `first`: a number, or one a channel."""
+    if LEFT == CHANNELS or 2 * LEFT == CHANNELS:
+        offset = first * LEFT
+    else:
+        offset = first * tl.where(channel < LEFT, LEFT, CHANNELS - LEFT)
+    return offset
+
+
+@triton.jit
+def first_of_four(pixel, WIDTH: tl.constexpr):
+    """A pixel's upper left one of four at twice the resolution; WIDTH is the coarse one's."""
+    return 2 * (pixel + pixel // WIDTH * WIDTH)
+
+
+@triton.jit
+def pixels_of_tile(
+    t, PIXELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_HW: tl.constexpr, RESAMPLE: tl.constexpr
+):
+    """(first, pixel) of the input, (first, pixel) of the output, which of them exist.
+
+    A row's pixel is first + pixel: the second does not depend on the tile, so that the addresses
+    of a thread's rows differ by constants. Of the output it is the first of four for "up". A tile
+    is a strip of each quarter of the image, so that a thread holds all four elements that share
+    random numbers (see keep_mask). A mask that excludes nothing is a constant, which costs nothing.
+    """
+    row = tl.arange(0, BLOCK_HW)
+    STRIP: tl.constexpr = BLOCK_HW // 4
+    QUARTER: tl.constexpr = (PIXELS + 3) // 4
+    if RESAMPLE == "down":
+        # Rows a quarter of the tile apart are 2x2 pixels, so that one thread averages them.
+        first = 0
+        target_first = 0
+        target = t * STRIP + row % STRIP
+        member = row // STRIP
+        pixel = first_of_four(target, WIDTH // 2) + member // 2 * WIDTH + member % 2
+    else:
+        first = t * STRIP
+        pixel = row // STRIP * QUARTER + row % STRIP
+        target_first = first
+        target = pixel
+        if RESAMPLE == "up":
+            target_first = 0
+            target = first_of_four(first + pixel, WIDTH)
+    exists = tl.full([BLOCK_HW], True, tl.int1)
+    if PIXELS % BLOCK_HW:
+        exists = first + pixel < PIXELS
+        if RESAMPLE != "down":
+            exists = exists & (first + row % STRIP < QUARTER)
+    exists = exists[:, None]
+    return first, pixel, target_first, target, exists
+
+
+@triton.jit
+def load_rows(ptr, offset, mask):
+    """A tile in float32, 0 where the mask excludes it; ptr is [BLOCK_C]."""
+    return saturated(tl.load(ptr[None, :] + offset, mask=mask, other=0.0))
+
+
+@triton.jit
+def load_channels(ptr, channel):
+    """A value of every lane's channel, float32."""
+    return saturated(tl.load(ptr + channel))
+
+
+@triton.jit
+def store_resampled(
+    ptr,
+    value,
+    t,
+    first,
+    target,
+    exists,
+    owned,
+    PIXELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    RESAMPLE: tl.constexpr,
+):
+    """Stores a tile, resampled."""
+    if RESAMPLE == "down":
+        rows: tl.constexpr = value.shape[0] // 4
+        pixel = t * rows + tl.arange(0, rows)
+        value = saturating_cast(fold(value, 4) * 0.25, ptr.dtype.element_ty)
+        mask = tl.full([rows, 1], True, tl.int1) & owned
+        if PIXELS % (4 * rows):
+            mask = mask & (pixel < PIXELS // 4)[:, None]
+        tl.store(ptr[None, :] + pixel[:, None] * CHANNELS, value, mask=mask)
+    else:
+        mask = exists & owned
+        value = saturating_cast(value, ptr.dtype.element_ty)
+        ptr += first * CHANNELS
+        tl.store(ptr[None, :] + target[:, None] * CHANNELS, value, mask=mask)
+        if RESAMPLE == "up":
+            for i in tl.static_range(1, 4):
+                pixel = target + (i // 2 * 2 * WIDTH + i % 2)
+                tl.store(ptr[None, :] + pixel[:, None] * CHANNELS, value, mask=mask)
+
+
+@triton.jit
+def load_resampled(
+    ptr, first, target, exists, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, RESAMPLE: tl.constexpr
+):
+    """The transpose of store_resampled: the gradient of a tile from that of what was stored."""
+    ptr += first * CHANNELS
+    value = load_rows(ptr, target[:, None] * CHANNELS, exists)
+    if RESAMPLE == "down":
+        value *= 0.25
+    if RESAMPLE == "up":
+        for i in tl.static_range(1, 4):
+            pixel = target + (i // 2 * 2 * WIDTH + i % 2)
+            value += load_rows(ptr, pixel[:, None] * CHANNELS, exists)
+    return value
+
+
+@triton.jit
+def affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, row, channel):
+    """norm·weight + bias, times (scale + 1), plus shift: as one gain and one shift a channel."""
+    gain = load_channels(weight_ptr, channel)
+    shift = load_channels(bias_ptr, channel)
+    if scale_ptr is not None:
+        factor = 1.0 + load_channels(scale_ptr, row + channel)
+        gain *= factor
+        shift = shift * factor + load_channels(shift_ptr, row + channel)
+    return gain, shift
+
+
+# --- dropout ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def philox_2x32(counter, high, key):
+    """Philox 2x32-10 (Salmon et al., SC 2011): two random words of (counter, high) under a key."""
+    for _ in tl.static_range(10):
+        product = counter.to(tl.uint64) * 0xD256D193
+        counter = (product >> 32).to(tl.uint32) ^ key ^ high
+        high = product.to(tl.uint32)
+        key = tl.add(key, 0x9E3779B9, sanitize_overflow=False)
+    return counter, high
+
+
+@triton.jit
+def dropout_key(seed_ptr, sample):
+    """The key and the upper half of the counter of a sample's random numbers."""
+    seed = tl.load(seed_ptr).to(tl.uint64)
+    stream = tl.load(seed_ptr + 1).to(tl.uint64)
+    key = seed.to(tl.uint32) ^ wrapping_product((stream >> 32).to(tl.uint32), 0x85EBCA6B)
+    high = wrapping_product((seed >> 32).to(tl.uint32), 0xC2B2AE35) ^ wrapping_product(
+        stream.to(tl.uint32), 0x9E3779B1
+    )
+    return key, tl.add(high, sample.to(tl.uint32), sanitize_overflow=False)
+
+
+@triton.jit
+def wrapping_product(x, FACTOR: tl.constexpr):
+    return (x.to(tl.uint64) * FACTOR).to(tl.uint32)
+
+
+@triton.jit
+def keep_mask(
+    key, high, drop, t, channel, BLOCK_HW: tl.constexpr, CHANNELS: tl.constexpr
+):  # fmt: skip
+    """False with probability drop/65536.
+
+    A function of the seed, the sample, the channel and the pixel, whatever the tiles. Pixels of
+    the same place in the image's four quarters share a Philox block and take 16 bits of it each.
+    Every element computes its own block; the compiler finds that a thread's four are one.
+    """
+    row = tl.arange(0, BLOCK_HW)
+    STRIP: tl.constexpr = BLOCK_HW // 4
+    part = (row // STRIP)[:, None]
+    block = ((t * STRIP + row % STRIP) * CHANNELS)[:, None] + channel[None, :]
+    a, b = philox_2x32(block.to(tl.uint32), high, key)
+    word = tl.where(part < 2, a, b)
+    # The lower 16 bits moved up; of the upper 16 the rest breaks ties only.
+    word = tl.where(part % 2 == 0, word, word << 16)
+    return word >= (drop.to(tl.uint32) << 16)

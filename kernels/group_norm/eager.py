@@ -1,0 +1,71 @@
+"""The group norm in plain PyTorch: what the kernels are tested against, and what a CPU runs."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+class Normed(NamedTuple):
+    """What a group norm gives; each output takes a gradient of its own.
+
+    y is the result, [N, C, H', W']; h the sum that was normalised, [N, C1, H, W], x itself where
+    there was nothing to add; fork is h once more, for a second consumer; beside what was
+    normalised with h, passed through for its second consumer; resampled is h, resampled as y is.
+    Adding up the gradients of several consumers thus takes no pass of its own.
+    """
+
+    y: torch.Tensor
+    h: torch.Tensor
+    fork: torch.Tensor
+    beside: torch.Tensor | None
+    resampled: torch.Tensor | None
+
+
+def group_norm_ref(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    *,
+    beside: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    x_bias: torch.Tensor | None = None,
+    x_scale: float = 1.0,
+    add: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    silu: bool = True,
+    dropout: float = 0.0,
+    resample: str | None = None,
+) -> Normed:
+    """group_norm in plain PyTorch; dropout draws from torch's generator."""
+    h = x if residual is None else x + residual
+    if x_bias is not None:
+        h = h + x_bias[:, None, None].to(h.dtype)
+    if x_scale != 1:
+        h = h * x_scale
+    y = h if beside is None else torch.cat([h, beside], dim=1)
+    if add is not None:
+        y = y + add[:, :, None, None].to(y.dtype)
+    y = F.group_norm(y, groups, weight.to(y.dtype), bias.to(y.dtype), eps)
+    if scale is not None:
+        scale, shift = (v[:, :, None, None].to(y.dtype) for v in (scale, shift))
+        y = torch.addcmul(shift, y, scale + 1)
+    if silu:
+        y = F.silu(y)
+    if dropout:
+        y = F.dropout(y, dropout)
+    if resample is None:
+        return Normed(y, h, h, beside, None)
+    change = {"down": _halved, "up": _doubled}[resample]
+    return Normed(change(y), h, h, beside, change(h))
+
+
+def _halved(x: torch.Tensor) -> torch.Tensor:
+    return F.avg_pool2d(x, 2)
+
+
+def _doubled(x: torch.Tensor) -> torch.Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")

@@ -1,0 +1,307 @@
+"""The public group norm, its gradient, and the torch operators that launch the kernels."""
+
+import torch
+
+from sid_fast.kernels import _apex
+from sid_fast.kernels.dispatch import choose
+from sid_fast.kernels.group_norm.backward import backward_kernel
+from sid_fast.kernels.group_norm.eager import Normed, group_norm_ref
+from sid_fast.kernels.group_norm.forward import forward_kernel
+from sid_fast.kernels.group_norm.launch import launch
+
+def _rows(*values: torch.Tensor | None) -> tuple[tuple[torch.Tensor | None, ...], int]:
+    """[N, C] tensors with adjacent channels and one common distance of rows, and that distance."""
+    if values[0] is None:
+        return values, 0
+    strides = {v.stride() for v in values}
+    if len(strides) > 1 or values[0].stride(1) != 1:
+        values = tuple(v.contiguous() for v in values)
+    return values, values[0].stride(0)
+
+
+def _resampled_size(x: torch.Tensor, resample: str | None) -> list[int]:
+    height, width = x.shape[2:]
+    if resample == "up":
+        return [2 * height, 2 * width]
+    return [height // 2, width // 2] if resample == "down" else [height, width]
+
+
+def _empty(x: torch.Tensor, channels: int, size: list[int]) -> torch.Tensor:
+    shape = (len(x), channels, *size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@torch.library.custom_op("sid_fast::group_norm", mutates_args=())
+def _forward(
+    x: torch.Tensor,
+    beside: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    x_bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    add: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    x_scale: float,
+    groups: int,
+    eps: float,
+    silu: bool,
+    dropout: float,
+    resample: str | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y, h (empty where it is x), resampled h (empty without), [2, N, groups] statistics.
+
+    x, beside and residual are dense in channels-last order.
+    """
+    y, h, resampled, stats = out = _forward_fake(
+        x, beside, residual, x_bias, weight, bias, add, scale, shift, seed,
+        x_scale, groups, eps, silu, dropout, resample,
+    )  # fmt: skip
+    n, channels = y.shape[:2]
+    blocks, tiles, constants = launch(
+        (channels, *x.shape[2:]), x.shape[1], x.dtype, groups, silu, resample, False
+    )
+    (add,), add_stride = _rows(add)
+    (scale, shift), film_stride = _rows(scale, shift)
+    with torch.cuda.device_of(x):
+        forward_kernel[(blocks * n,)](
+            x, beside, residual, x_bias, h if h.numel() else None, y,
+            resampled if resample else None, stats, weight, bias, add, scale, shift, seed,
+            n, add_stride, film_stride, eps, x_scale, round(dropout * 65536), tiles, **constants,
+        )  # fmt: skip
+    return out
+
+
+@_forward.register_fake
+def _forward_fake(
+    x, beside, residual, x_bias, weight, bias, add, scale, shift, seed,
+    x_scale, groups, eps, silu, dropout, resample,
+):  # fmt: skip
+    size = _resampled_size(x, resample)
+    same = residual is None and x_bias is None and x_scale == 1
+    return (
+        _empty(x, len(weight), size),
+        x.new_empty(0) if same else torch.empty_like(x),
+        x.new_empty(0) if resample is None else _empty(x, x.shape[1], size),
+        x.new_empty((2, len(x), groups), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("sid_fast::group_norm_backward", mutates_args=())
+def _backward(
+    y_grad: torch.Tensor,
+    h_grad: torch.Tensor | None,
+    fork_grad: torch.Tensor | None,
+    beside_grad: torch.Tensor | None,
+    resampled_grad: torch.Tensor | None,
+    h: torch.Tensor,
+    beside: torch.Tensor | None,
+    stats: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    add: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    x_scale: float,
+    silu: bool,
+    dropout: float,
+    resample: str | None,
+    wanted: list[bool],
+) -> tuple[
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+]:
+    """Gradients of x, beside, x_bias, (weight, bias) as [2, C], add, scale and shift.
+
+    wanted says which of x_bias, weight or bias, add, scale or shift to find; what is not wanted or
+    not there is empty. h_grad and beside_grad come together if there is a beside.
+    """
+    dx, dbeside, dx_bias, dparam, dadd, dscale, dshift = out = _backward_fake(
+        y_grad, h_grad, fork_grad, beside_grad, resampled_grad, h, beside, stats, weight, bias,
+        add, scale, shift, seed, x_scale, silu, dropout, resample, wanted,
+    )  # fmt: skip
+    n, channels, groups = len(h), len(weight), stats.shape[2]
+    blocks, tiles, constants = launch(
+        (channels, *h.shape[2:]), h.shape[1], h.dtype, groups, silu, resample, True
+    )
+    has_x_bias, has_param, has_add, has_film = wanted
+    x_bias_sums = stats.new_empty((n, h.shape[1])) if has_x_bias else None
+    param_sums = stats.new_empty((2, n, channels)) if has_param else None
+    (add,), add_stride = _rows(add)
+    (scale, shift), film_stride = _rows(scale, shift)
+    with torch.cuda.device_of(h):
+        backward_kernel[(blocks * n,)](
+            h, beside, y_grad, h_grad, fork_grad, beside_grad, resampled_grad,
+            dx, None if beside is None else dbeside, x_bias_sums, stats, weight, bias, param_sums,
+            add, dadd if has_add else None, scale, shift,
+            *((dscale, dshift) if has_film else (None, None)), seed,
+            n, add_stride, film_stride, None if x_scale == 1 else x_scale,
+            round(dropout * 65536), tiles, **constants,
+        )  # fmt: skip
+        if has_x_bias:
+            torch.sum(x_bias_sums, 0, out=dx_bias)
+        if has_param:
+            torch.sum(param_sums, 1, out=dparam)
+    return out
+
+
+@_backward.register_fake
+def _backward_fake(
+    y_grad, h_grad, fork_grad, beside_grad, resampled_grad, h, beside, stats, weight, bias,
+    add, scale, shift, seed, x_scale, silu, dropout, resample, wanted,
+):  # fmt: skip
+    has_x_bias, has_param, has_add, has_film = wanted
+    return (
+        torch.empty_like(h),
+        h.new_empty(0) if beside is None else torch.empty_like(beside),
+        stats.new_empty(h.shape[1] if has_x_bias else 0),
+        stats.new_empty((2, len(weight)) if has_param else 0),
+        add.new_empty(add.shape) if has_add else h.new_empty(0),
+        *(v.new_empty(v.shape) if has_film else h.new_empty(0) for v in (scale, shift)),
+    )
+
+
+def _dense(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous(memory_format=torch.channels_last)
+
+
+class _GroupNorm(torch.autograd.Function):
+    """The two kernels; every output is a tensor of its own, so that each brings its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, beside, residual, x_bias, weight, bias, add, scale, shift, seed, *options):
+        y, h, resampled, stats = _forward(
+            x, beside, residual, x_bias, weight, bias, add, scale, shift, seed, *options
+        )
+        if not h.numel():
+            h = x.view_as(x)
+        ctx.save_for_backward(h, beside, stats, weight, bias, add, scale, shift, seed)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return (
+            y,
+            h,
+            h.view_as(h),
+            None if beside is None else beside.view_as(beside),
+            resampled if resampled.numel() else None,
+        )
+
+    @staticmethod
+    def backward(ctx, *grads):
+        h, beside, stats, weight, bias, add, scale, shift, seed = ctx.saved_tensors
+        x_scale, _, _, silu, dropout, resample = ctx.options
+        y_grad, h_grad, fork_grad, beside_grad, resampled_grad = map(_dense, grads)
+        if y_grad is None:
+            y_grad = _empty(h, len(weight), _resampled_size(h, resample)).zero_()
+        if (h_grad is None) != (beside_grad is None) and beside is not None:
+            h_grad = torch.zeros_like(h) if h_grad is None else h_grad
+            beside_grad = torch.zeros_like(beside) if beside_grad is None else beside_grad
+        needs = ctx.needs_input_grad
+        wanted = [needs[3], needs[4] or needs[5], needs[6], needs[7] or needs[8]]
+        dx, dbeside, dx_bias, dparam, dadd, dscale, dshift = _backward(
+            y_grad, h_grad, fork_grad, beside_grad, resampled_grad, h, beside, stats, weight, bias,
+            add, scale, shift, seed, x_scale, silu, dropout, resample, wanted,
+        )  # fmt: skip
+        has_x_bias, has_param, has_add, has_film = wanted
+        return (
+            dx,
+            None if beside is None else dbeside,
+            dx if needs[2] else None,
+            dx_bias if has_x_bias else None,
+            *(dparam.to(weight.dtype).unbind() if has_param else (None, None)),
+            dadd if has_add else None,
+            *((dscale, dshift) if has_film else (None, None)),
+            *[None] * (1 + len(ctx.options)),
+        )
+
+
+def group_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    *,
+    beside: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    x_bias: torch.Tensor | None = None,
+    x_scale: float = 1.0,
+    add: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    silu: bool = True,
+    dropout: float = 0.0,
+    seed: torch.Tensor | None = None,
+    resample: str | None = None,
+) -> Normed:
+    """resample(dropout(silu(norm(cat(h, beside) + add)·(scale + 1) + shift))), and h.
+
+    h = (x + residual + x_bias)·x_scale. Every part but the norm (Wu and He, arXiv 1803.08494) is
+    optional. x and residual are [N, C1, H, W], float32 or 16 bit; beside is [N, C2, H, W] of the
+    dtype of x; C = C1 + C2. weight and bias are [C]; x_bias is [C1], float32; add, scale and shift
+    are [N, C], scale and shift together. resample is None, "down" (the mean of 2x2 pixels) or "up"
+    (every pixel becomes 2x2). dropout is the probability of a zero, 0 ≤ dropout < 1, 0 outside
+    training. seed is an int64 [2] on the device of x, the key and stream of the dropout; without
+    one it is drawn from torch's generator. The reference takes torch's own dropout.
+
+    Outputs have the dtype of x, in channels-last order from the Triton kernel. ValueError for a
+    combination that has no kernel (resample with dropout or beside) or for shapes that do not fit.
+    """
+    parts = {
+        "residual": residual, "x_bias": x_bias, "add": add, "scale": scale, "shift": shift,
+    }  # fmt: skip
+    _check(x, weight, groups, beside, dropout, resample, parts)
+    implementation = choose("group_norm")
+    if implementation == "apex" and _apex.takes(x, groups):
+        alone = beside is None and all(part is None for part in parts.values())
+        if alone and x_scale == 1 and not dropout and resample is None:
+            y = _apex.group_norm(x, weight, bias, groups, eps, silu)
+            return Normed(y, x, x, None, None)
+    if implementation == "reference":
+        return group_norm_ref(
+            x, weight, bias, groups, eps, beside=beside, x_scale=x_scale, silu=silu,
+            dropout=dropout, resample=resample, **parts,
+        )  # fmt: skip
+    if dropout and seed is None:
+        seed = torch.randint(-(2**63), 2**63 - 1, (2,), device=x.device)
+    x, beside, residual = map(_dense, (x, beside, residual))
+    out = _GroupNorm.apply(
+        x, beside, residual, x_bias, weight, bias, add, scale, shift, seed if dropout else None,
+        x_scale, groups, eps, silu, dropout, resample,
+    )  # fmt: skip
+    return Normed(*out)
+
+
+def _check(x, weight, groups, beside, dropout, resample, parts) -> None:
+    n, left, *size = x.shape
+    right = 0 if beside is None else beside.shape[1]
+    channels = left + right
+    if channels != len(weight) or channels % groups:
+        raise ValueError(
+            f"{channels} channels: weight has {len(weight)}, and they must divide into "
+            f"groups={groups}"
+        )
+    shapes = {"residual": (n, left, *size), "beside": (n, right, *size), "x_bias": (left,)}
+    for name, value in {"beside": beside, **parts}.items():
+        shape = shapes.get(name, (n, channels))
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{name} is {tuple(value.shape)}: must be {shape}")
+    if beside is not None and beside.dtype != x.dtype:
+        raise ValueError(f"beside is {beside.dtype}: must be {x.dtype} as x is")
+    if (parts["scale"] is None) != (parts["shift"] is None):
+        raise ValueError("scale and shift come together: only one is given")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout}: must be at least 0 and less than 1")
+    if resample not in (None, "down", "up"):
+        raise ValueError(f"resample={resample!r}: choose from None, 'down', 'up'")
+    if resample and (dropout or beside is not None):
+        raise ValueError(f"resample={resample!r} goes with neither dropout nor beside")
+    if resample == "down" and any(side % 2 for side in size):
+        raise ValueError(f"resample='down' of {size[0]}x{size[1]} pixels: sides must be even")
