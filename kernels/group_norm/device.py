@@ -330,12 +330,26 @@ def affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, row, channel):
 
 
 @triton.jit
+def philox_product(x):
+    """Upper and lower word of x·0xD256D193: one instruction, and two without the PTX."""
+    if INTERPRETED:
+        product = x.to(tl.uint64) * 0xD256D193
+        words = (product >> 32).to(tl.uint32), product.to(tl.uint32)
+    else:
+        words = tl.inline_asm_elementwise(
+            "{ .reg .u64 t; mul.wide.u32 t, $2, 0xD256D193; mov.b64 {$1, $0}, t; }", "=r,=r,r",
+            [x], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1,
+        )  # fmt: skip
+    return words
+
+
+@triton.jit
 def philox_2x32(counter, high, key):
     """Philox 2x32-10 (Salmon et al., SC 2011): two random words of (counter, high) under a key."""
     for _ in tl.static_range(10):
-        product = counter.to(tl.uint64) * 0xD256D193
-        counter = (product >> 32).to(tl.uint32) ^ key ^ high
-        high = product.to(tl.uint32)
+        upper, lower = philox_product(counter)
+        counter = upper ^ key ^ high
+        high = lower
         key = tl.add(key, 0x9E3779B9, sanitize_overflow=False)
     return counter, high
 
