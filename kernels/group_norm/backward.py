@@ -11,20 +11,18 @@ from sid_fast.kernels.group_norm.device import (
     block_of_program,
     dropout_key,
     fold,
-    group_sums_pair,
+    group_sums,
     joined,
     keep_mask,
     load_channels,
     load_resampled,
     load_rows,
-    members,
     offsets,
     pixels_of_tile,
     saturating_cast,
     sigmoid,
     step,
     sum_pair,
-    to_channels_pair,
 )
 
 
@@ -186,7 +184,6 @@ def backward_kernel(
     sample, block, channel, owned, near = block_of_program(
         CHANNELS, LEFT, GROUP, GROUPS_PER_BLOCK, BLOCKS, BLOCK_C, VECTOR
     )
-    member = members(GROUP, BLOCK_C, GROUPS_POW2)
     start = sample.to(tl.int64) * PIXELS
     h_ptr = joined(h_ptr, beside_ptr, start, channel, LEFT, CHANNELS)
     dx_ptr = joined(dx_ptr, dbeside_ptr, start, channel, LEFT, CHANNELS)
@@ -254,10 +251,9 @@ def backward_kernel(
         dshift *= scale
         dgain *= scale
     # dh = gain·grad less its parts along 1 and along the normalised values, in owned[None, :] group.
-    constant, slope = group_sums_pair(
-        tl.where(owned, gain * dshift, 0.0), tl.where(owned, gain * dgain, 0.0), member
+    constant, slope = group_sums(
+        tl.where(owned, gain * dshift, 0.0), tl.where(owned, gain * dgain, 0.0), GROUP, GROUPS_POW2
     )
-    constant, slope = to_channels_pair(constant, slope, member)
     constant *= 1.0 / (GROUP * PIXELS)
     slope *= rstd * rstd * (1.0 / (GROUP * PIXELS))
     if FOLDED:

@@ -116,33 +116,19 @@ def fold(tile, FOLD: tl.constexpr):
 
 
 @triton.jit
-def members(GROUP: tl.constexpr, BLOCK_C: tl.constexpr, GROUPS_POW2: tl.constexpr):
-    """[BLOCK_C, GROUPS_POW2]: which group each lane belongs to."""
-    return (tl.arange(0, BLOCK_C) // GROUP)[:, None] == tl.arange(0, GROUPS_POW2)[None, :]
-
-
-@triton.jit
-def group_sums(values, member):
-    """[BLOCK_C] -> [GROUPS_POW2]."""
-    return tl.sum(tl.where(member, values[:, None], 0.0), 0)
-
-
-@triton.jit
-def group_sums_pair(a, b, member):
-    """[BLOCK_C] twice -> [GROUPS_POW2] twice."""
-    return sum_pair(tl.where(member, a[:, None], 0.0), tl.where(member, b[:, None], 0.0), 0)
-
-
-@triton.jit
-def to_channels(values, member):
-    """[GROUPS_POW2] -> [BLOCK_C]; 0 where a lane has no group."""
-    return tl.sum(tl.where(member, values[None, :], 0.0), 1)
-
-
-@triton.jit
-def to_channels_pair(a, b, member):
-    """[GROUPS_POW2] twice -> [BLOCK_C] twice."""
-    return sum_pair(tl.where(member, a[None, :], 0.0), tl.where(member, b[None, :], 0.0), 1)
+def group_sums(a, b, GROUP: tl.constexpr, GROUPS_POW2: tl.constexpr):
+    """[BLOCK_C] twice: to every lane the sums of its group, both at once."""
+    BLOCK_C: tl.constexpr = a.shape[0]
+    if GROUP & (GROUP - 1) == 0:  # a group is a few adjacent threads: no barrier
+        shape: tl.constexpr = [BLOCK_C // GROUP, GROUP]
+        a, b = sum_pair(tl.reshape(a, shape), tl.reshape(b, shape), 1)
+        a = tl.reshape(tl.broadcast_to(a[:, None], shape), [BLOCK_C])
+        b = tl.reshape(tl.broadcast_to(b[:, None], shape), [BLOCK_C])
+    else:
+        member = (tl.arange(0, BLOCK_C) // GROUP)[:, None] == tl.arange(0, GROUPS_POW2)[None, :]
+        a, b = sum_pair(tl.where(member, a[:, None], 0.0), tl.where(member, b[:, None], 0.0), 0)
+        a, b = sum_pair(tl.where(member, a[None, :], 0.0), tl.where(member, b[None, :], 0.0), 1)
+    return a, b
 
 
 # --- addresses ----------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from sid_fast.kernels.group_norm.device import (
     keep_mask,
     load_channels,
     load_rows,
-    members,
     offsets,
     pixels_of_tile,
     saturated,
@@ -20,7 +19,6 @@ from sid_fast.kernels.group_norm.device import (
     step,
     store_resampled,
     sum_pair,
-    to_channels,
     widen,
 )
 
@@ -153,7 +151,6 @@ def forward_kernel(
     sample, block, channel, owned, near = block_of_program(
         CHANNELS, LEFT, GROUP, GROUPS_PER_BLOCK, BLOCKS, BLOCK_C, VECTOR
     )
-    member = members(GROUP, BLOCK_C, GROUPS_POW2)
     start = sample.to(tl.int64) * PIXELS
     x_ptr = joined(x_ptr, beside_ptr, start, channel, LEFT, CHANNELS)
     # The first pixel, near the mean, is taken off owned[None, :] sum so that a large mean costs no digits.
@@ -171,6 +168,10 @@ def forward_kernel(
     y_ptr += sample.to(tl.int64) * (TARGETS * CHANNELS) + channel
     if resampled_ptr is not None:
         resampled_ptr += sample.to(tl.int64) * (TARGETS * LEFT) + channel
+    add = tl.zeros([BLOCK_C], tl.float32)
+    if add_ptr is not None:
+        add = load_channels(add_ptr + sample * add_stride, channel)
+    gain, shift = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, sample * film_stride, channel)
     key = None
     high = None
     if seed_ptr is not None:
@@ -205,26 +206,18 @@ def forward_kernel(
         sums, squares = sum_pair(sums, squares, 0)
 
     # The channels' means and squared deviations from them make up those of a group.
-    add = tl.zeros([BLOCK_C], tl.float32)
-    if add_ptr is not None:
-        add = load_channels(add_ptr + sample * add_stride, channel)
     means = origin + sums * (1.0 / PIXELS) + add
-    mean = group_sums(tl.where(owned, means, 0.0), member) * (1.0 / GROUP)
-    centre = to_channels(mean, member)
-    means -= centre
-    squares += PIXELS * means * means - sums * sums * (1.0 / PIXELS)
-    var = group_sums(tl.where(owned, squares, 0.0), member) * (1.0 / (GROUP * PIXELS))
+    squares -= sums * sums * (1.0 / PIXELS)
+    mean, squares = group_sums(
+        tl.where(owned, means, 0.0), tl.where(owned, squares, 0.0), GROUP, GROUPS_POW2
+    )
+    mean *= 1.0 / GROUP
+    means = tl.where(owned, means - mean, 0.0)
+    spread, _ = group_sums(means * means, means, GROUP, GROUPS_POW2)
+    var = (squares * (1.0 / PIXELS) + spread) * (1.0 / GROUP)
     rstd = tl.rsqrt(var + eps)
-
-    slot = tl.arange(0, GROUPS_POW2)
-    group = block * GROUPS_PER_BLOCK + slot
-    real = (slot < GROUPS_PER_BLOCK) & (group < GROUPS)
-    tl.store(stats_ptr + sample * GROUPS + group, mean, mask=real)
-    tl.store(stats_ptr + (samples + sample) * GROUPS + group, rstd, mask=real)
-
-    gain, shift = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, sample * film_stride, channel)
-    gain *= to_channels(rstd, member)
-    centre -= add
+    gain *= rstd
+    centre = mean - add
     if FOLDED:
         shift -= centre * gain
     if BLOCK_HW >= PIXELS:
@@ -258,3 +251,9 @@ def forward_kernel(
                 y_ptr, y, t, target_first, target, exists, owned[None, :],
                 PIXELS, WIDTH, CHANNELS, RESAMPLE,
             )  # fmt: skip
+
+    # Last, where no thread waits for it.
+    stats_ptr += sample * GROUPS + channel // GROUP
+    one = owned & (channel % GROUP == 0)
+    tl.store(stats_ptr, mean, mask=one)
+    tl.store(stats_ptr + samples * GROUPS, rstd, mask=one)
