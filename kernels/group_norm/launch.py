@@ -63,11 +63,11 @@ def launch(
 ) -> Launch:
     """For the norm of [C, H, W], `left` of whose channels are those of h.
 
-    A slab of up to 8192 elements stays in registers, 32 of them a thread; 16 in the backward of
-    float32, where 32 spilled on sm_100. A larger one goes over its tiles twice, 64 bytes a thread
-    at a time (of two tensors in backward), and keeps 8 elements of every running sum. Slabs over
-    65536 elements get 16 warps: one such program has a multiprocessor and its first-level cache to
-    itself; float32's backward, which spilled so, stays with 8.
+    A program's block of up to 8192 elements stays in registers, 32 of them a thread; 16 in the
+    backward of float32, where 32 spilled on sm_100. A larger block goes over its tiles twice with 8
+    warps, 64 bytes a thread at a time (of two tensors in backward), and keeps 8 elements of every
+    running sum. 16 warps for images of 64x64 would leave one program a multiprocessor, which
+    cannot compute while it waits for memory.
     """
     channels, height, width = shape
     pixels = height * width
@@ -76,7 +76,7 @@ def launch(
     held = 16 if backward and dtype == torch.float32 else 32
     warps = max(1, block_hw * block_c // (32 * held))
     if block_hw * block_c > 8192:
-        warps = 8 if block_hw * block_c <= 65536 or held == 16 else 16
+        warps = 8
         fold = (4 if backward else 8) // dtype.itemsize
         block_hw = warps * 32 * 8 * fold // block_c
     less = SPREAD.get((channels, width, dtype, resample, backward), 1)

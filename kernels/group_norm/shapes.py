@@ -90,23 +90,40 @@ def bytes_moved(
     return samples * itemsize * sum(elements.get(v, 0) for v in _arguments(form, backward))
 
 
+def _variants(form: str, backward: bool) -> Iterator[tuple[str, set[str]]]:
+    """(name, arguments): training is nameless; norm1 also with dropout, backward also frozen."""
+    given = _arguments(form, backward)
+    yield "", given - {"seed"}
+    if "seed" in given:
+        yield " dropout", given
+    if backward:
+        yield " frozen", given - {"seed", "dparam", "dx_bias", "dadd", "dscale", "dshift"}
+
+
 def configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
     """(label, kernel, signature, constants, warps, stages) of the PLACES in every type.
 
-    Backward is that of a training network.
+    Labels are "WAY FORM [dropout|frozen] CHANNELS@SIZE TYPE".
     """
     kinds = dict.fromkeys(("stats", "weight", "bias", "dparam", "x_bias", "dx_bias"), "*fp32")
     kinds |= {"seed": "*i64", "eps": "fp32", "x_scale": "fp32"}
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     kernels = {"forward": forward_kernel, "backward": backward_kernel}
     for form, (way, kernel), dtype in itertools.product(PLACES, kernels.items(), dtypes):
-        given = _arguments(form, way == "backward")
-        for place in PLACES[form]:
+        backward = way == "backward"
+        variants = list(_variants(form, backward))
+        for place, (variant, given) in itertools.product(PLACES[form], variants):
             *channels, side = place
-            shape = (sum(channels), side, side)
-            around = form != "norm2", _resample_of(form), way == "backward"
-            constants = dict(launch(shape, channels[0], dtypes[dtype], 32, *around).constants)
+            launched = launch(
+                (sum(channels), side, side), channels[0], dtypes[dtype], 32,
+                form != "norm2", _resample_of(form), backward,
+            )  # fmt: skip
+            constants = dict(launched.constants)
             warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+            if backward and not {"dx_bias", "x_bias"} & _arguments(form, backward):
+                constants["x_scale"] = None  # 1, where nothing was added
+            if launched.tiles == 1:
+                constants["tiles"] = 1
             signature = {}
             for argument in kernel.arg_names:
                 name = argument.removesuffix("_ptr")
@@ -115,5 +132,6 @@ def configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any],
                 elif argument not in constants:
                     kind = "i32" if name == argument else f"*{dtype}"
                     signature[argument] = kinds.get(name, kind)
-            label = f"{way} {form} {'+'.join(map(str, channels))}@{side}x{side} {dtype}"
+            size = f"{'+'.join(map(str, channels))}@{side}x{side}"
+            label = f"{way} {form}{variant} {size} {dtype}"
             yield label, kernel, signature, constants, warps, stages
