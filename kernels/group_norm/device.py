@@ -269,9 +269,7 @@ def store_resampled(
         rows: tl.constexpr = value.shape[0] // 4
         pixel = t * rows + tl.arange(0, rows)
         value = saturating_cast(fold(value, 4) * 0.25, ptr.dtype.element_ty)
-        mask = tl.full([rows, 1], True, tl.int1) & owned
-        if PIXELS % (4 * rows):
-            mask = mask & (pixel < PIXELS // 4)[:, None]
+        mask = (pixel < PIXELS // 4)[:, None] & owned
         tl.store(ptr[None, :] + pixel[:, None] * CHANNELS, value, mask=mask)
     else:
         mask = exists & owned
