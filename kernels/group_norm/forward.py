@@ -171,11 +171,14 @@ def forward_kernel(
     add = tl.zeros([BLOCK_C], tl.float32)
     if add_ptr is not None:
         add = load_channels(add_ptr + sample * add_stride, channel)
-    gain, shift = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, sample * film_stride, channel)
     key = None
     high = None
-    if seed_ptr is not None:
-        key, high = dropout_key(seed_ptr, sample)
+    # Loaded before they are needed, except that film's many would take the tile's registers.
+    EARLY: tl.constexpr = scale_ptr is None
+    if EARLY:
+        gain, shift = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, 0, channel)
+        if seed_ptr is not None:
+            key, high = dropout_key(seed_ptr, sample)
 
     if BLOCK_HW >= PIXELS:
         first, pixel, target_first, target, exists = pixels_of_tile(
@@ -216,6 +219,11 @@ def forward_kernel(
     spread, _ = group_sums(means * means, means, GROUP, GROUPS_POW2)
     var = (squares * (1.0 / PIXELS) + spread) * (1.0 / GROUP)
     rstd = tl.rsqrt(var + eps)
+    if not EARLY:
+        film = sample * film_stride
+        gain, shift = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, film, channel)
+        if seed_ptr is not None:
+            key, high = dropout_key(seed_ptr, sample)
     gain *= rstd
     centre = mean - add
     if FOLDED:

@@ -29,17 +29,12 @@ def _groups_per_block(channels: int, groups: int, pixels: int) -> tuple[int, int
     return groups, max(8, _power_of_two(channels))
 
 
-# Where ptxas would rather keep a word in memory than give up a program on a multiprocessor:
-# (channels, side, type, resample, backward), and by how much less a thread of these holds.
+# By how much less a thread holds, and so more warps run, where a thread's share would take so many
+# registers that one program of 8 warps has a multiprocessor to itself:
+# (channels, side, type, resample, backward).
 SPREAD = {
-    (384, 32, torch.float32, "up", True): 2,
-    (576, 16, torch.float32, None, False): 2,
-    (256, 32, torch.bfloat16, "down", False): 2,
-    (256, 32, torch.float16, "down", False): 2,
-    (384, 32, torch.float16, None, False): 2,
-    (1152, 16, torch.float16, None, False): 2,
-    (192, 32, torch.float16, None, True): 4,
-    (256, 64, torch.float16, None, True): 2,
+    (576, 16, torch.bfloat16, "up", False): 2,
+    (256, 16, torch.bfloat16, "up", True): 2,
 }
 
 
