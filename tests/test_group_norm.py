@@ -12,6 +12,7 @@ from sid_fast.kernels.group_norm import (
     SPREAD,
     Normed,
     bytes_moved,
+    configurations,
     group_norm,
     group_norm_ref,
     launch,
@@ -623,3 +624,15 @@ def test_shapes_that_are_spread_thinner(spread, device, monkeypatch):
     assert real | {"CHANNELS": few, "LEFT": few, "GROUPS": 4} == small
     check(*draw((1, few, side, side), 4, dtype, device, resample=resample), dtype)
     launch.cache_clear()
+
+
+def test_configurations_cover_what_a_step_launches():
+    """norm1 with dropout and without, backward of a frozen network too; labels are unique."""
+    found = {label: constants for label, _, _, constants, _, _ in configurations()}
+    assert len(found) == len(list(configurations()))
+    place = "256@32x32 bf16"
+    assert found[f"forward norm1 add {place}"]["seed_ptr"] is None
+    assert "seed_ptr" not in found[f"forward norm1 add dropout {place}"]
+    trained, frozen = (found[f"backward sum{kind} {place}"] for kind in ("", " frozen"))
+    none = {"dparam_ptr", "dx_bias_ptr"}
+    assert none <= frozen.keys() and not none & trained.keys()

@@ -1,8 +1,9 @@
 """The backward kernel.
 
-It has the norm's input and its statistics, recomputes the rest, and adds up owned[None, :] incoming gradient
-of the input itself. Sums over pixels that make up the gradients of weight, bias and x_bias it
-leaves per sample; adding the samples up is a second, deterministic step.
+Forward keeps the norm's input and its statistics; the rest is recomputed. Every incoming gradient
+of the input is an argument, and the kernel adds them up. The sums over pixels that make up the
+gradients of weight, bias and x_bias are stored per sample; a second, deterministic step adds up the
+samples.
 """
 
 from sid_fast.kernels._triton import tl, triton
@@ -179,9 +180,9 @@ def backward_kernel(
         PIXELS * 4 if RESAMPLE == "up" else PIXELS // 4 if RESAMPLE == "down" else PIXELS
     )
     FOLDED: tl.constexpr = h_ptr.dtype.element_ty.primitive_bitwidth == 16  # as in forward
-    # Random numbers cost more than a memory trip: the second pass finds in dx what the first made.
+    # Drawing twice costs more than memory: the first pass over tiles leaves its gradient in dx.
     KEPT: tl.constexpr = seed_ptr is not None and SILU
-    sample, block, channel, owned, near = block_of_program(
+    sample, channel, owned, near = block_of_program(
         CHANNELS, LEFT, GROUP, GROUPS_PER_BLOCK, BLOCKS, BLOCK_C, VECTOR
     )
     start = sample.to(tl.int64) * PIXELS
@@ -250,7 +251,7 @@ def backward_kernel(
         scale = 1.0 / (1.0 - drop * (1.0 / 65536))
         dshift *= scale
         dgain *= scale
-    # dh = gain·grad less its parts along 1 and along the normalised values, in owned[None, :] group.
+    # dh = gain·grad less its parts along 1 and along the normalised values, in every group.
     constant, slope = group_sums(
         tl.where(owned, gain * dshift, 0.0), tl.where(owned, gain * dgain, 0.0), GROUP, GROUPS_POW2
     )
@@ -258,10 +259,7 @@ def backward_kernel(
     slope *= rstd * rstd * (1.0 / (GROUP * PIXELS))
     if FOLDED:
         constant -= centre * slope
-    if seed_ptr is not None:
-        gain_after = gain * scale
-    else:
-        gain_after = gain
+    gain_after = gain * scale if seed_ptr is not None else gain
 
     row = sample * CHANNELS + channel
     dgain *= rstd
@@ -285,8 +283,8 @@ def backward_kernel(
     if BLOCK_HW >= PIXELS:
         dh, dx = _write_grad(
             h, grad, gain_after, slope, constant, h_grad_ptr, fork_grad_ptr, resampled_grad_ptr,
-            dx_ptr, x_scale, first, pixel, target_first, target, channel, exists, owned[None, :], near[None, :],
-            WIDTH, CHANNELS, LEFT, RESAMPLE,
+            dx_ptr, x_scale, first, pixel, target_first, target, channel, exists,
+            owned[None, :], near[None, :], WIDTH, CHANNELS, LEFT, RESAMPLE,
         )  # fmt: skip
     else:
         dh = tl.zeros([BLOCK_HW // FOLD, BLOCK_C], tl.float32)

@@ -49,7 +49,7 @@ def widen(x):
         y = x.to(tl.float32)
     else:
         y = tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x],
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=&r,r", [x],
             dtype=tl.float32, is_pure=True, pack=2,
         )  # fmt: skip
     return y
@@ -76,9 +76,9 @@ def saturating_cast(x, DTYPE: tl.constexpr):
 
     An inf would become NaN in backward and void every weight gradient. NaN is preserved.
     """
-    if tl.constexpr(DTYPE == tl.bfloat16):
+    if tl.constexpr(tl.bfloat16 == DTYPE):
         y = round_to_bfloat16(x)
-    elif tl.constexpr(DTYPE == tl.float16):
+    elif tl.constexpr(tl.float16 == DTYPE):
         y = tl.clamp(x, -65504.0, 65504.0, tl.PropagateNan.ALL).to(DTYPE)
     else:
         y = x.to(DTYPE)
@@ -144,10 +144,10 @@ def block_of_program(
     BLOCK_C: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Sample, block, the channel of each lane, which lanes the block owns, and which belong to h.
+    """Sample, the channel of each lane, which lanes the program owns, and which of those are h's.
 
-    Lanes beyond the block's channels repeat its first ones, so that no load needs a mask; sums and
-    stores leave them out. VECTOR adjacent channels are loaded together.
+    Lanes beyond those channels repeat the first ones, so that no load needs a mask; sums and stores
+    leave them out. VECTOR adjacent channels are loaded together.
     """
     sample = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
@@ -161,7 +161,7 @@ def block_of_program(
     near = owned
     if LEFT < CHANNELS:
         near = owned & (channel < LEFT)
-    return sample, block, channel, owned, near
+    return sample, channel, owned, near
 
 
 @triton.jit

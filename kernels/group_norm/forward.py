@@ -148,12 +148,12 @@ def forward_kernel(
     )
     # 16-bit inputs are coarser than the rounding that (x - mean)·gain + shift in one product costs.
     FOLDED: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
-    sample, block, channel, owned, near = block_of_program(
+    sample, channel, owned, near = block_of_program(
         CHANNELS, LEFT, GROUP, GROUPS_PER_BLOCK, BLOCKS, BLOCK_C, VECTOR
     )
     start = sample.to(tl.int64) * PIXELS
     x_ptr = joined(x_ptr, beside_ptr, start, channel, LEFT, CHANNELS)
-    # The first pixel, near the mean, is taken off owned[None, :] sum so that a large mean costs no digits.
+    # The first pixel, near the mean, is subtracted before summing: a large mean costs no digits.
     origin = saturated(tl.load(x_ptr))
     x_gain = tl.where(near, x_scale, 1.0)
     x_shift = tl.zeros([BLOCK_C], tl.float32)

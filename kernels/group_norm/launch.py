@@ -46,7 +46,7 @@ class Launch(NamedTuple):
     constants: dict[str, Any]  # compile-time constants, warps and stages
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def launch(
     shape: tuple[int, ...],
     left: int,

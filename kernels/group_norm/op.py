@@ -9,6 +9,7 @@ from sid_fast.kernels.group_norm.eager import Normed, group_norm_ref
 from sid_fast.kernels.group_norm.forward import forward_kernel
 from sid_fast.kernels.group_norm.launch import launch
 
+
 def _rows(*values: torch.Tensor | None) -> tuple[tuple[torch.Tensor | None, ...], int]:
     """[N, C] tensors with adjacent channels and one common distance of rows, and that distance."""
     if values[0] is None:
