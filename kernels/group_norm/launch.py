@@ -16,8 +16,8 @@ def _groups_per_block(channels: int, groups: int, pixels: int) -> tuple[int, int
     """GROUPS_PER_BLOCK, and BLOCK_C, the lanes (a power of two) over which they lie.
 
     32 lanes are 64 bytes in 16 bit. Small images take more, so that a program has enough to do;
-    so do groups that would leave over a quarter of the lanes idle. Among the slabs that fill the
-    lanes, whole 16-byte pieces come first, then slabs of equal size.
+    so do groups that would leave over a quarter of the lanes idle. Among the numbers that fill
+    the lanes, whole 16-byte pieces come first, then blocks of equal size.
     """
     group = channels // groups
     lanes = max(32, min(128, 4096 // _power_of_two(pixels)))
@@ -34,7 +34,6 @@ def _groups_per_block(channels: int, groups: int, pixels: int) -> tuple[int, int
 # (channels, side, type, resample, backward).
 SPREAD = {
     (576, 16, torch.bfloat16, "up", False): 2,
-    (256, 16, torch.bfloat16, "up", True): 2,
 }
 
 

@@ -262,7 +262,9 @@ def group_norm(
     are [N, C], scale and shift together. resample is None, "down" (the mean of 2x2 pixels) or "up"
     (every pixel becomes 2x2). dropout is the probability of a zero, 0 ≤ dropout < 1, 0 outside
     training. seed is an int64 [2] on the device of x, the key and stream of the dropout; without
-    one it is drawn from torch's generator. The reference takes torch's own dropout.
+    one it is drawn from torch's generator. For a given C, H and W, whether an element is zeroed
+    depends on seed, sample, channel and pixel alone (Philox 2x32-10), not on groups, dtype, batch
+    size or launch configuration. The reference takes torch's own dropout.
 
     Outputs have the dtype of x, in channels-last order from the Triton kernel. ValueError for a
     combination that has no kernel (resample with dropout or beside) or for shapes that do not fit.
