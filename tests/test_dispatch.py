@@ -70,11 +70,12 @@ def test_one_operation_is_taken_out_and_put_back():
 def test_an_operation_does_what_is_said_of_it_alone(monkeypatch):
     """Every public function asks for itself by its own name."""
     asked = []
-    for module in set(dispatch.FORMS) - {"block"}:
-        name = f"sid_fast.kernels.{module}"
-        monkeypatch.setattr(
-            sys.modules[name], "choose", lambda op, cuda=False: asked.append(op) or "reference"
-        )
+    for name, module in list(sys.modules.items()):
+        ours = name.startswith("sid_fast.kernels.") and name != dispatch.__name__
+        if ours and hasattr(module, "choose"):
+            monkeypatch.setattr(
+                module, "choose", lambda op, cuda=False: asked.append(op) or "reference"
+            )
     ones = torch.ones(1, 12, 4, 4)
     kernels.group_norm(ones, ones[0, :, 0, 0], ones[0, :, 0, 0], 4, 1e-5)
     kernels.attention(ones, 1)

@@ -29,11 +29,13 @@ def _groups_per_block(channels: int, groups: int, pixels: int) -> tuple[int, int
     return groups, max(8, _power_of_two(channels))
 
 
-# By how much less a thread holds, and so more warps run, where a thread's share would take so many
-# registers that one program of 8 warps has a multiprocessor to itself:
+# Launches whose threads hold less than the usual share, by this factor, and why:
 # (channels, side, type, resample, backward).
 SPREAD = {
+    # 172 registers: one program of 8 warps would have a multiprocessor to itself.
     (576, 16, torch.bfloat16, "up", False): 2,
+    # ptxas would rather keep a word in memory than give up a program (sm_100).
+    (576, 16, torch.float32, "up", True): 2,
 }
 
 
