@@ -398,7 +398,15 @@ def test_large_mean(device):
         ref = group_norm_ref(**{k: v.double() for k, v in tensors.items()}, **options)
         with forced("triton"):
             out = group_norm(**tensors, **options)
-        assert relative(out.y, ref.y) < 1e-4
+        assert relative(out.y, ref.y) < 2.7e-5  # the rounding of the mean alone: 2e-5
+
+
+@pytest.mark.parametrize("shape", ["few-channels", "even-tiles"])
+def test_gradients_at_a_large_mean(shape, device):
+    """float32 takes the mean off before it multiplies."""
+    tensors, options = draw(*SHAPES[shape], torch.float32, device)
+    tensors["x"] = torch.randn_like(tensors["x"]) + 30
+    check(tensors, options, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -34,8 +34,9 @@ def _groups_per_block(channels: int, groups: int, pixels: int) -> tuple[int, int
 SPREAD = {
     # 172 registers: one program of 8 warps would have a multiprocessor to itself.
     (576, 16, torch.bfloat16, "up", False): 2,
-    # ptxas would rather keep a word in memory than give up a program (sm_100).
+    # ptxas would rather keep a word in memory than give up a program.
     (576, 16, torch.float32, "up", True): 2,
+    (1536, 8, torch.float32, None, False): 2,
 }
 
 
