@@ -37,6 +37,9 @@ SPREAD = {
     # ptxas would rather keep a word in memory than give up a program.
     (576, 16, torch.float32, "up", True): 2,
     (1536, 8, torch.float32, None, False): 2,
+    (256, 64, torch.float16, None, False): 2,
+    (512, 32, torch.float16, None, False): 2,
+    (256, 16, torch.float16, None, True): 2,
 }
 
 
