@@ -22,6 +22,7 @@ CHUNK = 1024
 # input channels and taps of the shadow's order (taps 1: the parameter's own order); whether the
 # chunk is full and every address fit for 16-byte accesses.
 COLUMNS = 11
+BLOCKS_PER_SM = 3
 SHADOWS = {torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -121,8 +122,8 @@ def _adam_ema(
 def _resident(device: torch.device) -> int:
     """How many programs of 8 warps and up to 80 registers a thread run at once."""
     if device.type != "cuda":
-        return 3  # the interpreter, one after another
-    return 3 * torch.cuda.get_device_properties(device).multi_processor_count
+        return BLOCKS_PER_SM  # the interpreter, one after another
+    return BLOCKS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @_adam_ema.register_fake
