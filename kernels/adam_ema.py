@@ -137,7 +137,9 @@ def adam_ema_ref(
     params, grads, exp_avg, exp_avg_sq, ema, shadow, step, apply, lr, beta1, beta2, eps, ema_beta
 ) -> torch.Tensor:
     """adam_ema in plain PyTorch, for float32 and float64 lists; lr and ema_beta are tensors."""
-    nonfinite = torch.stack([torch.isfinite(g).logical_not().sum() for g in grads]).sum()
+    # Without values that are not finite, 0·g is 0 everywhere. One flat copy takes a few launches,
+    # counting tensor by tensor some of each.
+    nonfinite = torch.cat([_flat(g) for g in grads]).mul_(0).count_nonzero()
     for grad in grads:
         torch.nan_to_num_(grad, nan=0.0, posinf=1e5, neginf=-1e5)
 
@@ -151,25 +153,35 @@ def adam_ema_ref(
     torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
     _write(apply, exp_avg_sq, squares)
 
+    # _foreach on CUDA launches a kernel per tensor if a scalar tensor is of another dtype.
+    dtype = params[0].dtype
     change = torch._foreach_sqrt(squares)
-    torch._foreach_div_(change, (1 - beta2**step).sqrt())
+    torch._foreach_div_(change, (1 - beta2**step).sqrt().to(dtype))
     torch._foreach_add_(change, eps)
     change = torch._foreach_div(first, change)
-    torch._foreach_mul_(change, -lr)
+    torch._foreach_mul_(change, (-lr).to(dtype))
     moved = torch._foreach_add(params, change)
     _write(apply, params, moved)
     if ema:
         distance = torch._foreach_sub(moved, ema)
-        torch._foreach_mul_(distance, 1 - ema_beta)
+        torch._foreach_mul_(distance, (1 - ema_beta).to(dtype))
         _write(apply, ema, torch._foreach_add(ema, distance))
     copied = [i for i, t in enumerate(shadow) if t is not None]
-    _write(apply, [shadow[i] for i in copied], [moved[i] for i in copied])
+    if copied:
+        copies = [torch.empty_like(shadow[i]) for i in copied]
+        torch._foreach_copy_(copies, [moved[i] for i in copied])
+        _write(apply, [shadow[i] for i in copied], copies)
     return nonfinite
 
 
 def _write(apply: torch.Tensor, tensors: list[torch.Tensor], values: list[torch.Tensor]) -> None:
     for t, value in zip(tensors, values, strict=True):
-        t.copy_(torch.where(apply, value.to(t.dtype), t))
+        torch.where(apply, value, t, out=t)
+
+
+def _flat(t: torch.Tensor) -> torch.Tensor:
+    """The numbers of t in the order of memory, a view if t is dense."""
+    return t.permute(sorted(range(t.dim()), key=lambda d: -t.stride(d))).reshape(-1)
 
 
 def bytes_moved(numel: int, moment: bool, ema: bool, shadow: bool) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden import relative
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sid_fast import kernels
 from sid_fast.kernels import dispatch
@@ -337,6 +338,34 @@ def test_a_table_is_never_used_for_other_memory(device, what):
     if before:
         for name, (t,) in before.items():
             assert same(flat_lists[name][100:], t[100:]), name
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is computed, apart from views; refuses foreach scalars of another dtype."""
+
+    count = scalars = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        self.count += not name.startswith(("aten::permute", "aten::view", "aten::empty"))
+        if "_foreach" in name and isinstance(args[-1], torch.Tensor):
+            assert args[-1].dtype == args[0][0].dtype, name
+            self.scalars += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_eager_form_takes_five_operations_per_parameter(device):
+    """One cleans the gradient, four write; and CUDA has no fused foreach for other dtypes."""
+    lists = make(device, [(8, 4, 3, 3)] * 50, channels_last=True, shadow=torch.bfloat16)
+    lists["exp_avg"] = []
+    scalars = [torch.tensor(x, dtype=torch.float64, device=device) for x in (3.0, 1e-3, 0.97)]
+    step, lr, ema_beta = scalars
+    apply = torch.tensor(True, device=device)
+    names = ("params", "grads", "exp_avg", "exp_avg_sq", "ema", "shadow")
+    with Operations() as seen:
+        module.adam_ema_ref(*(lists[n] for n in names), step, apply, lr, 0.0, 0.999, 1e-8, ema_beta)
+    assert seen.count <= 5 * 50 + 40
+    assert seen.scalars == 3
 
 
 def test_traced_without_a_break(device, implementation):
