@@ -16,6 +16,7 @@ with --write it updates FILE.
 import argparse
 import dataclasses
 import importlib
+import inspect
 import json
 import re
 import subprocess
@@ -30,7 +31,7 @@ from sid_fast.kernels._triton import INTERPRETED, triton
 # Modules of this package that hold Triton kernels. Each has configurations(), which yields
 # (label, kernel, {argument: type}, {argument: constant}, warps, stages) at real shapes; types are
 # Triton's ("*bf16", "fp32", "i32"), ":16" after one telling that its value divides by 16.
-# Pointers always do, as torch allocates them.
+# Pointers always do, as torch allocates them. Where launches differ by architecture it takes one.
 MODULES = ("adam_ema", "attention", "augment", "group_norm", "sid_loss")
 
 # Shared memory that one block may have, bytes (CUDA C++ programming guide, compute capabilities).
@@ -84,20 +85,21 @@ def compiled(kernel, signature: dict, constants: dict, warps: int, stages: int, 
     return triton.compile(source, target, {"num_warps": warps, "num_stages": stages})
 
 
-def selected(wanted: str = "") -> Iterator[tuple[str, str, tuple]]:
+def selected(arch: int, wanted: str = "") -> Iterator[tuple[str, str, tuple]]:
     """(module, label, configuration) of all, or of `wanted`: "MODULE" or "MODULE TEXT"."""
     wanted, _, part = wanted.partition(" ")
     for module in [wanted] if wanted else MODULES:
-        kernels = importlib.import_module(f"sid_fast.kernels.{module}")
-        for label, *configuration in kernels.configurations():
+        configurations = importlib.import_module(f"sid_fast.kernels.{module}").configurations
+        by_arch = inspect.signature(configurations).parameters
+        for label, *configuration in configurations(arch) if by_arch else configurations():
             if part in label:
                 yield module, label, tuple(configuration)
 
 
 def rows(archs: list[int], wanted: str = "") -> Iterator[Row]:
     """Compiles what is selected for every architecture."""
-    for module, label, configuration in selected(wanted):
-        for arch in archs:
+    for arch in archs:
+        for module, label, configuration in selected(arch, wanted):
             made = compiled(*configuration, arch)
             registers, spills = resources(made.asm["cubin"])
             shared, size = made.metadata.shared, len(made.asm["cubin"])
@@ -132,7 +134,7 @@ def deviations(found: list[report.Estimate], expected: list[dict]) -> list[str]:
 
 def _report(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     expected = None
-    configurations = selected(options.kernel)
+    configurations = selected(report.ARCH, options.kernel)
     if options.check:
         try:
             table = json.loads(options.check.read_text())

@@ -203,7 +203,7 @@ def test_what_is_stored_by_the_counted_path_is_the_output():
         "    'attention backward_kv bf16 6x64 N=1024': 1024 * 6 * 64 * 2 * 2,\n"
         "    'adam_ema beta1=0.0 ema=1 shadow=1': report.PARAMETERS * 14,\n"
         "}.items():\n"
-        "    (module, label, configuration), = compile.selected(name)\n"
+        "    (module, label, configuration), = compile.selected(report.ARCH, name)\n"
         "    work = report.WORK[module](label, configuration[2], 1)\n"
         "    cubin = compile.compiled(*configuration, report.ARCH).asm['cubin']\n"
         "    _, stored = sass.count(sass.disassemble(cubin), work.trips)\n"
