@@ -101,11 +101,15 @@ def _group_norm(label: str, constants: dict, images: int) -> Work:
         form, place, images, _itemsize(label), way == "backward"
     )
     pixels = constants["PIXELS"]
+    groups, tile = (
+        constants[new] if new in constants else constants[old]
+        for new, old in (("GROUPS_PER_BLOCK", "SLAB"), ("BLOCK_HW", "TILE"))
+    )
     return Work(
-        -(-constants["GROUPS"] // constants["SLAB"]) * images,
+        -(-constants["GROUPS"] // groups) * images,
         constants["CHANNELS"] * pixels * images,
         moved,
-        (-(-pixels // constants["TILE"]),),
+        (-(-pixels // tile),),
     )
 
 
