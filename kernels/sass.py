@@ -180,10 +180,10 @@ def count(program: Program, trips: tuple[float, ...]) -> tuple[float, float]:
     for i in reversed(order):
         instruction = program.instructions[i]
         onward = [best[j] for j in program.successors[i] if place[j] > place[i] and j in best]
-        if instruction.opcode.split(".")[0] in EXITS:
-            onward.append((0.0, 0.0, 0.0, 0.0))
         if not onward:
-            continue  # only jumps back from here
+            if instruction.opcode.split(".")[0] not in EXITS:
+                continue  # only jumps back from here
+            onward = [(0.0, 0.0, 0.0, 0.0)]
         ran, wide, issued, stored = max(onward)
         moved = instruction.bytes()
         best[i] = (

@@ -301,43 +301,41 @@ def test_a_table_is_made_once_and_again_for_other_tensors(device):
 @pytest.mark.parametrize("what", ["storage", "object", "shadow", "order", "shorter", "lists"])
 def test_a_table_is_never_used_for_other_memory(device, what):
     """Run once, change what the table was made from, and run again as if nothing had happened."""
-    flat_lists = {name: t[0] for name, t in make(device, [(7 * 40,)], shadow=torch.float16).items()}
-    lists = {name: [t.view(7, 40)] for name, t in flat_lists.items()}
+    whole = {name: t for name, (t,) in make(device, [(16, 16)], shadow=torch.float16).items()}
+    lists = {name: [t.view(16, 16)] for name, t in whole.items()}
+    if what == "lists":
+        lists["ema"] = []
     with dispatch.forced("triton"):
         run(lists)
-        before = None
         if what == "storage":  # of the same tensor objects
             for (t,) in lists.values():
                 t.data = t.data.clone()
         elif what == "object":  # as p.grad is after zero_grad(set_to_none=True)
-            lists["grads"] = [torch.randn(7, 40, device=device)]
+            lists["grads"] = [torch.randn(16, 16, device=device)]
         elif what == "shadow":
-            lists["shadow"] = [torch.full((7, 40), 77, dtype=torch.float16, device=device)]
+            lists["shadow"] = [torch.full((16, 16), 77, dtype=torch.float16, device=device)]
         elif what == "order":  # same objects, same addresses
             lists["params"][0].t_()
             with pytest.raises(ValueError, match="strides"):
                 run(lists)
             return
         elif what == "shorter":  # new objects at the addresses of dead ones
-            before = clone({name: [t] for name, t in flat_lists.items()})
-            lists = {name: [t[:100]] for name, t in flat_lists.items()}
-        else:  # the same tensors in the same sequence, but as other lists
-            lists["exp_avg"], lists["exp_avg_sq"], lists["ema"] = (
-                [],
-                lists["exp_avg"],
-                lists["exp_avg_sq"],
-            )
-            for (t,) in (lists["exp_avg_sq"], lists["ema"]):
-                t.abs_()
-        wanted = expected(clone(lists), beta1=0.9 if lists["exp_avg"] else 0.0)
-        run(lists, beta1=0.9 if lists["exp_avg"] else 0.0)
+            lists = {name: [t[:6]] for name, t in whole.items()}
+        else:  # the same tensors in the same sequence, but in other lists
+            moment, square = lists["exp_avg"], lists["exp_avg_sq"]
+            lists |= {"exp_avg": [], "exp_avg_sq": moment, "ema": square}
+            moment[0].abs_()
+        beta1 = 0.9 if lists["exp_avg"] else 0.0
+        wanted = expected(clone(lists), beta1=beta1)
+        rest = {name: t[6:].clone() for name, t in whole.items()}
+        run(lists, beta1=beta1)
     for name in ("params", "exp_avg", "exp_avg_sq", "ema"):
         for found, value in zip(lists[name], wanted[name], strict=False):
             assert relative(flat([found]), flat([value])) <= 1e-6, name
     assert same(lists["shadow"][0], lists["params"][0].half())
-    if before:
-        for name, (t,) in before.items():
-            assert same(flat_lists[name][100:], t[100:]), name
+    if what == "shorter":
+        for name, t in whole.items():
+            assert same(t[6:], rest[name]), name
 
 
 class Operations(TorchDispatchMode):

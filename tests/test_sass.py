@@ -71,22 +71,32 @@ def test_a_guard_does_not_skip_a_loop():
 
 
 def test_the_path_of_full_tiles_is_counted():
-    """Wide accesses of the else branch, not the longer one by single numbers."""
+    """Wide accesses of the else branch, not the shorter one by single numbers."""
     code = program(
         """
         @P0 BRA 1
         LDG.E
-        LDG.E
-        LDG.E
-        LDG.E
         BRA 2
         1:
+        IADD3
+        IADD3
         LDG.E.128
         2:
         EXIT
         """
     )
-    assert sass.count(code, ()) == (3, 0)
+    assert sass.count(code, ()) == (5, 0)
+
+
+def test_an_exit_of_some_threads_is_passed():
+    code = program(
+        """
+        @P0 EXIT
+        STG.E
+        EXIT
+        """
+    )
+    assert sass.count(code, ()) == (3, 32 * 4)
 
 
 def test_the_shortest_path_is_counted_where_they_move_as_much():
@@ -123,7 +133,7 @@ def test_a_loop_may_be_left_from_its_middle():
 def test_blocks_are_limited_by_registers_shared_memory_and_warps():
     assert sass.blocks_per_multiprocessor(80, 0, 8) == 3
     assert sass.blocks_per_multiprocessor(64, 0, 8) == 4
-    assert sass.blocks_per_multiprocessor(65, 0, 8) == 3
+    assert sass.blocks_per_multiprocessor(73, 0, 4) == 6  # as with 80
     assert sass.blocks_per_multiprocessor(32, 110 * 1024, 4) == 2
     assert sass.blocks_per_multiprocessor(32, 0, 16) == 4
     assert sass.blocks_per_multiprocessor(16, 0, 1) == 32
