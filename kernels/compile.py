@@ -140,6 +140,8 @@ def _report(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int
             table = json.loads(options.check.read_text())
             expected = table["rows"]
             names = [(row["kernel"], row["configuration"]) for row in expected]
+            if not options.write:
+                sum(row["instructions_per_element"] for row in expected)
         except (OSError, ValueError, TypeError, KeyError) as error:
             parser.error(f"--check {options.check}: not a table of estimates: {error!r}")
         if table.get("triton") != triton.__version__ and not options.write:
@@ -207,8 +209,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", type=Path, metavar="FILE", help="of the report's estimates")
     parser.add_argument("--write", action="store_true", help="update the FILE of --check")
     options = parser.parse_args(arguments)
-    if options.report and options.arch:
+    if (options.report or options.check) and options.arch:
         parser.error(f"--arch {options.arch}: --report is for the architecture of --card")
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json {options.json}: there is no folder {options.json.parent}")
     if options.images < 1:
         parser.error(f"--images {options.images}: must be at least 1")
     if options.write and not options.check:

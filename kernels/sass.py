@@ -53,7 +53,7 @@ class Program:
 def disassemble(cubin: bytes) -> Program:
     """The machine code of the only kernel in a binary.
 
-    Raises FileNotFoundError without Triton's nvdisasm, CalledProcessError if it fails.
+    Raises RuntimeError if Triton finds no nvdisasm, CalledProcessError if that fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")

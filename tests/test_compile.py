@@ -87,7 +87,9 @@ def test_float32_products_are_not_rounded_to_tf32():
         (["--kernel", "matmul"], "matmul"),
         ([], "TRITON_INTERPRET is set"),
         (["--report", "--arch", "sm_80"], "--arch sm_80"),
+        (["--check", "x.json", "--arch", "sm_80"], "--arch sm_80"),
         (["--report", "--images", "0"], "--images 0"),
+        (["--json", "/nowhere/x.json"], "no folder /nowhere"),
         (["--report", "--write"], "--write"),
     ],
 )
@@ -147,6 +149,7 @@ def test_an_estimate_may_be_five_percent_off_and_not_spill():
 
 def test_a_table_is_updated_and_refuses_what_it_cannot_compare(tmp_path):
     row = {"kernel": "sid_loss", "configuration": "noised 32x32 bf16"}
+    row["instructions_per_element"] = 1.0
     script = tmp_path / "script.py"
     script.write_text(
         "import json, pathlib, sys, sid_fast.kernels.compile as compile\n"
@@ -165,11 +168,13 @@ def test_a_table_is_updated_and_refuses_what_it_cannot_compare(tmp_path):
         "written['rows'][0]['configuration'] = 'noised 33x33'\n"
         "table.write_text(json.dumps(written))\n"
         "found += [status()]\n"
+        "table.write_text(json.dumps({'triton': compile.triton.__version__, 'rows': [{}]}))\n"
+        "found += [status()]\n"
         "table.write_text('[]')\n"
         "print(*found, status())\n"
     )
     done = run(str(script), str(tmp_path / "table.json"))
-    assert done.stdout.splitlines()[-1] == "2 0 0 1 2 2", done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "2 0 0 1 2 2 2", done.stdout + done.stderr
     for message in (
         "made by Triton 0.1",
         "in the table",
