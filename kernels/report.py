@@ -93,8 +93,9 @@ def _itemsize(label: str) -> int:
 
 
 def _group_norm(label: str, constants: dict, images: int) -> Work:
-    way, form, sizes, side, _ = re.fullmatch(
-        r"(forward|backward) (.+) ([\d+]+)@(\d+)x\d+ (\w+)", label
+    # Masks are drawn and weights may be frozen: neither changes which activations move.
+    way, form, sizes, side = re.fullmatch(
+        r"(forward|backward) (.+?)(?: dropout| frozen)? ([\d+]+)@(\d+)x\d+ \w+", label
     ).groups()
     place = *map(int, sizes.split("+")), int(side)
     moved = _module("group_norm").bytes_moved(
