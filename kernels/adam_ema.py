@@ -6,7 +6,9 @@ the device runs at once, each of them every so many rows.
 """
 
 import ctypes
+import dataclasses
 import functools
+import operator
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ CHUNK = 1024
 # input channels and taps of the shadow's order (taps 1: the parameter's own order); whether the
 # chunk is full and every address fit for 16-byte accesses.
 COLUMNS = 11
+BLOCKS_PER_SM = 3
 SHADOWS = {torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -121,8 +124,8 @@ def _adam_ema(
 def _resident(device: torch.device) -> int:
     """How many programs of 8 warps and up to 80 registers a thread run at once."""
     if device.type != "cuda":
-        return 3  # the interpreter, one after another
-    return 3 * torch.cuda.get_device_properties(device).multi_processor_count
+        return BLOCKS_PER_SM  # the interpreter, one after another
+    return BLOCKS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @_adam_ema.register_fake
@@ -134,7 +137,9 @@ def adam_ema_ref(
     params, grads, exp_avg, exp_avg_sq, ema, shadow, step, apply, lr, beta1, beta2, eps, ema_beta
 ) -> torch.Tensor:
     """adam_ema in plain PyTorch, for float32 and float64 lists; lr and ema_beta are tensors."""
-    nonfinite = torch.stack([torch.isfinite(g).logical_not().sum() for g in grads]).sum()
+    # Without values that are not finite, 0·g is 0 everywhere. One flat copy takes a few launches,
+    # counting tensor by tensor some of each.
+    nonfinite = torch.cat([_flat(g) for g in grads]).mul_(0).count_nonzero()
     for grad in grads:
         torch.nan_to_num_(grad, nan=0.0, posinf=1e5, neginf=-1e5)
 
@@ -148,25 +153,35 @@ def adam_ema_ref(
     torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
     _write(apply, exp_avg_sq, squares)
 
+    # _foreach on CUDA launches a kernel per tensor if a scalar tensor is of another dtype.
+    dtype = params[0].dtype
     change = torch._foreach_sqrt(squares)
-    torch._foreach_div_(change, (1 - beta2**step).sqrt())
+    torch._foreach_div_(change, (1 - beta2**step).sqrt().to(dtype))
     torch._foreach_add_(change, eps)
     change = torch._foreach_div(first, change)
-    torch._foreach_mul_(change, -lr)
+    torch._foreach_mul_(change, (-lr).to(dtype))
     moved = torch._foreach_add(params, change)
     _write(apply, params, moved)
     if ema:
         distance = torch._foreach_sub(moved, ema)
-        torch._foreach_mul_(distance, 1 - ema_beta)
+        torch._foreach_mul_(distance, (1 - ema_beta).to(dtype))
         _write(apply, ema, torch._foreach_add(ema, distance))
     copied = [i for i, t in enumerate(shadow) if t is not None]
-    _write(apply, [shadow[i] for i in copied], [moved[i] for i in copied])
+    if copied:
+        copies = [torch.empty_like(shadow[i]) for i in copied]
+        torch._foreach_copy_(copies, [moved[i] for i in copied])
+        _write(apply, [shadow[i] for i in copied], copies)
     return nonfinite
 
 
 def _write(apply: torch.Tensor, tensors: list[torch.Tensor], values: list[torch.Tensor]) -> None:
     for t, value in zip(tensors, values, strict=True):
-        t.copy_(torch.where(apply, value.to(t.dtype), t))
+        torch.where(apply, value, t, out=t)
+
+
+def _flat(t: torch.Tensor) -> torch.Tensor:
+    """The numbers of t in the order of memory, a view if t is dense."""
+    return t.permute(sorted(range(t.dim()), key=lambda d: -t.stride(d))).reshape(-1)
 
 
 def bytes_moved(numel: int, moment: bool, ema: bool, shadow: bool) -> int:
@@ -179,27 +194,58 @@ def flop(numel: int, moment: bool, ema: bool) -> int:
     return numel * (10 + 3 * moment + 3 * ema)
 
 
-# Tables by everything they are made of. They are never dropped: a CUDA graph may read them.
-_tables: dict[tuple, torch.Tensor] = {}
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Everything that a table is made from, so that equal layouts have equal tables.
+
+    Compares memory, not tensor objects: these may get other storage, or be new objects for the
+    same storage, and a new object may have the id of a dead one. Hashes only the addresses,
+    because hashing 2,000 sizes and strides takes longer than everything else.
+    """
+
+    addresses: tuple[int, ...]
+    shapes: tuple[torch.Size, ...]
+    strides: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    lengths: tuple[int, ...]  # of the lists
+    without_shadow: tuple[int, ...]
+    device: torch.device
+
+    def __hash__(self) -> int:
+        return hash(self.addresses)
+
+
+def _layout(*lists: list[torch.Tensor | None]) -> _Layout:
+    tensors = [t for tensors in lists for t in tensors if t is not None]
+    return _Layout(
+        tuple(map(torch.Tensor.data_ptr, tensors)),
+        tuple(map(operator.attrgetter("shape"), tensors)),
+        tuple(map(torch.Tensor.stride, tensors)),
+        tuple(map(operator.attrgetter("dtype"), tensors)),
+        tuple(map(len, lists)),
+        tuple(i for i, t in enumerate(lists[-1]) if t is None),
+        tensors[0].device,
+    )
+
+
+# Tables are never dropped: a CUDA graph may read them.
+_tables: dict[_Layout, torch.Tensor] = {}
 
 
 def _table(params, grads, exp_avg, exp_avg_sq, ema, shadow) -> torch.Tensor:
     """The rows of COLUMNS numbers for these tensors, int64 on their device."""
     companions = [grads, exp_avg, exp_avg_sq, ema]
-    everything = [t for tensors in (params, *companions, shadow) for t in tensors]
-    key = (
-        params[0].device,
-        tuple(t if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in everything),
-    )
-    if key not in _tables:
+    layout = _layout(params, *companions, shadow)
+    table = _tables.get(layout)
+    if table is None:
         if len({t.dtype for t in shadow if t is not None}) > 1:
             raise ValueError("adam_ema: shadow has copies of both types; use one for all")
         rows = [
             _rows(p, [tensors[i] if tensors else None for tensors in (*companions, shadow)])
             for i, p in enumerate(params)
         ]
-        _tables[key] = torch.cat(rows).to(params[0].device)
-    return _tables[key]
+        table = _tables[layout] = torch.cat(rows).to(params[0].device)
+    return table
 
 
 def _rows(p: torch.Tensor, others: list[torch.Tensor | None]) -> torch.Tensor:
@@ -304,7 +350,19 @@ def _chunk(
     count = tl.load(row + 6).to(tl.int32)
     inside = offsets < (CHUNK if FULL else count)
     grads = _numbers(row, 1, offsets, FULL)
+    params = _numbers(row, 0, offsets, FULL)
+    squares = _numbers(row, 3, offsets, FULL)
     g = tl.load(grads, mask=inside, other=0.0)
+    # Load everything before the reduction below, which waits for the gradient: one round trip to
+    # memory per chunk instead of two. Without `on` the loads are wasted, which is rare.
+    p = tl.load(params, mask=inside)
+    v = tl.load(squares, mask=inside)
+    if MOMENT:
+        moments = _numbers(row, 2, offsets, FULL)
+        moment = tl.load(moments, mask=inside)
+    if EMA:
+        averages = _numbers(row, 4, offsets, FULL)
+        average = tl.load(averages, mask=inside)
     finite = tl.abs(g) < float("inf")
     g = tl.where(finite, g, tl.where(g > 0, 1e5, tl.where(g < 0, -1e5, 0.0)))
     bad = CHUNK - tl.sum(finite.to(tl.int32))
@@ -313,18 +371,10 @@ def _chunk(
         tl.atomic_add(nonfinite, bad.to(tl.int64), sem="relaxed")
 
     if on:
-        params = _numbers(row, 0, offsets, FULL)
-        squares = _numbers(row, 3, offsets, FULL)
-        p = tl.load(params, mask=inside)
-        v = tl.load(squares, mask=inside)
         first = g
         if MOMENT:
-            moments = _numbers(row, 2, offsets, FULL)
-            first = tl.load(moments, mask=inside) * BETA1 + g * (1 - BETA1)
+            first = moment * BETA1 + g * (1 - BETA1)
             tl.store(moments, first, mask=inside)
-        if EMA:
-            averages = _numbers(row, 4, offsets, FULL)
-            average = tl.load(averages, mask=inside)
         v = v * BETA2 + g * g * (1 - BETA2)
         p -= rate * (first / (tl.sqrt(v) / root2 + EPS))
         tl.store(squares, v, mask=inside)

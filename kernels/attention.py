@@ -11,6 +11,7 @@ holds queries it adds theirs on reading them; where it holds keys, that part of 
 (k·b), is one number a key.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -32,6 +33,17 @@ TILES = {
         "forward": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
         "backward_q": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
         "backward_kv": {64: (32, 16, 8, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
+    },
+}
+# By compute capability and kernel: tiles of 16-bit heads that are better there by the counts of its
+# machine code (benchmarks/LOG.md) and that spill, or do not fit, elsewhere. Heads that are padded
+# keep those above. One warpgroup is four warps: eight for 64 rows would both compute all of the
+# logits, and each HGMMA of few columns would read its rows from shared memory again.
+TILES_OF = {
+    90: {
+        "forward": {64: (128, 128, 4, 2), 256: (64, 32, 4, 2)},
+        "backward_q": {64: (128, 64, 4, 2), 256: (128, 32, 8, 2)},
+        "backward_kv": {64: (64, 64, 4, 2)},
     },
 }
 MAX_SIZE = 256  # channels a head, beyond which the reference runs
@@ -353,12 +365,24 @@ FLOATS = ("bias", "lse", "delta", "bias_sums")
 KERNELS = {"forward": _forward, "backward_q": _backward_q, "backward_kv": _backward_kv}
 
 
+@functools.cache
+def _arch(device: torch.device) -> int:
+    """Compute capability of a GPU, as 90 for 9.0; 0 for the interpreter and absent GPUs."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def _configuration(
-    kernel: str, pixels: int, heads: int, size: int, itemsize: int
+    kernel: str, pixels: int, heads: int, size: int, itemsize: int, arch: int
 ) -> tuple[dict[str, int], int, int]:
     """The constants of a kernel, its warps and its stages."""
     padded = max(16, 1 << (size - 1).bit_length())
-    block, step, warps, stages = TILES[itemsize][kernel][max(64, padded)]
+    tile = TILES[itemsize][kernel][max(64, padded)]
+    if itemsize == 2 and size == padded:
+        tile = TILES_OF.get(arch, {}).get(kernel, {}).get(size, tile)
+    block, step, warps, stages = tile
     if size < padded and itemsize == 2:  # the masks of its channels take registers
         block = max(16, block // 2)
     enough = max(16, 1 << (pixels - 1).bit_length())
@@ -377,7 +401,7 @@ def _configuration(
 def _launch(kernel: str, qkv: torch.Tensor, heads: int, *others: torch.Tensor | None) -> None:
     images, c3, height, width = qkv.shape
     constants, warps, stages = _configuration(
-        kernel, height * width, heads, c3 // 3 // heads, qkv.itemsize
+        kernel, height * width, heads, c3 // 3 // heads, qkv.itemsize, _arch(qkv.device)
     )
     programs = images * heads * -(-height * width // constants["BLOCK"])
     KERNELS[kernel][(programs,)](qkv, *others, **constants, num_warps=warps, num_stages=stages)
@@ -435,8 +459,10 @@ def _attention_backward(
 def _backward_like(grad, qkv, bias, out, lse, heads, sums):
     images, c3, height, width = qkv.shape
     pixels = height * width
-    block = _configuration("backward_q", pixels, heads, c3 // 3 // heads, qkv.itemsize)[0]["BLOCK"]
-    shape = (images, -(-pixels // block), c3) if sums else (0,)
+    constants, _, _ = _configuration(
+        "backward_q", pixels, heads, c3 // 3 // heads, qkv.itemsize, _arch(qkv.device)
+    )
+    shape = (images, -(-pixels // constants["BLOCK"]), c3) if sums else (0,)
     grad_qkv = torch.empty_like(qkv, memory_format=torch.channels_last)
     return grad_qkv, torch.empty(shape, device=qkv.device, dtype=torch.float32)
 
@@ -457,15 +483,15 @@ def _differentiate(ctx, grad, _):
 _attention.register_autograd(_differentiate, setup_context=_save)
 
 
-def configurations() -> Iterator[tuple]:
-    """What kernels.compile compiles: the shapes of the published networks, and awkward ones."""
+def configurations(arch: int = 0) -> Iterator[tuple]:
+    """What kernels.compile compiles for an architecture: published shapes, and awkward ones."""
     published = [(1, 256, 256), (1, 256, 64), (6, 64, 1024), (9, 64, 256), (12, 64, 64)]
     awkward = [(3, 32, 256), (2, 128, 256), (1, 192, 81), (2, 64, 81)]
     for heads, size, pixels in published + awkward:
         for element in ("bf16", "fp16", "fp32"):
             for name, kernel in KERNELS.items():
                 constants, warps, stages = _configuration(
-                    name, pixels, heads, size, 4 if element == "fp32" else 2
+                    name, pixels, heads, size, 4 if element == "fp32" else 2, arch
                 )
                 signature = {
                     argument: "*fp32" if argument in FLOATS else f"*{element}"

@@ -4,25 +4,34 @@
 
 prints what each configuration takes on each architecture. The exit status is 1 if one spills
 registers to memory or needs more shared memory than a block may have, 2 for a bad request.
+
+    python -m sid_fast.kernels.compile --report --card h200
+
+prints ESTIMATES for a card instead: instructions per element, and the time to issue them over the
+time to move the bytes that must move. --check FILE compares the configurations named in FILE with
+what it says, and exits with 1 where instructions per element are more than 5 % off or one spills;
+with --write it updates FILE.
 """
 
 import argparse
 import dataclasses
 import importlib
+import inspect
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from sid_fast.kernels import report
 from sid_fast.kernels._triton import INTERPRETED, triton
 
 # Modules of this package that hold Triton kernels. Each has configurations(), which yields
 # (label, kernel, {argument: type}, {argument: constant}, warps, stages) at real shapes; types are
 # Triton's ("*bf16", "fp32", "i32"), ":16" after one telling that its value divides by 16.
-# Pointers always do, as torch allocates them.
+# Pointers always do, as torch allocates them. Where launches differ by architecture it takes one.
 MODULES = ("adam_ema", "attention", "augment", "group_norm", "sid_loss")
 
 # Shared memory that one block may have, bytes (CUDA C++ programming guide, compute capabilities).
@@ -76,17 +85,106 @@ def compiled(kernel, signature: dict, constants: dict, warps: int, stages: int, 
     return triton.compile(source, target, {"num_warps": warps, "num_stages": stages})
 
 
-def rows(archs: list[int], wanted: str = "") -> Iterator[Row]:
-    """Compiles everything, or `wanted`: a module, and after a space a part of the labels."""
+def selected(arch: int, wanted: str = "") -> Iterator[tuple[str, str, tuple]]:
+    """(module, label, configuration) of all, or of `wanted`: "MODULE" or "MODULE TEXT"."""
     wanted, _, part = wanted.partition(" ")
     for module in [wanted] if wanted else MODULES:
-        kernels = importlib.import_module(f"sid_fast.kernels.{module}")
-        for label, *configuration in kernels.configurations():
-            for arch in archs if part in label else ():
-                made = compiled(*configuration, arch)
-                registers, spills = resources(made.asm["cubin"])
-                shared, size = made.metadata.shared, len(made.asm["cubin"])
-                yield Row(module, label, f"sm_{arch}", registers, spills, shared, size)
+        configurations = importlib.import_module(f"sid_fast.kernels.{module}").configurations
+        by_arch = inspect.signature(configurations).parameters
+        for label, *configuration in configurations(arch) if by_arch else configurations():
+            if part in label:
+                yield module, label, tuple(configuration)
+
+
+def rows(archs: list[int], wanted: str = "") -> Iterator[Row]:
+    """Compiles what is selected for every architecture."""
+    for arch in archs:
+        for module, label, configuration in selected(arch, wanted):
+            made = compiled(*configuration, arch)
+            registers, spills = resources(made.asm["cubin"])
+            shared, size = made.metadata.shared, len(made.asm["cubin"])
+            yield Row(module, label, f"sm_{arch}", registers, spills, shared, size)
+
+
+def estimates(
+    configurations: Iterable[tuple[str, str, tuple]], card: str, images: int
+) -> Iterator[report.Estimate]:
+    """Compiles configurations, as `selected` gives them, for a card and estimates each."""
+    for module, label, configuration in configurations:
+        made = compiled(*configuration, report.ARCH)
+        registers, spills = resources(made.asm["cubin"])
+        _, _, constants, warps, _ = configuration
+        yield report.estimate(
+            module, label, (constants, warps), made, registers, spills, card, images
+        )
+
+
+def deviations(found: list[report.Estimate], expected: list[dict]) -> list[str]:
+    """A line for each configuration that spills or takes over 5 % more or less instructions."""
+    out = []
+    for row, before in zip(found, expected, strict=True):
+        name = f"{row.kernel} {row.configuration}"
+        if row.spills:
+            out.append(f"{name}: spills {row.spills} bytes")
+        now, then = row.instructions_per_element, before["instructions_per_element"]
+        if abs(now - then) > 0.05 * then:
+            out.append(f"{name}: {now} instructions per element, {then} in the table")
+    return out
+
+
+def _report(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    expected = None
+    configurations = selected(report.ARCH, options.kernel)
+    if options.check:
+        try:
+            table = json.loads(options.check.read_text())
+            expected = table["rows"]
+            names = [(row["kernel"], row["configuration"]) for row in expected]
+            if not options.write:
+                sum(row["instructions_per_element"] for row in expected)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            parser.error(f"--check {options.check}: not a table of estimates: {error!r}")
+        if table.get("triton") != triton.__version__ and not options.write:
+            parser.error(
+                f"--check {options.check}: made by Triton {table.get('triton')}, not "
+                f"{triton.__version__}; --write makes it anew"
+            )
+        here = {(module, label): (module, label, rest) for module, label, rest in configurations}
+        if missing := [name for name in names if name not in here]:
+            parser.error(f"--check {options.check}: no configuration is {' '.join(missing[0])}")
+        configurations = [here[name] for name in names]
+
+    print(f"ESTIMATES for {options.card}, {options.images} images; nothing here is measured")
+    print(
+        f"{'kernel':12} {'configuration':40} registers spills blocks/SM instr/element "
+        f"issue us floor us issue/floor"
+    )
+    found = []
+    for row in estimates(configurations, options.card, options.images):
+        found.append(row)
+        print(
+            f"{row.kernel:12} {row.configuration:40} {row.registers:9} {row.spills:6} "
+            f"{row.blocks_per_sm:9} {row.instructions_per_element:13.1f} {row.issue_us:8.1f} "
+            f"{row.floor_us:8.1f} {row.issue_over_floor:11.2f}",
+            flush=True,
+        )
+    if not found:
+        parser.error(f"--kernel {options.kernel}: no configuration is called so")
+    plain = [dataclasses.asdict(row) for row in found]
+    if options.json:
+        options.json.write_text(json.dumps(plain, indent=1))
+    if options.write:
+        kept = ("kernel", "configuration", "registers", "instructions_per_element")
+        table = {
+            "triton": triton.__version__,
+            "rows": [{name: row[name] for name in kept} for row in plain],
+        }
+        options.check.write_text(json.dumps(table, indent=1) + "\n")
+        return 0
+    wrong = deviations(found, expected) if expected else []
+    for line in wrong:
+        print(line, file=sys.stderr)
+    return int(bool(wrong) or any(row.spills for row in found))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -97,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--arch", default="sm_80,sm_90,sm_100", metavar="LIST")
+    parser.add_argument("--arch", metavar="LIST", help="default sm_80,sm_90,sm_100")
     parser.add_argument(
         "--kernel",
         default="",
@@ -105,8 +203,21 @@ def main(arguments: list[str] | None = None) -> int:
         help="only this module, or 'MODULE TEXT': those of its configurations with TEXT in them",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
+    parser.add_argument("--report", action="store_true", help="estimates for a card")
+    parser.add_argument("--card", choices=list(report.CARDS), default="h100")
+    parser.add_argument("--images", type=int, default=64, metavar="N", help="default 64")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="of the report's estimates")
+    parser.add_argument("--write", action="store_true", help="update the FILE of --check")
     options = parser.parse_args(arguments)
-    archs = options.arch.split(",")
+    if (options.report or options.check) and options.arch:
+        parser.error(f"--arch {options.arch}: --report is for the architecture of --card")
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json {options.json}: there is no folder {options.json.parent}")
+    if options.images < 1:
+        parser.error(f"--images {options.images}: must be at least 1")
+    if options.write and not options.check:
+        parser.error("--write: updates the FILE of --check, which is not given")
+    archs = (options.arch or "sm_80,sm_90,sm_100").split(",")
     if unknown := set(archs) - {f"sm_{arch}" for arch in SHARED_LIMIT}:
         known = ", ".join(f"sm_{arch}" for arch in SHARED_LIMIT)
         parser.error(f"--arch {unknown.pop()}: choose from {known}")
@@ -114,6 +225,14 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--kernel {options.kernel}: choose from {', '.join(MODULES)}")
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set, under which Triton does not compile: unset it")
+
+    if options.report or options.check:
+        try:
+            return _report(options, parser)
+        except RuntimeError as error:  # Triton's for a tool that is not there
+            if "Cannot find" not in str(error):
+                raise
+            parser.error(f"--report: {error}; Triton brings it in triton/backends/nvidia/bin")
 
     print(f"{'kernel':12} {'configuration':36} arch   registers spills  shared  binary")
     table = []

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden import relative
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sid_fast import kernels
 from sid_fast.kernels import dispatch
@@ -295,6 +296,74 @@ def test_a_table_is_made_once_and_again_for_other_tensors(device):
         assert len(module._tables) == count + 1
         run(make(device, [(5000,), (3,)], seed=1))
         assert len(module._tables) == count + 2
+
+
+@pytest.mark.parametrize("what", ["storage", "object", "shadow", "order", "shorter", "lists"])
+def test_a_table_is_never_used_for_other_memory(device, what):
+    """Run once, change what the table was made from, and run again as if nothing had happened."""
+    whole = {name: t for name, (t,) in make(device, [(16, 16)], shadow=torch.float16).items()}
+    lists = {name: [t.view(16, 16)] for name, t in whole.items()}
+    if what == "lists":
+        lists["ema"] = []
+    with dispatch.forced("triton"):
+        run(lists)
+        if what == "storage":  # of the same tensor objects
+            for (t,) in lists.values():
+                t.data = t.data.clone()
+        elif what == "object":  # as p.grad is after zero_grad(set_to_none=True)
+            lists["grads"] = [torch.randn(16, 16, device=device)]
+        elif what == "shadow":
+            lists["shadow"] = [torch.full((16, 16), 77, dtype=torch.float16, device=device)]
+        elif what == "order":  # same objects, same addresses
+            lists["params"][0].t_()
+            with pytest.raises(ValueError, match="strides"):
+                run(lists)
+            return
+        elif what == "shorter":  # new objects at the addresses of dead ones
+            lists = {name: [t[:6]] for name, t in whole.items()}
+        else:  # the same tensors in the same sequence, but in other lists
+            moment, square = lists["exp_avg"], lists["exp_avg_sq"]
+            lists |= {"exp_avg": [], "exp_avg_sq": moment, "ema": square}
+            moment[0].abs_()
+        beta1 = 0.9 if lists["exp_avg"] else 0.0
+        wanted = expected(clone(lists), beta1=beta1)
+        rest = {name: t[6:].clone() for name, t in whole.items()}
+        run(lists, beta1=beta1)
+    for name in ("params", "exp_avg", "exp_avg_sq", "ema"):
+        for found, value in zip(lists[name], wanted[name], strict=False):
+            assert relative(flat([found]), flat([value])) <= 1e-6, name
+    assert same(lists["shadow"][0], lists["params"][0].half())
+    if what == "shorter":
+        for name, t in whole.items():
+            assert same(t[6:], rest[name]), name
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is computed, apart from views; refuses foreach scalars of another dtype."""
+
+    count = scalars = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        self.count += not name.startswith(("aten::permute", "aten::view", "aten::empty"))
+        if "_foreach" in name and isinstance(args[-1], torch.Tensor):
+            assert args[-1].dtype == args[0][0].dtype, name
+            self.scalars += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_eager_form_takes_five_operations_per_parameter(device):
+    """One cleans the gradient, four write; and CUDA has no fused foreach for other dtypes."""
+    lists = make(device, [(8, 4, 3, 3)] * 50, channels_last=True, shadow=torch.bfloat16)
+    lists["exp_avg"] = []
+    scalars = [torch.tensor(x, dtype=torch.float64, device=device) for x in (3.0, 1e-3, 0.97)]
+    step, lr, ema_beta = scalars
+    apply = torch.tensor(True, device=device)
+    names = ("params", "grads", "exp_avg", "exp_avg_sq", "ema", "shadow")
+    with Operations() as seen:
+        module.adam_ema_ref(*(lists[n] for n in names), step, apply, lr, 0.0, 0.999, 1e-8, ema_beta)
+    assert seen.count <= 5 * 50 + 40
+    assert seen.scalars == 3
 
 
 def test_traced_without_a_break(device, implementation):

@@ -1,5 +1,7 @@
 """Attention against float64: dtypes, published and awkward shapes, both layouts."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sid_fast import kernels
 from sid_fast.kernels.attention import attention_ref, blocked_order, bytes_moved, flop
 from sid_fast.kernels.dispatch import forced
+
+module = importlib.import_module("sid_fast.kernels.attention")
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 BIASED = TOLERANCE | {torch.bfloat16: 1.5e-2}  # PyTorch's own bfloat16 comes to 1e-2
@@ -108,6 +112,32 @@ def test_matches_float64(shape, dtype, device, poisoned):
 def test_bias_matches_float64(shape, dtype, device, poisoned):
     qkv, grad = tensors(shape, dtype, device)
     check(qkv, grad, shape[1], random_bias(qkv))
+
+
+@pytest.mark.parametrize("arch", module.TILES_OF)
+@pytest.mark.parametrize("shape", [(1, 1, 256, 16, 16), (1, 1, 64, 16, 16)], ids=str)
+def test_tiles_of_an_architecture_match_float64(shape, arch, device, monkeypatch):
+    monkeypatch.setattr(module, "_arch", lambda device: arch)
+    qkv, grad = tensors(shape, torch.float16, device)
+    check(qkv, grad, shape[1], random_bias(qkv))
+
+
+def test_which_tiles_an_architecture_gets():
+    """Its own for 16-bit heads of full width; elsewhere those that spill nowhere."""
+
+    def tile(size, itemsize, arch, pixels=1024):
+        constants, warps, stages = module._configuration(
+            "backward_kv", pixels, 1, size, itemsize, arch
+        )
+        return constants["BLOCK"], constants["STEP"], warps, stages
+
+    assert tile(64, 2, 90) == module.TILES_OF[90]["backward_kv"][64]
+    assert tile(64, 2, 90, pixels=64) == (64, 32, 4, 2)
+    safe = module.TILES[2]["backward_kv"]
+    assert tile(64, 2, 80) == tile(64, 2, 0) == tile(64, 2, 120) == safe[64]
+    assert tile(256, 2, 90) == safe[256]
+    assert tile(60, 2, 90) == (32, 32, 4, 2)
+    assert tile(64, 4, 90) == module.TILES[4]["backward_kv"][64]
 
 
 def test_reference_adds_the_bias_to_qkv():
