@@ -35,6 +35,7 @@ from sid_fast.config.cli import presets
 from sid_fast.config.settings import Settings, check, option, part
 from sid_fast.distiller import Distiller
 from sid_fast.engine import parallel, precision
+from sid_fast.engine.trial import network
 from sid_fast.errors import UserError
 from sid_fast.kernels.adam_ema import library
 from sid_fast.networks import EDMNetwork, NetworkConfig
@@ -199,17 +200,6 @@ def memory(device: torch.device, most: str = "") -> list[int]:
         return [0, 0]
     kinds = "allocated", "reserved"
     return [getattr(torch.cuda, f"{most}memory_{kind}")(device) for kind in kinds]
-
-
-def network(config: NetworkConfig, device: torch.device) -> EDMNetwork:
-    """Random weights, the same each time, without the zeros of a fresh network: they run faster."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        net = EDMNetwork(config)
-        for p in net.parameters():
-            if p.dim() > 1:
-                torch.nn.init.normal_(p, std=0.5 * p[0].numel() ** -0.5)
-    return net
 
 
 def one_round(preset: str, images: int) -> tuple[NetworkConfig, Settings]:
