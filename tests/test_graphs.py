@@ -7,13 +7,15 @@ import contextlib
 import gc
 import weakref
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import recorder
 import torch
+from processes import tensors_of
 from test_distiller import FAST, small_teacher, weights
 
-from sid_fast import Distiller, Settings
+from sid_fast import Distiller, Settings, save_network, train
 from sid_fast.engine import graphs
 from sid_fast.errors import Fallback, OutOfMemory, RunFailed, UserError
 
@@ -182,6 +184,41 @@ def test_a_device_that_a_capture_has_broken_is_not_gone_on_with(failing, monkeyp
     failing(1)
     with pytest.raises(RunFailed, match=r"capturing.*does not compute any more"):
         graphs.Replayed(lambda x: x + 1)(torch.ones(1))
+
+
+@pytest.mark.parametrize("refused", ["", "a trial was ended by SIGABRT"])
+def test_a_run_goes_on_without_graphs_and_says_so_in_a_line(
+    failing, refused, monkeypatch, tmp_path, run_command
+):
+    """After a trial that failed, or a capture of its own, to the bits of --cuda-graph off."""
+    monkeypatch.setattr(train, "usable", lambda choice, *_: (choice != "off", ""))
+    monkeypatch.setattr(train.trial, "refused", lambda *_: refused)
+    made = failing(1)
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    arguments = ["--teacher", tmp_path / "teacher.safetensors", "--batch-size", 4, "--kimg", 0.008]
+    states = []
+    for choice in ("auto", "off"):
+        out = tmp_path / choice
+        status, error = run_command("train", *arguments, "--cuda-graph", choice, "--out", out)
+        assert status == 0
+        lines = [line for line in error.splitlines() if "CUDA graphs are off" in line]
+        assert len(lines) == (choice == "auto" and not refused)
+        states.append(tensors_of(max(out.glob("state-*"))))
+    assert len(made) == (not refused)
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_refused_trial_is_noted_in_the_headline(monkeypatch, tmp_path, run_command):
+    monkeypatch.setattr(train, "usable", lambda *_: (True, ""))
+    monkeypatch.setattr(train, "Loop", loop := Mock())
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    for reason, required in (("a trial failed: x", None), ("", False)):
+        monkeypatch.setattr(train.trial, "refused", lambda *_, reason=reason: reason)
+        assert run_command("train", "--teacher", tmp_path / "teacher.safetensors")[0] == 0
+        trainer, headline = (loop.call_args.args[i] for i in (0, 4))
+        assert ("\nnote: CUDA graphs are off: a trial failed: x" in headline) == bool(reason)
+        assert (trainer.graphs and trainer.graphs.required) == required
 
 
 class Generator:
