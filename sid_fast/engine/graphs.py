@@ -11,7 +11,7 @@ import torch
 
 from sid_fast.draws import PHASES
 from sid_fast.engine import parallel
-from sid_fast.errors import Fallback, RunFailed, UserError
+from sid_fast.errors import Fallback, OutOfMemory, RunFailed, UserError
 
 if TYPE_CHECKING:
     from sid_fast.distiller import Distiller
@@ -116,10 +116,16 @@ def warm_up(function: Callable[[], Any], times: int = 2) -> None:
     gc.collect()
 
 
-def reason_of(error: BaseException) -> str:
-    """Of a failed capture: the first error, which ending the capture may have hidden."""
+def first_error(error: BaseException) -> BaseException:
+    """Of a failed capture: the error that ending the capture may have hidden."""
     while error.__context__ and not error.__suppress_context__:
         error = error.__context__
+    return error
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a capture failed, in a line."""
+    error = first_error(error)
     return str(error).partition("\n")[0] or type(error).__name__
 
 
@@ -193,7 +199,7 @@ class StepGraphs:
     lie in parts are gathered in a first round, and all in parts again when the step ends.
 
     If the capture fails on any process, all of them run steps eagerly from then on, as if there
-    had been no capture, or raise UserError if graphs are required.
+    had been no capture; if graphs are required, they raise UserError, or OutOfMemory.
     """
 
     def __init__(self, distiller: "Distiller", required: bool):
@@ -218,7 +224,7 @@ class StepGraphs:
         """Rehearse and capture. Weights, moments and random states are then what they were."""
         global _failed
         d = self.distiller
-        reason, works = "", True
+        reason, works, full = "", True, False
         with self._changing_nothing():
             # Two rounds of a phase settle everything: its first and its last.
             rounds = min(d.rounds, 2)
@@ -227,6 +233,7 @@ class StepGraphs:
                 self.parts = self._captured()
             except Exception as error:
                 reason = reason_of(error)
+                full = isinstance(first_error(error), torch.OutOfMemoryError)
                 works = still_works(d.device, d.rng)
             # Graphs on some processes alone would meet the others' messages in another order.
             if not parallel.any_(bool(reason)):
@@ -238,6 +245,8 @@ class StepGraphs:
                     "any more; use --cuda-graph off"
                 )
             self._forget()
+            if self.required and full:
+                raise OutOfMemory(f"CUDA graph capture: {reason}")
             if self.required:
                 raise UserError(f"CUDA graph capture failed ({self.failed}); use --cuda-graph off")
         if parallel.rank() == 0:
