@@ -8,8 +8,9 @@ operation in plain PyTorch, channels-last like all tensors of a step; for norms 
 `eager NCHW`, which PyTorch is faster at; `compile`, eager through torch.compile; SDPA's backends
 for attention, with what it takes to read our qkv and to give its gradient back; `fused Adam`,
 torch's, with clean-up, average and 16-bit copy around it in foreach calls; `apex`, its group norm
-and its FusedAdam, where NVIDIA's is installed. `triton` and `cuda` are ours. The floor is the counted bytes at the copy bandwidth, or FLOP at the matrix rate, that the
-same run measures.
+and its FusedAdam, where NVIDIA's is installed. `triton` and `cuda` are ours.
+The floor is the counted bytes at the copy bandwidth, or FLOP at the matrix rate, that the same run
+measures.
 """
 
 import dataclasses
