@@ -39,8 +39,9 @@ class TrainConfig(RunOptions, Settings):
     )
     cuda_graph: str = option(
         "auto",
-        "replay the launches of steps and evaluations from CUDA graphs: auto, on or off; auto is "
-        "on a GPU, unless networks lie in parts (fsdp, hsdp)",
+        "replay the launches of steps and evaluations from CUDA graphs: auto, on or off; auto "
+        "tries them on a small network first and goes on without them, with a note, where they "
+        "fail or networks lie in parts (fsdp, hsdp)",
     )
     compile: bool = option(
         False, "run every block through torch.compile; the first steps take minutes"

@@ -235,6 +235,36 @@ def test_what_does_not_fit_beside_the_others_has_its_turn_after_them(monkeypatch
     assert {n for n, row in rows.items() if row["to_ours"] is not None} == {"ours", "a", "b"}
 
 
+def test_one_that_runs_out_of_memory_in_its_turn_ends_no_other(monkeypatch, small, tmp_path):
+    class Growing(Crowded):
+        def __call__(self):
+            with naming("fake step, round 1 of 1"):
+                raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(train, "Running", Growing)
+    monkeypatch.setattr(train, "VARIANTS", {"ours": train.Variant(kernels="a", options={})})
+    out = tmp_path / "train.json"
+    train.run(one_step(variants="ours", out=str(out)), set())
+    assert [row["status"] for row in read(out)["rows"]] == ["out of memory beside the others"]
+
+
+def test_the_eager_norm_has_a_rival_in_its_own_layout():
+    options = kernels.Options(kernel="group_norm", dtype="fp32")
+    case = min(kernels.cases(options, CPU), key=lambda case: sum(case.nbytes))
+    seen = {}
+    for provider in ("eager", kernels.NCHW):
+        form = case.forms[provider]
+        case.forms[provider] = lambda *inputs, p=provider, f=form: [
+            seen.update({p: inputs}),
+            *f(*inputs),
+        ][1:]
+        for make in kernels.prepared(case, provider, CPU).values():
+            make()()
+            images = [v for v in seen[provider] if v.dim() == 4 and min(v.shape[1:]) > 1]
+            assert images and all(v.is_contiguous() == (provider == kernels.NCHW) for v in images)
+            assert all(v.requires_grad for v in images)
+
+
 def test_an_unknown_variant_is_refused(small, tmp_path):
     with pytest.raises(UserError, match="variants='faster' is unknown"):
         train.run(one_step(variants="ours,faster", out=str(tmp_path / "t.json")), set())

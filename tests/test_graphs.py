@@ -161,6 +161,21 @@ def test_where_graphs_are_required_a_failed_capture_says_why_and_the_way_out(fai
     assert distiller.live
 
 
+def test_a_capture_that_runs_out_of_memory_is_told_by_its_kind(stand_in, monkeypatch):
+    """A smaller micro-batch helps, and a benchmark has its turn alone."""
+
+    def full(*_):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        finally:
+            raise RuntimeError("capture was invalidated")
+
+    monkeypatch.setattr(graphs, "Graph", full)
+    distiller = Distiller(small_teacher(), Settings(**FAST), cuda_graph=True)
+    with pytest.raises(OutOfMemory, match="graph capture: CUDA out of memory"):
+        distiller.step()
+
+
 def test_a_capture_that_failed_elsewhere_is_not_used_here(stand_in, monkeypatch):
     """Processes that replay and processes that do not would send in different orders."""
     answers = iter([True, False])

@@ -136,6 +136,7 @@ def main() -> None:
         run(job)
     except Exception as error:
         traceback.print_exc()
-        print(graphs.reason_of(error), file=sys.stderr, flush=True)
+        reason = graphs.reason_of(error).removesuffix("; use --cuda-graph off")
+        print(reason, file=sys.stderr, flush=True)
         os._exit(1)  # the end of a process waits for its device
     os._exit(0)
