@@ -136,7 +136,8 @@ fi
 # Several parts append to a file, in which nothing older may be.
 rm -f "$out"/{check,train,kernels,breakdown,evaluation}.{json,csv}
 
-((gpu)) || export TRITON_INTERPRET=1
+# On a machine that others use as well, more threads wait for one another.
+((gpu)) || export TRITON_INTERPRET=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 small=() # of the warm-up, without a GPU
 ((gpu)) || small=(--kernel sid_loss --dtype fp32 --processes 1)
 timeout --kill-after=5 "$seconds" "$python" -m benchmarks.warm_up "${small[@]}" </dev/null \

@@ -84,8 +84,11 @@ def test_a_rehearsal_is_two_rounds_of_a_phase(stand_in, monkeypatch):
         assert calls == step * times
 
 
-def failing_graph(at):
-    """A stand-in for Graph whose `at`-th capture fails behind its last operation."""
+def failing_graph(at, leaves):
+    """A stand-in for Graph whose `at`-th capture fails behind its last operation.
+
+    leaves() is what remains of it.
+    """
     made = []
 
     class Failing(recorder.Recorded):
@@ -101,7 +104,11 @@ def failing_graph(at):
                         raise RuntimeError("capture was invalidated")  # by ending it
                 return result
 
-            super().__init__(behind, *more)
+            try:
+                super().__init__(behind, *more)
+            except RuntimeError:
+                leaves()
+                raise
 
     return Failing, made
 
@@ -111,12 +118,19 @@ def failing(stand_in, monkeypatch, device):
     if device.type == "cuda":
         pytest.skip("the stand-in is for a CPU; benchmarks.check plants a failure on a GPU")
 
-    def plant(at):
-        kind, made = failing_graph(at)
+    def plant(at, leaves=lambda: None):
+        kind, made = failing_graph(at, leaves)
         monkeypatch.setattr(graphs, "Graph", kind)
         return made
 
     return plant
+
+
+class Sender:
+    """Of a message that the capture was to send."""
+
+    def __init__(self):
+        self.works = ["on its way"]
 
 
 def state_of(distiller):
@@ -137,11 +151,22 @@ def test_under_auto_a_failed_capture_leaves_the_eager_run(failing, micro_batch, 
     )
     expected = Distiller(small_teacher(), settings)
     distiller = Distiller(small_teacher(), settings, cuda_graph="auto")
-    made = failing(at)
+    sender = Sender()
+    graphs.parallel._senders.add(sender)
+
+    def leaves():
+        torch.manual_seed(9)
+        distiller.rng.manual_seed(9)
+        for optimizer in (distiller.fake_optimizer, distiller.generator_optimizer):
+            for tensor in (optimizer.totals, *(p.grad for p in optimizer.params)):
+                tensor.fill_(7)
+
+    made = failing(at, leaves)
     torch.manual_seed(3)
     with pytest.warns(Fallback, match=r"off: .*failed \(operation .* capturing\)") as warned:
         distiller.step()
     assert len(warned) == 1 and "\n" not in str(warned[0].message)
+    assert not sender.works
     torch.manual_seed(3)
     expected.step()
     assert all(map(torch.equal, state_of(distiller), state_of(expected)))
