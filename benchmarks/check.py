@@ -187,7 +187,8 @@ def network_agrees(here: Here, config: NetworkConfig, kind: str) -> tuple[float,
     for name, ours, eager, expected in parts:
         error, usual = relative(ours, expected), relative(eager, expected)
         off = abs(float((ours - eager) @ expected / (expected @ expected)))
-        shares += [error / max(1.5 * usual, 1e-4), off / (SCALE + 0.2 * usual)]
+        limit = 1e-4 if kind == "fp32" else max(1.5 * usual, 1e-4)
+        shares += [error / limit, off / (SCALE + 0.2 * usual)]
         notes.append(f"{name} {error:.1e} (eager {usual:.1e}), scale {off:.1e}")
     return worst(shares), 1.0, "; ".join(notes)
 
