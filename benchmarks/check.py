@@ -139,12 +139,25 @@ def apart(found: Distiller, expected: Distiller, start: torch.Tensor) -> float:
 SCALE = 5e-3  # relative: a factor that the noise of 16 bit would hide
 
 
+def within(
+    ours: torch.Tensor, eager: torch.Tensor, expected: torch.Tensor, kind: str
+) -> tuple[float, float, str]:
+    """Shares of what ours may be off: by its error, and by its scale; and both in words.
+
+    The error may be 1e-4, in 16 bit 1.5 times eager's if that is more. The scale, a projection on
+    what is expected, may differ from eager's by SCALE and a fifth of eager's error.
+    """
+    error, usual = relative(ours, expected), relative(eager, expected)
+    limit = 1e-4 if kind == "fp32" else max(1.5 * usual, 1e-4)
+    off = abs(float((ours - eager) @ expected / (expected @ expected)))
+    note = f"{error:.1e} (eager {usual:.1e}), scale off by {off:.1e}"
+    return error / limit, off / (SCALE + 0.2 * usual), note
+
+
 def network_agrees(here: Here, config: NetworkConfig, kind: str) -> tuple[float, float, str]:
     """Triton's form of a network against the eager one in float32: output and all gradients.
 
-    Their errors are at most 1.5 times those of the eager form in the same type, or 1e-4 if that is
-    more. Their scales (projections on what is expected) differ from the eager form's by at most
-    SCALE and a fifth of its error. `found` is the worst of these, as a share of its limit.
+    `found` is the worst of the shares of what is allowed, of errors and of scales: see `within`.
     """
     if not (here.cuda or INTERPRETED):
         raise Skipped("needs a GPU, or TRITON_INTERPRET=1")
@@ -185,11 +198,9 @@ def network_agrees(here: Here, config: NetworkConfig, kind: str) -> tuple[float,
         outcome("reference", dtype), exact, strict=True,
     )  # fmt: skip
     for name, ours, eager, expected in parts:
-        error, usual = relative(ours, expected), relative(eager, expected)
-        off = abs(float((ours - eager) @ expected / (expected @ expected)))
-        limit = 1e-4 if kind == "fp32" else max(1.5 * usual, 1e-4)
-        shares += [error / limit, off / (SCALE + 0.2 * usual)]
-        notes.append(f"{name} {error:.1e} (eager {usual:.1e}), scale {off:.1e}")
+        *found, note = within(ours, eager, expected, kind)
+        shares += found
+        notes.append(f"{name} {note}")
     return worst(shares), 1.0, "; ".join(notes)
 
 
