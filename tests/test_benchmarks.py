@@ -265,6 +265,27 @@ def test_the_eager_norm_has_a_rival_in_its_own_layout():
             assert all(v.requires_grad for v in images)
 
 
+@pytest.mark.parametrize(
+    ("name", "backend", "tuned", "deterministic"),
+    [
+        ("default", "reference", False, True),
+        ("ours", "triton", False, True),
+        ("cuDNN benchmark", "triton", True, True),
+        ("cuDNN not deterministic", "triton", False, False),
+        ("published", "reference", True, False),
+        ("skilled graphs", "reference", True, False),
+    ],
+)
+def test_a_variant_differs_in_what_its_name_says(name, backend, tuned, deterministic):
+    running = object.__new__(train.Running)
+    running.variant, running.device = train.VARIANTS[name], torch.device("cuda")
+    with train.kernels.dispatch.forced("triton"), running.around():
+        assert {choose(operation) for operation in train.kernels.dispatch.FORMS} == {backend}
+        cudnn = torch.backends.cudnn
+        assert (cudnn.benchmark, cudnn.deterministic) == (tuned, deterministic)
+    assert running.variant.graphed == (name != "published")
+
+
 def test_an_unknown_variant_is_refused(small, tmp_path):
     with pytest.raises(UserError, match="variants='faster' is unknown"):
         train.run(one_step(variants="ours,faster", out=str(tmp_path / "t.json")), set())
