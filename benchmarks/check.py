@@ -2,11 +2,12 @@
 
     python -m benchmarks.check
 
-A row a check: `pass`, `fail`, `skip` (and why), or the error it ended in; `found` is never above
-`bound` where it passes. Figures are relative, in norm; of two runs they are the distance of their
-weights over the way they have gone, 0 meaning the same bits. On a CPU the networks are tiny, steps
-are in plain PyTorch, kernels run in Triton's interpreter under TRITON_INTERPRET=1, and what needs a
-GPU is skipped. The exit status is 1 if a check fails.
+Checks run for `default`, the backends that a user gets, then for the others; `--only default:`
+takes the first. One row per check: `pass`, `fail`, `skip` (and why), or the error that ended it;
+`found` is at most `bound` where it passes. Figures are relative norms; for two runs, the distance
+between their weights over the distance they moved, 0 meaning the same bits. On a CPU networks are
+tiny, single kernels run in Triton's interpreter under TRITON_INTERPRET=1, and checks that need a
+GPU, or whole steps in the interpreter, are skipped. The exit status is 1 if a check fails.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import gc
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -30,9 +32,9 @@ from sid_fast.config import cli
 from sid_fast.config.settings import option
 from sid_fast.distiller import Distiller
 from sid_fast.draws import PHASES
-from sid_fast.engine import cost, parallel, precision
+from sid_fast.engine import cost, graphs, parallel, precision, trial
 from sid_fast.engine.graphs import Graph, warm_up
-from sid_fast.errors import RunFailed
+from sid_fast.errors import Fallback, RunFailed
 from sid_fast.files.download import TEACHERS
 from sid_fast.kernels import dispatch
 from sid_fast.kernels._triton import INTERPRETED
@@ -63,9 +65,10 @@ class Skipped(Exception):
 @dataclasses.dataclass
 class Options:
     only: str = option("", "only the checks with this in their name")
-    steps: int = option(0, "steps of a run; default: 20 on a GPU, 3 on a CPU", 0)
+    steps: int = option(0, "steps of a run; default: 10 on a GPU, 3 on a CPU", 0)
     device: str = option("auto", "auto, cpu or cuda")
     out: str | None = option(None, "the result file; default: benchmarks/results/check.json")
+    append: bool = option(False, "keep the rows that the result file has")
 
 
 @dataclasses.dataclass
@@ -74,15 +77,19 @@ class Here:
 
     device: torch.device
     steps: int
+    backend: str = "default"
 
     @property
     def cuda(self) -> bool:
         return self.device.type == "cuda"
 
-    @property
-    def kernels(self) -> str:
-        """Of a step, which takes minutes in the interpreter."""
-        return "triton" if self.cuda else "reference"
+    @contextlib.contextmanager
+    def forced(self) -> Iterator[None]:
+        """This backend in the block, which takes steps."""
+        with dispatch.forced(BACKENDS[self.backend]):
+            if not self.cuda and "triton" in map(dispatch.choose, dispatch.FORMS):
+                raise Skipped("needs a GPU: a step takes minutes in the interpreter")
+            yield
 
     def needs_gpu(self) -> None:
         if not self.cuda:
@@ -129,8 +136,29 @@ def apart(found: Distiller, expected: Distiller, start: torch.Tensor) -> float:
     return distance if distance == distance else torch.inf
 
 
+SCALE = 5e-3  # relative: a factor that the noise of 16 bit would hide
+
+
+def within(
+    ours: torch.Tensor, eager: torch.Tensor, expected: torch.Tensor, kind: str
+) -> tuple[float, float, str]:
+    """Shares of what ours may be off: by its error, and by its scale; and both in words.
+
+    The error may be 1e-4, in 16 bit 1.5 times eager's if that is more. The scale, a projection on
+    what is expected, may differ from eager's by SCALE and a fifth of eager's error.
+    """
+    error, usual = relative(ours, expected), relative(eager, expected)
+    limit = 1e-4 if kind == "fp32" else max(1.5 * usual, 1e-4)
+    off = abs(float((ours - eager) @ expected / (expected @ expected)))
+    note = f"{error:.1e} (eager {usual:.1e}), scale off by {off:.1e}"
+    return error / limit, off / (SCALE + 0.2 * usual), note
+
+
 def network_agrees(here: Here, config: NetworkConfig, kind: str) -> tuple[float, float, str]:
-    """The kernels' form of a network against the plain one: output and all gradients."""
+    """Triton's form of a network against the eager one in float32: output and all gradients.
+
+    `found` is the worst of the shares of what is allowed, of errors and of scales: see `within`.
+    """
     if not (here.cuda or INTERPRETED):
         raise Skipped("needs a GPU, or TRITON_INTERPRET=1")
     if not here.cuda:
@@ -139,45 +167,47 @@ def network_agrees(here: Here, config: NetworkConfig, kind: str) -> tuple[float,
             model_channels=64 if config.architecture == "adm" else 16,
         )  # fmt: skip
     net = network(config, here.device)
+    net.set_dropout(0.0)  # each form draws masks of its own
     rng = torch.Generator(here.device).manual_seed(1)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=rng, device=here.device)
 
+    with torch.no_grad():  # all branches weigh alike, and no bias is 0
+        for p in net.parameters():
+            p.mul_(2) if p.dim() > 1 else p.add_(0.1 * random(*p.shape))
     x = random(4, config.channels, config.resolution, config.resolution)
     grad = random(*x.shape)
     sigma = torch.tensor([0.02, 0.3, 2.0, 40.0], device=here.device)
     labels = torch.eye(config.label_dim, device=here.device)[:4] if config.label_dim else None
 
-    def outcome(form: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def outcome(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
         running = copy.deepcopy(net).to(memory_format=torch.channels_last)
         running.compute_in(dtype)
         image = x.clone().requires_grad_()
-        with dispatch.forced(form):
+        with dispatch.forced(backend):
             out = running(image, sigma, labels)
             out.backward(grad)
         grads = [p.grad for p in running.parameters() if p.grad is not None]
-        return out.detach(), flat([image.grad, *grads])
+        return [flat([out]), flat([image.grad]), flat(grads)]
 
-    plain = outcome("reference", torch.float32)
-    if kind == "fp32":
-        errors = [
-            relative(*pair) for pair in zip(outcome("triton", torch.float32), plain, strict=True)
-        ]
-        return worst(errors), 1e-4, "output {:.1e}, gradients {:.1e}".format(*errors)
-    half = precision.TYPES[kind]
-    ours, theirs = (
-        [relative(*pair) for pair in zip(outcome(form, half), plain, strict=True)]
-        for form in ("triton", "reference")
-    )
-    note = "errors {:.1e}, {:.1e}; of plain {} {:.1e}, {:.1e}".format(*ours, kind, *theirs)
-    return worst(a / b for a, b in zip(ours, theirs, strict=True)), 1.5, note
+    exact, dtype = outcome("reference", torch.float32), precision.TYPES[kind]
+    shares, notes = [], []
+    parts = zip(
+        ("output", "image gradient", "gradients"), outcome("triton", dtype),
+        outcome("reference", dtype), exact, strict=True,
+    )  # fmt: skip
+    for name, ours, eager, expected in parts:
+        *found, note = within(ours, eager, expected, kind)
+        shares += found
+        notes.append(f"{name} {note}")
+    return worst(shares), 1.0, "; ".join(notes)
 
 
 def repeats(here: Here) -> tuple[float, float, str]:
     """Two runs from the same seed, without graphs: what the others are compared with."""
-    start = weights(here.distiller())
-    with dispatch.forced(here.kernels):
+    with here.forced():
+        start = weights(here.distiller())
         return apart(here.run(), here.run(), start), 0.0, f"{here.steps} steps"
 
 
@@ -201,18 +231,57 @@ def replays_draws(here: Here) -> tuple[float, float, str]:
 def replays(here: Here, kind: str, bound: float) -> tuple[float, float, str]:
     """A run of graphs against one without, from the same seed."""
     here.needs_gpu()
-    start = weights(here.distiller())
-    with dispatch.forced("triton"):
+    with here.forced():
+        start = weights(here.distiller())
         return apart(here.run(kind, cuda_graph=True), here.run(kind), start), bound, (
             f"{here.steps} steps, dropout and augmentation on"
         )  # fmt: skip
 
 
-def never_waits(here: Here, graphs: bool) -> tuple[float, float, str]:
+def passes_trial(here: Here) -> tuple[float, float, str]:
+    """What `--cuda-graph auto` asks of a small network in another process, before a run."""
+    here.needs_gpu()
+    with here.forced():
+        job = trial.job(CIFAR10, SETTINGS, here.device)
+    reason = trial.attempt(job, trial.LIMIT)
+    return float(bool(reason)), 0.0, reason or "in a process of its own"
+
+
+def survives(here: Here) -> tuple[float, float, str]:
+    """A capture that fails under auto leaves the run without graphs, to the bit.
+
+    It reads from the device, which no capture may. After it this process may be broken.
+    """
+    here.needs_gpu()
+    with here.forced(), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", Fallback)
+        expected, found = here.distiller(), here.distiller(cuda_graph="auto")
+        start, update = weights(expected), found.update
+
+        def reads(phase: str) -> dict[str, torch.Tensor]:
+            metrics = update(phase)
+            if torch.cuda.is_current_stream_capturing():
+                float(metrics[f"{phase}/loss"])
+            return metrics
+
+        found.update = reads
+        try:
+            for _ in range(here.steps):
+                found.step()
+                expected.step()
+        finally:
+            graphs._failed = ""  # planted
+    said = [str(w.message) for w in warned if w.category is Fallback]
+    if len(said) != 1:
+        raise AssertionError(f"{len(said)} notes that graphs are off")
+    return apart(found, expected, start), 0.0, said[0]
+
+
+def never_waits(here: Here, replayed: bool) -> tuple[float, float, str]:
     """No launch of the steady state makes the host wait for the device."""
     here.needs_gpu()
-    with dispatch.forced("triton"):
-        distiller = here.distiller("bf16", cuda_graph=graphs)
+    with here.forced():
+        distiller = here.distiller("bf16", cuda_graph=replayed)
         for _ in range(3):
             distiller.step()
         torch.cuda.synchronize()
@@ -228,7 +297,7 @@ def never_waits(here: Here, graphs: bool) -> tuple[float, float, str]:
 def resumes(here: Here) -> tuple[float, float, str]:
     """A run that is broken off and taken up by another process's Distiller, against a whole one."""
     options = {"cuda_graph": here.cuda}
-    with dispatch.forced(here.kernels):
+    with here.forced():
         start = weights(here.distiller())
         whole = here.run(**options)
         saved = {name: t.clone() for name, t in whole.tensors().items()}
@@ -246,7 +315,7 @@ def resumes(here: Here) -> tuple[float, float, str]:
 
 def shards(here: Here) -> tuple[float, float, str]:
     """FSDP at one process, replayed where there are graphs, against whole networks."""
-    with dispatch.forced(here.kernels):
+    with here.forced():
         whole = here.distiller()
         start = weights(whole)
         for _ in range(here.steps):
@@ -261,8 +330,8 @@ def shards(here: Here) -> tuple[float, float, str]:
 def compiles(here: Here) -> tuple[float, float, str]:
     """torch.compile on and off."""
     here.needs_gpu()
-    start = weights(here.distiller())
-    with dispatch.forced("triton"):
+    with here.forced():
+        start = weights(here.distiller())
         plain = here.run()
         begin = time.monotonic()
         compiled = here.run(compile=True)
@@ -271,13 +340,13 @@ def compiles(here: Here) -> tuple[float, float, str]:
 
 
 def follows_golden(here: Here, name: str) -> tuple[float, float, str]:
-    """The recorded trajectory, with Triton's kernels, as graphs whose draws are put in."""
+    """The recorded trajectory, on a GPU as graphs whose draws are put in."""
     if not GOLDEN.is_dir():
         raise Skipped("no golden data; set SID_FAST_SHARED to the folder that holds golden/")
     data = read(GOLDEN / f"trajectory_{name}.npz")
     teacher = load_network(GOLDEN / f"{name}.pkl").to(here.device)
     start = {key: v.cpu().clone() for key, v in teacher.state_dict().items()}
-    with dispatch.forced(here.kernels):
+    with here.forced():
         settings = dataclasses.replace(golden_settings(data), precision="fp32")
         distiller = Distiller(teacher, settings)
         draws = on(here.device, golden_draws(data, 0))
@@ -327,7 +396,7 @@ def stays_close(here: Here, kind: str) -> tuple[float, float, str]:
     """A 16-bit round's gradients against float32's, of the same draws without dropout."""
     grads = {}
     for precise in ("fp32", kind):
-        with dispatch.forced(here.kernels):
+        with here.forced():
             distiller = here.distiller(precise)
             for net in (distiller.generator, distiller.fake_score):
                 net.set_dropout(0.0)
@@ -346,11 +415,12 @@ def estimates_memory(here: Here, teacher: str, images: int) -> tuple[float, floa
     here.needs_gpu()
     config = TEACHERS[teacher].network
     settings = dataclasses.replace(SETTINGS, batch_size=images, precision="bf16")
-    (step,) = cost.steps(config, settings, [images])
+    with here.forced():
+        (step,) = cost.steps(config, settings, [images], dispatch.choose("block"))
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    with dispatch.forced("triton"):
+    with here.forced():
         distiller = Distiller(network(config, here.device), settings)
         distiller.step()  # cuDNN and Triton settle
         torch.cuda.synchronize()
@@ -380,29 +450,73 @@ NETWORKS = {
     "ffhq64": TEACHERS["ffhq64"].network,
     "imagenet64-cond": TEACHERS["imagenet64-cond"].network,
 }
+
+
+def backends() -> dict[str, str | None]:
+    """What dispatch.forced is told, by name: what a user gets first, then what that is not."""
+    found: dict[str, str | None] = {"default": None}
+    with dispatch.forced(None):
+        usual = {dispatch.choose(name) for name in dispatch.FORMS}
+    for name, backend in (("eager", "reference"), ("triton", "triton")):
+        if usual != {backend}:
+            found[name] = backend
+    return found
+
+
+BACKENDS = backends()
+
+
+def for_each(checks: dict[str, Check], name_as: str = "{backend}: {name}") -> dict[str, Check]:
+    """The checks for every backend, one after the other."""
+
+    def on_backend(here: Here, backend: str, check: Check) -> tuple[float, float, str]:
+        return check(dataclasses.replace(here, backend=backend))
+
+    return {
+        name_as.format(backend=backend, name=name): partial(
+            on_backend, backend=backend, check=check
+        )
+        for backend in BACKENDS
+        for name, check in checks.items()
+    }
+
+
+# What is worth most first.
 CHECKS: dict[str, Check] = {
-    "network cifar10-uncond fp32": partial(network_agrees, config=CIFAR10, kind="fp32"),
-    "network cifar10-uncond bf16": partial(network_agrees, config=CIFAR10, kind="bf16"),
-    "repeats": repeats,
-    "graph draws": replays_draws,
-    "graph fp32": partial(replays, kind="fp32", bound=0.0),
-    "graph bf16": partial(replays, kind="bf16", bound=1e-3),
-    "no waiting": partial(never_waits, graphs=False),
-    "no waiting, graphs": partial(never_waits, graphs=True),
-    "resume": resumes,
-    "golden ddpmpp_uncond": partial(follows_golden, name="ddpmpp_uncond"),
-    "golden adm_cond": partial(follows_golden, name="adm_cond"),
-    "gradients bf16": partial(stays_close, kind="bf16"),
+    **for_each(
+        {
+            "trial": passes_trial,
+            "repeats": repeats,
+            "graph draws": replays_draws,
+            "graph fp32": partial(replays, kind="fp32", bound=0.0),
+            "graph bf16": partial(replays, kind="bf16", bound=1e-3),
+            "no waiting, graphs": partial(never_waits, replayed=True),
+            "resume": resumes,
+            "no waiting": partial(never_waits, replayed=False),
+            "golden ddpmpp_uncond": partial(follows_golden, name="ddpmpp_uncond"),
+            "golden adm_cond": partial(follows_golden, name="adm_cond"),
+            "gradients bf16": partial(stays_close, kind="bf16"),
+        }
+    ),
     **{
         f"network {name} {kind}": partial(network_agrees, config=config, kind=kind)
         for name, config in NETWORKS.items()
         for kind in ("fp32", "bf16")
     },
-    "gradients fp16": partial(stays_close, kind="fp16"),
-    "memory cifar10-uncond": partial(estimates_memory, teacher="cifar10-uncond", images=64),
-    "memory imagenet64-cond": partial(estimates_memory, teacher="imagenet64-cond", images=16),
-    "compile": compiles,
-    "fsdp": shards,
+    # Slow, or risky for those that follow.
+    **for_each(
+        {
+            "gradients fp16": partial(stays_close, kind="fp16"),
+            "memory cifar10-uncond": partial(estimates_memory, teacher="cifar10-uncond", images=64),
+            "memory imagenet64-cond": partial(
+                estimates_memory, teacher="imagenet64-cond", images=16
+            ),
+            "compile": compiles,
+            "fsdp": shards,
+            "failed capture": survives,
+        },
+        "late: {name} ({backend})",
+    ),
 }
 
 
@@ -429,22 +543,23 @@ def made(check: Check, here: Here) -> dict:
 
 def run(options: Options, given: set[str]) -> None:
     device = parallel.pick_device(options.device)
-    here = Here(device, options.steps or (20 if device.type == "cuda" else 3))
-    record = Record(Path(options.out or RESULTS / "check.json"), "check")
-    bad = []
+    here = Here(device, options.steps or (10 if device.type == "cuda" else 3))
+    record = Record(Path(options.out or RESULTS / "check.json"), "check", append=options.append)
+    bad, made_here = [], 0
     for name, check in CHECKS.items():
         if options.only not in name:
             continue
         row = made(check, here)
         record.add(name=name, **row)
+        made_here += 1
         figures = "" if row["found"] is None else f"{row['found']:.2e} <= {row['bound']:g}"
         print(
-            f"{row['status']:5} {name:28} {figures:20} {row['seconds']:6.1f} s  {row['note']}",
+            f"{row['status']:5} {name:32} {figures:20} {row['seconds']:6.1f} s  {row['note']}",
             flush=True,
         )
         bad += [name] * (row["status"] in ("fail", "error"))
     if bad:
-        raise RunFailed(f"{len(bad)} of {len(record.rows)} checks failed: {', '.join(bad)}")
+        raise RunFailed(f"{len(bad)} of {made_here} checks failed: {', '.join(bad)}")
 
 
 main = cli.command(Options, run, None, __doc__)

@@ -134,6 +134,7 @@ class Skilled(Plain):
         )
 
     def step(self) -> None:
+        torch.compiler.cudagraph_mark_step_begin()  # where the mode makes graphs
         with mock.patch.object(kernels, "attention", sdpa):
             super().step()
 

@@ -35,6 +35,7 @@ from sid_fast.config.cli import presets
 from sid_fast.config.settings import Settings, check, option, part
 from sid_fast.distiller import Distiller
 from sid_fast.engine import parallel, precision
+from sid_fast.engine.trial import network
 from sid_fast.errors import UserError
 from sid_fast.kernels.adam_ema import library
 from sid_fast.networks import EDMNetwork, NetworkConfig
@@ -48,23 +49,29 @@ FORWARDS = 11  # an image of a step costs; fake step G 1, ψ 3; generator step G
 class Variant:
     """A way to run a step.
 
-    kind: ours, plain or skilled; precision as of --precision; kernels as of dispatch.force;
-    options go to Distiller, or are the mode of torch.compile; tuned: whether cuDNN tries what it
-    has and takes the fastest, where the training command asks for what is deterministic;
-    channels_last: False has everything in NCHW. sharded: --parallel fsdp, at this one process.
+    kind: ours, plain or skilled; precision as of --precision; kernels as of dispatch.force, None
+    for what a user gets; options go to Distiller, or are the mode of torch.compile; benchmark and
+    deterministic are cuDNN's flags: whether it times its algorithms and takes the fastest, and
+    whether only deterministic ones; channels_last: False has everything in NCHW. sharded:
+    --parallel fsdp, at this one process.
     """
 
     kind: str = "ours"
     precision: str = "bf16"
     kernels: Any = "triton"
     options: dict[str, Any] = dataclasses.field(default_factory=lambda: {"cuda_graph": True})
-    tuned: bool = False
+    benchmark: bool = False
+    deterministic: bool = True
     channels_last: bool = True
     sharded: bool = False
 
     @property
     def graphed(self) -> bool:
-        return self.options.get("cuda_graph", False)
+        return bool(self.options.get("cuda_graph")) or self.options.get("mode") == GRAPHED
+
+
+GRAPHED = "reduce-overhead"  # the mode in which torch.compile makes CUDA graphs of its own
+TUNED = {"benchmark": True, "deterministic": False}
 
 
 def but(operation: str, form: str = "reference") -> Variant:
@@ -72,23 +79,26 @@ def but(operation: str, form: str = "reference") -> Variant:
 
 
 def plain(dtype: str) -> Variant:
-    return Variant("plain", dtype, "reference", {}, tuned=True)
+    return Variant("plain", dtype, "reference", {}, **TUNED)
 
 
 def skilled(mode: str) -> Variant:
-    return Variant("skilled", "bf16", "reference", {"mode": mode}, tuned=True)
+    return Variant("skilled", "bf16", "reference", {"mode": mode}, **TUNED)
 
 
 VARIANTS = {
     "ours": Variant(),
+    "default": Variant(kernels=None),
     "published": plain("fp32"),
     "published bf16": plain("bf16"),
     "skilled": skilled("max-autotune-no-cudagraphs"),
     "no graphs": Variant(options={}),
     "published fp16": plain("fp16"),
     "skilled default mode": skilled("default"),
+    "skilled graphs": skilled(GRAPHED),
     "ours fp32": Variant(precision="fp32"),
-    "cuDNN tuned": Variant(tuned=True),
+    "cuDNN benchmark": Variant(benchmark=True),
+    "cuDNN not deterministic": Variant(deterministic=False),
     "no fused block": but("block"),
     "no fused group norm": but("group_norm"),
     "no fused attention": but("attention"),
@@ -109,7 +119,15 @@ VARIANTS = {
 
 # The others take parts away that a CPU does not run: it has all of ours in plain PyTorch. Ours come
 # first, so that all take turns together.
-ON_CPU = ("ours", "ours fp32", "published", "published bf16", "skilled default mode", "fsdp")
+ON_CPU = (
+    "ours",
+    "default",
+    "ours fp32",
+    "published",
+    "published bf16",
+    "skilled default mode",
+    "fsdp",
+)
 
 
 @dataclasses.dataclass
@@ -176,7 +194,8 @@ class Running:
             if not self.variant.channels_last:
                 patch = mock.patch.object(torch, "channels_last", torch.contiguous_format)
                 stack.enter_context(patch)
-            cudnn.benchmark, cudnn.deterministic = self.variant.tuned, not self.variant.tuned
+            cudnn.benchmark = self.variant.benchmark
+            cudnn.deterministic = self.variant.deterministic
             precision.pick(self.variant.precision, self.device)
             yield
 
@@ -199,17 +218,6 @@ def memory(device: torch.device, most: str = "") -> list[int]:
         return [0, 0]
     kinds = "allocated", "reserved"
     return [getattr(torch.cuda, f"{most}memory_{kind}")(device) for kind in kinds]
-
-
-def network(config: NetworkConfig, device: torch.device) -> EDMNetwork:
-    """Random weights, the same each time, without the zeros of a fresh network: they run faster."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        net = EDMNetwork(config)
-        for p in net.parameters():
-            if p.dim() > 1:
-                torch.nn.init.normal_(p, std=0.5 * p[0].numel() ** -0.5)
-    return net
 
 
 def one_round(preset: str, images: int) -> tuple[NetworkConfig, Settings]:

@@ -81,7 +81,7 @@ def force(names: str | Mapping[str, str] | None) -> None:
 
 
 @contextlib.contextmanager
-def forced(names: str | Mapping[str, str]) -> Iterator[None]:
+def forced(names: str | Mapping[str, str] | None) -> Iterator[None]:
     """`force` for the length of the block."""
     global _forced
     before = _forced

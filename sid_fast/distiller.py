@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -30,8 +30,8 @@ class Distiller:
     number and the process's rank. label_weights [label_dim]: in what proportion classes are
     drawn; uniform if None. Processes of torch.distributed, if there are any, each take their part
     of the batch; layout says what of the networks each of them keeps. cuda_graph replays the
-    step's launches from CUDA graphs (what step returns is then overwritten by the next); compile
-    runs every block through torch.compile.
+    step's launches from CUDA graphs (what step returns is then overwritten by the next); "auto"
+    goes on without them where the capture fails. compile runs every block through torch.compile.
 
     generator, fake_score and ema are modules whose state_dict has the published names; all
     start from the teacher. Raises UserError for settings that cannot be used.
@@ -51,7 +51,7 @@ class Distiller:
         label_weights: torch.Tensor | None = None,
         layout: parallel.Layout = parallel.WHOLE,
         *,
-        cuda_graph: bool = False,
+        cuda_graph: bool | Literal["auto"] = False,
         compile: bool = False,
     ):
         check(settings)
@@ -100,7 +100,7 @@ class Distiller:
         # What changes from step to step lies on the device, where a CUDA graph can read it.
         self.ema_beta = torch.zeros((), dtype=torch.float64, device=self.device)
         self.live = torch.ones((), dtype=torch.bool, device=self.device)  # False: a rehearsal
-        self.graphs = StepGraphs(self) if cuda_graph else None
+        self.graphs = StepGraphs(self, cuda_graph != "auto") if cuda_graph else None
 
     def step(self, draws: Draws | None = None) -> dict[str, torch.Tensor]:
         """Update the fake score, then the generator, then its average; once each.
@@ -119,14 +119,17 @@ class Distiller:
         self.images += s.batch_size
         return metrics
 
-    def run(self, draws: Draws | None = None) -> dict[str, torch.Tensor]:
-        """The launches of a step: a function of the draws, or of the state of self.rng."""
-        metrics = {}
+    def run(self, draws: Draws | None = None, rounds: int = 0) -> dict[str, torch.Tensor]:
+        """The launches of a step: a function of the draws, or of the state of self.rng.
+
+        rounds: fewer than the step has, in a rehearsal.
+        """
+        metrics, rounds = {}, rounds or self.rounds
         for phase in PHASES:
-            for i in range(self.rounds):
+            for i in range(rounds):
                 with naming(f"{phase} step, round {i + 1} of {self.rounds}"):
                     draw = draws and draws[phase][i]
-                    self.accumulate(phase, draw, last=i == self.rounds - 1)
+                    self.accumulate(phase, draw, last=i == rounds - 1)
             metrics |= self.update(phase)
         return metrics
 

@@ -1,5 +1,7 @@
 """The one exception that is the user's to mend."""
 
+import torch
+
 
 class UserError(Exception):
     """Bad input: its message names the file or field, the value and the way out.
@@ -17,8 +19,13 @@ class RunFailed(Exception):
     """A run that cannot go on: says why, and where its last good state is. Exit status 1."""
 
 
-class OutOfMemory(Exception):
+class OutOfMemory(torch.OutOfMemoryError):
     """The device had no memory for the phase and round that the message names.
 
-    Networks and optimisers are as before the step, unless they are sharded.
+    Networks and optimisers are as before the step, unless they are sharded. It is torch's own
+    error, too, so that whoever handles that one need not know of this.
     """
+
+
+class Fallback(UserWarning):
+    """Something runs in a slower way than it was meant to; the message says why, in one line."""

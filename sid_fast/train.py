@@ -13,7 +13,7 @@ from sid_fast import kernels, plan
 from sid_fast.config import cli
 from sid_fast.config.settings import RunOptions, Settings, check, option, part, rounds_of
 from sid_fast.distiller import Distiller
-from sid_fast.engine import parallel, precision
+from sid_fast.engine import parallel, precision, trial
 from sid_fast.engine.checkpoint import read_header
 from sid_fast.engine.fit import largest_micro_batch
 from sid_fast.engine.graphs import usable
@@ -39,8 +39,9 @@ class TrainConfig(RunOptions, Settings):
     )
     cuda_graph: str = option(
         "auto",
-        "replay the launches of steps and evaluations from CUDA graphs: auto, on or off; auto is "
-        "on a GPU, unless networks lie in parts (fsdp, hsdp)",
+        "replay the launches of steps and evaluations from CUDA graphs: auto, on or off; auto "
+        "tries them on a small network first and goes on without them, with a note, where they "
+        "fail or networks lie in parts (fsdp, hsdp)",
     )
     compile: bool = option(
         False, "run every block through torch.compile; the first steps take minutes"
@@ -127,14 +128,18 @@ def run(config: TrainConfig, given: set[str], auto_micro_batch: bool = False) ->
             if device.type == "cuda":
                 config.micro_batch = micro_batch_that_fits(teacher, config, device, sharded)
         settings = part(config, Settings)
-        graphs, note = usable(config.cuda_graph, device, config.checkpoint_activations, sharded)
+        mode = config.cuda_graph
+        graphs, note = usable(mode, device, config.checkpoint_activations, sharded)
+        auto = mode == "auto"
+        if graphs and auto and (reason := trial.refused(teacher.config, settings, device)):
+            mode, graphs, note = "off", False, f"CUDA graphs are off: {reason}"
         trainer = Distiller(
             teacher,
             settings,
             config.seed,
             label_weights(data, teacher.config),
             layout,
-            cuda_graph=graphs,
+            cuda_graph="auto" if graphs and auto else graphs,
             compile=config.compile,
         )
         prepare(trainer, config)
@@ -154,7 +159,7 @@ def run(config: TrainConfig, given: set[str], auto_micro_batch: bool = False) ->
                 data,
                 teacher=teacher if config.teacher_steps else None,
                 teacher_steps=config.teacher_steps,
-                cuda_graph=config.cuda_graph,
+                cuda_graph=mode,
             )
         where = (
             f"on {device} in {trainer.settings.precision}, kernels: {kernels.dispatch.report()}"

@@ -26,7 +26,8 @@ from sid_fast.engine import graphs
 def stand_in(put: Callable[[object, str, object], None]) -> None:
     """Put recordings in the place of graphs: put is setattr, or takes it back later."""
     put(graphs, "Graph", Recorded)
-    put(graphs, "warm_up", lambda function: (function(), function()))
+    put(graphs, "warm_up", lambda function, times=2: [function() for _ in range(times)])
+    put(graphs, "_failed", "")
     put(torch.cuda, "get_rng_state", lambda _: torch.get_rng_state())
     put(torch.cuda, "set_rng_state", lambda state, _: torch.set_rng_state(state))
 
@@ -108,6 +109,9 @@ class Recorded(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage.size() and storage._cdata not in self.own:
             raise RuntimeError("a graph frees memory that it reads, and that is not its own")
+
+    def reset(self):
+        self.operations = None  # nothing to replay
 
     @torch.no_grad()
     def __call__(self):

@@ -15,9 +15,11 @@ from golden import relative
 from benchmarks import breakdown, check, evaluation, kernels, rivals, roofline, summary, train
 from benchmarks.record import Record, read
 from sid_fast import Distiller, Settings
+from sid_fast.engine.fit import naming
 from sid_fast.errors import RunFailed, UserError
 from sid_fast.evaluation import reader
-from sid_fast.networks import EDMNetwork
+from sid_fast.kernels.dispatch import choose
+from sid_fast.networks import EDMNetwork, layers
 
 CPU = torch.device("cpu")
 
@@ -205,7 +207,8 @@ class Crowded:
     def __init__(self, variant, *_):
         need = {"large": 2, "too large": 3}.get(variant.kernels, 1)
         if Crowded.alive + need > 2:
-            raise torch.OutOfMemoryError("no room")
+            with naming("fake step, round 1 of 1"):  # as a Distiller says it
+                raise torch.OutOfMemoryError("no room")
         Crowded.alive += need
         self.need, self.peak = need, [0.0, 0.0]
 
@@ -230,6 +233,57 @@ def test_what_does_not_fit_beside_the_others_has_its_turn_after_them(monkeypatch
         "too large": "out of memory"
     }
     assert {n for n, row in rows.items() if row["to_ours"] is not None} == {"ours", "a", "b"}
+
+
+def test_one_that_runs_out_of_memory_in_its_turn_ends_no_other(monkeypatch, small, tmp_path):
+    class Growing(Crowded):
+        def __call__(self):
+            with naming("fake step, round 1 of 1"):
+                raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(train, "Running", Growing)
+    monkeypatch.setattr(train, "VARIANTS", {"ours": train.Variant(kernels="a", options={})})
+    out = tmp_path / "train.json"
+    train.run(one_step(variants="ours", out=str(out)), set())
+    assert [row["status"] for row in read(out)["rows"]] == ["out of memory beside the others"]
+
+
+def test_the_eager_norm_has_a_rival_in_its_own_layout():
+    options = kernels.Options(kernel="group_norm", dtype="fp32")
+    case = min(kernels.cases(options, CPU), key=lambda case: sum(case.nbytes))
+    seen = {}
+    for provider in ("eager", kernels.NCHW):
+        form = case.forms[provider]
+        case.forms[provider] = lambda *inputs, p=provider, f=form: [
+            seen.update({p: inputs}),
+            *f(*inputs),
+        ][1:]
+        for make in kernels.prepared(case, provider, CPU).values():
+            make()()
+            images = [v for v in seen[provider] if v.dim() == 4 and min(v.shape[1:]) > 1]
+            assert images and all(v.is_contiguous() == (provider == kernels.NCHW) for v in images)
+            assert all(v.requires_grad for v in images)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "tuned", "deterministic"),
+    [
+        ("default", "reference", False, True),
+        ("ours", "triton", False, True),
+        ("cuDNN benchmark", "triton", True, True),
+        ("cuDNN not deterministic", "triton", False, False),
+        ("published", "reference", True, False),
+        ("skilled graphs", "reference", True, False),
+    ],
+)
+def test_a_variant_differs_in_what_its_name_says(name, backend, tuned, deterministic):
+    running = object.__new__(train.Running)
+    running.variant, running.device = train.VARIANTS[name], torch.device("cuda")
+    with train.kernels.dispatch.forced("triton"), running.around():
+        assert {choose(operation) for operation in train.kernels.dispatch.FORMS} == {backend}
+        cudnn = torch.backends.cudnn
+        assert (cudnn.benchmark, cudnn.deterministic) == (tuned, deterministic)
+    assert running.variant.graphed == (name != "published")
 
 
 def test_an_unknown_variant_is_refused(small, tmp_path):
@@ -334,20 +388,69 @@ def test_the_check_of_gradients_sees_both_networks(off, monkeypatch):
     assert found == pytest.approx(0.5, abs=0.05) and found > bound and "nan" not in note
 
 
-def test_the_check_of_a_network_sees_a_wrong_gradient(monkeypatch):
-    here = check.Here(CPU, 1)
-    smaller = dataclasses.replace(check.TINY, resolution=4, channel_mult=(1,))
-    monkeypatch.setattr(check, "TINY", smaller)
-    original = EDMNetwork.forward
+@pytest.fixture
+def smaller(monkeypatch):
+    """A network that the interpreter runs in seconds."""
+    config = dataclasses.replace(check.TINY, resolution=4, channel_mult=(1,), dropout=0.13)
+    monkeypatch.setattr(check, "TINY", config)
+    return config
 
-    def off(self, *args):
-        return original(self, *args) * (
-            1.001 if check.dispatch.choose("block") != "reference" else 1
-        )
 
-    monkeypatch.setattr(EDMNetwork, "forward", off)
-    found, bound, _ = check.network_agrees(here, smaller, "fp32")
-    assert found == pytest.approx(1e-3, rel=0.1) and found > bound
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("factors", [(1.0, 1.0), (1.1, 1.1), (1.05, 0.95)], ids=str)
+def test_the_check_of_a_network_sees_norms_that_are_off(smaller, monkeypatch, kind, factors):
+    """All channels or every other; with dropout, whose masks the two forms draw each for itself."""
+
+    def off(*args, **more):
+        out = original(*args, **more)
+        by = torch.tensor(factors).repeat(out.y.shape[1] // 2)[:, None, None].to(out.y.dtype)
+        return out._replace(y=out.y * by) if choose("group_norm") == "triton" else out
+
+    original = layers.kernels.group_norm
+    monkeypatch.setattr(layers.kernels, "group_norm", off)
+    found, bound, note = check.network_agrees(check.Here(CPU, 1), smaller, kind)
+    assert (found <= bound) == (factors == (1, 1)), note
+
+
+def test_an_error_and_a_scale_are_each_seen_alone():
+    """A scale may hide in the noise of 16 bit, and an error have none."""
+    rng = torch.Generator().manual_seed(0)
+    expected, noise, other = torch.randn(3, 10**5, generator=rng, dtype=torch.float64)
+    eager = expected + 0.03 * noise
+    usual, scaled, worse = (
+        check.within(ours, eager, expected, "bf16")[:2]
+        for ours in (expected + 0.03 * other, 1.015 * eager, expected + 0.06 * other)
+    )
+    assert max(usual) < 1
+    assert scaled[0] < 1 < scaled[1]
+    assert worse[1] < 1 < worse[0]
+    # In float32 eager is what is expected: an error of its own excuses nothing.
+    assert check.within(eager, eager, expected, "fp32")[0] > 1
+
+
+def test_the_checks_are_made_for_what_a_user_gets_first(monkeypatch):
+    """Each that takes steps with every backend; one that is a backend's default is not twice."""
+    assert list(check.backends()) == ["default", "triton"]
+    with check.dispatch.forced("triton"):
+        assert list(check.backends()) == ["default", "triton"], "whatever is forced just now"
+    monkeypatch.setattr(check.dispatch, "choose", lambda name: "triton")
+    assert list(check.backends()) == ["default", "eager"]
+    names = list(check.CHECKS)
+    for name in ("trial", "graph fp32", "no waiting, graphs", "resume", "golden adm_cond"):
+        assert names.index(f"default: {name}") < names.index(f"triton: {name}")
+    assert all(name.startswith("default: ") for name in names[:11])
+    seen = []
+    monkeypatch.setattr(check, "BACKENDS", {"default": None, "triton": "triton"})
+    for each in check.for_each({"x": lambda here: seen.append(here.backend)}).values():
+        each(check.Here(CPU, 1))
+    assert seen == ["default", "triton"]
+
+
+def test_a_step_that_would_be_interpreted_is_left_out():
+    with check.Here(CPU, 1).forced():
+        pass
+    with pytest.raises(check.Skipped, match="interpreter"), check.Here(CPU, 1, "triton").forced():
+        pass
 
 
 def test_an_evaluation_is_kept_stage_by_stage(monkeypatch, tmp_path):

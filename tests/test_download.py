@@ -3,14 +3,19 @@
 import hashlib
 import http.client
 import http.server
+import importlib.util
+import os
+import sys
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from sid_fast.engine.compile import compile_blocks
 from sid_fast.errors import UserError
-from sid_fast.files.download import TEACHERS, fetch
+from sid_fast.files.cache import user_cache
+from sid_fast.files.download import TEACHERS, cache_folder, fetch
 
 BODY = bytes(range(256)) * 5000
 DIGEST = hashlib.sha256(BODY).hexdigest()
@@ -166,3 +171,21 @@ def test_teachers(paths):
     assert paths == ["/edm/pretrained/edm-ffhq-64x64-uncond-vp.pkl"]
     with pytest.raises(UserError, match="not 4d5dcc1f"):  # ours is not what the server gave
         fetch("cifar10-uncond")
+
+
+@pytest.mark.parametrize("chosen", [None, "", "elsewhere"])
+def test_the_cache_needs_no_platformdirs(tmp_path, monkeypatch, chosen):
+    """A bare GPU machine has none: downloads and compiled code lie where it would put them."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("SID_FAST_CACHE", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", chosen and str(tmp_path / chosen))
+    expected = tmp_path / (chosen or ".cache") / "sid_fast"
+    if sys.platform == "linux" and importlib.util.find_spec("platformdirs"):
+        assert user_cache() == expected
+    monkeypatch.setitem(sys.modules, "platformdirs", None)  # importing it fails
+    assert user_cache() == expected
+    assert cache_folder() == expected and expected.is_dir()
+    compile_blocks()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(expected / "inductor")

@@ -45,24 +45,26 @@ def test_the_count_sees_an_idle_pass(monkeypatch):
     assert {p.name for p in found if p.idle} == {"aten::mul"}
 
 
-def small(architecture: str = "ddpmpp") -> EDMNetwork:
+def small(architecture: str = "ddpmpp", device: torch.device | str = "cpu") -> EDMNetwork:
     torch.manual_seed(0)
     width = 64 if architecture == "adm" else 16
     net = EDMNetwork(dataclasses.replace(SMALL, architecture=architecture, model_channels=width))
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    return net
+    return net.to(device)
 
 
 def outcome(net: EDMNetwork, form, **kwargs) -> list[torch.Tensor]:
     """D of fixed images, its gradient into them and into every parameter."""
     rng = torch.Generator().manual_seed(1)
-    x = torch.randn(3, 3, 8, 8, generator=rng).requires_grad_()
-    labels = torch.eye(10)[[1, 5, 7]]
+    device = next(net.parameters()).device
+    x = torch.randn(3, 3, 8, 8, generator=rng).to(device).requires_grad_()
+    labels = torch.eye(10, device=device)[[1, 5, 7]]
+    sigma, warp = (torch.tensor(v, device=device) for v in ([0.1, 1.0, 10.0], [[0.1] * 9] * 3))
     net.zero_grad()
     with dispatch.forced(form):
-        out = net(x, torch.tensor([0.1, 1.0, 10.0]), labels, torch.ones(3, 9) * 0.1)
-        (out * torch.randn(out.shape, generator=rng)).sum().backward()
+        out = net(x, sigma, labels, warp)
+        (out * torch.randn(out.shape, generator=rng).to(device)).sum().backward()
     return [out.detach(), x.grad, *(p.grad.clone() for p in net.parameters() if p.requires_grad)]
 
 
@@ -88,9 +90,9 @@ def test_sixteen_bit_stays_close_and_gradients_reach_the_float32_weights():
     assert sorted(errors)[len(errors) // 2] <= 5e-2
 
 
-def test_float16_loses_no_gradient_to_an_overflow():
+def test_float16_loses_no_gradient_to_an_overflow(device):
     """A convolution whose output is beyond the type: the norm behind it brings it back."""
-    net = small()
+    net = small(device=device)
     with torch.no_grad():
         net.model.enc["8x8_block0"].norm0.weight.fill_(1.0)
         net.model.enc["8x8_block0"].conv0.weight.fill_(6e4)
@@ -136,14 +138,18 @@ def test_a_frozen_network_keeps_no_float32_copy_of_what_it_computes_with():
 
 
 @pytest.mark.parametrize("architecture", ["ddpmpp", "adm"])
-def test_a_block_compiles_without_a_graph_break(architecture):
+def test_a_block_compiles_without_a_graph_break(architecture, device):
     """With its custom operations, forward and backward."""
-    net = small(architecture).train()
+    net = small(architecture, device).train()
     block = net.model.dec["4x4_in0"]  # with attention
     net.set_dropout(0.0)
     channels = block.fan_in
-    x, residual = (torch.randn(2, channels, 4, 4).requires_grad_() for _ in range(2))
-    bias, embedding = torch.randn(channels), torch.randn(2, net.config.model_channels * 4)
+
+    def random(*shape):
+        return torch.randn(shape).to(device)
+
+    x, residual = (random(2, channels, 4, 4).requires_grad_() for _ in range(2))
+    bias, embedding = random(channels), random(2, net.config.model_channels * 4)
 
     def run(block):
         out, fork = block(Sum(x, residual, bias, block.skip_scale), embedding)

@@ -8,6 +8,7 @@ import sys
 import traceback
 import types
 import typing
+import warnings
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -17,7 +18,7 @@ import click
 
 from sid_fast.engine import parallel
 from sid_fast.engine.checkpoint import PATTERN, find_state, read_header, restarted
-from sid_fast.errors import RunFailed, UserError
+from sid_fast.errors import Fallback, RunFailed, UserError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -156,6 +157,15 @@ def resume(config: Any, given: set[str]) -> Path | None:
 def main(command: click.Command, module: str) -> None:
     """Run a command: bad input is one line on stderr and exit status 2, a failed run 1."""
     status, message = 2, ""
+    usual = warnings.showwarning
+
+    def show(message, category, *where, **more) -> None:
+        if issubclass(category, Fallback):
+            print(f"warning: {message}", file=sys.stderr, flush=True)
+        else:
+            usual(message, category, *where, **more)
+
+    warnings.showwarning = show
     try:
         status = command.main(prog_name=f"python -m {module}", standalone_mode=False)
     except SystemExit as stopped:
@@ -175,6 +185,8 @@ def main(command: click.Command, module: str) -> None:
             raise
         traceback.print_exc()
         status = 1
+    finally:
+        warnings.showwarning = usual
     if message:
         rank = os.environ.get("RANK", "0")
         prefix = "error: " if rank == "0" else f"error on process {rank}: "

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from sid_fast.files.cache import user_cache
 from sid_fast.networks.unet import Block
 
 # Blocks share their code but not their shapes, and each runs in training, frozen and without
@@ -23,9 +24,7 @@ PERIOD = 10.0  # seconds to the first line on what takes long; twice as many to 
 def compile_blocks(*nets: nn.Module) -> None:
     """Compile the blocks of networks in place; the first calls take minutes, then a cache helps."""
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        from platformdirs import user_cache_dir  # a bare GPU machine has torch and not this
-
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = user_cache_dir("sid_fast") + "/inductor"
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(user_cache() / "inductor")
     torch._dynamo.config.recompile_limit = VARIANTS
     torch._dynamo.config.accumulated_recompile_limit = VARIANTS
     for net in nets:

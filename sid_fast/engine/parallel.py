@@ -118,8 +118,7 @@ def joined(device: torch.device, mode: str = "auto", minutes: float = MINUTES) -
         what = "was lost" if "onnection" in str(error) else f"was silent for {minutes:g} minutes"
         reason = str(error).partition("\n")[0]
         # A message keeps its connection open, and so does a frame that sent one.
-        for sender in _senders:
-            sender.works.clear()
+        forget_messages()
         met: BaseException | None = error
         while met:
             traceback.clear_frames(met.__traceback__)
@@ -222,6 +221,22 @@ def any_(flag: bool) -> bool:
     word = torch.tensor(int(flag))
     dist.all_reduce(word, group=_group.hosts)
     return bool(word)
+
+
+def first_text(text: str) -> str:
+    """Of texts from all processes the first that is not empty, with its process, on all of them."""
+    if _group is None:
+        return text
+    texts: list[str] = [""] * world()
+    dist.all_gather_object(texts, text, group=_group.hosts)
+    found = ((r, each) for r, each in enumerate(texts) if each)
+    return "process {}: {}".format(*next(found)) if any(texts) else ""
+
+
+def forget_messages() -> None:
+    """Wait for no message that is on its way: a capture that failed has sent none."""
+    for sender in _senders:
+        sender.works.clear()
 
 
 class Pace:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from sid_fast.errors import UserError
 from sid_fast.files.atomic import atomic_path
+from sid_fast.files.cache import user_cache
 from sid_fast.networks.config import NetworkConfig
 
 
@@ -94,12 +95,7 @@ def _split_digest(source: str) -> tuple[str, str | None]:
 
 def cache_folder() -> Path:
     """The folder of downloads, made if need be; UserError if it cannot be."""
-    folder = os.environ.get("SID_FAST_CACHE")
-    if not folder:
-        import platformdirs  # a bare GPU machine has torch and not this
-
-        folder = platformdirs.user_cache_dir("sid_fast")
-    folder = Path(folder)
+    folder = Path(os.environ.get("SID_FAST_CACHE") or user_cache())
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

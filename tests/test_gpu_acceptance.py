@@ -1,6 +1,7 @@
-"""A session's commands exist, and one that has no time or is cut off leaves a summary."""
+"""The acceptance run: its commands exist, in order of value, and its end is always orderly."""
 
 import importlib
+import itertools
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import kernels, train
+from benchmarks import check, kernels, train
 from benchmarks.record import Record
 from sid_fast.config.cli import presets
 
@@ -20,7 +21,7 @@ ROW = {"name": "x", "found": 1.0, "bound": 2.0, "seconds": 0.1, "note": "", "sta
 STAND_IN = r"""#!/usr/bin/env bash
 case $1 in
     -) cat >/dev/null ;;
-    -c) [[ $2 == *cuda* ]] && echo 1 ;;
+    -c) [[ $2 == *cuda* ]] && echo 1 ;; # without xdist
     -m)
         printf '%s\x1f' "${@:2}" >>"$CALLS" && echo >>"$CALLS"
         [[ $2 == "$SLOW" ]] && sleep 300
@@ -47,7 +48,7 @@ def session(tmp_path):
         }  # fmt: skip
         started.append(
             subprocess.Popen(
-                [ROOT / "benchmarks" / "gpu_session.sh", tmp_path / "out", str(seconds)],
+                [ROOT / "benchmarks" / "gpu_acceptance.sh", tmp_path / "out", str(seconds)],
                 env=os.environ | environment,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -65,25 +66,39 @@ def session(tmp_path):
         process.stdout.close()
 
 
-def test_the_commands_of_a_session_are_those_that_there_are(session):
+def test_the_commands_are_those_that_there_are_in_order_of_value(session):
     process, calls = session(480)
     shown = process.communicate(timeout=100)[0]
     assert process.returncode == 0 and "kernels/csrc: exit status 1" in shown
-    names = [name for name, *_ in calls()]
-    order = "check kernels train breakdown train train kernels evaluation summary"
-    assert names == ["pytest"] + [f"benchmarks.{name}" for name in order.split()]
-    assert [file for file in calls()[0] if file.startswith("tests/")]
-    assert all((ROOT / file).exists() for file in calls()[0] if file.startswith("tests/"))
-    for name, *arguments in calls()[1:-1]:
+    made = [(name, *rest) for name, *rest in calls() if name != "benchmarks.warm_up"]
+    assert len(made) == len(calls()) - 1, "kernels compile in the background, once"
+    order = (
+        "check train check train check spread kernels train breakdown train check train kernels "
+        "evaluation summary"
+    )
+    assert [name for name, *_ in made] == [f"benchmarks.{name}" for name in order.split()]
+    spread = next(rest for name, *rest in made if name == "benchmarks.spread")
+    files = [file for file in spread if file.startswith("tests/")]
+    assert int(spread[0]) > 0 and files and all((ROOT / file).exists() for file in files)
+    only, variants = [], []
+    for name, *arguments in made[:-1]:
+        if name == "benchmarks.spread":
+            continue
         command = importlib.import_module(name).main
         given = command.make_context(name, arguments).params
         assert "BUDGET" not in "".join(arguments)
+        if name == "benchmarks.check":
+            only.append(given["only"])
         if name == "benchmarks.train":
-            assert train.chosen(given["variants"], train.VARIANTS, "variants")
+            variants.append(train.chosen(given["variants"], train.VARIANTS, "variants"))
             train.chosen(given["preset"], presets("train"), "preset")
         if name == "benchmarks.kernels":
-            known = {"eager", "compile", "fused Adam", "apex", *kernels.BACKENDS}
+            known = {"eager", kernels.NCHW, "compile", "fused Adam", "apex", *kernels.BACKENDS}
             assert set(given["rivals"].split(",")) <= known
+    # What a user gets is checked and timed first, and no check is left out.
+    assert only[0] == "default: " and variants[0][0] == "default" and "ours" not in variants[0]
+    parts = [[name for name in check.CHECKS if which in name] for which in only]
+    assert all(parts) and sorted(itertools.chain(*parts)) == sorted(check.CHECKS)
 
 
 def test_a_session_that_is_cut_off_leaves_its_summary(session):
@@ -95,17 +110,30 @@ def test_a_session_that_is_cut_off_leaves_its_summary(session):
     os.killpg(process.pid, signal.SIGTERM)
     shown = process.communicate(timeout=100)[0]  # which ends when nothing holds the pipe any more
     assert process.returncode == 128 + signal.SIGTERM
-    assert "checks: done" in shown and "cut off after" in shown and "training" not in shown
+    assert "checks of the default: done" in shown and "cut off after" in shown
+    assert "breakdown" not in shown
     assert [name for name, *_ in calls()][-2:] == ["benchmarks.kernels", "benchmarks.summary"]
+
+
+def test_what_compiles_in_the_background_ends_with_a_run_that_is_cut_off(session):
+    process, calls = session(480, slow="benchmarks.warm_up")
+    while not any(name == "benchmarks.check" for name, *_ in calls()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
 
 
 def test_a_session_without_time_leaves_a_summary(tmp_path):
     """The tree is imported through its links, and nothing in it is written to."""
-    Record(tmp_path / "check.json", "check").add(**ROW)
-    command = [ROOT / "benchmarks" / "gpu_session.sh", tmp_path, "5"]
+    Record(tmp_path / "other.json", "check").add(**ROW)
+    command = [ROOT / "benchmarks" / "gpu_acceptance.sh", tmp_path, "5"]
     environment = os.environ | {"PYTHON": sys.executable, "SID_FAST_COMMIT": "abc"}
     found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
     assert found.returncode == 0, found.stdout + found.stderr
-    assert "commit abc, 5 s" in found.stdout and "checks: no time left" in found.stdout
+    assert (
+        "commit abc, 5 s" in found.stdout and "checks of the default: no time left" in found.stdout
+    )
     assert "1 pass, 0 fail" in found.stdout
-    assert (tmp_path / "session.log").read_text() in found.stdout
+    assert (tmp_path / "acceptance.log").read_text() in found.stdout
