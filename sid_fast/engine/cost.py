@@ -58,7 +58,8 @@ class Op:
     """One operation on the device, as if it ran alone: every input read once, every output written.
 
     flops: of convolutions and matrix products, 2 a multiply-add; nbytes: read and written; layer:
-    the innermost module it ran in, where that was asked for; shape: of its first output.
+    the innermost module it ran in, where that was asked for; shape: of its first output; launches:
+    see _launches.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Op:
     flops: int
     nbytes: int
     shape: tuple[int, ...]
+    launches: int = 1
 
 
 KINDS = {
@@ -102,6 +104,52 @@ def _size(tensor: torch.Tensor) -> int:
 
 def _tensors(tree) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+# A list operation on CUDA takes so many tensors a launch, by how many lists it walks, and so many
+# chunks of them (aten/src/ATen/native/cuda/MultiTensorApply.cuh).
+LIST_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
+LIST_BLOCKS, LIST_CHUNK = 320, 65536
+
+
+def _launches(name: str, args: tuple, made: list[torch.Tensor]) -> int:
+    """The kernels that an operation starts on a GPU.
+
+    One, with three exceptions. The group norm's backward kernel is followed by a sum over samples
+    for x_bias and one for weight and bias, where those are wanted; attention's backward is two
+    kernels. A `_foreach` operation walks its lists in chunks of LIST_CHUNK numbers, LIST_TENSORS
+    tensors and LIST_BLOCKS chunks a launch; where types or layouts differ inside a list (or, other
+    than for copies, between lists) it falls back on one launch a tensor.
+    """
+    if name == "group_norm_backward":
+        wanted = args[-1]
+        return 1 + wanted[0] + wanted[1]
+    if name == "attention_backward":
+        return 2
+    if not name.startswith("_foreach_"):
+        return 1
+    lists = [value for value in args if isinstance(value, list | tuple)]
+    lists += [made] if made else []
+    types = [{t.dtype for t in tensors} for tensors in lists]
+    alike = max(map(len, types)) == 1 and (name == "_foreach_copy_" or len(set.union(*types)) == 1)
+    if not alike or any(len(set(map(_layout, row))) > 1 for row in zip(*lists, strict=True)):
+        return len(lists[0])
+    launches = tensors = blocks = 0
+    for tensor in lists[0]:
+        tensors += 1
+        for _ in range(0, tensor.numel(), LIST_CHUNK):
+            if blocks == LIST_BLOCKS:
+                launches, tensors, blocks = launches + 1, 1, 0
+            blocks += 1
+        if tensors == LIST_TENSORS[len(lists)]:
+            launches, tensors, blocks = launches + 1, 0, 0
+    return launches + (blocks > 0)
+
+
+def _layout(tensor: torch.Tensor) -> tuple:
+    """Sizes, and strides wherever they matter."""
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    return tuple((size, stride if size > 1 else 0) for size, stride in strides)
 
 
 class Count(TorchDispatchMode):
@@ -193,6 +241,7 @@ class Count(TorchDispatchMode):
                 int(flop(*args, **kwargs, out_val=out)) if flop else 0,
                 sum(map(_size, read)) + sum(map(_size, written)) + sum(map(_size, made)),
                 tuple(made[0].shape) if made else (),
+                _launches(name, args, made),
             )
         )
 
