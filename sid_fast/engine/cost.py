@@ -267,7 +267,7 @@ def forward(
 ) -> list[Op]:
     """The operations of a forward of so many images, with the layers they are in."""
     with fake(form), torch.no_grad():
-        net = EDMNetwork(config).eval()
+        net = EDMNetwork(config).eval().requires_grad_(False)
         net.compute_in(TYPES[precision])
         x = torch.empty(images, config.channels, config.resolution, config.resolution)
         labels = torch.empty(images, config.label_dim) if config.label_dim else None
@@ -303,7 +303,12 @@ def steps(
     with fake(form), Count() as count:
         # A fake teacher has no values to take a digest of.
         with mock.patch("sid_fast.distiller.digest", return_value=None):
-            distiller = Distiller(EDMNetwork(network), settings)
+            teacher = EDMNetwork(network)
+            for p in teacher.parameters():
+                if p.dim() == 4:  # as Distiller lays out weights on a GPU
+                    p.data = p.data.contiguous(memory_format=torch.channels_last)
+            distiller = Distiller(teacher, settings)
+            del teacher, p
         prepare(distiller.teacher, distiller.generator, distiller.fake_score)
         gc.collect()  # the float32 teacher, where a copy in another type has taken its place
         for kind, tensors in _resident(distiller).items():
@@ -324,10 +329,13 @@ def _resident(distiller: Distiller) -> dict[str, list[torch.Tensor]]:
     """What stays from step to step, by kind."""
     optimizers = distiller.fake_optimizer, distiller.generator_optimizer
     return {
-        "teacher": list(distiller.teacher.state_dict().values()),
+        "teacher": [
+            *distiller.teacher.state_dict().values(),
+            *(leaf.tensor for leaf in distiller.teacher.copies),
+        ],
         "weights": [v for o in optimizers for v in o.net.state_dict().values()],
         "gradients": [p.grad for o in optimizers for p in o.params],
         "optimiser": [v for o in optimizers for v in (*o.exp_avg, *o.exp_avg_sq)],
         "average": list(distiller.ema.state_dict().values()),
-        "copies": [v for o in optimizers for v in o.shadow or () if v is not None],
+        "copies": [leaf.tensor for o in optimizers for leaf in o.net.copies],
     }

@@ -46,10 +46,10 @@ class Optimizer:
         for each in filter(None, (self.net, self.ema)):
             each.compute_dtype = dtype
             layout.shard(each, dtype)
-        self.shadow: list[torch.Tensor | None] | None = None
+        self.copies: list[torch.Tensor | None] | None = None
         if layout.mesh is None and dtype != torch.float32:
             self.net.compute_in(dtype)
-            self.shadow = self.net.shadows()
+            self.copies = self.net.written_copies()
         # While weights are gathered the modules hold those: the parts have to be kept by name.
         self.named = dict(net.named_parameters())
         self.named_ema = dict(self.ema.named_parameters()) if self.ema else {}
@@ -70,8 +70,9 @@ class Optimizer:
         """
         # The processes' gradients are averaged, their losses are to be summed.
         self.gradients.backward(losses.loss.sum() * (scale * parallel.world()), last)
-        values = losses.loss.detach(), losses.distance, losses.kept, torch.ones_like(losses.kept)
-        self.totals += torch.stack([v.sum(dtype=torch.float64) for v in values])
+        loss, distance, kept = losses.loss.detach(), losses.distance, losses.kept
+        values = torch.stack([loss, distance, kept.to(loss.dtype), torch.ones_like(loss)])
+        self.totals += values.sum(1, dtype=torch.float64)
 
     def update(
         self,
@@ -94,7 +95,7 @@ class Optimizer:
             parallel.local(self.exp_avg),
             parallel.local(self.exp_avg_sq),
             parallel.local(list(self.named_ema.values())),
-            shadow=self.shadow,
+            shadow=self.copies,
             step=self.step,
             apply=(kept > 0) & apply,
             lr=lr,
@@ -103,17 +104,19 @@ class Optimizer:
             eps=self.eps,
             ema_beta=ema_beta,
         )
+        self.net.add_up()
         self.gradients.updated()
         nonfinite = self.gradients.total(nonfinite)
         self.totals.zero_()
         self.gradients.zero()
+        skipped = kept == 0
         return {
             "loss": loss / kept,
             "distance": distance / kept,
             "dropped": seen - kept,
             "nonfinite": nonfinite,
-            "skipped": kept == 0,
-            "failed": (kept == 0) | (nonfinite > self.size // 2),
+            "skipped": skipped,
+            "failed": skipped | (nonfinite > self.size // 2),
         }
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
