@@ -55,7 +55,10 @@ class Pass:
 
 
 class Passes(TorchDispatchMode):
-    """Notes every operation on a tensor of BATCH samples of more than `image` numbers each."""
+    """Notes every operation on a tensor of BATCH samples of more than `image` numbers each.
+
+    A vector for each sample, such as what conditions the blocks, is none.
+    """
 
     def __init__(self, image: int):
         super().__init__()
@@ -65,7 +68,8 @@ class Passes(TorchDispatchMode):
     def activation(self, t: object) -> bool:
         if not isinstance(t, torch.Tensor):
             return False
-        return t.numel() % BATCH == 0 and t.numel() > self.image * BATCH
+        vectors = t.dim() == 2 and len(t) == BATCH
+        return t.numel() % BATCH == 0 and t.numel() > self.image * BATCH and not vectors
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -128,7 +132,6 @@ def of_block(config: NetworkConfig, name: str, form: str, dtype: torch.dtype) ->
     fused = form != "reference"
     with FakeTensorMode(), dispatch.forced(form):
         net = EDMNetwork(config).train()
-        net.compute_in(dtype)
         block = net.model.get_submodule(name)
         side = sides(name, block)
         encoder = name.startswith("enc.")
