@@ -69,7 +69,7 @@ class Optimizer:
         In the last round before an update the processes begin to average.
         """
         # The processes' gradients are averaged, their losses are to be summed.
-        self.gradients.backward(losses.loss.sum() * (scale * parallel.world()), last)
+        self.gradients.backward(losses.loss, scale * parallel.world(), last)
         loss, distance, kept = losses.loss.detach(), losses.distance, losses.kept
         values = torch.stack([loss, distance, kept.to(loss.dtype), torch.ones_like(loss)])
         self.totals += values.sum(1, dtype=torch.float64)

@@ -378,7 +378,7 @@ class Gradients:
 
     p.grad are views of the buckets and keep their addresses; between rounds, that is: during a
     backward they are not set. What backward does not reach has a gradient of zero. The calls of a
-    step: backward(loss, last) a round, wait() before the gradients are read, updated() once the
+    step: backward(…) a round, wait() before the gradients are read, updated() once the
     parameters have changed, and zero().
 
     Written out because the libraries' forms do not fit a network that is trained in one phase and
@@ -398,11 +398,13 @@ class Gradients:
         leaves, size = net.leaves(), self.BUCKET
         if world() == 1:  # nothing is sent; fewer launches, and few low-precision gradients at once
             size = max(size, sum(p.numel() for p in self.params) // 4)
-        # Backward comes to the last layers first, so they go into the first buckets; what several
-        # blocks share it leaves to the end.
+        # Backward comes to the last layers first, so they go into the first buckets; to what all
+        # blocks share it comes when it has left the first of them.
         shared = [p for leaf in leaves if len(leaf.parts) > 1 for _, of in leaf.parts for p in of]
+        before = next((i for i, p in enumerate(self.params) if p in set(shared)), 0)
+        order = dict.fromkeys([*self.params[:before], *shared, *self.params])
         bucket: list[nn.Parameter] = []
-        for p in reversed(list(dict.fromkeys([*shared, *self.params]))):
+        for p in reversed(order):
             bucket.append(p)
             if sum(q.numel() for q in bucket) >= size:
                 self._add(bucket)
@@ -429,15 +431,15 @@ class Gradients:
     def zero(self) -> None:
         self.first = True  # the next round overwrites
 
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Accumulate; the last round's backward carries the averaging over processes along."""
+    def backward(self, loss: torch.Tensor, scale: float, last: bool) -> None:
+        """Accumulate those of scale·Σ loss; the last round's carries the averaging along."""
         self.sending, self.works = last and world() > 1, []
         self.missing = [set(members) for members in self.members]
         self.taken: list[list[tuple[nn.Parameter, torch.Tensor]]] = [[] for _ in self.buckets]
         for p in self.params:
             p.grad = None  # so that backward hands over what it has
         try:
-            loss.backward()
+            loss.backward(torch.full_like(loss, scale))
         finally:
             for p, grad in self.grads.items():
                 p.grad = grad
@@ -514,10 +516,10 @@ class ShardedGradients(Gradients):
     def zero(self) -> None:
         torch._foreach_zero_(local([p.grad for p in self.params]))
 
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
+    def backward(self, loss: torch.Tensor, scale: float, last: bool) -> None:
         for module in self.modules:
             module.set_requires_gradient_sync(last, recurse=False)
-        loss.backward()
+        loss.backward(torch.full_like(loss, scale))
 
     def wait(self) -> None:
         pass
