@@ -24,10 +24,10 @@ def ema_beta(images: int, batch: int, halflife_kimg: float, rampup_ratio: float)
 class Optimizer:
     """Holds the gradients, moments and average of a network; every tensor keeps its address.
 
-    dtype is what the network computes in; its weights stay float32, and have 16-bit shadows that
-    every update writes. layout says how network, average and all else lie over the processes; the
-    network and its average are sharded in place where it says so, and then have no shadows:
-    what is gathered is 16 bit.
+    dtype is what the network computes in; its parameters stay float32, and have 16-bit copies that
+    every update writes (EDMNetwork.compute_in). layout says how network, average and all else lie
+    over the processes; the network and its average are sharded in place where it says so, and then
+    have no copies: what is gathered is 16 bit.
     """
 
     def __init__(
@@ -122,8 +122,8 @@ class Optimizer:
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         """Everything that makes up the state, by name; copying into them restores it.
 
-        Sharded tensors are DTensors. Shadows are made anew from the weights (EDMNetwork.refresh);
-        buffers are constants.
+        Sharded tensors are DTensors. Copies are made anew from the parameters
+        (EDMNetwork.refresh); buffers are constants.
         """
         found = {f"{prefix}.step": self.step}
         found |= {f"{prefix}.net.{name}": p for name, p in self.named.items()}

@@ -370,16 +370,16 @@ def plan(
 class Gradients:
     """The gradients of a whole network: averages over the processes, in flat float32 buckets.
 
-    How gradients flow. Backward gives one to every leaf that the network has computed with: a
-    parameter, or the low-precision copy that stands in for it (networks.Leaf). It is not added up
-    there but taken as it is. Once all parameters of a bucket have theirs, one list operation casts
-    them into the bucket, or from the second round on adds them to it, in float32 and without a
-    launch for each. In the last round the bucket is then sent, while backward goes on.
+    How gradients flow. Backward produces one for each leaf that the network computed with: a
+    parameter, or the low-precision copy that stands in for parameters (networks.layers.Leaf). A
+    hook takes it from the leaf, so that autograd starts no kernel to add it up. Once every
+    parameter of a bucket has its gradient, one list operation casts them into the bucket (first
+    round) or adds them to it in float32 (later rounds). In the last round the bucket is then sent
+    while backward continues.
 
-    p.grad are views of the buckets and keep their addresses; between rounds, that is: during a
-    backward they are not set. What backward does not reach has a gradient of zero. The calls of a
-    step: backward(…) a round, wait() before the gradients are read, updated() once the
-    parameters have changed, and zero().
+    p.grad are views of the buckets and keep their addresses; they are unset only during backward.
+    A parameter that backward does not reach has a gradient of zero. A step calls backward() once a
+    round, wait() before the gradients are read, updated() after the update, and zero().
 
     Written out because the libraries' forms do not fit a network that is trained in one phase and
     frozen in the next: DDP and `replicate` expect, at every forward that could take gradients, a
@@ -396,10 +396,10 @@ class Gradients:
         self.members: list[list[nn.Parameter]] = []  # of each bucket
         self.bucket_of: dict[nn.Parameter, int] = {}
         leaves, size = net.leaves(), self.BUCKET
-        if world() == 1:  # nothing is sent; fewer launches, and few low-precision gradients at once
+        if world() == 1:  # nothing is sent: fewer launches, for half a byte more a parameter
             size = max(size, sum(p.numel() for p in self.params) // 4)
-        # Backward comes to the last layers first, so they go into the first buckets; to what all
-        # blocks share it comes when it has left the first of them.
+        # Backward reaches the last layers first, so they fill the first buckets. A leaf that blocks
+        # share has its gradient when backward has left the first block.
         shared = [p for leaf in leaves if len(leaf.parts) > 1 for _, of in leaf.parts for p in of]
         before = next((i for i, p in enumerate(self.params) if p in set(shared)), 0)
         order = dict.fromkeys([*self.params[:before], *shared, *self.params])
@@ -432,7 +432,7 @@ class Gradients:
         self.first = True  # the next round overwrites
 
     def backward(self, loss: torch.Tensor, scale: float, last: bool) -> None:
-        """Accumulate those of scale·Σ loss; the last round's carries the averaging along."""
+        """Accumulate the gradients of scale·Σ loss [N]; the last round starts the averaging."""
         self.sending, self.works = last and world() > 1, []
         self.missing = [set(members) for members in self.members]
         self.taken: list[list[tuple[nn.Parameter, torch.Tensor]]] = [[] for _ in self.buckets]
@@ -453,7 +453,7 @@ class Gradients:
         for rows, params in parts:
             for p in params:
                 number = self.bucket_of[p]
-                self.missing[number].remove(p)  # twice in a backward, it would be overwritten
+                self.missing[number].remove(p)  # a second gradient would overwrite the first
                 self.taken[number].append((p, grad[rows]))
                 if not self.missing[number]:
                     self._fill(number)
@@ -465,7 +465,7 @@ class Gradients:
 
     @torch.no_grad()
     def _fill(self, number: int) -> None:
-        """Move what has arrived of a round's gradients into their bucket."""
+        """Move the gradients that have arrived in this round into their bucket."""
         taken, self.taken[number] = self.taken[number], []
         if self.first and self.missing[number]:
             torch._foreach_zero_([self.grads[p] for p in self.missing[number]])
@@ -476,7 +476,7 @@ class Gradients:
             if self.first:
                 torch._foreach_copy_(into, grads)
                 continue
-            if dtype != torch.float32:  # adding two types takes a launch each
+            if dtype != torch.float32:  # foreach adds two types with one launch a tensor
                 wide = [torch.empty_like(grad) for grad in into]
                 torch._foreach_copy_(wide, grads)
                 grads = wide
@@ -504,7 +504,7 @@ class Gradients:
 
 
 class ShardedGradients(Gradients):
-    """FSDP2 adds up and averages, and leaves every process its part."""
+    """FSDP2 accumulates and averages; every process keeps its part."""
 
     def __init__(self, net: nn.Module, mesh: DeviceMesh):
         self.params = list(net.parameters())

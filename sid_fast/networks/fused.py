@@ -70,7 +70,7 @@ def block(
 ) -> tuple[Sum, torch.Tensor]:
     """A Block of cat(x, beside), and x added up, for the decoder to read.
 
-    embedding, or what norm1 takes of it with conv0's bias; seed of the dropout.
+    embedding may be norm1's conditioning, conv0's bias included; seed is the dropout's.
     """
     start = normalise(layer.norm0, x, beside=beside, resample=layer.conv0.resample)
     h = convolve(layer.conv0, start.y)
@@ -132,7 +132,7 @@ def product(
     weight: torch.Tensor, x: torch.Tensor, beside: torch.Tensor | None = None
 ) -> torch.Tensor:
     """A 1x1 convolution [C', C, 1, 1] of cat(x, beside): one product, or two that add up."""
-    n, channels, height, width = x.shape
+    n, _, height, width = x.shape
     weight = weight.flatten(1)
     if beside is None:
         out = _pixels(x) @ weight.t()
@@ -142,7 +142,7 @@ def product(
 
 
 class _Joined(torch.autograd.Function):
-    """cat(a, b) @ weight.t() as two products; so is each gradient, in its place and not copied."""
+    """cat(a, b) @ weight.t() as two products; the weight's gradient is written without a cat."""
 
     @staticmethod
     def forward(ctx, a, b, weight):

@@ -28,10 +28,10 @@ def draw(shape: tuple[int, ...], rule: str, fan_in: int, fan_out: int) -> torch.
 
 
 class Leaf(NamedTuple):
-    """A tensor that a network computes with, and to which backward brings a gradient.
+    """A tensor that a network computes with and that receives a gradient in backward.
 
-    parts are rows of it and the parameters of which these are the sum, in another type or not:
-    the gradient of the rows is that of each of the parameters.
+    parts: row ranges, each with the parameters whose sum it holds (in the tensor's dtype); the
+    gradient of the rows is the gradient of each of these parameters.
     """
 
     tensor: torch.Tensor

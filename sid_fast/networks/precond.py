@@ -69,12 +69,12 @@ class EDMNetwork(nn.Module):
         return class_labels.float().reshape(-1, self.config.label_dim)
 
     def compute_in(self, dtype: torch.dtype, frozen: bool = False) -> None:
-        """Run F in `dtype` from here on; in 16 bit, on copies of its parameters.
+        """Run F in `dtype` from here on; in 16 bit, on low-precision copies of its parameters.
 
-        The copies take the place of the parameters in autograd: gradients arrive at them (see
-        leaves), and whoever changes a parameter refreshes them. A frozen network's weights are
-        converted instead, and not kept in float32. To cast parameters at every use, set
-        compute_dtype alone.
+        The copies replace the parameters in autograd: they receive the gradients (see leaves and
+        parallel.Gradients), and whoever changes a parameter refreshes them. A frozen network's
+        convolution and affine weights are converted instead, with no float32 kept. To cast the
+        parameters at every use, and have gradients arrive at them, set compute_dtype alone.
         """
         assert not self.copies
         self.compute_dtype = dtype
@@ -105,7 +105,7 @@ class EDMNetwork(nn.Module):
                 p.data = weight[rows]
 
     def _copy(self, dtype: torch.dtype, *sums: tuple[nn.Parameter, ...]) -> torch.Tensor:
-        """The sums of parameters, row after row; every gradient of theirs will arrive at it."""
+        """A new leaf: the sums of parameters, concatenated along rows."""
         with torch.no_grad():
             values = [sum(rest, first) for first, *rest in sums]
             tensor = (values[0] if len(values) == 1 else torch.cat(values)).to(dtype)
@@ -123,13 +123,13 @@ class EDMNetwork(nn.Module):
         return super().requires_grad_(requires_grad)
 
     def leaves(self) -> list[Leaf]:
-        """All tensors to which a backward may bring gradients: copies and parameters."""
+        """Every tensor that may receive a gradient: copies and parameters."""
         return [*self.copies, *(Leaf(p, [(WHOLE, (p,))]) for p in self.parameters())]
 
     def written_copies(self) -> list[torch.Tensor | None]:
-        """The 16-bit copy of every parameter, None where it has none; in order of parameters().
+        """The 16-bit copy of every parameter or None, in order of parameters().
 
-        What an update writes along with the parameters; for other copies see add_up.
+        The update writes them along with the parameters; add_up writes the other copies.
         """
         found = {of[0]: copy for copy, of in self._parts() if _plain(copy, of)}
         return [found.get(p) for p in self.parameters()]
@@ -141,7 +141,7 @@ class EDMNetwork(nn.Module):
 
     @torch.no_grad()
     def add_up(self) -> None:
-        """Make anew the copies that are sums of parameters, or float32, in a few launches."""
+        """Recompute the copies that are sums of parameters, or float32, in a few launches."""
         groups: dict[tuple, list] = {}
         for copy, of in self._parts():
             if not _plain(copy, of):
@@ -154,7 +154,7 @@ class EDMNetwork(nn.Module):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Make all copies anew from their parameters."""
+        """Recompute all copies from their parameters."""
         for p, copy in zip(self.parameters(), self.written_copies(), strict=True):
             if copy is not None:
                 copy.copy_(p)

@@ -30,17 +30,16 @@ def initialisation(architecture: Architecture) -> tuple[Init, Init, Init]:
     return (rule, factor, factor), (rule, 0, 0), (rule, factor, factor)
 
 
-# What a block's second norm takes of the embedding: "add", or "scale" and "shift", [N, C'] each.
+# The conditioning arguments of a block's norm1: "add", or "scale" and "shift", [N, C] each.
 Condition = dict[str, torch.Tensor]
 
 
 class Conditioning(NamedTuple):
-    """The affine layers of all blocks as one: a product, and one gradient of the embedding.
+    """The affine layers of all blocks as one matrix product, with one gradient of the embedding.
 
-    weight [ΣC', E] and bias [ΣC'] are all blocks' rows, in order; ΣC' runs over scale and shift
-    where there are both. conv_bias is that of all blocks' conv0 where a form leaves it to norm1,
-    [ΣC]: bias added where norm1 adds the condition, and alone, in float32, where it scales by it.
-    widths are the blocks' C.
+    weight [ΣC, E] and bias [ΣC] concatenate the blocks' rows in order (2C a block with adaptive
+    scale). conv_bias is for forms that add conv0's bias in norm1: bias plus conv0's where norm1
+    adds the condition; conv0's alone, float32, with adaptive scale. widths: C of each block.
     """
 
     weight: torch.Tensor
@@ -65,7 +64,7 @@ class Conditioning(NamedTuple):
 class Block(nn.Module):
     """[N, C, H, W], embedding [N, E] -> [N, C', H', W']: two convolutions, then attention.
 
-    In the embedding's place may be what norm1 takes of it; see Conditioning.
+    A Condition may replace the embedding; see Conditioning.
     """
 
     tail_bias: torch.Tensor | None = None  # conv1's and skip's; see EDMNetwork.compute_in
@@ -123,7 +122,6 @@ class Block(nn.Module):
             qkv = self.qkv(self.norm2(h, silu=False).y)
             h = (self.proj(kernels.attention(qkv, self.heads)) + h) * self.skip_scale
         return h
-
 
     def condition(self, embedding: torch.Tensor) -> Condition:
         found = self.affine(embedding)
@@ -260,7 +258,7 @@ class UNet(nn.Module):
     def conditions(
         self, embedding: torch.Tensor, with_conv_bias: bool = False
     ) -> list[torch.Tensor | Condition]:
-        """What every block takes in the embedding's place, in order."""
+        """The embedding argument of each block, in order."""
         if self.conditioning is None:
             return [embedding] * len(self.blocks())
         return self.conditioning.conditions(embedding, with_conv_bias)
