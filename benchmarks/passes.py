@@ -68,7 +68,7 @@ class Passes(TorchDispatchMode):
     def activation(self, t: object) -> bool:
         if not isinstance(t, torch.Tensor):
             return False
-        vectors = t.dim() == 2 and len(t) == BATCH
+        vectors = t.dim() == 2 and BATCH in t.shape
         return t.numel() % BATCH == 0 and t.numel() > self.image * BATCH and not vectors
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):

@@ -63,6 +63,7 @@ def test_every_layer_is_charged_for_its_own_work_and_bytes():
         ([65536 * 320], "ff", 1, 1),  # 320 chunks
         ([65536 * 320 + 1], "ff", 2, 2),
         ([65536 * 319, 65537, 8], "ff", 2, 2),  # a tensor that ends in the second launch
+        ([65536 * 320 + 1] + [8] * 64, "ff", 3, 3),  # and counts among the tensors of that
     ],
 )
 def test_a_list_operation_takes_the_launches_it_takes_on_cuda(sizes, types, copies, adds):

@@ -8,6 +8,7 @@ import torch
 from golden import relative
 
 from benchmarks import passes
+from sid_fast import Distiller, Settings, kernels
 from sid_fast.engine.parallel import Gradients
 from sid_fast.kernels import dispatch
 from sid_fast.networks import EDMNetwork, NetworkConfig
@@ -180,6 +181,39 @@ def test_copies_take_gradients_when_their_network_does():
     net.requires_grad_(False)
     with dispatch.forced({"block": "triton"}):
         assert not net(torch.randn(2, 3, 8, 8), torch.ones(2)).requires_grad
+
+
+def test_an_update_leaves_no_copy_behind():
+    settings = Settings(batch_size=2, generator_lr=1e-2, precision="bf16")
+    distiller = Distiller(small(), settings)
+    before = distiller.generator.model.conditioning.conv_bias.clone()
+    distiller.step()
+    generator = distiller.generator
+    found = [leaf.tensor.clone() for leaf in generator.copies]
+    assert not torch.equal(generator.model.conditioning.conv_bias, before)
+    generator.refresh()
+    assert all(map(torch.equal, found, (leaf.tensor for leaf in generator.copies)))
+
+
+def test_every_block_drops_by_a_seed_of_its_own(monkeypatch):
+    net, seeds = small(), []
+    group_norm = kernels.group_norm
+
+    def watch(*args, seed=None, dropout=0.0, **others):
+        seeds.append((seed, dropout))
+        return group_norm(*args, **others)
+
+    monkeypatch.setattr(kernels, "group_norm", watch)
+    net.set_dropout(0.5)
+    runs = []
+    for training in (True, True, False):
+        seeds.clear()
+        torch.manual_seed(1)
+        with dispatch.forced({"block": "triton"}):
+            net.train(training)(torch.randn(2, 3, 8, 8), torch.ones(2))
+        runs.append([tuple(seed.tolist()) for seed, dropout in seeds if dropout])
+    assert len(set(runs[0])) == len(net.model.blocks())
+    assert runs[0] == runs[1] and not runs[2]
 
 
 def test_a_frozen_network_keeps_no_float32_copy_of_what_it_computes_with():
