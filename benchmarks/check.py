@@ -183,7 +183,7 @@ def network_agrees(here: Here, config: NetworkConfig, kind: str) -> tuple[float,
 
     def outcome(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
         running = copy.deepcopy(net).to(memory_format=torch.channels_last)
-        running.compute_in(dtype)
+        running.compute_dtype = dtype  # parameters cast at every use: their gradients are float32
         image = x.clone().requires_grad_()
         with dispatch.forced(backend):
             out = running(image, sigma, labels)

@@ -1,12 +1,15 @@
 """Counts the passes over feature maps that a block makes, in the published form and in ours.
 
     python -m benchmarks.passes > benchmarks/PASSES.md
+    python -m benchmarks.passes --launches       the kernel launches of a training round, by kind
 
 Runs on fake tensors, in seconds: a pass is an operation that reads or writes a tensor of
 activation size, its bytes are those tensors'. Convolutions count like all others.
 """
 
 import dataclasses
+import math
+from collections import Counter
 from collections.abc import Iterator
 
 import click
@@ -16,6 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sid_fast.config import cli
+from sid_fast.config.settings import Settings
+from sid_fast.engine import cost
+from sid_fast.files.download import TEACHERS
 from sid_fast.kernels import dispatch
 from sid_fast.networks import EDMNetwork, NetworkConfig
 from sid_fast.networks.fused import Sum
@@ -49,7 +55,10 @@ class Pass:
 
 
 class Passes(TorchDispatchMode):
-    """Notes every operation on a tensor of BATCH samples of more than `image` numbers each."""
+    """Notes every operation on a tensor of BATCH samples of more than `image` numbers each.
+
+    A vector for each sample, such as what conditions the blocks, is none.
+    """
 
     def __init__(self, image: int):
         super().__init__()
@@ -59,7 +68,8 @@ class Passes(TorchDispatchMode):
     def activation(self, t: object) -> bool:
         if not isinstance(t, torch.Tensor):
             return False
-        return t.numel() % BATCH == 0 and t.numel() > self.image * BATCH
+        vectors = t.dim() == 2 and BATCH in t.shape
+        return t.numel() % BATCH == 0 and t.numel() > self.image * BATCH and not vectors
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -122,7 +132,6 @@ def of_block(config: NetworkConfig, name: str, form: str, dtype: torch.dtype) ->
     fused = form != "reference"
     with FakeTensorMode(), dispatch.forced(form):
         net = EDMNetwork(config).train()
-        net.compute_in(dtype)
         block = net.model.get_submodule(name)
         side = sides(name, block)
         encoder = name.startswith("enc.")
@@ -191,9 +200,78 @@ def lines() -> Iterator[str]:
             yield f"| whole network, {title} | {form} | {row(of_network(config, *how))} |"
 
 
+PRESETS = ("cifar10-uncond", "ffhq64", "imagenet64-cond")
+
+
+def of_round(preset: str, backend: str, precision: str = "bf16") -> cost.Step:
+    """Both phases of a preset, one round of BATCH images each."""
+    given = cli.presets("train")[preset]
+    fields = {f.name for f in dataclasses.fields(Settings)}
+    settings = Settings(**{k: v for k, v in given.items() if k in fields})
+    settings = dataclasses.replace(settings, precision=precision)
+    (step,) = cost.steps(TEACHERS[preset].network, settings, [BATCH], backend)
+    return step
+
+
+def launches(step: cost.Step, image: int) -> dict[str, tuple[int, int]]:
+    """Kernel launches of a step and the bytes they move, by kind.
+
+    Pointwise operations and reductions are "feature maps" where their result is one of more than
+    `image` numbers a sample, and "small" elsewhere. Small ones are also listed one by one.
+    """
+    found: dict[str, list[int]] = {}
+    for op in step.ops:
+        kind = op.kind
+        if kind == "pointwise":
+            large = op.shape[:1] == (BATCH,) and math.prod(op.shape) > image * BATCH
+            kind = "pointwise, feature maps" if large else "pointwise, small"
+        names = [kind] if kind != "pointwise, small" else [kind, f"- {op.name}"]
+        for name in names:
+            row = found.setdefault(name, [0, 0])
+            row[0] += op.launches
+            row[1] += op.nbytes
+    return {name: tuple(row) for name, row in found.items()}
+
+
+def launch_lines() -> Iterator[str]:
+    yield "# Kernel launches of a training round"
+    yield ""
+    yield (
+        f"Counted on fake tensors by `python -m benchmarks.passes --launches`: fake-score and "
+        f"generator phase, one round of {BATCH} images each, in bfloat16. An operation is one "
+        "launch; group norm backward adds a sum over samples for each parameter gradient, "
+        "attention backward is two kernels, and list operations are split as in "
+        "MultiTensorApply.cuh. The eager update is counted as one launch here and is some 13,000."
+    )
+    yield ""
+    yield "| preset | backend | kind | launches | MiB |"
+    yield "|---|---|---|---|---|"
+    for preset in PRESETS:
+        network = TEACHERS[preset].network
+        for backend in ("triton", "reference"):
+            step = of_round(preset, backend)
+            rows = launches(step, network.channels * network.resolution**2)
+            kinds = Counter({k: v[0] for k, v in rows.items() if not k.startswith("- ")})
+            total = sum(kinds.values()), sum(op.nbytes for op in step.ops)
+            rows |= {"all": total}
+            few = {k for k, v in rows.items() if k.startswith("- ") and v[0] < 20}
+            rows["- others"] = tuple(sum(rows[k][i] for k in few) for i in (0, 1))
+            for kind, (count, nbytes) in sorted(rows.items(), key=lambda kv: -kv[1][0]):
+                if kind not in few:
+                    yield f"| {preset} | {backend} | {kind} | {count:,} | {nbytes / 2**20:,.1f} |"
+            peak = ", ".join(f"{k} {v / 2**20:,.0f}" for k, v in step.peak.items())
+            yield f"| {preset} | {backend} | peak memory: {peak} | | {_mib(step)} |"
+
+
+def _mib(step: cost.Step) -> str:
+    return f"{step.peak.total() / 2**20:,.0f}"
+
+
 @click.command(help=__doc__)
-def main() -> None:
-    print("\n".join(lines()))
+@click.option("--launches", "count_launches", is_flag=True, help="launches of a round instead")
+def main(count_launches: bool) -> None:
+    for line in launch_lines() if count_launches else lines():
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

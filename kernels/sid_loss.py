@@ -8,6 +8,7 @@ A sample that is not finite, or beyond LIMIT, is dropped: its loss and its gradi
 whatever it holds.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -114,7 +115,8 @@ def _per_sample(v: torch.Tensor) -> torch.Tensor:
 
 
 def _within(*tensors: torch.Tensor, limit: float = LIMIT) -> torch.Tensor:
-    return torch.stack([(t.abs() <= limit).flatten(1).all(1) for t in tensors]).all(0)
+    checks = [(t.abs() <= limit).flatten(1).all(1) for t in tensors]
+    return functools.reduce(torch.logical_and, checks)
 
 
 def _launch(x: torch.Tensor) -> dict:
@@ -161,6 +163,7 @@ def noised_ref(images, sigma, noise, kept, dtype, sigma_data):
 
 
 def _noised_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # of what has none
     images, *_, ctx.sigma_data = inputs
     x_t, _, sigma, c_noise, kept = output
     ctx.dtype = images.dtype
@@ -239,6 +242,7 @@ def generator_loss_ref(teacher, fake_score, x_t, images, sigma, kept, alpha, sig
 
 
 def _loss_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     rest = output[1:]
     ctx.mark_non_differentiable(*rest)
     ctx.save_for_backward(*rest[3:])

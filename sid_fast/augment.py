@@ -21,29 +21,19 @@ def draw(n: int, p: float, rng: torch.Generator) -> Parameters:
     Each is [n], translate [2, n] in parts of an eighth of the size; 0 where not applied.
     """
 
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, n, generator=rng, device=rng.device)
-
-    def uniform() -> torch.Tensor:
-        return torch.rand(n, generator=rng, device=rng.device)
-
-    def sometimes(value: torch.Tensor, probability: float) -> torch.Tensor:
-        return torch.where(uniform() < probability, value, torch.zeros_like(value))
-
-    def angle() -> torch.Tensor:
-        return (uniform() * 2 - 1) * math.pi
-
-    def coin() -> torch.Tensor:
-        return (uniform() < 0.5).long()
-
+    normals = torch.randn(4, n, generator=rng, device=rng.device)
+    uniform = torch.rand(10, n, generator=rng, device=rng.device)
+    xflip, yflip = (uniform[:2] < 0.5).long()  # xflip has a multiplier of 1e8: always tossed
+    rotate, aniso_rotate = (uniform[2:4] * 2 - 1) * math.pi
+    applied = uniform[4:9] < p
     return {
-        "xflip": coin(),  # multiplier 1e8: always tossed
-        "yflip": sometimes(coin(), p),
-        "scale": sometimes(normal(), p),
-        "rotate": sometimes(angle(), p),
-        "aniso": sometimes(normal(), p),
-        "aniso_rotate": sometimes(angle(), 0.5),
-        "translate": sometimes(normal(2), p),
+        "xflip": xflip,
+        "yflip": yflip * applied[0],
+        "scale": normals[0] * applied[1],
+        "rotate": rotate * applied[2],
+        "aniso": normals[1] * applied[3],
+        "aniso_rotate": aniso_rotate * (uniform[9] < 0.5),
+        "translate": normals[2:] * applied[4],
     }
 
 

@@ -5,6 +5,8 @@ are those of the batch without it. That is done with fixed shapes: kernels.noise
 place before a network sees it, and no 0·NaN can reach a sum over the batch.
 """
 
+import functools
+
 import torch
 
 from sid_fast import kernels
@@ -18,7 +20,7 @@ def finite(*tensors: torch.Tensor | None) -> torch.Tensor:
     checks = [
         (t.detach().abs() <= LIMIT).reshape(len(t), -1).all(1) for t in tensors if t is not None
     ]
-    return torch.stack(checks).all(0)
+    return functools.reduce(torch.logical_and, checks)
 
 
 def keep(kept: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor | None:

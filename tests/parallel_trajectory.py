@@ -28,7 +28,7 @@ from sid_fast.networks import EDMNetwork
 golden, states = Path(sys.argv[1]), Path(sys.argv[2])
 torch.set_num_threads(1)
 cpu = torch.device("cpu")
-parallel.ReplicatedGradients.BUCKET = 2**16  # several of them, sent while backward goes on
+parallel.Gradients.BUCKET = 2**16  # several of them, sent while backward goes on
 load = functools.cache(lambda name: sid_fast.load_network(golden / f"{name}.pkl"))
 
 

@@ -8,6 +8,7 @@ import torch
 from test_distiller import SMALL
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
+from benchmarks import passes
 from sid_fast import Settings, losses
 from sid_fast.config.cli import presets
 from sid_fast.engine import cost
@@ -52,6 +53,40 @@ def test_every_layer_is_charged_for_its_own_work_and_bytes():
     assert norm.nbytes == 2 * 3 * 16 * 64 + 4 * (3 * 16 + 2 * 4)
     attention = by_layer["EDMNetwork.model.dec.4x4_in0", "attention"]  # 32 channels, 16 pixels
     assert attention.flops == 2 * 2 * 16 * 16 * 32
+
+
+@pytest.mark.parametrize(
+    ("sizes", "types", "copies", "adds"),
+    [
+        ([8] * 64, "fb", 1, 64),  # from one type into another; adding takes a launch each
+        ([8] * 65, "ff", 2, 2),  # 64 tensors of two lists
+        ([65536 * 320], "ff", 1, 1),  # 320 chunks
+        ([65536 * 320 + 1], "ff", 2, 2),
+        ([65536 * 319, 65537, 8], "ff", 2, 2),  # a tensor that ends in the second launch
+        ([65536 * 320 + 1] + [8] * 64, "ff", 3, 3),  # and counts among the tensors of that
+    ],
+)
+def test_a_list_operation_takes_the_launches_it_takes_on_cuda(sizes, types, copies, adds):
+    with cost.fake(), cost.Count() as count:
+        into, of = (
+            [torch.empty(n, dtype={"f": torch.float32, "b": torch.bfloat16}[kind]) for n in sizes]
+            for kind in types
+        )
+        torch._foreach_copy_(into, of)
+        torch._foreach_add_(into, of)
+    assert [op.launches for op in count.ops] == [copies, adds]
+
+
+@pytest.mark.parametrize("preset", ["cifar10-uncond", "ffhq64"])
+def test_a_round_starts_few_small_kernels(preset):
+    step = passes.of_round(preset, "triton")
+    found = passes.launches(step, 3 * 64**2)
+    assert sum(n for kind, (n, _) in found.items() if kind.startswith("pointwise")) <= 300
+    names = Counter(op.name for op in step.ops)
+    assert "slice_backward" not in names and "copy_" not in names
+    assert sum(op.launches for op in step.ops if op.name == "group_norm_backward") > sum(
+        op.name == "group_norm_backward" for op in step.ops
+    )
 
 
 def test_what_is_broadcast_is_read_once():

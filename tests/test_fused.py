@@ -8,6 +8,8 @@ import torch
 from golden import relative
 
 from benchmarks import passes
+from sid_fast import Distiller, Settings, kernels
+from sid_fast.engine.parallel import Gradients
 from sid_fast.kernels import dispatch
 from sid_fast.networks import EDMNetwork, NetworkConfig
 from sid_fast.networks.fused import Sum
@@ -35,8 +37,8 @@ def test_no_pass_is_idle(name):
 
 
 def test_the_count_sees_an_idle_pass(monkeypatch):
-    def halves(self, x, embedding, beside=None):
-        x, fork = forward(self, x, embedding, beside)
+    def halves(self, x, *others, **named):
+        x, fork = forward(self, x, *others, **named)
         return x._replace(x=x.x * 0.5), fork
 
     forward = Block.forward
@@ -82,12 +84,45 @@ def test_sixteen_bit_stays_close_and_gradients_reach_the_float32_weights():
     net = small()
     expected = outcome(net, {"block": "triton"})
     half = copy.deepcopy(net)
-    half.compute_in(torch.bfloat16)
+    half.compute_dtype = torch.bfloat16
     found = outcome(half, {"block": "triton"})
     assert all(p.grad.dtype == torch.float32 for p in half.parameters())
     assert relative(found[0], expected[0]) <= 2e-2
     errors = [relative(a, b) for a, b in zip(found[1:], expected[1:], strict=True) if b.any()]
     assert sorted(errors)[len(errors) // 2] <= 5e-2
+
+
+@pytest.mark.parametrize("form", [{"block": "triton"}, {"block": "reference"}])
+@pytest.mark.parametrize("architecture", ["ddpmpp", "ncsnpp", "adm"])
+def test_copies_give_every_parameter_the_gradient_of_a_cast_at_every_use(architecture, form):
+    """Over two rounds, in float32; but for roundings, as the copies hold sums of biases."""
+    net = small(architecture)
+    cast, copied = copy.deepcopy(net), copy.deepcopy(net)
+    cast.compute_dtype = torch.bfloat16
+    copied.compute_in(torch.bfloat16)
+    gradients = Gradients(copied)
+    addresses = [p.grad.data_ptr() for p in copied.parameters()]
+    for step in range(2):  # what is left of one is not seen in the next
+        for p in cast.parameters():
+            p.grad = torch.zeros_like(p)
+        for scale in (1.0, 0.25):
+            for each in (cast, copied):
+                rng = torch.Generator().manual_seed(1)
+                x, weight = torch.randn(2, 3, 3, 8, 8, generator=rng)
+                labels, warp = torch.eye(10)[[1, 5, 7]], torch.ones(3, 9) * 0.1
+                with dispatch.forced(form):
+                    out = each(x, torch.tensor([0.1, 1.0, 10.0]), labels, None if step else warp)
+                loss = (out * weight).sum((1, 2, 3))
+                if each is cast:
+                    (loss.sum() * scale).backward()
+                else:
+                    gradients.backward(loss, scale, last=scale < 1)
+        for (name, p), q in zip(cast.named_parameters(), copied.parameters(), strict=True):
+            assert q.grad.dtype == torch.float32 and q.grad.stride() == q.stride()
+            assert relative(q.grad, p.grad) <= 0.03 or not (p.grad.any() or q.grad.any()), name
+        assert not step or not copied.model.map_augment.weight.grad.any()
+        gradients.zero()
+    assert [p.grad.data_ptr() for p in copied.parameters()] == addresses
 
 
 def test_float16_loses_no_gradient_to_an_overflow(device):
@@ -96,7 +131,7 @@ def test_float16_loses_no_gradient_to_an_overflow(device):
     with torch.no_grad():
         net.model.enc["8x8_block0"].norm0.weight.fill_(1.0)
         net.model.enc["8x8_block0"].conv0.weight.fill_(6e4)
-    net.compute_in(torch.float16)
+    net.compute_dtype = torch.float16
     overflowed = []
     conv = torch.nn.functional.conv2d
 
@@ -112,29 +147,88 @@ def test_float16_loses_no_gradient_to_an_overflow(device):
     assert all(t.isfinite().all() for t in found)
 
 
-def test_shadows_follow_their_weights():
-    net = small()
+@pytest.mark.parametrize("architecture", ["ddpmpp", "adm"])
+def test_copies_follow_their_parameters(architecture):
+    net = small(architecture)
     net.compute_in(torch.bfloat16)
-    shadows = dict(zip((n for n, _ in net.named_parameters()), net.shadows(), strict=True))
-    assert shadows["model.enc.8x8_block0.conv0.weight"].dtype == torch.bfloat16
-    assert shadows["model.enc.8x8_block0.affine.weight"] is not None
-    assert shadows["model.enc.8x8_block0.norm0.weight"] is None
-    assert shadows["model.map_layer0.weight"] is None
+    written = dict(zip((n for n, _ in net.named_parameters()), net.written_copies(), strict=True))
+    assert {n for n, copy in written.items() if copy is None} == {
+        f"model.{layer}" for layer in (
+            "map_layer0.weight", "map_layer0.bias", "map_layer1.weight", "map_layer1.bias",
+            "map_label.weight", "map_augment.weight",
+            *(["map_label.bias"] if architecture == "ddpmpp" else []),
+        )
+    }  # fmt: skip
     with torch.no_grad():
         for p in net.parameters():
             p.mul_(2)
     net.refresh()
-    for p, shadow in zip(net.parameters(), net.shadows(), strict=True):
-        assert shadow is None or torch.equal(shadow, p.to(torch.bfloat16))
+    for name, p in net.named_parameters():
+        copy = written[name]
+        assert copy is None or torch.equal(copy, p.to(torch.bfloat16)), name
+    block = net.model.dec["8x8_block0"]
+    assert torch.equal(block.tail_bias, block.conv1.bias + block.skip.bias)
+    rows = net.model.conditioning.conv_bias.split(net.model.conditioning.widths)
+    first = net.model.enc["8x8_block0"]
+    if architecture == "ddpmpp":
+        assert torch.equal(rows[0], (first.affine.bias + first.conv0.bias).to(torch.bfloat16))
+    else:
+        assert torch.equal(rows[0], first.conv0.bias) and rows[0].dtype == torch.float32
+
+
+def test_copies_take_gradients_when_their_network_does():
+    net = small()
+    net.compute_in(torch.bfloat16)
+    assert all(leaf.tensor.requires_grad for leaf in net.copies)
+    net.requires_grad_(False)
+    with dispatch.forced({"block": "triton"}):
+        assert not net(torch.randn(2, 3, 8, 8), torch.ones(2)).requires_grad
+
+
+def test_an_update_leaves_no_copy_behind():
+    settings = Settings(batch_size=2, generator_lr=1e-2, precision="bf16")
+    distiller = Distiller(small(), settings)
+    before = distiller.generator.model.conditioning.conv_bias.clone()
+    distiller.step()
+    generator = distiller.generator
+    found = [leaf.tensor.clone() for leaf in generator.copies]
+    assert not torch.equal(generator.model.conditioning.conv_bias, before)
+    generator.refresh()
+    assert all(map(torch.equal, found, (leaf.tensor for leaf in generator.copies)))
+
+
+def test_every_block_drops_by_a_seed_of_its_own(monkeypatch):
+    net, seeds = small(), []
+    group_norm = kernels.group_norm
+
+    def watch(*args, seed=None, dropout=0.0, **others):
+        seeds.append((seed, dropout))
+        return group_norm(*args, **others)
+
+    monkeypatch.setattr(kernels, "group_norm", watch)
+    net.set_dropout(0.5)
+    runs = []
+    for training in (True, True, False):
+        seeds.clear()
+        torch.manual_seed(1)
+        with dispatch.forced({"block": "triton"}):
+            net.train(training)(torch.randn(2, 3, 8, 8), torch.ones(2))
+        runs.append([tuple(seed.tolist()) for seed, dropout in seeds if dropout])
+    assert len(set(runs[0])) == len(net.model.blocks())
+    assert runs[0] == runs[1] and not runs[2]
 
 
 def test_a_frozen_network_keeps_no_float32_copy_of_what_it_computes_with():
-    net = small()
+    net = small().requires_grad_(False)
+    expected = copy.deepcopy(net)
+    expected.compute_dtype = torch.bfloat16
     net.compute_in(torch.bfloat16, frozen=True)
-    kinds = {layer.weight.dtype for layer in net.computing()}
+    kinds = {p.dtype for n, p in net.model.enc.named_parameters() if p.dim() > 1}
     assert kinds == {torch.bfloat16}
-    assert all(s is None for s in net.shadows())
-    net(torch.randn(2, 3, 8, 8), torch.ones(2))
+    inputs = torch.randn(2, 3, 8, 8), torch.ones(2)
+    for form in ({"block": "triton"}, {"block": "reference"}):
+        with dispatch.forced(form):
+            assert relative(net(*inputs), expected(*inputs)) <= 1e-2
 
 
 @pytest.mark.parametrize("architecture", ["ddpmpp", "adm"])

@@ -89,6 +89,59 @@ def test_a_process_that_dies_is_named_and_the_restart_ends_the_run(command, tmp_
     assert "resumed" in output and "kimg  100 %" in output
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_buckets_are_sent_in_order_while_backward_goes_on(monkeypatch, dtype):
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    monkeypatch.setattr(parallel.Gradients, "BUCKET", 2**13)
+    net = small_teacher().requires_grad_(True)
+    net.compute_in(dtype)
+    gradients = parallel.Gradients(net)
+    count = len(gradients.buckets)
+    sent = []
+
+    def send(bucket, async_op):
+        number = next(i for i, b in enumerate(gradients.buckets) if b is bucket)
+        sent.append((number, sum(map(bool, gradients.missing)), bucket.clone()))
+        return SimpleNamespace(wait=lambda: bucket.mul_(2))  # of two processes that agree
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", send)
+
+    def a_round(last):
+        loss = net(torch.ones(2, 1, 8, 8), torch.ones(2)).square().sum((1, 2, 3))
+        gradients.backward(loss, 1.0, last)
+
+    a_round(last=False)
+    assert not sent
+    a_round(last=True)
+    assert [number for number, _, _ in sent] == list(range(count - 1))  # map_augment is in the last
+    missing = [left for _, left, _ in sent]
+    assert missing[0] >= count // 2 and missing == sorted(missing, reverse=True)
+    gradients.wait()
+    assert len(sent) == count
+    for bucket, (_, _, at_sending) in zip(gradients.buckets, sent, strict=True):
+        assert torch.equal(bucket, at_sending), "it changed behind its sending"
+
+
+def test_gradients_of_float32_are_those_that_autograd_adds_up(monkeypatch):
+    """To the bit, in buckets of any size, over three rounds, the second time anew."""
+    plain, ours = (small_teacher().requires_grad_(True) for _ in range(2))
+    monkeypatch.setattr(parallel.Gradients, "BUCKET", 2**10)
+    gradients = parallel.Gradients(ours)
+    grads = [p.grad for p in ours.parameters()]
+    for step in range(2):
+        for p in plain.parameters():
+            p.grad = torch.zeros_like(p)
+        for i in range(3):
+            x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(3 * step + i))
+            loss, same = (n(x, torch.ones(2)).square().sum((1, 2, 3)) for n in (plain, ours))
+            (loss.sum() * 0.7).backward()
+            gradients.backward(same, 0.7, last=i == 2)
+        for p, q, grad in zip(plain.parameters(), ours.parameters(), grads, strict=True):
+            assert q.grad is grad and torch.equal(p.grad, grad)
+        ours.model.map_augment.weight.grad.fill_(1)  # what a step with augmentation leaves
+        gradients.zero()
+
+
 class Event:
     """Of a device that has come as far as `ended` says."""
 

@@ -58,7 +58,8 @@ class Op:
     """One operation on the device, as if it ran alone: every input read once, every output written.
 
     flops: of convolutions and matrix products, 2 a multiply-add; nbytes: read and written; layer:
-    the innermost module it ran in, where that was asked for; shape: of its first output.
+    the innermost module it ran in, where that was asked for; shape: of its first output; launches:
+    see _launches.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Op:
     flops: int
     nbytes: int
     shape: tuple[int, ...]
+    launches: int = 1
 
 
 KINDS = {
@@ -102,6 +104,52 @@ def _size(tensor: torch.Tensor) -> int:
 
 def _tensors(tree) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+# A list operation on CUDA takes so many tensors a launch, by how many lists it walks, and so many
+# chunks of them (aten/src/ATen/native/cuda/MultiTensorApply.cuh).
+LIST_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
+LIST_BLOCKS, LIST_CHUNK = 320, 65536
+
+
+def _launches(name: str, args: tuple, made: list[torch.Tensor]) -> int:
+    """The kernels that an operation starts on a GPU.
+
+    One, with three exceptions. The group norm's backward kernel is followed by a sum over samples
+    for x_bias and one for weight and bias, where those are wanted; attention's backward is two
+    kernels. A `_foreach` operation walks its lists in chunks of LIST_CHUNK numbers, LIST_TENSORS
+    tensors and LIST_BLOCKS chunks a launch; where types or layouts differ inside a list (or, other
+    than for copies, between lists) it falls back on one launch a tensor.
+    """
+    if name == "group_norm_backward":
+        wanted = args[-1]
+        return 1 + wanted[0] + wanted[1]
+    if name == "attention_backward":
+        return 2
+    if not name.startswith("_foreach_"):
+        return 1
+    lists = [value for value in args if isinstance(value, list | tuple)]
+    lists += [made] if made else []
+    types = [{t.dtype for t in tensors} for tensors in lists]
+    alike = max(map(len, types)) == 1 and (name == "_foreach_copy_" or len(set.union(*types)) == 1)
+    if not alike or any(len(set(map(_layout, row))) > 1 for row in zip(*lists, strict=True)):
+        return len(lists[0])
+    launches = tensors = blocks = 0
+    for tensor in lists[0]:
+        tensors += 1
+        for _ in range(0, tensor.numel(), LIST_CHUNK):
+            if blocks == LIST_BLOCKS:
+                launches, tensors, blocks = launches + 1, 1, 0
+            blocks += 1
+        if tensors == LIST_TENSORS[len(lists)]:
+            launches, tensors, blocks = launches + 1, 0, 0
+    return launches + (blocks > 0)
+
+
+def _layout(tensor: torch.Tensor) -> tuple:
+    """Sizes, and strides wherever they matter."""
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    return tuple((size, stride if size > 1 else 0) for size, stride in strides)
 
 
 class Count(TorchDispatchMode):
@@ -193,6 +241,7 @@ class Count(TorchDispatchMode):
                 int(flop(*args, **kwargs, out_val=out)) if flop else 0,
                 sum(map(_size, read)) + sum(map(_size, written)) + sum(map(_size, made)),
                 tuple(made[0].shape) if made else (),
+                _launches(name, args, made),
             )
         )
 
@@ -218,7 +267,7 @@ def forward(
 ) -> list[Op]:
     """The operations of a forward of so many images, with the layers they are in."""
     with fake(form), torch.no_grad():
-        net = EDMNetwork(config).eval()
+        net = EDMNetwork(config).eval().requires_grad_(False)
         net.compute_in(TYPES[precision])
         x = torch.empty(images, config.channels, config.resolution, config.resolution)
         labels = torch.empty(images, config.label_dim) if config.label_dim else None
@@ -254,7 +303,12 @@ def steps(
     with fake(form), Count() as count:
         # A fake teacher has no values to take a digest of.
         with mock.patch("sid_fast.distiller.digest", return_value=None):
-            distiller = Distiller(EDMNetwork(network), settings)
+            teacher = EDMNetwork(network)
+            for p in teacher.parameters():
+                if p.dim() == 4:  # as Distiller lays out weights on a GPU
+                    p.data = p.data.contiguous(memory_format=torch.channels_last)
+            distiller = Distiller(teacher, settings)
+            del teacher, p
         prepare(distiller.teacher, distiller.generator, distiller.fake_score)
         gc.collect()  # the float32 teacher, where a copy in another type has taken its place
         for kind, tensors in _resident(distiller).items():
@@ -275,10 +329,13 @@ def _resident(distiller: Distiller) -> dict[str, list[torch.Tensor]]:
     """What stays from step to step, by kind."""
     optimizers = distiller.fake_optimizer, distiller.generator_optimizer
     return {
-        "teacher": list(distiller.teacher.state_dict().values()),
+        "teacher": [
+            *distiller.teacher.state_dict().values(),
+            *(leaf.tensor for leaf in distiller.teacher.copies),
+        ],
         "weights": [v for o in optimizers for v in o.net.state_dict().values()],
         "gradients": [p.grad for o in optimizers for p in o.params],
         "optimiser": [v for o in optimizers for v in (*o.exp_avg, *o.exp_avg_sq)],
         "average": list(distiller.ema.state_dict().values()),
-        "copies": [v for o in optimizers for v in o.shadow or () if v is not None],
+        "copies": [leaf.tensor for o in optimizers for leaf in o.net.copies],
     }

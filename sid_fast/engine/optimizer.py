@@ -24,10 +24,10 @@ def ema_beta(images: int, batch: int, halflife_kimg: float, rampup_ratio: float)
 class Optimizer:
     """Holds the gradients, moments and average of a network; every tensor keeps its address.
 
-    dtype is what the network computes in; its weights stay float32, and have 16-bit shadows that
-    every update writes. layout says how network, average and all else lie over the processes; the
-    network and its average are sharded in place where it says so, and then have no shadows:
-    what is gathered is 16 bit.
+    dtype is what the network computes in; its parameters stay float32, and have 16-bit copies that
+    every update writes (EDMNetwork.compute_in). layout says how network, average and all else lie
+    over the processes; the network and its average are sharded in place where it says so, and then
+    have no copies: what is gathered is 16 bit.
     """
 
     def __init__(
@@ -46,10 +46,10 @@ class Optimizer:
         for each in filter(None, (self.net, self.ema)):
             each.compute_dtype = dtype
             layout.shard(each, dtype)
-        self.shadow: list[torch.Tensor | None] | None = None
+        self.copies: list[torch.Tensor | None] | None = None
         if layout.mesh is None and dtype != torch.float32:
             self.net.compute_in(dtype)
-            self.shadow = self.net.shadows()
+            self.copies = self.net.written_copies()
         # While weights are gathered the modules hold those: the parts have to be kept by name.
         self.named = dict(net.named_parameters())
         self.named_ema = dict(self.ema.named_parameters()) if self.ema else {}
@@ -69,9 +69,10 @@ class Optimizer:
         In the last round before an update the processes begin to average.
         """
         # The processes' gradients are averaged, their losses are to be summed.
-        self.gradients.backward(losses.loss.sum() * (scale * parallel.world()), last)
-        values = losses.loss.detach(), losses.distance, losses.kept, torch.ones_like(losses.kept)
-        self.totals += torch.stack([v.sum(dtype=torch.float64) for v in values])
+        self.gradients.backward(losses.loss, scale * parallel.world(), last)
+        loss, distance, kept = losses.loss.detach(), losses.distance, losses.kept
+        values = torch.stack([loss, distance, kept.to(loss.dtype), torch.ones_like(loss)])
+        self.totals += values.sum(1, dtype=torch.float64)
 
     def update(
         self,
@@ -94,7 +95,7 @@ class Optimizer:
             parallel.local(self.exp_avg),
             parallel.local(self.exp_avg_sq),
             parallel.local(list(self.named_ema.values())),
-            shadow=self.shadow,
+            shadow=self.copies,
             step=self.step,
             apply=(kept > 0) & apply,
             lr=lr,
@@ -103,24 +104,26 @@ class Optimizer:
             eps=self.eps,
             ema_beta=ema_beta,
         )
+        self.net.add_up()
         self.gradients.updated()
         nonfinite = self.gradients.total(nonfinite)
         self.totals.zero_()
         self.gradients.zero()
+        skipped = kept == 0
         return {
             "loss": loss / kept,
             "distance": distance / kept,
             "dropped": seen - kept,
             "nonfinite": nonfinite,
-            "skipped": kept == 0,
-            "failed": (kept == 0) | (nonfinite > self.size // 2),
+            "skipped": skipped,
+            "failed": skipped | (nonfinite > self.size // 2),
         }
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         """Everything that makes up the state, by name; copying into them restores it.
 
-        Sharded tensors are DTensors. Shadows are made anew from the weights (EDMNetwork.refresh);
-        buffers are constants.
+        Sharded tensors are DTensors. Copies are made anew from the parameters
+        (EDMNetwork.refresh); buffers are constants.
         """
         found = {f"{prefix}.step": self.step}
         found |= {f"{prefix}.net.{name}": p for name, p in self.named.items()}

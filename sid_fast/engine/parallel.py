@@ -16,6 +16,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -324,7 +325,7 @@ class Layout:
         """Give the network's parameters gradients, and the processes a way to average them."""
         if self.mesh is not None:
             return ShardedGradients(net, self.mesh)
-        return ReplicatedGradients(net) if world() > 1 else Gradients(net)
+        return Gradients(net)
 
 
 WHOLE = Layout()
@@ -382,37 +383,18 @@ def plan(
 
 
 class Gradients:
-    """The gradients of a network on one process: zero, accumulated by backward, used.
+    """The gradients of a whole network: averages over the processes, in flat float32 buckets.
 
-    They keep their addresses. The calls of a step: zero(), then backward(loss, last) a round, then
-    wait() before the gradients are read, and updated() once the parameters have changed.
-    """
+    How gradients flow. Backward produces one for each leaf that the network computed with: a
+    parameter, or the low-precision copy that stands in for parameters (networks.layers.Leaf). A
+    hook takes it from the leaf, so that autograd starts no kernel to add it up. Once every
+    parameter of a bucket has its gradient, one list operation casts them into the bucket (first
+    round) or adds them to it in float32 (later rounds). In the last round the bucket is then sent
+    while backward continues.
 
-    def __init__(self, net: nn.Module):
-        self.params = list(net.parameters())
-        for p in self.params:
-            p.grad = torch.zeros_like(p)
-
-    def zero(self) -> None:
-        torch._foreach_zero_(local([p.grad for p in self.params]))
-
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Accumulate; the last round's backward carries the averaging over processes along."""
-        loss.backward()
-
-    def wait(self) -> None:
-        """Return when the gradients are averages over the processes."""
-
-    def updated(self) -> None:
-        """The parameters have new values."""
-
-    def total(self, count: torch.Tensor) -> torch.Tensor:
-        """What each process has counted in its own part of the gradients, over all parts."""
-        return count
-
-
-class ReplicatedGradients(Gradients):
-    """Averages in buckets, each sent as soon as the last backward has filled it.
+    p.grad are views of the buckets and keep their addresses; they are unset only during backward.
+    A parameter that backward does not reach has a gradient of zero. A step calls backward() once a
+    round, wait() before the gradients are read, updated() after the update, and zero().
 
     Written out because the libraries' forms do not fit a network that is trained in one phase and
     frozen in the next: DDP and `replicate` expect, at every forward that could take gradients, a
@@ -423,20 +405,31 @@ class ReplicatedGradients(Gradients):
     BUCKET = 2**23  # numbers: 32 MiB, enough to fill a link
     ALIGN = 64  # numbers: every gradient starts where a kernel may load 16 bytes at a time
 
-    def __init__(self, net: nn.Module):
+    def __init__(self, net: EDMNetwork):
         self.params = list(net.parameters())
         self.buckets: list[torch.Tensor] = []
-        self.sizes: list[int] = []  # gradients in a bucket
-        # Backward comes to the last layers first, so they go into the first buckets.
+        self.members: list[list[nn.Parameter]] = []  # of each bucket
+        self.bucket_of: dict[nn.Parameter, int] = {}
+        leaves, size = net.leaves(), self.BUCKET
+        if world() == 1:  # nothing is sent: fewer launches, for half a byte more a parameter
+            size = max(size, sum(p.numel() for p in self.params) // 4)
+        # Backward reaches the last layers first, so they fill the first buckets. A leaf that blocks
+        # share has its gradient when backward has left the first block.
+        shared = [p for leaf in leaves if len(leaf.parts) > 1 for _, of in leaf.parts for p in of]
+        before = next((i for i, p in enumerate(self.params) if p in set(shared)), 0)
+        order = dict.fromkeys([*self.params[:before], *shared, *self.params])
         bucket: list[nn.Parameter] = []
-        for p in reversed(self.params):
+        for p in reversed(order):
             bucket.append(p)
-            if sum(q.numel() for q in bucket) >= self.BUCKET:
+            if sum(q.numel() for q in bucket) >= size:
                 self._add(bucket)
                 bucket = []
         if bucket:
             self._add(bucket)
-        self.armed, self.works = False, []
+        self.grads = {p: p.grad for p in self.params}
+        for leaf in leaves:
+            leaf.tensor.register_post_accumulate_grad_hook(partial(self._arrived, leaf.parts))
+        self.first, self.sending, self.works = True, False, []
         _senders.add(self)
 
     def _add(self, params: list[nn.Parameter]) -> None:
@@ -444,51 +437,107 @@ class ReplicatedGradients(Gradients):
         for p in params:
             starts.append(starts[-1] + -(-p.numel() // self.ALIGN) * self.ALIGN)
         flat = params[0].new_zeros(starts[-1], requires_grad=False)
-        number = len(self.buckets)
         for p, start in zip(params, starts, strict=False):
             p.grad = flat.as_strided(p.shape, p.stride(), start)
-            p.register_post_accumulate_grad_hook(lambda _: self._filled(number))
+            self.bucket_of[p] = len(self.buckets)
         self.buckets.append(flat)
-        self.sizes.append(len(params))
+        self.members.append(params)
 
     def zero(self) -> None:
-        torch._foreach_zero_(self.buckets)
+        self.first = True  # the next round overwrites
 
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
-        self.armed, self.missing, self.works = last, list(self.sizes), []
-        loss.backward()
-        self.armed = False
+    def backward(self, loss: torch.Tensor, scale: float, last: bool) -> None:
+        """Accumulate the gradients of scale·Σ loss [N]; the last round starts the averaging."""
+        self.sending, self.works = last and world() > 1, []
+        self.missing = [set(members) for members in self.members]
+        self.taken: list[list[tuple[nn.Parameter, torch.Tensor]]] = [[] for _ in self.buckets]
+        for p in self.params:
+            p.grad = None  # so that backward hands over what it has
+        try:
+            loss.backward(torch.full_like(loss, scale))
+        finally:
+            for p, grad in self.grads.items():
+                p.grad = grad
+        for number, missing in enumerate(self.missing):
+            if missing:
+                self._fill(number)
+        self.first = self.sending = False
 
-    def _filled(self, number: int) -> None:
-        if self.armed:
-            self.missing[number] -= 1
-            # In order, whatever backward's: all processes must send the same.
-            while len(self.works) < len(self.sizes) and self.missing[len(self.works)] == 0:
-                self._send()
+    def _arrived(self, parts: list, leaf: torch.Tensor) -> None:
+        grad, leaf.grad = leaf.grad, None
+        for rows, params in parts:
+            for p in params:
+                number = self.bucket_of[p]
+                self.missing[number].remove(p)  # a second gradient would overwrite the first
+                self.taken[number].append((p, grad[rows]))
+                if not self.missing[number]:
+                    self._fill(number)
+        # In order, whatever backward's: all processes must send the same.
+        while self.sending and len(self.works) < len(self.buckets):
+            if self.missing[len(self.works)]:
+                break
+            self._send()
+
+    @torch.no_grad()
+    def _fill(self, number: int) -> None:
+        """Move the gradients that have arrived in this round into their bucket."""
+        taken, self.taken[number] = self.taken[number], []
+        if self.first and self.missing[number]:
+            torch._foreach_zero_([self.grads[p] for p in self.missing[number]])
+        for dtype in dict.fromkeys(grad.dtype for _, grad in taken):
+            into, grads = zip(
+                *((self.grads[p], grad) for p, grad in taken if grad.dtype == dtype), strict=True
+            )
+            if self.first:
+                torch._foreach_copy_(into, grads)
+                continue
+            if dtype != torch.float32:  # foreach adds two types with one launch a tensor
+                wide = [torch.empty_like(grad) for grad in into]
+                torch._foreach_copy_(wide, grads)
+                grads = wide
+            torch._foreach_add_(into, grads)
 
     def _send(self) -> None:
         self.works.append(dist.all_reduce(self.buckets[len(self.works)], async_op=True))
 
     def wait(self) -> None:
+        """Return when the gradients are averages over the processes."""
+        if world() == 1:
+            return
         while len(self.works) < len(self.buckets):  # held up by one that got no gradient
             self._send()
         for work in self.works:
             work.wait()
         torch._foreach_div_(self.buckets, world())
 
+    def updated(self) -> None:
+        """The parameters have new values."""
+
+    def total(self, count: torch.Tensor) -> torch.Tensor:
+        """What each process has counted in its own part of the gradients, over all parts."""
+        return count
+
 
 class ShardedGradients(Gradients):
-    """FSDP2 averages, and leaves every process its part."""
+    """FSDP2 accumulates and averages; every process keeps its part."""
 
     def __init__(self, net: nn.Module, mesh: DeviceMesh):
-        super().__init__(net)
+        self.params = list(net.parameters())
+        for p in self.params:
+            p.grad = torch.zeros_like(p)
         self.modules = sharded_modules(net)
         self.shards = mesh.get_group(mesh.ndim - 1)
 
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
+    def zero(self) -> None:
+        torch._foreach_zero_(local([p.grad for p in self.params]))
+
+    def backward(self, loss: torch.Tensor, scale: float, last: bool) -> None:
         for module in self.modules:
             module.set_requires_gradient_sync(last, recurse=False)
-        loss.backward()
+        loss.backward(torch.full_like(loss, scale))
+
+    def wait(self) -> None:
+        pass
 
     def updated(self) -> None:
         for module in self.modules:

@@ -20,8 +20,8 @@ def checkpoint_activations(*nets: nn.Module) -> None:
 def _recomputing(block: Block):
     run = block.forward
 
-    def forward(x, embedding, beside=None):
+    def forward(*inputs, **named):
         draws = block.training and block.dropout > 0  # to be drawn again in backward
-        return checkpoint(run, x, embedding, beside, use_reentrant=False, preserve_rng_state=draws)
+        return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=draws, **named)
 
     return forward

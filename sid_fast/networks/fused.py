@@ -14,6 +14,7 @@ Backward, each tensor that two read comes with two names (h and fork, see kernel
 the group norm's backward kernel adds the gradients up and not a pass of autograd's.
 """
 
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch import nn
 
 from sid_fast import kernels
 from sid_fast.kernels.dispatch import choose
-from sid_fast.networks.layers import weight_of
+from sid_fast.networks.layers import bias_of, weight_of
 
 
 class Sum(NamedTuple):
@@ -44,36 +45,45 @@ def unet(net: nn.Module, image: torch.Tensor, embedding: torch.Tensor) -> torch.
     first, *encoder = net.enc.values()
     bottom, *decoder = [layer for name, layer in net.dec.items() if "_aux_" not in name]
     image = image.contiguous(memory_format=torch.channels_last)  # and so all that is made of it
+    blocks = [*encoder, bottom, *decoder]
+    conditions = iter(net.conditions(embedding, with_conv_bias=True))
+    seeds = repeat(None)
+    if net.training and bottom.dropout:
+        seeds = iter(torch.randint(-(2**63), 2**63 - 1, (len(blocks), 2), device=image.device))
     x, skips = Sum(convolve(first, image), bias=first.bias), []
     for layer in (*encoder, bottom):
-        x, fork = layer(x, embedding)
+        x, fork = layer(x, next(conditions), seed=next(seeds))
         skips.append(fork)
     for layer in decoder:
         beside = skips.pop() if x.x.shape[1] < layer.fan_in else None
-        x, _ = layer(x, embedding, beside)
+        x, _ = layer(x, next(conditions), beside, next(seeds))
     norm, last = net.tail()
-    return convolve(last, normalise(norm, x).y) + last.bias.to(image.dtype)[:, None, None]
+    return convolve(last, normalise(norm, x).y) + bias_of(last, image.dtype)[:, None, None]
 
 
 def block(
-    layer: nn.Module, x: Sum, embedding: torch.Tensor, beside: torch.Tensor | None = None
+    layer: nn.Module,
+    x: Sum,
+    embedding: torch.Tensor | dict[str, torch.Tensor],
+    beside: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
 ) -> tuple[Sum, torch.Tensor]:
-    """A Block of cat(x, beside), and x added up, for the decoder to read."""
+    """A Block of cat(x, beside), and x added up, for the decoder to read.
+
+    embedding may be norm1's conditioning, conv0's bias included; seed is the dropout's.
+    """
     start = normalise(layer.norm0, x, beside=beside, resample=layer.conv0.resample)
     h = convolve(layer.conv0, start.y)
-    if layer.adaptive_scale:
-        scale, shift = condition(layer.affine, embedding, layer.affine.bias).chunk(2, dim=1)
-        around = {"scale": scale, "shift": shift, "add": layer.conv0.bias.expand(len(h), -1)}
-    else:
-        around = {"add": condition(layer.affine, embedding, layer.affine.bias + layer.conv0.bias)}
-    dropout = layer.dropout if layer.training else 0.0
-    h = convolve(layer.conv1, normalise(layer.norm1, Sum(h), dropout=dropout, **around).y)
+    around = embedding if isinstance(embedding, dict) else condition(layer, embedding)
+    if layer.training and layer.dropout:
+        around = around | {"dropout": layer.dropout, "seed": seed}
+    h = convolve(layer.conv1, normalise(layer.norm1, Sum(h), **around).y)
 
     residual = start.resampled if layer.conv0.resample else start.h
     bias = layer.conv1.bias
     if layer.skip is not None and layer.skip.weight is not None:
         residual = product(weight_of(layer.skip, residual.dtype), residual, start.beside)
-        bias = bias + layer.skip.bias
+        bias = bias + layer.skip.bias if layer.tail_bias is None else layer.tail_bias
     x = Sum(h, residual, bias, layer.skip_scale)
     if layer.heads:
         middle = normalise(layer.norm2, x, silu=False)
@@ -110,22 +120,51 @@ class _FrozenConv(torch.autograd.Function):
         return F.conv_transpose2d(grad, weight, padding=weight.shape[-1] // 2), None
 
 
-def condition(affine: nn.Module, embedding: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return F.linear(embedding, weight_of(affine, embedding.dtype), bias.to(embedding.dtype))
+def condition(layer: nn.Module, embedding: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Block.condition, with conv0's bias."""
+    if layer.adaptive_scale:
+        return layer.condition(embedding) | {"add": layer.conv0.bias.expand(len(embedding), -1)}
+    bias = (layer.affine.bias + layer.conv0.bias).to(embedding.dtype)
+    return {"add": F.linear(embedding, weight_of(layer.affine, embedding.dtype), bias)}
 
 
 def product(
     weight: torch.Tensor, x: torch.Tensor, beside: torch.Tensor | None = None
 ) -> torch.Tensor:
     """A 1x1 convolution [C', C, 1, 1] of cat(x, beside): one product, or two that add up."""
-    n, channels, height, width = x.shape
+    n, _, height, width = x.shape
     weight = weight.flatten(1)
     if beside is None:
         out = _pixels(x) @ weight.t()
     else:
-        out = _pixels(x) @ weight[:, :channels].t()
-        out.addmm_(_pixels(beside), weight[:, channels:].t())
+        out = _Joined.apply(_pixels(x), _pixels(beside), weight)
     return out.reshape(n, height, width, -1).permute(0, 3, 1, 2)
+
+
+class _Joined(torch.autograd.Function):
+    """cat(a, b) @ weight.t() as two products; the weight's gradient is written without a cat."""
+
+    @staticmethod
+    def forward(ctx, a, b, weight):
+        ctx.save_for_backward(a, b, weight)
+        out = a @ weight[:, : a.shape[1]].t()
+        return out.addmm_(b, weight[:, a.shape[1] :].t())
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b, weight = ctx.saved_tensors
+        left = a.shape[1]
+        needs = ctx.needs_input_grad
+        grads = [
+            grad @ half if need else None
+            for half, need in zip((weight[:, :left], weight[:, left:]), needs, strict=False)
+        ]
+        if not needs[2]:
+            return *grads, None
+        whole = torch.empty_like(weight)
+        whole[:, :left].addmm_(grad.t(), a, beta=0)
+        whole[:, left:].addmm_(grad.t(), b, beta=0)
+        return *grads, whole
 
 
 def _pixels(x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The layers of the three networks, with the published parameter names."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import nn
 from sid_fast import kernels
 from sid_fast.errors import UserError
 from sid_fast.kernels.attention import blocked_order
+from sid_fast.kernels.dispatch import choose
 from sid_fast.networks.config import groups_of
 
 # How a layer's weight and bias are drawn: (rule, factor of the weight, factor of the bias).
@@ -25,29 +27,38 @@ def draw(shape: tuple[int, ...], rule: str, fan_in: int, fan_out: int) -> torch.
     return torch.randn(shape) * math.sqrt(1 / fan_in)
 
 
-class _Shadow(torch.autograd.Function):
-    """The 16-bit copy of a weight; its gradient goes to the float32 master."""
+class Leaf(NamedTuple):
+    """A tensor that a network computes with and that receives a gradient in backward.
 
-    @staticmethod
-    def forward(ctx, master, shadow):
-        return shadow.view_as(shadow)
+    parts: row ranges, each with the parameters whose sum it holds (in the tensor's dtype); the
+    gradient of the rows is the gradient of each of these parameters.
+    """
 
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.float(), None
+    tensor: torch.Tensor
+    parts: list[tuple[slice, tuple[nn.Parameter, ...]]]
+
+
+WHOLE = slice(None)
 
 
 def weight_of(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """A layer's weight in the compute type: its shadow copy where there is one, else a cast."""
-    if layer.shadow is None:
-        return layer.weight.to(dtype)
-    return _Shadow.apply(layer.weight, layer.shadow)
+    """A layer's weight in the compute type: its copy where there is one, else a cast."""
+    return layer.weight.to(dtype) if layer.compute_weight is None else layer.compute_weight
+
+
+def bias_of(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor | None:
+    """The same of its bias; None where it has none."""
+    if layer.bias is None or layer.compute_bias is not None:
+        return layer.compute_bias
+    return layer.bias.to(dtype)
 
 
 class Linear(nn.Module):
     """[N, in] -> [N, out], in the dtype of the input."""
 
-    shadow: torch.Tensor | None = None  # a copy of the weight in the compute type
+    # Copies in the compute type; see EDMNetwork.compute_in.
+    compute_weight: torch.Tensor | None = None
+    compute_bias: torch.Tensor | None = None
 
     def __init__(self, fan_in: int, fan_out: int, init: Init, bias: bool = True):
         super().__init__()
@@ -58,8 +69,7 @@ class Linear(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, weight_of(self, x.dtype), bias)
+        return F.linear(x, weight_of(self, x.dtype), bias_of(self, x.dtype))
 
 
 class Conv2d(nn.Module):
@@ -69,7 +79,9 @@ class Conv2d(nn.Module):
     fused form, where "down" filters after it, the paddings of both taken at once.
     """
 
-    shadow: torch.Tensor | None = None  # a copy of the weight in the compute type
+    # Copies in the compute type; see EDMNetwork.compute_in.
+    compute_weight: torch.Tensor | None = None
+    compute_bias: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -96,7 +108,7 @@ class Conv2d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = None if self.weight is None else weight_of(self, x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        bias = bias_of(self, x.dtype)
         w_pad = 0 if weight is None else weight.shape[-1] // 2
         if self.resample:
             f_pad = (self.resample_filter.shape[-1] - 1) // 2
@@ -141,7 +153,13 @@ class QKV(Conv2d):
 
 
 class GroupNorm(nn.Module):
-    """GroupNorm with what follows it in a block; see kernels.group_norm."""
+    """GroupNorm with what follows it in a block; see kernels.group_norm.
+
+    PyTorch's form takes its parameters in the compute type, the kernels in float32.
+    """
+
+    compute_weight: torch.Tensor | None = None
+    compute_bias: torch.Tensor | None = None
 
     def __init__(self, channels: int, eps: float):
         super().__init__()
@@ -155,25 +173,32 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: torch.Tensor, **around) -> kernels.Normed:
-        return kernels.group_norm(x, self.weight, self.bias, self.groups, self.eps, **around)
+        weight, bias = self.weight, self.bias
+        if choose("group_norm") == "reference":
+            weight, bias = weight_of(self, x.dtype), bias_of(self, x.dtype)
+        return kernels.group_norm(x, weight, bias, self.groups, self.eps, **around)
 
 
 class PositionalEmbedding(nn.Module):
-    """[N] -> [N, width]: [cos, sin] of x·10000^(−j/(width/2 − endpoint)), j < width/2."""
+    """[N] -> [N, width]: [cos, sin] of x·10000^(−j/(width/2 − endpoint)), j < width/2.
 
-    def __init__(self, width: int, endpoint: bool):
+    swap: [sin, cos].
+    """
+
+    def __init__(self, width: int, endpoint: bool, swap: bool):
         super().__init__()
-        self.width, self.endpoint = width, endpoint
+        self.width, self.endpoint, self.swap = width, endpoint, swap
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         half = self.width // 2
         j = torch.arange(half, dtype=torch.float32, device=x.device)
-        angles = torch.outer(x, 10000 ** (-j / (half - self.endpoint)))
-        return torch.cat([angles.cos(), angles.sin()], dim=1)
+        angles = torch.outer(x, 10000 ** (j / (self.endpoint - half)))
+        parts = [angles.sin(), angles.cos()] if self.swap else [angles.cos(), angles.sin()]
+        return torch.cat(parts, dim=1)
 
 
 class FourierEmbedding(nn.Module):
-    """[N] -> [N, width]: [cos, sin] of 2π·freqs·x, the frequencies drawn once."""
+    """[N] -> [N, width]: [sin, cos] of 2π·freqs·x, the frequencies drawn once."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -181,4 +206,4 @@ class FourierEmbedding(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         angles = torch.outer(x, 2 * math.pi * self.freqs)
-        return torch.cat([angles.cos(), angles.sin()], dim=1)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -1,6 +1,7 @@
 """The U-Net that DDPM++, NCSN++ and ADM share, and the residual block it is made of."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +30,44 @@ def initialisation(architecture: Architecture) -> tuple[Init, Init, Init]:
     return (rule, factor, factor), (rule, 0, 0), (rule, factor, factor)
 
 
+# The conditioning arguments of a block's norm1: "add", or "scale" and "shift", [N, C] each.
+Condition = dict[str, torch.Tensor]
+
+
+class Conditioning(NamedTuple):
+    """The affine layers of all blocks as one matrix product, with one gradient of the embedding.
+
+    weight [ΣC, E] and bias [ΣC] concatenate the blocks' rows in order (2C a block with adaptive
+    scale). conv_bias is for forms that add conv0's bias in norm1: bias plus conv0's where norm1
+    adds the condition; conv0's alone, float32, with adaptive scale. widths: C of each block.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    conv_bias: torch.Tensor
+    widths: list[int]
+
+    def conditions(self, embedding: torch.Tensor, with_conv_bias: bool) -> list[Condition]:
+        if len(self.bias) == sum(self.widths):
+            bias = self.conv_bias if with_conv_bias else self.bias
+            parts = F.linear(embedding, self.weight, bias).split(self.widths, dim=1)
+            return [{"add": part} for part in parts]
+        twice = [width for width in self.widths for _ in range(2)]
+        parts = F.linear(embedding, self.weight, self.bias).split(twice, dim=1)
+        found = [{"scale": a, "shift": b} for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        if with_conv_bias:
+            adds = self.conv_bias.expand(len(embedding), -1).split(self.widths, dim=1)
+            found = [c | {"add": add} for c, add in zip(found, adds, strict=True)]
+        return found
+
+
 class Block(nn.Module):
-    """[N, C, H, W], embedding [N, E] -> [N, C', H', W']: two convolutions, then attention."""
+    """[N, C, H, W], embedding [N, E] -> [N, C', H', W']: two convolutions, then attention.
+
+    A Condition may replace the embedding; see Conditioning.
+    """
+
+    tail_bias: torch.Tensor | None = None  # conv1's and skip's; see EDMNetwork.compute_in
 
     def __init__(
         self,
@@ -65,18 +102,20 @@ class Block(nn.Module):
             self.qkv = QKV(fan_out, self.heads, init_qkv)
             self.proj = Conv2d(fan_out, fan_out, 1, init_last)
 
-    def forward(self, x, embedding: torch.Tensor, beside: torch.Tensor | None = None):
+    def forward(
+        self,
+        x,
+        embedding: torch.Tensor | Condition,
+        beside: torch.Tensor | None = None,
+        seed: torch.Tensor | None = None,
+    ):
         """x is a feature map; or a fused.Sum, and then so is the result (see fused.block)."""
         if isinstance(x, fused.Sum):
-            return fused.block(self, x, embedding, beside)
+            return fused.block(self, x, embedding, beside, seed)
         h = self.conv0(self.norm0(x).y)
-        condition = self.affine(embedding)
+        condition = embedding if isinstance(embedding, dict) else self.condition(embedding)
         dropout = self.dropout if self.training else 0.0
-        if self.adaptive_scale:
-            scale, shift = condition.chunk(2, dim=1)
-            h = self.norm1(h, scale=scale, shift=shift, dropout=dropout).y
-        else:
-            h = self.norm1(h, add=condition, dropout=dropout).y
+        h = self.norm1(h, dropout=dropout, **condition).y
         h = self.conv1(h) + (x if self.skip is None else self.skip(x))
         h = h * self.skip_scale
         if self.heads:
@@ -84,9 +123,18 @@ class Block(nn.Module):
             h = (self.proj(kernels.attention(qkv, self.heads)) + h) * self.skip_scale
         return h
 
+    def condition(self, embedding: torch.Tensor) -> Condition:
+        found = self.affine(embedding)
+        if not self.adaptive_scale:
+            return {"add": found}
+        scale, shift = found.chunk(2, dim=1)
+        return {"scale": scale, "shift": shift}
+
 
 class UNet(nn.Module):
     """F of EDM: images [N, channels, R, R], c_noise [N] -> the same shape, in the input's dtype."""
+
+    conditioning: Conditioning | None = None  # see EDMNetwork.compute_in
 
     def __init__(self, config: NetworkConfig):
         super().__init__()
@@ -99,7 +147,7 @@ class UNet(nn.Module):
         self.map_noise = (
             FourierEmbedding(noise_width)
             if kind.embedding == "fourier"
-            else PositionalEmbedding(noise_width, endpoint=kind.swap_embedding)
+            else PositionalEmbedding(noise_width, kind.swap_embedding, kind.swap_embedding)
         )
         song = kind.model_type == "SongUNet"
         self.map_label = self.map_augment = None
@@ -167,8 +215,6 @@ class UNet(nn.Module):
     ) -> torch.Tensor:
         """The vector that conditions every block: noise level, class and augmentation, [N, E]."""
         emb = self.map_noise(c_noise)
-        if self.kind.swap_embedding:
-            emb = emb.unflatten(1, (2, -1)).flip(1).flatten(1)
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         if self.kind.model_type == "SongUNet":
@@ -190,20 +236,32 @@ class UNet(nn.Module):
         embedding = self.embed(c_noise, labels, augment_labels).to(x.dtype)
         if fused.serves(self):
             return fused.unet(self, x, embedding)
+        conditions = iter(self.conditions(embedding))
         skips, aux = [], x
         for name, layer in self.enc.items():
             if name.endswith("_aux_residual"):
                 skips[-1] = x = aux = (x + layer(aux)) / math.sqrt(2)
                 continue
-            x = layer(x, embedding) if isinstance(layer, Block) else layer(x)
+            x = layer(x, next(conditions)) if isinstance(layer, Block) else layer(x)
             skips.append(x)
         for layer in self.dec.values():
             if isinstance(layer, Block):
                 if x.shape[1] < layer.fan_in:
                     x = torch.cat([x, skips.pop()], dim=1)
-                x = layer(x, embedding)
+                x = layer(x, next(conditions))
         norm, conv = self.tail()
         return conv(norm(x).y)
+
+    def blocks(self) -> list[Block]:
+        return [module for module in self.modules() if isinstance(module, Block)]
+
+    def conditions(
+        self, embedding: torch.Tensor, with_conv_bias: bool = False
+    ) -> list[torch.Tensor | Condition]:
+        """The embedding argument of each block, in order."""
+        if self.conditioning is None:
+            return [embedding] * len(self.blocks())
+        return self.conditioning.conditions(embedding, with_conv_bias)
 
     def tail(self) -> tuple[GroupNorm, Conv2d]:
         """The last norm and convolution; a SongUNet has them among its decoder's layers."""
