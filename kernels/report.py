@@ -102,10 +102,7 @@ def _group_norm(label: str, constants: dict, images: int) -> Work:
         form, place, images, _itemsize(label), way == "backward"
     )
     pixels = constants["PIXELS"]
-    groups, tile = (
-        constants[new] if new in constants else constants[old]
-        for new, old in (("GROUPS_PER_BLOCK", "SLAB"), ("BLOCK_HW", "TILE"))
-    )
+    groups, tile = constants["GROUPS_PER_BLOCK"], constants["BLOCK_HW"]
     return Work(
         -(-constants["GROUPS"] // groups) * images,
         constants["CHANNELS"] * pixels * images,
