@@ -125,7 +125,7 @@ def test_instructions_per_element_are_those_of_the_table(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ESTIMATES for h100" in done.stdout
     rows = json.loads(out.read_text())
-    assert len(rows) == 12
+    assert len(rows) == 14
     for row in rows:
         assert row["card"] == "h100" and row["images"] == 64 and row["blocks_per_sm"] > 0
         assert row["issue_over_floor"] == pytest.approx(
