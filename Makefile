@@ -33,3 +33,11 @@ test: $(VENV)/.ready-dev
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@echo "== the layers of the package, on an installed tree"
+	rm -rf build/lint
+	$(BIN)/python -m pip install --quiet --no-deps --build-constraint constraints.txt \
+		--target build/lint .
+	packages=$$(cd $(VENV)/lib/python3.*/site-packages && pwd) && cd build/lint && \
+		PYTHONPATH=.:$$packages $(abspath $(BIN))/python -S -c \
+		"from importlinter.cli import lint_imports_command as lint; lint()" \
+		$(CURDIR)/pyproject.toml --no-cache

@@ -19,11 +19,12 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import measure
 from benchmarks.record import RESULTS, Record
 from benchmarks.train import VARIANTS, Running, one_round
-from sid_fast.config import cli
-from sid_fast.config.cli import presets
-from sid_fast.config.settings import check, option
-from sid_fast.engine import cost, parallel
+from sid_fast import cli
+from sid_fast.cli import presets
+from sid_fast.config.types import check, option
 from sid_fast.errors import UserError
+from sid_fast.performance import process_group
+from sid_fast.tools import estimator, op_counter
 
 # Of TF32 no product is timed, so that there is no floor.
 PRECISIONS = ("bf16", "fp16", "fp32")
@@ -42,12 +43,12 @@ class Options:
 
 
 def kind_of(operation: str) -> str:
-    """The kind of what the profiler names so: as `engine.cost` counts, depthwise ones aside."""
+    """The kind of what the profiler names so: as op_counter counts, depthwise ones aside."""
     name = operation.rpartition("::")[2]
-    return "convolution" if "conv" in name else cost.KINDS.get(name, "pointwise")
+    return "convolution" if "conv" in name else op_counter.KINDS.get(name, "pointwise")
 
 
-def floors(ops: list[cost.Op], product: float, copy: float) -> Counter[str]:
+def floors(ops: list[op_counter.Op], product: float, copy: float) -> Counter[str]:
     """The least ms by kind, at so many TFLOP/s and TB/s."""
     found: Counter[str] = Counter()
     for op in ops:
@@ -74,7 +75,7 @@ def profiled(step: Running, cuda: bool) -> tuple[dict[str, tuple[float, float]],
 
 def run(options: Options, given: set[str]) -> None:
     check(options)
-    device = parallel.pick_device(options.device)
+    device = process_group.pick_device(options.device)
     cuda = device.type == "cuda"
     known = presets("train")
     preset = options.preset or ("cifar10-uncond" if cuda else "digits")
@@ -93,7 +94,7 @@ def run(options: Options, given: set[str]) -> None:
     if precision != "fp32":  # a CPU may convert and compute in float32: faster than bfloat16's
         product = max(product, rates["bf16"])
     form = "triton" if cuda else "reference"
-    (counted,) = cost.steps(config, settings, [images], form)
+    (counted,) = estimator.steps(config, settings, [images], form)
     least = floors(counted.ops, product, rates["copy"])
 
     variant = dataclasses.replace(VARIANTS["no graphs" if cuda else "ours"], precision=precision)

@@ -27,18 +27,18 @@ import torch
 from benchmarks import measure
 from benchmarks.record import RESULTS, Record
 from benchmarks.train import network
-from sid_fast import Draw, Settings, load_network
-from sid_fast.config import cli
-from sid_fast.config.settings import option
+from sid_fast import Draw, Settings, cli, load_network
+from sid_fast.config.types import option
 from sid_fast.distiller import Distiller
-from sid_fast.draws import PHASES
-from sid_fast.engine import cost, graphs, parallel, precision, trial
-from sid_fast.engine.graphs import Graph, warm_up
 from sid_fast.errors import Fallback, RunFailed
-from sid_fast.files.download import TEACHERS
 from sid_fast.kernels import dispatch
 from sid_fast.kernels._triton import INTERPRETED
-from sid_fast.networks import NetworkConfig
+from sid_fast.methods.base import Phase, RandomStream
+from sid_fast.models import NetworkConfig
+from sid_fast.models.teachers import TEACHERS
+from sid_fast.performance import cuda_graphs, fsdp, mixed_precision, process_group
+from sid_fast.performance.cuda_graphs import CapturedGraph, warm_up
+from sid_fast.tools import estimator, graph_trial
 from tests.golden import (
     TRAJECTORY_TOLERANCE,
     golden_draws,
@@ -125,7 +125,7 @@ def flat(tensors) -> torch.Tensor:
 
 def weights(distiller: Distiller) -> torch.Tensor:
     nets = distiller.fake_score, distiller.generator, distiller.ema
-    return flat(parallel.local([p for net in nets for p in net.parameters()]))
+    return flat(fsdp.local([p for net in nets for p in net.parameters()]))
 
 
 def apart(found: Distiller, expected: Distiller, start: torch.Tensor) -> float:
@@ -191,7 +191,7 @@ def network_agrees(here: Here, config: NetworkConfig, kind: str) -> tuple[float,
         grads = [p.grad for p in running.parameters() if p.grad is not None]
         return [flat([out]), flat([image.grad]), flat(grads)]
 
-    exact, dtype = outcome("reference", torch.float32), precision.TYPES[kind]
+    exact, dtype = outcome("reference", torch.float32), mixed_precision.TYPES[kind]
     shares, notes = [], []
     parts = zip(
         ("output", "image gradient", "gradients"), outcome("triton", dtype),
@@ -217,14 +217,15 @@ def replays_draws(here: Here) -> tuple[float, float, str]:
     distiller = here.distiller()
 
     def draw() -> list[torch.Tensor]:
-        found = distiller.draw_round("fake")
+        found = distiller.method.sample_fake_inputs(RandomStream(distiller.counter, "fake", 8))
         return [found.z, found.sigma, found.noise, *found.augment.values()]
 
-    distiller.rng.manual_seed(5)
+    distiller.counter[1].fill_(5)
     expected = [t.clone() for t in draw()]
+    distiller.counter[1].fill_(0)
     warm_up(draw)
-    graph = Graph(draw, [distiller.rng])
-    distiller.rng.manual_seed(5)
+    graph = CapturedGraph(draw)
+    distiller.counter[1].fill_(5)
     return float((flat(graph()) - flat(expected)).abs().max()), 0.0, "largest difference"
 
 
@@ -242,8 +243,8 @@ def passes_trial(here: Here) -> tuple[float, float, str]:
     """What `--cuda-graph auto` asks of a small network in another process, before a run."""
     here.needs_gpu()
     with here.forced():
-        job = trial.job(CIFAR10, SETTINGS, here.device)
-    reason = trial.attempt(job, trial.LIMIT)
+        job = graph_trial.job(CIFAR10, SETTINGS, here.device)
+    reason = graph_trial.attempt(job, graph_trial.LIMIT)
     return float(bool(reason)), 0.0, reason or "in a process of its own"
 
 
@@ -258,10 +259,10 @@ def survives(here: Here) -> tuple[float, float, str]:
         expected, found = here.distiller(), here.distiller(cuda_graph="auto")
         start, update = weights(expected), found.update
 
-        def reads(phase: str) -> dict[str, torch.Tensor]:
+        def reads(phase: Phase) -> dict[str, torch.Tensor]:
             metrics = update(phase)
             if torch.cuda.is_current_stream_capturing():
-                float(metrics[f"{phase}/loss"])
+                float(metrics[f"{phase.name}/loss"])
             return metrics
 
         found.update = reads
@@ -270,7 +271,7 @@ def survives(here: Here) -> tuple[float, float, str]:
                 found.step()
                 expected.step()
         finally:
-            graphs._failed = ""  # planted
+            cuda_graphs._failed = ""  # planted
     said = [str(w.message) for w in warned if w.category is Fallback]
     if len(said) != 1:
         raise AssertionError(f"{len(said)} notes that graphs are off")
@@ -320,8 +321,8 @@ def shards(here: Here) -> tuple[float, float, str]:
         start = weights(whole)
         for _ in range(here.steps):
             whole.step()
-        with parallel.joined(here.device, "fsdp"):
-            layout = parallel.plan("fsdp", whole.teacher, here.device)
+        with process_group.joined(here.device, "fsdp"):
+            layout = fsdp.plan("fsdp", here.device, lambda shards, gathered: 0)
             parts = here.run(layout=layout, cuda_graph=here.cuda)
             note = f"{here.steps} steps, {layout.text}"
             return apart(parts, whole, start), TRAJECTORY_TOLERANCE, note
@@ -355,7 +356,7 @@ def follows_golden(here: Here, name: str) -> tuple[float, float, str]:
             distiller.live.fill_(False)
             warm_up(run)
             distiller.live.fill_(True)
-            run = Graph(run)
+            run = CapturedGraph(run)
         distiller.run = lambda _: run()
         for step in range(int(data["steps"])):
             put(draws, on(here.device, golden_draws(data, step)))
@@ -386,7 +387,7 @@ def put(target: dict[str, list[Draw]], source: dict[str, list[Draw]]) -> None:
 @torch.no_grad()
 def part_ways(distiller: Distiller) -> None:
     """Make the fake score another network than the teacher: where both agree, G has no gradient."""
-    rng = torch.Generator(distiller.rng.device).manual_seed(3)
+    rng = torch.Generator(distiller.device).manual_seed(3)
     for p in distiller.fake_score.parameters():
         p += 0.5 * p.std() * torch.randn(p.shape, generator=rng, device=p.device)
     distiller.refresh()
@@ -402,8 +403,8 @@ def stays_close(here: Here, kind: str) -> tuple[float, float, str]:
                 net.set_dropout(0.0)
             part_ways(distiller)
             draws = distiller.draw()
-            for phase in PHASES:
-                distiller.accumulate(phase, draws[phase][0])
+            for phase in distiller.method.phases:
+                distiller.accumulate(phase, draws[phase.name][0], first=True)
         nets = distiller.fake_score, distiller.generator
         grads[precise] = [flat(p.grad for p in net.parameters()) for net in nets]
     errors = [relative(*pair) for pair in zip(grads[kind], grads["fp32"], strict=True)]
@@ -416,7 +417,7 @@ def estimates_memory(here: Here, teacher: str, images: int) -> tuple[float, floa
     config = TEACHERS[teacher].network
     settings = dataclasses.replace(SETTINGS, batch_size=images, precision="bf16")
     with here.forced():
-        (step,) = cost.steps(config, settings, [images], dispatch.choose("block"))
+        (step,) = estimator.steps(config, settings, [images], dispatch.choose("block"))
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -438,7 +439,7 @@ def deterministic() -> Iterator[None]:
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False
-    precision.pick("fp32", torch.device("cpu"))
+    mixed_precision.pick("fp32", torch.device("cpu"))
     try:
         yield
     finally:
@@ -542,7 +543,7 @@ def made(check: Check, here: Here) -> dict:
 
 
 def run(options: Options, given: set[str]) -> None:
-    device = parallel.pick_device(options.device)
+    device = process_group.pick_device(options.device)
     here = Here(device, options.steps or (10 if device.type == "cuda" else 3))
     record = Record(Path(options.out or RESULTS / "check.json"), "check", append=options.append)
     bad, made_here = [], 0

@@ -11,10 +11,10 @@ from pathlib import Path
 import matplotlib.image
 from matplotlib.figure import Figure
 
-from sid_fast.engine.log import read_log
 from sid_fast.evaluation.curve import draw_curve
-from sid_fast.evaluation.detectors import Pixels, label
-from sid_fast.files.atomic import atomic_path
+from sid_fast.evaluation.features import Pixels, label
+from sid_fast.io.atomic import atomic_path
+from sid_fast.training.logging import read_log
 
 NAME = label("frechet_distance", Pixels())
 RESULTS = Path(__file__).parent / "results" / "digits"

@@ -21,16 +21,16 @@ import torch
 from benchmarks import measure
 from benchmarks.record import RESULTS, Record, percentiles
 from benchmarks.train import network
-from sid_fast.config import cli
-from sid_fast.config.settings import check, option
-from sid_fast.engine import parallel
-from sid_fast.evaluation import reference
-from sid_fast.evaluation.detectors import load_detector
-from sid_fast.evaluation.reader import choose, read
+from sid_fast import cli
+from sid_fast.config.types import check, option
+from sid_fast.data.datasets import ImageDataset, write_dataset
+from sid_fast.data.readers import choose, read
+from sid_fast.evaluation import references
+from sid_fast.evaluation.features import load_detector
 from sid_fast.evaluation.sample import Clock, Sample, compare, generated, look
-from sid_fast.files.dataset import ImageDataset, write_dataset
-from sid_fast.files.download import TEACHERS
-from sid_fast.networks import NetworkConfig
+from sid_fast.models import NetworkConfig
+from sid_fast.models.teachers import TEACHERS
+from sid_fast.performance import process_group
 
 SMALL = NetworkConfig(
     "ddpmpp", resolution=16, label_dim=10, model_channels=32, channel_mult=(1, 1), num_blocks=1,
@@ -116,7 +116,7 @@ def line(row: dict) -> str:
 
 def run(options: Options, given: set[str]) -> None:
     check(options)
-    device = parallel.pick_device(options.device)
+    device = process_group.pick_device(options.device)
     cuda = device.type == "cuda"
     count = options.images or (50_000 if cuda else 1000)
     config = TEACHERS["cifar10-cond"].network if cuda else SMALL
@@ -143,7 +143,7 @@ def run(options: Options, given: set[str]) -> None:
             return look(generated(net, range(n), INIT_SIGMA), n, detector, clock, "generated")
 
         generate(min(count, WARM_UP), Clock(device))
-        look_at_real = partial(reference.measure, data, detector, reader=best)
+        look_at_real = partial(references.measure, data, detector, reader=best)
         real = bench.passes("reference", len(data), lambda clock: look_at_real(clock=clock))
         sample = bench.passes("generated", count, partial(generate, count))
         bench.passes("comparison", None, partial(compare, real, sample, detector))

@@ -29,17 +29,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import measure
 from benchmarks.record import PERCENTILES, RESULTS, Record, percentiles
 from sid_fast import augment as warp
-from sid_fast.config import cli
-from sid_fast.config.settings import check, option
-from sid_fast.engine import parallel
+from sid_fast import cli
+from sid_fast.config.types import check, option
 from sid_fast.errors import UserError
-from sid_fast.files.download import TEACHERS
-from sid_fast.kernels import Normed, _apex, compile, dispatch
+from sid_fast.kernels import Normed, _apex, _cuda, compile, dispatch
 from sid_fast.kernels._triton import INTERPRETED
-from sid_fast.networks import EDMNetwork, NetworkConfig
+from sid_fast.methods.base import RandomStream
+from sid_fast.models import EDMNetwork, NetworkConfig
+from sid_fast.models.teachers import TEACHERS
+from sid_fast.performance import process_group
 
 # By module, whose names in the package are the functions.
-adam_ema, attention, augment, group_norm, sid_loss = (
+adam_ema, attention, augment, dropout, group_norm, random, sid_loss = (
     importlib.import_module(f"sid_fast.kernels.{name}") for name in compile.MODULES
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,7 +73,7 @@ LEAST = 3  # cases of a kernel on a CPU
 
 @dataclasses.dataclass
 class Options:
-    kernel: str = option("", "only this one: group_norm, attention, sid_loss, augment or adam_ema")
+    kernel: str = option("", f"only this one of {', '.join(compile.MODULES)}")
     dtype: str = option("bf16", "fp32, bf16 or fp16, or several with commas between")
     batch: str = option("micro", "micro: a preset's micro-batch; fill: what fills a GPU")
     rivals: str = option("", "only these providers, with commas between, besides ours")
@@ -86,7 +87,7 @@ def ours(operation: str) -> Iterator[str]:
     """Our implementations of an operation that can run here."""
     if torch.cuda.is_available() or INTERPRETED:
         yield "triton"
-    if operation == "adam_ema" and adam_ema.library() is not None:
+    if operation == "adam_ema" and _cuda.library() is not None:
         yield "cuda"
 
 
@@ -269,9 +270,9 @@ def augment_cases(dtypes, fill, device) -> Iterator[Case]:
         n = images_of(fill, side, 3 * side**2 * 4)
 
         def inputs(n=n, side=side):
-            rng = torch.Generator(device).manual_seed(0)
+            rng = RandomStream(torch.zeros(3, dtype=torch.int64, device=device), "fake", n)
             image = channels_last(n, 3, side, side, device=device, dtype=torch.float32)
-            return [image.detach(), *warp.draw(n, 0.12, rng).values()]
+            return [image.detach(), *warp.draw(rng, 0.12).values()]
 
         def call(function, image, *values):
             return function(image, dict(zip(augment.PARAMETERS, values, strict=True)))
@@ -285,6 +286,49 @@ def augment_cases(dtypes, fill, device) -> Iterator[Case]:
         moved = augment.bytes_moved(n * 3 * side**2), 0
         flop = augment.flop(n, 3, side, side), 0
         yield Case("augment", shape, "fp32", inputs, forms, moved, flop, differentiable=False)
+
+
+def random_cases(dtypes, fill, device) -> Iterator[Case]:
+    """Normal numbers, as latents and noise take them."""
+    for resolution in (32, 64):
+        n = images_of(fill, resolution, 3 * resolution**2 * 4)
+        shape = (n, 3, resolution, resolution)
+
+        def inputs():
+            return [torch.zeros(3, dtype=torch.int64, device=device)]
+
+        def call(counter, shape=shape):
+            return random.random(counter, 1, shape, "normal")
+
+        def torchs(counter, shape=shape):
+            return torch.randn(shape, device=counter.device)
+
+        forms = {name: forced("random", name, call) for name in ours("random")}
+        forms |= {"eager": forced("random", "reference", call), "torch.randn": torchs}
+        moved = n * 3 * resolution**2 * 4, 0
+        label = f"{n}x3x{resolution}x{resolution}"
+        yield Case("random", label, "fp32", inputs, forms, moved, differentiable=False)
+
+
+def dropout_cases(dtypes, fill, device) -> Iterator[Case]:
+    """Dropout of its own, as eager norms take it."""
+    for dtype, (channels, side) in itertools.product(dtypes, ((256, 32), (192, 64))):
+        kind = DTYPES[dtype]
+        n = images_of(fill, side, channels * side**2 * kind.itemsize)
+
+        def inputs(shape=(n, channels, side, side), kind=kind):
+            x = channels_last(*shape, device=device, dtype=kind)
+            return [x, torch.tensor([1, 2, 0], device=device)]
+
+        def call(x, seed):
+            return dropout.dropout(x, 0.1, seed)
+
+        forms = {name: forced("random", name, call) for name in ours("random")}
+        forms["eager"] = forced("random", "reference", call)
+        forms["F.dropout"] = lambda x, seed: torch.nn.functional.dropout(x, 0.1)
+        nbytes = 2 * n * channels * side**2 * kind.itemsize
+        label = f"{n}x{channels}x{side}x{side}"
+        yield Case("dropout", label, dtype, inputs, forms, (nbytes, nbytes))
 
 
 def fused_adam(params):
@@ -366,6 +410,8 @@ CASES = {
     "adam_ema": adam_ema_cases,
     "augment": augment_cases,
     "sid_loss": sid_loss_cases,
+    "random": random_cases,
+    "dropout": dropout_cases,
 }
 
 
@@ -466,7 +512,7 @@ def _cost(case: Case) -> float:
 
 def run(options: Options, given: set[str]) -> None:
     check(options)
-    device = parallel.pick_device(options.device)
+    device = process_group.pick_device(options.device)
     end = time.monotonic() + options.seconds
     rivals = {name.strip() for name in options.rivals.split(",") if name.strip()}
     chosen = cases(options, device)

@@ -18,13 +18,13 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sid_fast.config import cli
-from sid_fast.config.settings import Settings
-from sid_fast.engine import cost
-from sid_fast.files.download import TEACHERS
+from sid_fast import cli
+from sid_fast.config.types import Settings
 from sid_fast.kernels import dispatch
-from sid_fast.networks import EDMNetwork, NetworkConfig
-from sid_fast.networks.fused import Sum
+from sid_fast.models import EDMNetwork, NetworkConfig
+from sid_fast.models.edm_unet.fused import Sum
+from sid_fast.models.teachers import TEACHERS
+from sid_fast.tools import estimator
 
 BATCH = 61  # a prime, by which the sizes of weights do not divide
 
@@ -203,17 +203,17 @@ def lines() -> Iterator[str]:
 PRESETS = ("cifar10-uncond", "ffhq64", "imagenet64-cond")
 
 
-def of_round(preset: str, backend: str, precision: str = "bf16") -> cost.Step:
+def of_round(preset: str, backend: str, precision: str = "bf16") -> estimator.Step:
     """Both phases of a preset, one round of BATCH images each."""
     given = cli.presets("train")[preset]
     fields = {f.name for f in dataclasses.fields(Settings)}
     settings = Settings(**{k: v for k, v in given.items() if k in fields})
     settings = dataclasses.replace(settings, precision=precision)
-    (step,) = cost.steps(TEACHERS[preset].network, settings, [BATCH], backend)
+    (step,) = estimator.steps(TEACHERS[preset].network, settings, [BATCH], backend)
     return step
 
 
-def launches(step: cost.Step, image: int) -> dict[str, tuple[int, int]]:
+def launches(step: estimator.Step, image: int) -> dict[str, tuple[int, int]]:
     """Kernel launches of a step and the bytes they move, by kind.
 
     Pointwise operations and reductions are "feature maps" where their result is one of more than
@@ -263,7 +263,7 @@ def launch_lines() -> Iterator[str]:
             yield f"| {preset} | {backend} | peak memory: {peak} | | {_mib(step)} |"
 
 
-def _mib(step: cost.Step) -> str:
+def _mib(step: estimator.Step) -> str:
     return f"{step.peak.total() / 2**20:,.0f}"
 
 

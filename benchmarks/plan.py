@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from sid_fast import plan
-from sid_fast.config import cli
-from sid_fast.config.cli import presets
-from sid_fast.config.settings import Settings, part
-from sid_fast.files.atomic import atomic_path
-from sid_fast.files.download import TEACHERS
+from sid_fast import cli
+from sid_fast.cli import presets
+from sid_fast.config.types import Settings, part
+from sid_fast.io.atomic import atomic_path
+from sid_fast.models.teachers import TEACHERS
+from sid_fast.tools import estimator, planner
 from sid_fast.train import TrainConfig
 
 MACHINES = ((1, "rtx4090"), (1, "h100"), (1, "h200"), (8, "h100"), (64, "h100"))
@@ -20,19 +20,19 @@ PRECISION = "bf16"
 HEAD = f"""# What a run takes, planned
 
 **Estimates, all of them: nothing here was measured.** Made by `python -m benchmarks.plan`; each
-block is what `python -m sid_fast.train --preset NAME --plan --gpus N --card CARD --kernels triton`
+block is what `python -m sid_fast.plan --preset NAME --gpus N --card CARD --kernels triton`
 prints, which takes other precisions, sizes, rates and MFU too.
 
 - Memory is counted: a step of the real network runs on tensors without values ({PRECISION}, Triton
   kernels, rounds of 1 and 2 images), and what is alive at its peak is linear in the images. On top
-  comes one allowance of {plan.ALLOWANCE // plan.GIB} GiB for the CUDA context, cuDNN's workspaces
-  and what the allocator cannot use.
+  comes one allowance of {estimator.ALLOWANCE // estimator.GIB} GiB for the CUDA context, cuDNN's
+  workspaces and what the allocator cannot use.
 - FLOP are counted in the same step, 2 a multiply-add.
-- Time is FLOP over an **assumed** MFU of {plan.PlanOptions.mfu:.0%} of the card's matrix rate, and
+- Time is FLOP over an **assumed** MFU of {planner.Cluster.mfu:.0%} of the card's matrix rate, and
   communication that neither network's last backward hides, reckoned for whole networks (in parts,
   weights are gathered too: an eighth less in 16 bit, a quarter more in float32), at an **assumed**
-  {plan.LINKS["inside a node"]:.0f} GB/s a GPU inside a node of {plan.NODE},
-  {plan.LINKS["between nodes"]:.0f} between nodes.
+  {planner.LINKS["inside a node"]:.0f} GB/s a GPU inside a node of {planner.NODE},
+  {planner.LINKS["between nodes"]:.0f} between nodes.
 """
 COLUMNS = (
     "preset", "machine", "micro-batch x rounds", "GiB a GPU (ddp / fsdp)", "TFLOP a step",
@@ -48,16 +48,16 @@ def main() -> None:
         config.precision = PRECISION
         settings, network = part(config, Settings), TEACHERS[name].network
         print(f"counting {name}", flush=True)
-        found = plan.counts(network, settings)
+        found = estimator.counts(network, settings)
         parts.append(f"## {name}\n")
         for gpus, card in MACHINES:
-            options = plan.PlanOptions(gpus=gpus, card=card)
-            shown = plan.text(name, network, found, settings, config.kimg, options)
+            options = planner.Cluster(gpus=gpus, card=card)
+            shown = planner.text(name, network, found, settings, config.kimg, options)
             parts.append(f"```\n{shown}\n```\n")
-            p = plan.plan(found, settings, config.kimg, options)
-            size = [m.total() / plan.GIB for m in p.memory.values()]
+            p = planner.plan(found, settings, config.kimg, options)
+            size = [m.total() / estimator.GIB for m in p.memory.values()]
             rows.append(
-                f"| {name} | {gpus} x {card}, {plan.memory_of(options)} GiB "
+                f"| {name} | {gpus} x {card}, {planner.memory_of(options)} GiB "
                 f"| {p.micro_batch} x {p.rounds} | {' / '.join(f'{s:.1f}' for s in size)} "
                 f"| {p.flop / 1e12:,.0f} | {(p.compute + p.exposed) * 1e3:,.0f} "
                 f"| {p.traffic / 1e9:.2f} | {p.exposed * 1e3:.0f} | {p.images_per_second:,.0f} "

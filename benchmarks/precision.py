@@ -14,13 +14,12 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from sid_fast import Distiller, Settings, load_network
-from sid_fast.config import cli
-from sid_fast.draws import gallery
+from sid_fast import Distiller, Settings, cli, load_network
+from sid_fast.data.digits import open_dataset
 from sid_fast.evaluation import frechet_distance, moments
-from sid_fast.files.atomic import atomic_path
-from sid_fast.files.digits import open_dataset
-from sid_fast.files.images import to_uint8
+from sid_fast.io.atomic import atomic_path
+from sid_fast.sampling import to_uint8
+from sid_fast.training.random_streams import gallery
 
 RESULTS = Path(__file__).parent / "results" / "precision"
 PRECISIONS, SEEDS = ("fp32", "bf16", "fp16"), (0, 1, 2)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from sid_fast.errors import UserError
-from sid_fast.files.atomic import atomic_path
+from sid_fast.io.atomic import atomic_path
 
 RESULTS = Path(__file__).parent / "results"
 PERCENTILES = ("p20", "p50", "p80")

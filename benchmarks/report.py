@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.record import FORMS, RESULTS, flatten, read
 from sid_fast.errors import UserError
-from sid_fast.files.atomic import atomic_path
+from sid_fast.io.atomic import atomic_path
 
 Result = dict[str, Any]
 

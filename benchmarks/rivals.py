@@ -13,10 +13,12 @@ import torch
 
 from benchmarks.kernels import sdpa
 from sid_fast import augment, kernels
-from sid_fast.config.settings import Settings
-from sid_fast.draws import Draw, draw_round
-from sid_fast.engine.optimizer import ema_beta
-from sid_fast.networks import EDMNetwork
+from sid_fast.config.types import Settings
+from sid_fast.methods.base import RandomStream
+from sid_fast.methods.sid import Draw, SiD
+from sid_fast.models import EDMNetwork
+from sid_fast.training.optimizer import ema_beta
+from sid_fast.training.random_streams import counter_of
 
 
 class Plain:
@@ -29,8 +31,9 @@ class Plain:
 
     def __init__(self, teacher: EDMNetwork, settings: Settings, dtype: torch.dtype):
         self.settings = settings
+        self.method = SiD(teacher, settings)
         self.teacher = teacher.requires_grad_(False).eval()
-        self.generator, self.fake_score = copy.deepcopy(teacher), copy.deepcopy(teacher)
+        self.generator, self.fake_score = self.method.generator, self.method.fake_score
         self.ema = copy.deepcopy(teacher)
         for net in (self.teacher, self.generator, self.fake_score):
             net.compute_dtype = dtype
@@ -39,7 +42,7 @@ class Plain:
         s = settings
         self.fake_adam = self.adam(self.fake_score, s.fake_lr, s.fake_beta1)
         self.generator_adam = self.adam(self.generator, s.generator_lr, s.generator_beta1)
-        self.rng = torch.Generator(next(teacher.parameters()).device)
+        self.counter = counter_of(0, next(teacher.parameters()).device)
         self.images = 0
 
     def adam(self, net: EDMNetwork, lr: float, beta1: float) -> torch.optim.Adam:
@@ -52,13 +55,13 @@ class Plain:
         self.descend("generator", self.generator, self.generator_adam, s.generator_loss_scale)
         self.average(ema_beta(self.images, s.batch_size, s.ema_halflife_kimg, s.ema_rampup_ratio))
         self.images += s.batch_size
+        self.counter[1].add_(1)
 
     def descend(
         self, phase: str, net: EDMNetwork, adam: torch.optim.Optimizer, scale: float
     ) -> None:
-        draw = draw_round(
-            phase, self.settings.batch_size, self.teacher.config, self.settings, self.rng
-        )
+        rng = RandomStream(self.counter, phase, self.settings.batch_size)
+        draw = next(p for p in self.method.phases if p.name == phase).sample_inputs(rng)
         adam.zero_grad(set_to_none=True)
         loss = self.fake_loss(draw) if phase == "fake" else self.generator_loss(draw)
         loss = self.kept(loss).sum() * (scale / self.settings.batch_size)

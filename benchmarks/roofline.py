@@ -15,15 +15,15 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from benchmarks.record import RESULTS, Record
-from sid_fast.config import cli
-from sid_fast.config.cli import presets
-from sid_fast.config.settings import Settings, check, option, part
-from sid_fast.engine import cost
-from sid_fast.engine.cards import Card, card
-from sid_fast.engine.precision import TYPES
+from sid_fast import cli
+from sid_fast.cli import presets
+from sid_fast.config.types import Card, Settings, check, option, part
 from sid_fast.errors import UserError
-from sid_fast.files.atomic import atomic_path
-from sid_fast.plan import network_of
+from sid_fast.io.atomic import atomic_path
+from sid_fast.models.registry import network_config
+from sid_fast.performance.mixed_precision import TYPES
+from sid_fast.tools import estimator, op_counter
+from sid_fast.tools.gpu_specs import Specs, card
 from sid_fast.train import TrainConfig
 
 COLOURS = {
@@ -37,23 +37,23 @@ COLOURS = {
 @dataclasses.dataclass
 class Options:
     preset: str | None = None
-    card: str = option("h200", "the GPU to reckon with: rtx4090, a100, h100 or h200")
+    card: Card = option("h200", "the GPU to estimate for")
     precision: str = option("bf16", "fp32, tf32, bf16 or fp16")
     images: int = option(64, "images a round", 1, 2**16)
     kernels: str = option("triton", "triton, or reference for PyTorch's own forms")
     out: str | None = option(None, "folder of the result; default: benchmarks/results/roofline")
 
 
-def floor(op: cost.Op, card: Card, precision: str) -> tuple[float, str]:
+def floor(op: op_counter.Op, card: Specs, precision: str) -> tuple[float, str]:
     """The least seconds of an operation, and which of compute and memory bounds it."""
     compute = op.flops / (card.tflops[precision] * 1e12)
     memory = op.nbytes / (card.bandwidth * 1e12)
     return max(compute, memory), "compute" if compute > memory else "memory"
 
 
-def rows(scope: str, ops: Iterable[cost.Op], card: Card, precision: str) -> list[dict]:
+def rows(scope: str, ops: Iterable[op_counter.Op], card: Specs, precision: str) -> list[dict]:
     """A row for every layer and kind of operation, in the order in which they first run."""
-    groups: dict[tuple[str, str], list[cost.Op]] = {}
+    groups: dict[tuple[str, str], list[op_counter.Op]] = {}
     for op in ops:
         groups.setdefault((op.layer.removeprefix("EDMNetwork."), op.kind), []).append(op)
     found = []
@@ -75,7 +75,7 @@ def rows(scope: str, ops: Iterable[cost.Op], card: Card, precision: str) -> list
     return found
 
 
-def norms(ops: Iterable[cost.Op]) -> tuple[int, float]:
+def norms(ops: Iterable[op_counter.Op]) -> tuple[int, float]:
     """Operations and bytes of the group norms with what is fused around them."""
     within = [op for op in ops if "norm" in op.layer.rpartition(".")[2]]
     return len(within), sum(op.nbytes for op in within)
@@ -152,22 +152,22 @@ def run(options: Options, given: set[str]) -> None:
             raise UserError(f"{name}={value!r} is unknown: choose from {', '.join(choices)}")
     chosen, precision, images = card(options.card), options.precision, options.images
     config = TrainConfig(**known[options.preset])
-    network, settings = network_of(config.teacher), part(config, Settings)
+    network, settings = network_config(config.teacher), part(config, Settings)
     print(
         f"{options.preset}: {network}; {precision}, rounds of {images}, {options.kernels} kernels"
     )
     print(f"ESTIMATE for {options.card}: {chosen.tflops[precision]:g} TFLOP/s, ", end="")
     print(f"{chosen.bandwidth:g} TB/s ({chosen.source})")
 
-    forward = cost.forward(network, precision, options.kernels, images)
+    forward = op_counter.forward(network, precision, options.kernels, images)
     layers = rows("forward", forward, chosen, precision)
     show("a forward, layer by layer", layers, images)
-    published = cost.forward(network, precision, "reference", images)
+    published = op_counter.forward(network, precision, "reference", images)
     for form, ops in ((options.kernels, forward), ("PyTorch's form", published)):
         calls, nbytes = norms(ops)
         print(f"group norms of a forward, {form}: {calls} operations, {nbytes / 1e6:,.0f} MB")
     settings = dataclasses.replace(settings, precision=precision)
-    (step,) = cost.steps(network, settings, [images], options.kernels)
+    (step,) = estimator.steps(network, settings, [images], options.kernels)
     kinds = rows("step", step.ops, chosen, precision)
     show("the whole step", kinds, images)
     floor_s = sum(row["floor_us"] for row in kinds) / 1e6

@@ -9,9 +9,9 @@ comes to its floor. On a CPU, a few small shapes of every kernel, and no compile
 import pytest
 
 from benchmarks import kernels, measure
-from sid_fast.engine import parallel
+from sid_fast.performance import process_group
 
-DEVICE = parallel.pick_device()
+DEVICE = process_group.pick_device()
 
 
 def calls():

@@ -29,17 +29,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import measure
 from benchmarks.record import PERCENTILES, RESULTS, Record, percentiles
 from benchmarks.rivals import Plain, Skilled
-from sid_fast import kernels
-from sid_fast.config import cli
-from sid_fast.config.cli import presets
-from sid_fast.config.settings import Settings, check, option, part
+from sid_fast import cli, kernels
+from sid_fast.cli import presets
+from sid_fast.config.types import Settings, check, option, part
 from sid_fast.distiller import Distiller
-from sid_fast.engine import parallel, precision
-from sid_fast.engine.trial import network
 from sid_fast.errors import UserError
-from sid_fast.kernels.adam_ema import library
-from sid_fast.networks import EDMNetwork, NetworkConfig
-from sid_fast.plan import network_of
+from sid_fast.kernels._cuda import library
+from sid_fast.models import EDMNetwork, NetworkConfig
+from sid_fast.models.registry import network_config
+from sid_fast.performance import fsdp, mixed_precision, process_group
+from sid_fast.tools.graph_trial import network
 from sid_fast.train import TrainConfig
 
 FORWARDS = 11  # an image of a step costs; fake step G 1, ψ 3; generator step G 3, φ 2, ψ 2
@@ -171,14 +170,14 @@ class Running:
                 raise RuntimeError("the CUDA kernels are not built")
             graph = v.graphed and self.device.type == "cuda"
             settings = dataclasses.replace(settings, precision=v.precision)
-            layout = parallel.WHOLE
+            sharding = fsdp.WHOLE
             if v.sharded:
                 one_process(self.device)
-                layout = parallel.plan("fsdp", teacher, self.device)
+                sharding = fsdp.plan("fsdp", self.device, lambda shards, gathered: 0)
             options = v.options | {"cuda_graph": graph}
-            return Distiller(teacher, settings, layout=layout, **options).step
-        dtype = precision.TYPES[v.precision]
-        settings = dataclasses.replace(settings, eps=precision.ADAM_EPS[v.precision])
+            return Distiller(teacher, settings, sharding=sharding, **options).step
+        dtype = mixed_precision.TYPES[v.precision]
+        settings = dataclasses.replace(settings, eps=mixed_precision.ADAM_EPS[v.precision])
         return {"plain": Plain, "skilled": Skilled}[v.kind](
             teacher, settings, dtype, **v.options
         ).step
@@ -196,7 +195,7 @@ class Running:
                 stack.enter_context(patch)
             cudnn.benchmark = self.variant.benchmark
             cudnn.deterministic = self.variant.deterministic
-            precision.pick(self.variant.precision, self.device)
+            mixed_precision.pick(self.variant.precision, self.device)
             yield
 
     def __call__(self) -> None:
@@ -208,7 +207,7 @@ class Running:
 def one_process(device: torch.device) -> None:
     """Be a group of one process, until the end of it."""
     group = contextlib.ExitStack()
-    group.enter_context(parallel.joined(device, "fsdp"))
+    group.enter_context(process_group.joined(device, "fsdp"))
     atexit.register(group.close)
 
 
@@ -224,7 +223,7 @@ def one_round(preset: str, images: int) -> tuple[NetworkConfig, Settings]:
     """A preset's network, and its settings for a step of one round of so many images."""
     config = TrainConfig(**presets("train")[preset])
     settings = part(config, Settings)
-    return network_of(config.teacher), dataclasses.replace(
+    return network_config(config.teacher), dataclasses.replace(
         settings, batch_size=images, micro_batch=None
     )
 
@@ -367,7 +366,7 @@ def chosen(names: str, known: dict, what: str) -> list[str]:
 
 def run(options: Options, given: set[str]) -> None:
     check(options)
-    device = parallel.pick_device(options.device)
+    device = process_group.pick_device(options.device)
     cuda = device.type == "cuda"
     end = time.monotonic() + options.seconds
     known = presets("train")
@@ -390,7 +389,7 @@ def run(options: Options, given: set[str]) -> None:
     print(HEAD)
     bench = Bench(record, options, device, end)
     for preset in names:
-        flop = forward_flop(network_of(known[preset]["teacher"]))
+        flop = forward_flop(network_config(known[preset]["teacher"]))
         for micro_batch in batches:
             if time.monotonic() > end or not bench.run(preset, micro_batch, variants, flop):
                 break

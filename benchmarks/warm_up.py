@@ -17,10 +17,10 @@ import time
 import torch
 
 from benchmarks import kernels, measure
-from sid_fast.config import cli
-from sid_fast.config.settings import check, option
-from sid_fast.engine import parallel
+from sid_fast import cli
+from sid_fast.config.types import check, option
 from sid_fast.errors import RunFailed
+from sid_fast.performance import process_group
 
 
 @dataclasses.dataclass
@@ -51,7 +51,7 @@ def compiled(options: Options, device: torch.device) -> None:
 
 def run(options: Options, given: set[str]) -> None:
     check(options)
-    device = parallel.pick_device(options.device)
+    device = process_group.pick_device(options.device)
     options.processes = options.processes or min(max((os.cpu_count() or 1) - 2, 1), 12)
     if options.part >= 0:
         return compiled(options, device)

@@ -8,6 +8,7 @@ from sid_fast.kernels.adam_ema import adam_ema
 from sid_fast.kernels.attention import attention
 from sid_fast.kernels.augment import augment
 from sid_fast.kernels.group_norm import Normed, group_norm
+from sid_fast.kernels.random import random
 from sid_fast.kernels.sid_loss import Losses, fake_score_loss, generator_loss, noised
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "generator_loss",
     "group_norm",
     "noised",
+    "random",
 ]

@@ -8,7 +8,7 @@ try:
 except ImportError:
     from types import SimpleNamespace
 
-    triton = SimpleNamespace(jit=lambda function: function)
+    triton = SimpleNamespace(jit=lambda function=None, **_: function or (lambda f: f))
     tl = SimpleNamespace(constexpr=None)
     INTERPRETED = False
 

@@ -5,16 +5,14 @@ hundreds of tensors of any size are one launch whose programs all do the same wo
 the device runs at once, each of them every so many rows.
 """
 
-import ctypes
 import dataclasses
-import functools
-import operator
-import sys
 from collections.abc import Iterator
-from pathlib import Path
+from operator import attrgetter
 
 import torch
 
+from sid_fast.kernels import _cuda
+from sid_fast.kernels._operator import operator
 from sid_fast.kernels._triton import tl, triton
 from sid_fast.kernels.dispatch import choose
 
@@ -73,11 +71,7 @@ def adam_ema(
     )  # fmt: skip
 
 
-@torch.library.custom_op(
-    "sid_fast::adam_ema",
-    mutates_args=("params", "grads", "exp_avg", "exp_avg_sq", "ema", "shadow", "step"),
-)
-def _adam_ema(
+def _run_adam_ema(
     params: list[torch.Tensor],
     grads: list[torch.Tensor],
     exp_avg: list[torch.Tensor],
@@ -93,7 +87,7 @@ def _adam_ema(
     ema_beta: torch.Tensor,
 ) -> torch.Tensor:
     lists = params, grads, exp_avg, exp_avg_sq, ema, shadow
-    implementation = choose("adam_ema", cuda=library() is not None)
+    implementation = choose("adam_ema")
     if implementation == "reference":
         return adam_ema_ref(*lists, step, apply, lr, beta1, beta2, eps, ema_beta)
 
@@ -114,10 +108,10 @@ def _adam_ema(
     if step.is_cuda:
         with torch.cuda.device(step.device):
             stream = torch.cuda.current_stream().cuda_stream
-            if status := library().sid_fast_adam_ema_cuda(*arguments, programs, stream):
+            if status := _cuda.library().sid_fast_adam_ema_cuda(*arguments, programs, stream):
                 raise RuntimeError(f"adam_ema: the CUDA kernel did not start, cudaError {status}")
     else:
-        library().sid_fast_adam_ema_host(*arguments)
+        _cuda.library().sid_fast_adam_ema_host(*arguments)
     return nonfinite
 
 
@@ -128,9 +122,12 @@ def _resident(device: torch.device) -> int:
     return BLOCKS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@_adam_ema.register_fake
-def _(params, grads, exp_avg, exp_avg_sq, ema, shadow, step, *_):
+def _adam_ema_like(params, grads, exp_avg, exp_avg_sq, ema, shadow, step, *_):
     return step.new_empty((), dtype=torch.int64)
+
+
+_MUTATED = ("params", "grads", "exp_avg", "exp_avg_sq", "ema", "shadow", "step")
+_adam_ema = operator("adam_ema", _run_adam_ema, _adam_ema_like, mutates_args=_MUTATED)
 
 
 def adam_ema_ref(
@@ -219,9 +216,9 @@ def _layout(*lists: list[torch.Tensor | None]) -> _Layout:
     tensors = [t for tensors in lists for t in tensors if t is not None]
     return _Layout(
         tuple(map(torch.Tensor.data_ptr, tensors)),
-        tuple(map(operator.attrgetter("shape"), tensors)),
+        tuple(map(attrgetter("shape"), tensors)),
         tuple(map(torch.Tensor.stride, tensors)),
-        tuple(map(operator.attrgetter("dtype"), tensors)),
+        tuple(map(attrgetter("dtype"), tensors)),
         tuple(map(len, lists)),
         tuple(i for i, t in enumerate(lists[-1]) if t is None),
         tensors[0].device,
@@ -296,29 +293,6 @@ def _order(t: torch.Tensor) -> list[tuple[int, int]]:
     if 1 + sum((size - 1) * stride for size, stride in order) != t.numel():
         raise ValueError(f"adam_ema: a tensor {tuple(t.shape)} of strides {t.stride()} has gaps")
     return order
-
-
-def load(path: Path) -> ctypes.CDLL:
-    """The library at `path`, with the types of its functions declared."""
-    found = ctypes.CDLL(str(path))
-    pointers, numbers = [ctypes.c_void_p] * 6, [ctypes.c_double] * 3
-    arguments = [*pointers, ctypes.c_int64, *numbers, ctypes.c_int]
-    found.sid_fast_adam_ema_host.argtypes = arguments
-    found.sid_fast_adam_ema_host.restype = None
-    if hasattr(found, "sid_fast_adam_ema_cuda"):
-        found.sid_fast_adam_ema_cuda.argtypes = [*arguments, ctypes.c_int, ctypes.c_void_p]
-        found.sid_fast_adam_ema_cuda.restype = ctypes.c_int
-    return found
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """What CMake built of csrc and installed beside this package; None where it built nothing."""
-    # An editable install keeps what was built in site-packages, away from the sources.
-    folders = [Path(__file__).parent, *(Path(p, "sid_fast", "kernels") for p in sys.path)]
-    paths = (path for folder in folders for path in folder.glob("libsid_fast_kernels.*"))
-    path = next(paths, None)
-    return load(path) if path else None
 
 
 @triton.jit

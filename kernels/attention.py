@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 import torch
 
+from sid_fast.kernels._operator import differentiate, operator
 from sid_fast.kernels._triton import INTERPRETED, tl, triton
 from sid_fast.kernels.dispatch import choose
 
@@ -418,8 +419,7 @@ def _empty(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
     return out, qkv.new_empty((n, heads, height * width), dtype=torch.float32)
 
 
-@torch.library.custom_op("sid_fast::attention", mutates_args=())
-def _attention(
+def _run_attention(
     qkv: torch.Tensor, heads: int, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Blocked qkv -> out, lse."""
@@ -429,13 +429,14 @@ def _attention(
     return out, lse
 
 
-@_attention.register_fake
-def _(qkv, heads, bias):
+def _attention_like(qkv, heads, bias):
     return _empty(qkv, heads)
 
 
-@torch.library.custom_op("sid_fast::attention_backward", mutates_args=())
-def _attention_backward(
+_attention = operator("attention", _run_attention, _attention_like)
+
+
+def _run_attention_backward(
     grad: torch.Tensor,
     qkv: torch.Tensor,
     bias: torch.Tensor | None,
@@ -455,7 +456,6 @@ def _attention_backward(
     return grad_qkv, bias_sums
 
 
-@_attention_backward.register_fake
 def _backward_like(grad, qkv, bias, out, lse, heads, sums):
     images, c3, height, width = qkv.shape
     pixels = height * width
@@ -465,6 +465,9 @@ def _backward_like(grad, qkv, bias, out, lse, heads, sums):
     shape = (images, -(-pixels // constants["BLOCK"]), c3) if sums else (0,)
     grad_qkv = torch.empty_like(qkv, memory_format=torch.channels_last)
     return grad_qkv, torch.empty(shape, device=qkv.device, dtype=torch.float32)
+
+
+_attention_backward = operator("attention_backward", _run_attention_backward, _backward_like)
 
 
 def _save(ctx, inputs, output):
@@ -480,7 +483,7 @@ def _differentiate(ctx, grad, _):
     return grad_qkv, None, sums.sum((0, 1)).to(bias.dtype) if wanted else None
 
 
-_attention.register_autograd(_differentiate, setup_context=_save)
+differentiate("attention", _differentiate, _save)
 
 
 def configurations(arch: int = 0) -> Iterator[tuple]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from sid_fast.kernels._operator import operator
 from sid_fast.kernels._triton import tl, triton
 from sid_fast.kernels.dispatch import choose
 
@@ -36,8 +37,7 @@ def augment(images: torch.Tensor, parameters: Parameters) -> tuple[torch.Tensor,
     return _augment(images, *(parameters[name] for name in PARAMETERS))
 
 
-@torch.library.custom_op("sid_fast::augment", mutates_args=())
-def _augment(
+def _run_augment(
     images: torch.Tensor,
     xflip: torch.Tensor,
     yflip: torch.Tensor,
@@ -62,10 +62,12 @@ def _augment(
     return out
 
 
-@_augment.register_fake
 def _augment_like(images, *parameters):
     warped = torch.empty_like(images, memory_format=torch.channels_last)
     return warped, images.new_empty(len(images), 9, dtype=torch.float32)
+
+
+_augment = operator("augment", _run_augment, _augment_like)
 
 
 def labels_of(parameters: Parameters) -> torch.Tensor:

@@ -32,7 +32,7 @@ from sid_fast.kernels._triton import INTERPRETED, triton
 # (label, kernel, {argument: type}, {argument: constant}, warps, stages) at real shapes; types are
 # Triton's ("*bf16", "fp32", "i32"), ":16" after one telling that its value divides by 16.
 # Pointers always do, as torch allocates them. Where launches differ by architecture it takes one.
-MODULES = ("adam_ema", "attention", "augment", "group_norm", "sid_loss")
+MODULES = ("adam_ema", "attention", "augment", "dropout", "group_norm", "random", "sid_loss")
 
 # Shared memory that one block may have, bytes (CUDA C++ programming guide, compute capabilities).
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}

@@ -7,16 +7,17 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from sid_fast.errors import UserError
-from sid_fast.kernels import _apex
+from sid_fast.kernels import _apex, _cuda
 
 # What each operation has beside plain PyTorch, "reference". `block` is how the others are put
-# together: the reference is networks/unet.py, its other form networks/fused.py.
+# together: the reference is edm_unet/unet.py, its other form edm_unet/fused.py.
 FORMS = {
     "block": ("triton",),
     "group_norm": ("triton", "apex"),
     "attention": ("triton",),
     "sid_loss": ("triton",),
     "augment": ("triton",),
+    "random": ("triton",),
     "adam_ema": ("triton", "cuda"),
 }
 IMPLEMENTATIONS = ("cuda", "triton", "reference", "apex")
@@ -28,33 +29,37 @@ def implementations() -> list[str]:
     return [name for name in IMPLEMENTATIONS if name != "apex" or _apex.installed()]
 
 
-def choose(operation: str, cuda: bool = False) -> str:
+def choose(operation: str, device: torch.device | None = None) -> str:
     """The implementation of an operation, which is called as its module.
 
-    cuda: whether its CUDA C++ form, if it has one, was built. Triton stands in for a form that
-    an operation does not have.
+    Triton stands in for a form that an operation does not have, or that was not built. device:
+    where it runs, for an operation whose default depends on it.
     """
-    return _resolve(_forced, operation, cuda)
+    return _resolve(_forced, operation, device)
 
 
-def _resolve(forced: Mapping[str, str], operation: str, cuda: bool) -> str:
+# Triton by default on a GPU: a hundred passes of integer arithmetic in plain PyTorch.
+TRITON_ON_GPU = ("random",)
+
+
+def _resolve(forced: Mapping[str, str], operation: str, device: torch.device | None = None) -> str:
     # PyTorch's own wherever nothing else is asked for: the kernels are proven by interpreter and
     # compiler, and become a GPU's default with their figures measured on one.
-    name = forced.get(operation, "reference")
-    missing = name not in ("reference", *FORMS[operation]) or (name == "cuda" and not cuda)
+    on_gpu = device is not None and device.type == "cuda"
+    default = "triton" if on_gpu and operation in TRITON_ON_GPU else "reference"
+    name = forced.get(operation, default)
+    missing = name not in ("reference", *FORMS[operation])
+    missing |= name == "cuda" and _cuda.library() is None
     return "triton" if missing else name
 
 
-def _runs(forced: Mapping[str, str]) -> dict[str, str]:
-    from sid_fast.kernels.adam_ema import library  # which itself asks this module
-
-    built = {"adam_ema": library() is not None}
-    return {name: _resolve(forced, name, built.get(name, False)) for name in FORMS}
+def _runs(forced: Mapping[str, str], device: torch.device | None) -> dict[str, str]:
+    return {name: _resolve(forced, name, device) for name in FORMS}
 
 
-def report() -> str:
-    """What runs, in a line: one name, or one for each operation if they differ."""
-    runs = _runs(_forced)
+def report(device: torch.device | None = None) -> str:
+    """What runs on a device, in a line: one name, or one for each operation if they differ."""
+    runs = _runs(_forced, device)
     if len(set(runs.values())) == 1:
         return runs["group_norm"]
     return ", ".join(f"{operation} {name}" for operation, name in runs.items())
@@ -103,7 +108,7 @@ def configure(text: str, device: torch.device) -> None:
         operation, _, name = part.rpartition("=")
         names |= dict.fromkeys([operation] if operation else FORMS, _known(text, operation, name))
     names = {operation: name for operation, name in names.items() if name != "auto"}
-    runs = _runs(names).values()
+    runs = _runs(names, device).values()
     if device.type == "cpu" and "apex" in runs:
         raise UserError(f"kernels={text}: apex runs on NVIDIA GPUs only, not on {device}")
     if device.type == "cpu" and "triton" in runs and os.environ.get("TRITON_INTERPRET") != "1":

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from sid_fast.kernels._operator import differentiate, operator
 from sid_fast.kernels._triton import tl, triton
 from sid_fast.kernels.dispatch import choose
 
@@ -126,8 +127,7 @@ def _launch(x: torch.Tensor) -> dict:
 # ---- noised
 
 
-@torch.library.custom_op("sid_fast::noised", mutates_args=())
-def _noised(
+def _run_noised(
     images: torch.Tensor,
     sigma: torch.Tensor,
     noise: torch.Tensor,
@@ -144,12 +144,14 @@ def _noised(
     return out
 
 
-@_noised.register_fake
 def _noised_like(images, sigma, noise, kept, dtype, sigma_data):
     last = {"memory_format": torch.channels_last}
     x_t = torch.empty_like(images, dtype=torch.float32, **last)
     scaled = torch.empty_like(images, dtype=dtype, **last)
     return x_t, scaled, torch.empty_like(sigma), torch.empty_like(sigma), torch.empty_like(kept)
+
+
+_noised = operator("noised", _run_noised, _noised_like)
 
 
 def noised_ref(images, sigma, noise, kept, dtype, sigma_data):
@@ -179,14 +181,13 @@ def _noised_backward(ctx, _, grad, *__):
     return grad, None, None, None, None, None
 
 
-_noised.register_autograd(_noised_backward, setup_context=_noised_context)
+differentiate("noised", _noised_backward, _noised_context)
 
 
 # ---- generator_loss
 
 
-@torch.library.custom_op("sid_fast::generator_loss", mutates_args=())
-def _generator_loss(
+def _run_generator_loss(
     teacher: torch.Tensor,
     fake_score: torch.Tensor,
     x_t: torch.Tensor,
@@ -214,11 +215,13 @@ def _generator_loss(
     return out
 
 
-@_generator_loss.register_fake
 def _generator_loss_like(teacher, fake_score, x_t, images, sigma, kept, alpha, sigma_data):
     sums = (torch.empty_like(sigma) for _ in range(3))
     grads = (torch.empty_like(t) for t in (teacher, fake_score, images))
     return *sums, torch.empty_like(kept), *grads
+
+
+_generator_loss = operator("generator_loss", _run_generator_loss, _generator_loss_like)
 
 
 def generator_loss_ref(teacher, fake_score, x_t, images, sigma, kept, alpha, sigma_data):
@@ -257,14 +260,13 @@ def _generator_loss_backward(ctx, grad, *_):
     return teacher, fake_score, None, images, None, None, None, None
 
 
-_generator_loss.register_autograd(_generator_loss_backward, setup_context=_loss_context)
+differentiate("generator_loss", _generator_loss_backward, _loss_context)
 
 
 # ---- fake_score_loss
 
 
-@torch.library.custom_op("sid_fast::fake_score_loss", mutates_args=())
-def _fake_score_loss(
+def _run_fake_score_loss(
     fake_score: torch.Tensor,
     x_t: torch.Tensor,
     images: torch.Tensor,
@@ -280,10 +282,12 @@ def _fake_score_loss(
     return out
 
 
-@_fake_score_loss.register_fake
 def _fake_score_loss_like(fake_score, x_t, images, sigma, kept, sigma_data):
     sums = (torch.empty_like(sigma) for _ in range(3))
     return *sums, torch.empty_like(kept), torch.empty_like(fake_score)
+
+
+_fake_score_loss = operator("fake_score_loss", _run_fake_score_loss, _fake_score_loss_like)
 
 
 def fake_score_loss_ref(fake_score, x_t, images, sigma, kept, sigma_data):
@@ -304,7 +308,7 @@ def _fake_score_loss_backward(ctx, grad, *_):
     return *_scaled(grad, ctx.saved_tensors), None, None, None, None, None
 
 
-_fake_score_loss.register_autograd(_fake_score_loss_backward, setup_context=_loss_context)
+differentiate("fake_score_loss", _fake_score_loss_backward, _loss_context)
 
 
 def bytes_moved(elements: int, kernel: str, itemsize: int) -> int:

@@ -5,10 +5,10 @@
 """
 
 from sid_fast import augment, losses, noise, sampling
-from sid_fast.config.settings import Settings
+from sid_fast.config.types import Settings
 from sid_fast.distiller import Distiller
-from sid_fast.draws import Draw
-from sid_fast.files.network import load_network, save_network
+from sid_fast.methods.sid import Draw
+from sid_fast.models.registry import load_network, save_network
 
 __all__ = [
     "Distiller",

@@ -11,20 +11,19 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from sid_fast.config import cli
-from sid_fast.config.settings import Settings, check, option
-from sid_fast.engine import parallel
-from sid_fast.engine.graphs import usable
+from sid_fast import cli
+from sid_fast.config.types import Settings, check, option
+from sid_fast.data.datasets import ImageDataset
+from sid_fast.data.digits import open_dataset
+from sid_fast.data.readers import choose, read
 from sid_fast.errors import UserError
-from sid_fast.evaluation.detectors import Detector, Pixels, label, load_detector
-from sid_fast.evaluation.reader import choose, read
-from sid_fast.evaluation.reference import real_sample, reference_of, write_reference
+from sid_fast.evaluation.features import Detector, Pixels, label, load_detector
+from sid_fast.evaluation.references import real_sample, reference_of, write_reference
 from sid_fast.evaluation.sample import METRICS, Clock, Sample, compare, generated, look, share
-from sid_fast.files.atomic import atomic_path
-from sid_fast.files.dataset import ImageDataset
-from sid_fast.files.digits import open_dataset
-from sid_fast.files.network import load_network
-from sid_fast.generate import open_target, parse_seeds
+from sid_fast.io.atomic import atomic_path, open_target
+from sid_fast.models.registry import load_network
+from sid_fast.performance import process_group
+from sid_fast.performance.cuda_graphs import usable
 
 NUM = 50_000
 # Draws, and what is subtracted from the number of images under a covariance.
@@ -111,9 +110,9 @@ def run(config: EvaluateConfig, given: set[str]) -> None:
         )
     if config.out:
         open_target(config.out)
-    device = parallel.pick_device(config.device)
+    device = process_group.pick_device(config.device)
     clock = Clock(device)
-    with parallel.joined(device):
+    with process_group.joined(device):
         detector, data, reader = prepare(config, device)
         draws = by_network(config, device) if config.network else by_files(config, device, reader)
         real = real_sample(config.ref, data, detector, clock, reader)
@@ -121,11 +120,11 @@ def run(config: EvaluateConfig, given: set[str]) -> None:
         for i, (what, batches) in enumerate(draws):
             title = f"images, draw {i + 1} of {len(draws)}"
             sample = look(batches, len(what), detector, clock, title)
-            if parallel.rank() == 0:
+            if process_group.rank() == 0:
                 correction = PROTOCOLS[config.protocol][1]
                 figures.append(compare(real, sample, detector, clock, metrics, correction))
-            parallel.wait_for_first()  # precision and recall can take longer than a time-out
-        if parallel.rank() == 0:
+            process_group.barrier()  # precision and recall can take longer than a time-out
+        if process_group.rank() == 0:
             report(config, detector, real, [what for what, _ in draws], figures, clock)
 
 
@@ -133,7 +132,7 @@ def prepare(
     config: DetectorOptions, device: torch.device
 ) -> tuple[Detector | Pixels, ImageDataset | None, str]:
     """The detector, the real images if any, and the reader of PNGs."""
-    with parallel.first_alone():  # it may download
+    with process_group.main_process_first():  # it may download
         detector = load_detector(config.detector, device, config.trust, config.batch)
         data = open_dataset(config.data) if config.data else None
     return detector, data, choose(config.reader)
@@ -146,8 +145,8 @@ def by_network(config: EvaluateConfig, device: torch.device) -> list[Draw]:
     if config.seeds is not None:
         if config.num or config.protocol:
             raise UserError("seeds: are one draw; leave out --seeds, or --num and --protocol")
-        draws = [parse_seeds(config.seeds)]
-    with parallel.first_alone():  # it may download
+        draws = [cli.parse_seeds(config.seeds)]
+    with process_group.main_process_first():  # it may download
         net = load_network(config.network).to(device)
     sigma = config.init_sigma or net.config.init_sigma or Settings.init_sigma
     graph, _ = usable("auto", device)
@@ -216,7 +215,7 @@ def report(
             "detector": {"name": detector.name, "key": detector.key},
             "seconds": seconds,
             "device": str(clock.device),
-            "processes": parallel.world(),
+            "processes": process_group.world_size(),
             "torch": torch.__version__,
         }
         with atomic_path(config.out) as temporary:
@@ -230,12 +229,12 @@ def run_reference(config: ReferenceConfig, given: set[str]) -> None:
     if not (config.out or "").endswith(".npz"):
         raise UserError(f"out={config.out}: give the name of an .npz file, --out stats.npz")
     open_target(config.out)
-    device = parallel.pick_device(config.device)
-    with parallel.joined(device):
+    device = process_group.pick_device(config.device)
+    with process_group.joined(device):
         detector, data, reader = prepare(config, device)
         clock = Clock(device)
         sample = reference_of(data, detector, clock, reader)
-        if parallel.rank() == 0:
+        if process_group.rank() == 0:
             write_reference(config.out, sample, detector)
             seconds = sum(clock.seconds.values())
             how = f"at {len(data) / seconds:.0f} images a second" if seconds else "from the cache"

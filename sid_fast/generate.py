@@ -4,26 +4,23 @@ python -m sid_fast.generate --network runs/000-digits --seeds 0-63 --grid digits
 """
 
 import dataclasses
-import re
 import sys
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from sid_fast.config import cli
-from sid_fast.config.settings import Settings, check, option
-from sid_fast.engine import parallel
+from sid_fast import cli
+from sid_fast.config.types import Settings, check, option
+from sid_fast.data.datasets import write_dataset
+from sid_fast.data.images import save_grid, save_png
 from sid_fast.errors import UserError
-from sid_fast.files.atomic import atomic_path
-from sid_fast.files.dataset import write_dataset
-from sid_fast.files.images import save_grid, save_png, to_uint8
-from sid_fast.files.network import load_network
-from sid_fast.networks import EDMNetwork, NetworkConfig
-from sid_fast.sampling import heun
+from sid_fast.io.atomic import atomic_path, open_target
+from sid_fast.models import NetworkConfig
+from sid_fast.models.registry import load_network
+from sid_fast.performance import process_group
+from sid_fast.sampling import generate_images, seed_inputs
 
 
 @dataclasses.dataclass
@@ -49,79 +46,14 @@ class GenerateConfig:
     device: str = option("auto", "auto, cpu or cuda; auto takes a GPU where there is one")
 
 
-def parse_seeds(text: str) -> list[int]:
-    """[0, 1, 2, 7] from "0-2,7"; UserError for anything else."""
-    seeds: list[int] = []
-    for entry in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,19})(?:-(\d{1,19}))?\s*", entry)
-        if not match:
-            raise UserError(f"seeds={text!r}: {entry!r} is not a number or a range such as 0-63")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if not first <= last < 2**63 or last - first >= 10**8:
-            raise UserError(f"seeds={text!r}: {entry!r} runs backwards or too far")
-        seeds.extend(range(first, last + 1))
-    return seeds
-
-
-def inputs(
-    seeds: list[int], network: NetworkConfig, only: int | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents [N, C, R, R] and classes [N] (0 where there are none), by each seed alone."""
-    latents, classes = [], []
-    for seed in seeds:
-        rng = torch.Generator().manual_seed(seed)
-        shape = (network.channels, network.resolution, network.resolution)
-        latents.append(torch.randn(shape, generator=rng))
-        drawn = torch.randint(max(network.label_dim, 1), (), generator=rng)
-        classes.append(drawn if only is None else torch.tensor(only))
-    return torch.stack(latents), torch.stack(classes)
-
-
-def group_size(device: torch.device, resolution: int) -> int:
-    """Images in every network call: a fixed number, since a network's rounding depends on it."""
-    return max(16, 64**2 // resolution**2) if device.type == "cpu" else 128
-
-
-@torch.no_grad()
-def make(
-    net: EDMNetwork,
-    latents: torch.Tensor,
-    classes: torch.Tensor,
-    init_sigma: float | None = None,
-    steps: int = 1,
-    call: Callable[..., torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """uint8 images [N, C, R, R], on the CPU, of latents and classes as `inputs` gives them.
-
-    An image does not depend on its neighbours: the network is always called with whole groups,
-    the last one filled up. One step is G(z) = D(σ_init·z; σ_init); more are Heun's method.
-    call: what is called in place of the network, such as its replay from a CUDA graph.
-    """
-    call = call or net
-    device = next(net.parameters()).device
-    size = group_size(device, net.config.resolution)
-    labels = torch.eye(net.config.label_dim)[classes] if net.config.label_dim else None
-    images = []
-    for i in range(0, len(latents), size):
-        rows = torch.arange(i, i + size) % len(latents)
-        z = latents[rows].to(device)
-        c = None if labels is None else labels[rows].to(device)
-        if steps == 1:
-            x = call(z * init_sigma, torch.full((size,), init_sigma, device=device), c)
-        else:
-            x = heun(call, z, c, steps)
-        images.append(to_uint8(x).cpu())
-    return torch.cat(images)[: len(latents)]
-
-
 def run(config: GenerateConfig, given: set[str]) -> None:
     check(config)
     if not config.network:
         raise UserError("network is missing: --network runs/000-digits, or another snapshot")
     if not (config.out or config.grid):
         raise UserError("nothing to write: give --out FOLDER (or .zip, .npz), --grid FILE, or both")
-    seeds = parse_seeds(config.seeds)
-    device = parallel.pick_device(config.device)
+    seeds = cli.parse_seeds(config.seeds)
+    device = process_group.pick_device(config.device)
     net = load_network(config.network).to(device)
     if config.class_ is not None and config.class_ >= net.config.label_dim:
         last = net.config.label_dim - 1
@@ -135,9 +67,9 @@ def run(config: GenerateConfig, given: set[str]) -> None:
         print(f"{config.network} is {note}; --steps samples a teacher", file=sys.stderr)
     folder = Path(config.out) if config.out and not is_file(config.out) else None
 
-    with parallel.joined(device):
-        rank = parallel.rank()
-        mine = seeds[rank :: parallel.world()]
+    with process_group.joined(device):
+        rank = process_group.rank()
+        mine = seeds[rank :: process_group.world_size()]
         shape = net.config.channels, net.config.resolution, net.config.resolution
         images = torch.empty(len(mine), *shape, dtype=torch.uint8)
         classes = torch.empty(len(mine), dtype=torch.int64)
@@ -145,14 +77,14 @@ def run(config: GenerateConfig, given: set[str]) -> None:
         for i in range(0, len(mine), config.batch):
             some = mine[i : i + config.batch]
             part = slice(i, i + len(some))
-            latents, classes[part] = inputs(some, net.config, config.class_)
-            images[part] = make(net, latents, classes[part], init_sigma, config.steps)
+            latents, classes[part] = seed_inputs(some, net.config, config.class_)
+            images[part] = generate_images(net, latents, classes[part], init_sigma, config.steps)
             if folder:
                 for seed, image in zip(some, images[part], strict=True):
                     save_png(folder / f"seed{seed:06d}.png", image)
             bar.update(len(some))
         bar.close()
-        images, classes = (parallel.gather(v, len(seeds)) for v in (images, classes))
+        images, classes = (process_group.gather(v, len(seeds)) for v in (images, classes))
         if rank == 0:
             write(config, net.config, seeds, images, classes)
 
@@ -178,18 +110,6 @@ def open_targets(out: str | None, grid: str | None) -> None:
         open_target(out, folder=not is_file(out))
     if grid:
         open_target(grid)
-
-
-def open_target(target: str, folder: bool = False) -> None:
-    """Make the folder that `target` is or lies in; UserError if it cannot be written there."""
-    place = Path(target) if folder else Path(target).parent
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=place).close()
-    except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror})") from None
-    if not folder and Path(target).is_dir():
-        raise UserError(f"{target} is a folder: give the name of a file")
 
 
 def write(

@@ -12,7 +12,7 @@ import torch
 from sid_fast import kernels
 from sid_fast.kernels import Losses
 from sid_fast.kernels.sid_loss import LIMIT
-from sid_fast.networks import EDMNetwork
+from sid_fast.models import EDMNetwork
 
 
 def finite(*tensors: torch.Tensor | None) -> torch.Tensor:

@@ -4,37 +4,52 @@ python -m sid_fast.pretrain --data images.zip --out runs/teacher
 """
 
 import dataclasses
-import functools
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from sid_fast import augment, kernels
-from sid_fast.config import cli
-from sid_fast.config.settings import PretrainSettings, RunOptions, check, option, part
-from sid_fast.draws import seed_of
-from sid_fast.engine import parallel
-from sid_fast.engine.loop import Loop
-from sid_fast.engine.snapshot import Evaluations, Snapshots
+from sid_fast import augment, cli, kernels
+from sid_fast.config.types import Architecture, PretrainSettings, RunOptions, check, option, part
+from sid_fast.data.digits import open_dataset
 from sid_fast.errors import UserError
-from sid_fast.files.digits import open_dataset
-from sid_fast.networks import EDMNetwork, NetworkConfig
-from sid_fast.pretrainer import Pretrainer
+from sid_fast.io.digest import digest
+from sid_fast.methods.edm import EDM
+from sid_fast.models import EDMNetwork, NetworkConfig
+from sid_fast.performance import fsdp, mixed_precision, process_group
 from sid_fast.sampling import heun
+from sid_fast.tools import estimator
+from sid_fast.training.callbacks import Evaluations, Snapshots
+from sid_fast.training.loop import Loop
+from sid_fast.training.random_streams import seed_of
+from sid_fast.training.step import Trainer
+
+_network = partial(option, heading="Network")
 
 
 @dataclasses.dataclass
 class PretrainConfig(RunOptions, PretrainSettings):
     preset: str | None = None
-    data: str | None = option(None, "images to learn: an EDM data set zip or folder, or `digits`")
-    architecture: str = option("ddpmpp", "ddpmpp, ncsnpp or adm")
-    model_channels: int = option(128, "width of the network", 1)
-    channel_mult: tuple[int, ...] = option((2, 2, 2), "width of each level, in model_channels")
-    num_blocks: int = option(4, "residual blocks a level", 1)
-    attention_resolutions: tuple[int, ...] = option((16,), "resolutions with attention")
-    sampler_steps: int = option(18, "steps of the sampler that shows the teacher's images", 1, 1000)
+    data: str | None = option(
+        None, "images to learn: an EDM data set zip or folder, or `digits`", heading="Data"
+    )
+    architecture: Architecture = _network("ddpmpp", "family of the network")
+    model_channels: int = _network(128, "width of the network", 1)
+    channel_mult: tuple[int, ...] = _network((2, 2, 2), "width of each level, in model_channels")
+    num_blocks: int = _network(4, "residual blocks a level", 1)
+    attention_resolutions: tuple[int, ...] = _network((16,), "resolutions with attention")
+    sampler_steps: int = option(
+        18,
+        "steps of the sampler that shows the teacher's images",
+        1,
+        1000,
+        heading="Run and output",
+    )
     lr_rampup_kimg: float | None = option(
-        None, "the learning rate rises linearly over so many; default: a 20th of the run", 0
+        None,
+        "the learning rate rises linearly over so many; default: a 20th of the run",
+        0,
+        heading="Optimizer and average",
     )
 
 
@@ -45,7 +60,7 @@ def run(config: PretrainConfig, given: set[str]) -> None:
         raise UserError("data is missing: --data images.zip names the images to learn")
     if config.lr_rampup_kimg is None:  # as published: 10 of 200 million images
         config.lr_rampup_kimg = config.kimg / 20
-    device = parallel.pick_device(config.device)
+    device = process_group.pick_device(config.device)
     kernels.dispatch.configure(config.kernels, device)
     data = open_dataset(config.data)
     network = NetworkConfig(
@@ -60,22 +75,31 @@ def run(config: PretrainConfig, given: set[str]) -> None:
         attention_resolutions=config.attention_resolutions,
         dropout=config.dropout,
     )
-    with parallel.joined(device, config.parallel, config.timeout):
+    with process_group.joined(device, config.parallel, config.timeout):
+        settings, images = part(config, PretrainSettings), data.images()
+        state = estimator.State(
+            lambda s: EDM(EDMNetwork(network), s, images[:1], None),
+            mixed_precision.settle(settings, device),
+            kernels.dispatch.choose("block"),
+        )
+        sharding = fsdp.plan(config.parallel, device, state.nbytes, config.shard_group)
         torch.manual_seed(seed_of(config.seed, "weights"))
         net = EDMNetwork(network).to(device)
-        settings = part(config, PretrainSettings)
-        layout = parallel.plan(config.parallel, net, device, config.shard_group)
-        trainer = Pretrainer(net, settings, data.images(), data.labels, config.seed, layout)
-        many_steps = functools.partial(heun, num_steps=config.sampler_steps)
+        method = EDM(net, settings, images, data.labels)
+        fingerprint = {
+            **{f"network {k}": v for k, v in network.to_dict().items()},
+            "data": digest([method.images]),
+            "labels": None if method.labels is None else digest([method.labels]),
+        }
+        trainer = Trainer(method, settings, config.seed, sharding, fingerprint)
+        many_steps = partial(heun, num_steps=config.sampler_steps)
         snapshots = Snapshots(config, trainer, trainer.ema, many_steps)
         evaluations = None
         if config.eval_every:
             evaluations = Evaluations(config, trainer, trainer.ema, data, config.sampler_steps)
         name = f"teacher-{config.preset or Path(config.data).stem}"
-        where = (
-            f"on {device} in {trainer.settings.precision}, kernels: {kernels.dispatch.report()}, "
-            f"{layout.text}"
-        )
+        backends = kernels.dispatch.report(device)
+        where = f"on {device} in {trainer.settings.precision}, kernels: {backends}, {sharding.text}"
         headline = f"training a teacher ({network}) on {len(data):,} images, {where}"
         Loop(trainer, config, snapshots, name, headline, evaluations).run(resume)
 

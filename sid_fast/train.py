@@ -4,152 +4,137 @@ python -m sid_fast.train --preset digits
 """
 
 import dataclasses
-import sys
-from typing import Any
+from functools import partial
+from typing import Literal
 
 import torch
 
-from sid_fast import kernels, plan
-from sid_fast.config import cli
-from sid_fast.config.settings import RunOptions, Settings, check, option, part, rounds_of
+from sid_fast import cli, kernels
+from sid_fast.config.types import (
+    RunOptions,
+    Settings,
+    Switch,
+    check,
+    grad_accum_steps,
+    option,
+    part,
+)
+from sid_fast.data.datasets import ImageDataset
+from sid_fast.data.digits import open_dataset
 from sid_fast.distiller import Distiller
-from sid_fast.engine import parallel, precision, trial
-from sid_fast.engine.checkpoint import read_header
-from sid_fast.engine.fit import largest_micro_batch
-from sid_fast.engine.graphs import usable
-from sid_fast.engine.loop import Loop
-from sid_fast.engine.recompute import checkpoint_activations
-from sid_fast.engine.snapshot import Evaluations, Snapshots
 from sid_fast.errors import UserError
-from sid_fast.files.dataset import ImageDataset
-from sid_fast.files.digits import open_dataset
-from sid_fast.files.network import load_network
-from sid_fast.networks import EDMNetwork, NetworkConfig
+from sid_fast.methods.sid import SiD
+from sid_fast.models import EDMNetwork, NetworkConfig
+from sid_fast.models.registry import load_network
+from sid_fast.performance import fsdp, mixed_precision, process_group
+from sid_fast.performance.activation_checkpoint import checkpoint_activations
+from sid_fast.performance.cuda_graphs import usable
+from sid_fast.sampling import one_step
+from sid_fast.tools import estimator, graph_trial
+from sid_fast.tools.micro_batch import largest_micro_batch
+from sid_fast.training.callbacks import Evaluations, Snapshots
+from sid_fast.training.checkpoint import read_header
+from sid_fast.training.loop import Loop
 
 
 @dataclasses.dataclass
 class TrainConfig(RunOptions, Settings):
     preset: str | None = None
     teacher: str | None = option(
-        None, "a pickle, .safetensors, run folder, https address, or a published teacher's name"
+        None,
+        "a pickle, .safetensors, run folder, https address, or a published teacher's name",
+        heading="Teacher and data",
     )
     data: str | None = option(
         None,
         "data set whose label distribution to use; uniform labels without. No image is trained on",
+        heading="Teacher and data",
     )
-    cuda_graph: str = option(
+    micro_batch: int | Literal["auto"] | None = option(
+        None,
+        "images a forward pass on one GPU, if the batch is to be split (gradients add up); auto: "
+        "the most that fit",
+        1,
+        heading="Batch and precision",
+    )
+    cuda_graph: Switch = option(
         "auto",
-        "replay the launches of steps and evaluations from CUDA graphs: auto, on or off; auto "
-        "tries them on a small network first and goes on without them, with a note, where they "
-        "fail or networks lie in parts (fsdp, hsdp)",
+        "replay the launches of steps and evaluations from CUDA graphs; auto tries them on a small "
+        "network first and goes on without them, with a note, where they fail or networks are "
+        "sharded (fsdp, hsdp)",
+        heading="Machine",
     )
     compile: bool = option(
-        False, "run every block through torch.compile; the first steps take minutes"
-    )
-    teacher_steps: int = option(
-        18, "sampler steps of the teacher, evaluated once for comparison; 0: it is not", 0, 1000
+        False,
+        "run every block through torch.compile; the first steps take minutes",
+        heading="Machine",
     )
     checkpoint_activations: bool = option(
-        False, "blocks keep their input alone and run again in backward: less memory, more time"
+        False,
+        "blocks keep their input alone and run again in backward: less memory, more time",
+        heading="Machine",
+    )
+    teacher_steps: int = option(
+        18,
+        "sampler steps of the teacher, evaluated once for comparison; 0: it is not",
+        0,
+        1000,
+        heading="Evaluation during the run",
     )
 
 
-@dataclasses.dataclass
-class Command(TrainConfig, plan.PlanOptions):
-    """A run's configuration, and what the command line alone knows of."""
-
-    micro_batch: str | None = option(
-        None, "images a round on one process: a number, or auto for the most that fit on the GPU"
-    )
-
-
-def start(command: Command, given: set[str]) -> None:
-    """Train, or print the plan."""
-    auto = command.micro_batch == "auto"
-    command.micro_batch = None if auto else _number("micro_batch", command.micro_batch)
-    if command.plan:
-        return show_plan(command)
-    if stray := sorted(given & plan.PLAN_ONLY):
-        raise UserError(
-            f"{stray[0]}={getattr(command, stray[0])} is for --plan alone; torchrun says how many "
-            "GPUs a run has"
-        )
-    run(part(command, TrainConfig), given, auto)
-
-
-def _number(name: str, value: Any) -> int | None:
-    try:
-        return value if value is None else int(value)
-    except ValueError:
-        raise UserError(f"{name}={value!r} is neither a whole number nor auto") from None
-
-
-def show_plan(command: Command) -> None:
-    check(command)
-    check(part(command, Settings))
-    require_teacher(command)
-    settings, options = part(command, Settings), part(command, plan.PlanOptions)
-    plan.check_request(settings, options)
-    network = plan.network_of(command.teacher)
-    kernels.dispatch.configure(command.kernels, torch.device("cuda"))  # wherever this runs
-    form = kernels.dispatch.choose("block")
-    print("counting a step: takes about a minute …", file=sys.stderr, flush=True)
-    found = plan.counts(network, settings, command.checkpoint_activations, form)
-    name = command.preset or command.teacher
-    print(plan.text(name, network, found, settings, command.kimg, options))
-
-
-def require_teacher(config: TrainConfig) -> None:
+def run(config: TrainConfig, given: set[str]) -> None:
+    auto = config.micro_batch == "auto"
+    if auto:  # what a state had is tried first
+        config.micro_batch, given = None, given - {"micro_batch"}
+    resume = cli.resume(config, given)
+    check(config)
     if not config.teacher:
         raise UserError(
             "teacher is missing: --teacher FILE, or --preset NAME with a teacher of its own"
         )
-
-
-def run(config: TrainConfig, given: set[str], auto_micro_batch: bool = False) -> None:
-    if auto_micro_batch:  # what a state had is tried first
-        given = given - {"micro_batch"}
-    resume = cli.resume(config, given)
-    check(config)
-    require_teacher(config)
-    device = parallel.pick_device(config.device)
+    device = process_group.pick_device(config.device)
     kernels.dispatch.configure(config.kernels, device)
     data = open_dataset(config.data) if config.data else None
-    with parallel.joined(device, config.parallel, config.timeout):
-        with parallel.first_alone():  # it may download
+    with process_group.joined(device, config.parallel, config.timeout):
+        with process_group.main_process_first():  # it may download
             teacher = load_network(config.teacher).to(device)
         if data:
             check_data(data, teacher.config)
-        layout = parallel.plan(config.parallel, teacher, device, config.shard_group)
-        sharded = layout.mesh is not None
-        if auto_micro_batch:
-            if resume and read_header(resume)["processes"] != parallel.world():
+        network, form = teacher.config, kernels.dispatch.choose("block")
+        state = estimator.State(
+            lambda settings: SiD(EDMNetwork(network), settings),
+            mixed_precision.settle(part(config, Settings), device),
+            form,
+        )
+        sharding = fsdp.plan(config.parallel, device, state.nbytes, config.shard_group)
+        sharded = sharding.mesh is not None
+        if auto:
+            if resume and read_header(resume)["processes"] != process_group.world_size():
                 config.micro_batch = None
             if device.type == "cuda":
-                config.micro_batch = micro_batch_that_fits(teacher, config, device, sharded)
+                config.micro_batch = micro_batch_that_fits(teacher, config, device, sharding)
         settings = part(config, Settings)
         mode = config.cuda_graph
-        graphs, note = usable(mode, device, config.checkpoint_activations, sharded)
-        auto = mode == "auto"
-        if graphs and auto and (reason := trial.refused(teacher.config, settings, device)):
+        graphs, note = usable(mode, device, sharded)
+        prove = mode == "auto"
+        if graphs and prove and (reason := graph_trial.refused(teacher.config, settings, device)):
             mode, graphs, note = "off", False, f"CUDA graphs are off: {reason}"
         trainer = Distiller(
             teacher,
             settings,
             config.seed,
             label_weights(data, teacher.config),
-            layout,
-            cuda_graph="auto" if graphs and auto else graphs,
+            sharding,
+            cuda_graph="auto" if graphs and prove else graphs,
             compile=config.compile,
         )
         prepare(trainer, config)
         teacher = trainer.teacher
 
-        def one_step(net: EDMNetwork, z: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-            sigma = torch.full((len(z),), settings.init_sigma, device=z.device)
-            return net(z * settings.init_sigma, sigma, labels)
-
-        snapshots = Snapshots(config, trainer, trainer.ema, one_step)
+        snapshots = Snapshots(
+            config, trainer, trainer.ema, partial(one_step, init_sigma=settings.init_sigma)
+        )
         evaluations = None
         if config.eval_every:
             evaluations = Evaluations(
@@ -161,9 +146,10 @@ def run(config: TrainConfig, given: set[str], auto_micro_batch: bool = False) ->
                 teacher_steps=config.teacher_steps,
                 cuda_graph=mode,
             )
+        backends = kernels.dispatch.report(device)
         where = (
-            f"on {device} in {trainer.settings.precision}, kernels: {kernels.dispatch.report()}"
-            f"{', CUDA graphs' * graphs}{', torch.compile' * config.compile}, {layout.text}"
+            f"on {device} in {trainer.settings.precision}, kernels: {backends}"
+            f"{', CUDA graphs' * graphs}{', torch.compile' * config.compile}, {sharding.text}"
         )
         headline = f"distilling {config.teacher} ({teacher.config}), {where}"
         headline += note and f"\nnote: {note}"
@@ -179,43 +165,41 @@ def prepare(trainer: Distiller, config: TrainConfig) -> None:
 
 
 def micro_batch_that_fits(
-    teacher: EDMNetwork, config: TrainConfig, device: torch.device, sharded: bool
+    teacher: EDMNetwork, config: TrainConfig, device: torch.device, sharding: fsdp.ShardingPlan
 ) -> int:
     """The largest micro-batch for this process's GPU: estimated, or as it was, then tried.
 
-    In parts it is not tried: processes that run out of memory would leave the others waiting.
+    In shards it is not tried: a rank that runs out of memory would leave the others waiting.
     """
-    settings, world = part(config, Settings), parallel.world()
-    rounds_of(dataclasses.replace(settings, micro_batch=None), world)
+    settings, world = part(config, Settings), process_group.world_size()
+    grad_accum_steps(dataclasses.replace(settings, micro_batch=None), world)
     batch = settings.batch_size // world
-    first = parallel.rank() == 0
+    first, sharded = process_group.rank() == 0, sharding.mesh is not None
 
     def estimate() -> int:
         recompute = config.checkpoint_activations
         form = kernels.dispatch.choose("block")
-        found = plan.counts(teacher.config, precision.settle(settings, device), recompute, form)
+        settled = mixed_precision.settle(settings, device)
+        found = estimator.counts(teacher.config, settled, recompute, form)
         room = torch.cuda.mem_get_info()[0]
-        return plan.estimated_micro_batch(found, batch, room, world, sharded)
+        return estimator.estimated_micro_batch(
+            found, batch, room, world, sharding.shards, sharding.gathered
+        )
 
     def try_step(n: int) -> None:
         if sharded:
             return
-        trainer = Distiller(
-            teacher, dataclasses.replace(settings, batch_size=n * world, micro_batch=n)
-        )
+        alone = dataclasses.replace(settings, batch_size=n, micro_batch=n)
+        trainer = Distiller(teacher, alone, sharding=fsdp.WHOLE)
         prepare(trainer, config)
-        draws = trainer.draw()
-        trainer.fake_score_round(draws["fake"][0]).loss.sum().backward()
-        trainer.generator_round(draws["generator"][0]).loss.sum().backward()
-        if world == 1:  # else it sends messages
-            trainer.live.fill_(False)
-            trainer.update("generator")
+        with trainer.changing_nothing():
+            trainer.rehearse()
 
     def say(line: str) -> None:
         if first:
             print(line, flush=True)
 
-    most = config.micro_batch or parallel.from_first(estimate)
+    most = config.micro_batch or process_group.broadcast_from_rank0(estimate)
     return largest_micro_batch(batch, most, try_step, say)
 
 
@@ -240,7 +224,9 @@ def label_weights(data: ImageDataset | None, network: NetworkConfig) -> torch.Te
     return torch.bincount(torch.from_numpy(data.labels), minlength=network.label_dim).float()
 
 
-main = cli.command(Command, start, "train", __doc__)
+PLAN = "python -m sid_fast.plan"
+MOVED = {name: PLAN for name in ("plan", "gpus", "card", "memory", "tflops", "mfu", "link")}
+main = cli.command(TrainConfig, run, "train", __doc__, MOVED)
 
 if __name__ == "__main__":
     cli.main(main, "sid_fast.train")

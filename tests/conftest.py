@@ -16,7 +16,7 @@ import pytest
 if not torch.cuda.is_available():  # Triton kernels run in its interpreter; it reads this once
     os.environ["TRITON_INTERPRET"] = "1"
 
-from sid_fast.config import cli
+from sid_fast import cli
 
 SHARED = Path(os.environ.get("SID_FAST_SHARED", Path(__file__).parents[2] / "shared"))
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from sid_fast import Draw, Settings, noise
-from sid_fast.networks import EDMNetwork
-from sid_fast.networks.layers import QKV
+from sid_fast.models import EDMNetwork
+from sid_fast.models.edm_unet.layers import QKV
 
 NETWORKS = ["ddpmpp_uncond", "ddpmpp_cond", "ncsnpp_uncond", "adm_cond"]
 TOLERANCE = 1e-4  # relative in norm, of values and gradients

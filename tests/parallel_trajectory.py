@@ -15,20 +15,21 @@ from unittest import mock
 import recorder
 import torch
 import torch.distributed as dist
+import toy
 from golden import TRAJECTORY_TOLERANCE, read
 from test_distiller import golden_draws, golden_settings, small_teacher, trajectory_error
 
 import sid_fast
 import sid_fast.kernels
 from sid_fast import errors
-from sid_fast.engine import parallel
-from sid_fast.engine.checkpoint import States, find_state, load_state
-from sid_fast.networks import EDMNetwork
+from sid_fast.models import EDMNetwork
+from sid_fast.performance import ddp, fsdp, process_group
+from sid_fast.training.checkpoint import States, find_state, load_state
 
 golden, states = Path(sys.argv[1]), Path(sys.argv[2])
 torch.set_num_threads(1)
 cpu = torch.device("cpu")
-parallel.Gradients.BUCKET = 2**16  # several of them, sent while backward goes on
+ddp.DDPGradSync.BUCKET = 2**16  # several of them, sent while backward goes on
 load = functools.cache(lambda name: sid_fast.load_network(golden / f"{name}.pkl"))
 
 
@@ -44,10 +45,13 @@ def part(rounds: list[sid_fast.Draw]) -> list[sid_fast.Draw]:
 def distiller_of(
     teacher: EDMNetwork, mode: str, settings: sid_fast.Settings, **options
 ) -> sid_fast.Distiller:
+    return sid_fast.Distiller(teacher, settings, sharding=plan_of(mode), **options)
+
+
+def plan_of(mode: str) -> fsdp.ShardingPlan:
     name = "fsdp" if mode == "tight" else mode
-    layout = parallel.plan(name, teacher, cpu, shard_group=min(world, 2))
-    layout = dataclasses.replace(layout, gathered=mode != "tight")
-    return sid_fast.Distiller(teacher, settings, layout=layout, **options)
+    plan = fsdp.plan(name, cpu, lambda shards, gathered: 0, shard_group=min(world, 2))
+    return dataclasses.replace(plan, gathered=mode != "tight")
 
 
 def trajectory(name: str, mode: str, state: str = "") -> None:
@@ -72,7 +76,7 @@ def trajectory(name: str, mode: str, state: str = "") -> None:
         (distiller.generator, "G"),
         (distiller.ema, "G_ema"),
     ):
-        if (found := parallel.whole(net)) is not None:
+        if (found := fsdp.whole(net)) is not None:
             error = trajectory_error(data, start, found, key)
             print(f"{mode} {name} {key} {error:.2e}", flush=True)
             assert error <= TRAJECTORY_TOLERANCE
@@ -90,7 +94,7 @@ def faults(mode: str) -> None:
     assert int(metrics["fake/nonfinite"]) == int(metrics["generator/nonfinite"]) == 0
     same_everywhere(distiller, metrics)
 
-    optimizer = distiller.generator_optimizer
+    optimizer = distiller.optimizers["generator"]
     planted, real = optimizer.named["model.map_layer0.weight"], optimizer.gradients.wait
     optimizer.gradients.wait = lambda: (real(), planted.grad.fill_(torch.nan))
     metrics = distiller.step()
@@ -100,10 +104,10 @@ def faults(mode: str) -> None:
     draws = distiller.draw()
     for rounds in draws.values():
         rounds[0].z.fill_(torch.nan)
-    before = [p.clone() for p in parallel.local(optimizer.params)]
+    before = [p.clone() for p in fsdp.local(optimizer.params)]
     metrics = distiller.step(draws)
     assert bool(metrics["fake/skipped"]) and bool(metrics["generator/skipped"])
-    assert all(map(torch.equal, parallel.local(optimizer.params), before))
+    assert all(map(torch.equal, fsdp.local(optimizer.params), before))
     if rank == 0:
         print(f"{mode} faults")
 
@@ -118,13 +122,44 @@ def replays(mode: str, rounds: str) -> None:
     for graph in (False, True):
         distiller = distiller_of(small_teacher(), mode, settings, cuda_graph=graph)
         distiller.step()
-        parallel.whole(distiller.generator)  # as a snapshot gathers its network
+        fsdp.whole(distiller.generator)  # as a snapshot gathers its network
         metrics = distiller.step()
-        found.append(parallel.local([*distiller.tensors().values(), *metrics.values()]))
-    assert len(distiller.graphs.parts) == (1 if rounds == "1" else 6)
+        found.append(fsdp.local([*distiller.tensors().values(), *metrics.values()]))
+    assert len(distiller.graphs.graphs) == (1 if rounds == "1" else 6)
     assert all(map(torch.equal, *found))
     if rank == 0:
         print(f"{mode} graphs")
+
+
+def cut(mode: str) -> None:
+    """The run that one process makes of whole batches, and a third method too, up to rounding."""
+    settings = sid_fast.Settings(
+        batch_size=8, micro_batch=2, dropout=0.2, augment_p=0.5, eps=1.0, fake_lr=1e-3,
+        generator_lr=1e-3,
+    )  # fmt: skip
+    plan = plan_of(mode)
+    for name, make in {
+        "SiD": lambda plan, s: sid_fast.Distiller(small_teacher(), s, 3, None, plan),
+        "toy": lambda plan, s: toy.trainer(plan),
+        "two forwards": lambda plan, s: toy.trainer(plan, method=toy.TwoForwards),
+    }.items():
+        expected = make(fsdp.WHOLE, dataclasses.replace(settings, micro_batch=None))
+        start = flat(expected.ema)
+        for _ in range(3):
+            expected.step()
+        found = make(plan, settings)
+        for _ in range(3):
+            found.step()
+        if (net := fsdp.whole(found.ema)) is not None:
+            error = float(
+                (flat(net) - flat(expected.ema)).norm() / (flat(expected.ema) - start).norm()
+            )
+            assert error < 1e-4, error
+            print(f"{mode} {name} cut {error:.1e}", flush=True)
+
+
+def flat(net: EDMNetwork) -> torch.Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in net.parameters()])
 
 
 def fails() -> None:
@@ -163,7 +198,7 @@ def fails() -> None:
                 metrics = [distiller.step() for _ in range(3)]
             metrics = [v for m in metrics for v in m.values()]
             found.append([*distiller.tensors().values(), *metrics])
-    assert distiller.graphs.failed == reason and not distiller.graphs.parts
+    assert distiller.graphs.failed == reason and not distiller.graphs.graphs
     assert all(map(torch.equal, *found))
     said = [str(w.message) for w in warned if w.category is errors.Fallback]
     assert len(said) == (rank == 0) and all(reason in line for line in said)
@@ -177,23 +212,25 @@ def gathers_buffers() -> None:
     config = dataclasses.replace(small_teacher().config, architecture="ncsnpp")
     net = EDMNetwork(config)
     expected = {k: v.clone() for k, v in net.state_dict().items()}
-    parallel.plan("fsdp", net, cpu).shard(net)
-    found = parallel.whole(net, everywhere=True).state_dict()
+    fsdp.plan("fsdp", cpu, lambda *_: 0).shard(net)
+    found = fsdp.whole(net, everywhere=True).state_dict()
     assert all(torch.equal(found[k], v) for k, v in expected.items())
 
 
 def hosts_agree() -> None:
     """What one of them has been told, a signal say, all of them know."""
-    assert parallel.any_(rank == world - 1) and not parallel.any_(False)
-    assert parallel.from_first(lambda: 7 + rank) == 7
+    assert process_group.all_reduce_any(rank == world - 1) and not process_group.all_reduce_any(
+        False
+    )
+    assert process_group.broadcast_from_rank0(lambda: 7 + rank) == 7
 
 
 def same_everywhere(distiller: sid_fast.Distiller, metrics: dict[str, torch.Tensor]) -> None:
     """All processes agree on the metrics and, where they have whole networks, on these."""
     values = [float(v) for v in metrics.values()]
-    optimizers = distiller.fake_optimizer, distiller.generator_optimizer
+    optimizers = distiller.optimizers.values()
     for p in (p for optimizer in optimizers for p in optimizer.params):
-        assert all(torch.isfinite(v).all() for v in parallel.local([p]))
+        assert all(torch.isfinite(v).all() for v in fsdp.local([p]))
         if not hasattr(p, "to_local"):
             values.append(float(p.detach().double().sum()))
     everyone = [None] * world
@@ -201,11 +238,11 @@ def same_everywhere(distiller: sid_fast.Distiller, metrics: dict[str, torch.Tens
     assert all(v == values for v in everyone)
 
 
-with parallel.joined(cpu, "fsdp"):
+with process_group.joined(cpu, "fsdp"):
     rank, world = dist.get_rank(), dist.get_world_size()
     hosts_agree()
     gathers_buffers()
     for case in sys.argv[3:]:
         name, *rest = case.split(":")
-        case = {"faults": faults, "graphs": replays, "failed graphs": fails}.get(name)
+        case = {"faults": faults, "graphs": replays, "failed graphs": fails, "cut": cut}.get(name)
         case(*rest) if case else trajectory(name, *rest)

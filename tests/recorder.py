@@ -1,4 +1,4 @@
-"""What stands in for graphs.Graph where there is no GPU: operations are recorded and run again.
+"""Stands in for CapturedGraph where there is no GPU: operations are recorded and run again.
 
 As in a capture, what a function asks Python for is asked once: a replay is the operations alone,
 on the same memory. Messages between processes are operations, too. Streams there are none, and
@@ -20,14 +20,14 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sid_fast.engine import graphs
+from sid_fast.performance import cuda_graphs
 
 
 def stand_in(put: Callable[[object, str, object], None]) -> None:
     """Put recordings in the place of graphs: put is setattr, or takes it back later."""
-    put(graphs, "Graph", Recorded)
-    put(graphs, "warm_up", lambda function, times=2: [function() for _ in range(times)])
-    put(graphs, "_failed", "")
+    put(cuda_graphs, "CapturedGraph", Recorded)
+    put(cuda_graphs, "warm_up", lambda function, times=2: [function() for _ in range(times)])
+    put(cuda_graphs, "_failed", "")
     put(torch.cuda, "get_rng_state", lambda _: torch.get_rng_state())
     put(torch.cuda, "set_rng_state", lambda state, _: torch.set_rng_state(state))
 
@@ -37,14 +37,14 @@ def recording() -> bool:
 
 
 class Recorded(TorchDispatchMode):
-    """Takes Graph's arguments. Making one changes nothing: memory and generators are put back."""
+    """Takes CapturedGraph's arguments. Making one changes nothing: all memory is put back."""
 
-    def __init__(self, function, generators=(), pool=None):
+    def __init__(self, function, pool=None):
         super().__init__()
         self.operations, self.before = [], {}
         self.own = pool.own if pool else set()  # storages
         self.messages = 0  # that have been sent, and not waited for
-        states = [(g, g.get_state()) for g in (torch.default_generator, *generators)]
+        rng_state = torch.get_rng_state()
         try:
             with contextlib.ExitStack() as stack:
                 wait, patch = dist.Work.wait, partial(mock.patch.object, create=True)
@@ -58,8 +58,7 @@ class Recorded(TorchDispatchMode):
                 stack.enter_context(self)
                 self.result = function()
         finally:
-            for generator, state in states:
-                generator.set_state(state)
+            torch.set_rng_state(rng_state)
             for memory, value in self.before.values():
                 memory.copy_(value)
         if self.messages > 0:

@@ -12,7 +12,7 @@ from golden import relative
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sid_fast import kernels
-from sid_fast.kernels import dispatch
+from sid_fast.kernels import _cuda, dispatch
 
 module = importlib.import_module("sid_fast.kernels.adam_ema")
 
@@ -27,10 +27,10 @@ SHAPES = [(128, 3, 3, 3), (48, 36, 3, 3), (5, 7, 3, 3), (32, 20, 1, 1), (130, 67
 def library(tmp_path_factory, device):
     """The library, built by CMake for this machine's CPU, or as installed where there is a GPU."""
     if device.type == "cuda":
-        return module.library() or pytest.skip("the installed package has no CUDA library")
+        return _cuda.library() or pytest.skip("the installed package has no CUDA library")
     if not (shutil.which("cmake") and shutil.which("c++")):
         pytest.skip("no CMake or no C++ compiler")
-    return module.load(build(tmp_path_factory.mktemp("host"), "-DCMAKE_CUDA_COMPILER=NOTFOUND"))
+    return _cuda.load(build(tmp_path_factory.mktemp("host"), "-DCMAKE_CUDA_COMPILER=NOTFOUND"))
 
 
 def build(folder: Path, *options: str) -> Path:
@@ -45,7 +45,7 @@ def build(folder: Path, *options: str) -> Path:
 def implementation(request, monkeypatch):
     if request.param == "cuda":
         found = request.getfixturevalue("library")
-        monkeypatch.setattr(module, "library", lambda: found)
+        monkeypatch.setattr(_cuda, "library", lambda: found)
     with dispatch.forced(request.param):
         yield request.param
 
@@ -272,7 +272,7 @@ def test_views_at_any_address(device, implementation, offset):
 def test_what_a_kernel_cannot_walk_is_refused(device, forced, request, monkeypatch):
     if forced == "cuda":
         found = request.getfixturevalue("library")
-        monkeypatch.setattr(module, "library", lambda: found)
+        monkeypatch.setattr(_cuda, "library", lambda: found)
     conv = [(8, 6, 3, 3)]
     mixed = make(device, conv) | {"ema": make(device, conv, channels_last=True)["ema"]}
     gaps = {name: [t[0][:, ::2]] for name, t in make(device, [(8, 6)]).items()}
@@ -388,7 +388,7 @@ def test_interface_of_the_library(library, device):
 @pytest.mark.skipif(not shutil.which("cmake"), reason="no CMake")
 def test_cuda_library_compiles_for_the_three_architectures(tmp_path):
     found = build(tmp_path)
-    assert module.load(found).sid_fast_adam_ema_cuda.restype is ctypes.c_int
+    assert _cuda.load(found).sid_fast_adam_ema_cuda.restype is ctypes.c_int
     for arch in (80, 90, 100):
         assert f"sm_{arch}".encode() in found.read_bytes()
 

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from sid_fast.errors import UserError
-from sid_fast.files.atomic import atomic_path
+from sid_fast.io.atomic import atomic_path
 
 
 def test_writes_the_file_and_leaves_nothing_else(tmp_path):

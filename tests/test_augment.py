@@ -9,6 +9,7 @@ from sid_fast import augment, kernels
 from sid_fast.kernels import dispatch
 from sid_fast.kernels._triton import tl, triton
 from sid_fast.kernels.augment import _cos_sin, augment_ref, bytes_moved, flop
+from sid_fast.methods.base import RandomStream
 
 # Of the kernel, relative in norm to float64: a place in the image is known to 1e-6 of its size.
 KERNEL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -22,6 +23,10 @@ def implementation(request):
 
 def to_device(parameters, device):
     return {name: v.to(device) for name, v in parameters.items()}
+
+
+def stream(n, seed=0):
+    return RandomStream(torch.tensor([seed, 0, 0]), "fake", n)
 
 
 def test_augmentation_matches_golden(golden, device, implementation):
@@ -49,8 +54,7 @@ def test_augmentation_matches_golden(golden, device, implementation):
 def test_warp_matches_float64(device, implementation, shape, dtype, channels_last, far):
     """far: parameters beyond any likely draw, so that lookups leave the reflected image."""
     rng = torch.Generator().manual_seed(int(far))
-    n = shape[0]
-    parameters = augment.draw(n, 1.0, rng)
+    parameters = augment.draw(stream(shape[0], int(far)), 1.0)
     for name in ("scale", "aniso", "translate"):
         parameters[name] *= far
     images = torch.randn(shape, generator=rng).to(dtype)
@@ -96,15 +100,14 @@ def test_cosine_and_sine_are_right_to_an_ulp(device):
 
 def test_traced_without_a_break(device):
     images = torch.randn(2, 3, 8, 8, device=device)
-    parameters = to_device(augment.draw(2, 1.0, torch.Generator().manual_seed(0)), device)
+    parameters = to_device(augment.draw(stream(2), 1.0), device)
     found = torch.compile(augment.apply, fullgraph=True, backend="eager")(images, parameters)
     for a, b in zip(found, augment.apply(images, parameters), strict=True):
         assert torch.equal(a, b)
 
 
 def test_an_image_drawn_with_nothing_applied_stays_as_it_was():
-    rng = torch.Generator().manual_seed(0)
-    parameters = augment.draw(4, 0.0, rng) | {"xflip": torch.zeros(4, dtype=torch.long)}
+    parameters = augment.draw(stream(4), 0.0) | {"xflip": torch.zeros(4, dtype=torch.long)}
     images = torch.randn(4, 3, 8, 8)
     found, labels = augment.apply(images, parameters)
     assert not labels.any()
@@ -114,7 +117,7 @@ def test_an_image_drawn_with_nothing_applied_stays_as_it_was():
 
 def test_draws_follow_their_probabilities():
     n = 20_000
-    q = augment.draw(n, 0.3, torch.Generator().manual_seed(0))
+    q = augment.draw(stream(n), 0.3)
     rate = {name: float((v != 0).float().mean()) for name, v in q.items()}
     assert rate["xflip"] == pytest.approx(0.5, abs=0.02)
     assert rate["yflip"] == pytest.approx(0.15, abs=0.02)

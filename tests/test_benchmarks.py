@@ -15,11 +15,12 @@ from golden import relative
 from benchmarks import breakdown, check, evaluation, kernels, rivals, roofline, summary, train
 from benchmarks.record import Record, read
 from sid_fast import Distiller, Settings
-from sid_fast.engine.fit import naming
+from sid_fast.data import readers
 from sid_fast.errors import RunFailed, UserError
-from sid_fast.evaluation import reader
 from sid_fast.kernels.dispatch import choose
-from sid_fast.networks import EDMNetwork, layers
+from sid_fast.models import EDMNetwork
+from sid_fast.models.edm_unet import layers
+from sid_fast.training.step import annotate_oom
 
 CPU = torch.device("cpu")
 
@@ -36,7 +37,7 @@ def settings_of_the_process():
 @pytest.fixture
 def small(monkeypatch):
     """The digits preset on a network of a few thousand weights, on a device of known rates."""
-    monkeypatch.setattr(train, "network_of", lambda teacher: check.TINY)
+    monkeypatch.setattr(train, "network_config", lambda teacher: check.TINY)
     ceilings = {"bf16": 0.5, "fp32": 1.0, "copy": 0.1}
     monkeypatch.setattr("benchmarks.measure.ceilings", lambda device: ceilings)
 
@@ -102,7 +103,9 @@ def rival(request, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *args, **kwargs: None)
 
     def make(draws, settings):
-        monkeypatch.setattr(rivals, "draw_round", lambda phase, *_: draws[phase][0])
+        for phase in ("fake", "generator"):
+            name = f"sample_{phase}_inputs"
+            monkeypatch.setattr(rivals.SiD, name, lambda *_, phase=phase: draws[phase][0])
         teacher = train.network(check.TINY, CPU)
         if request.param == "published":
             return rivals.Plain(teacher, settings, torch.float32)
@@ -181,7 +184,7 @@ def test_16_bit_has_the_floor_of_the_fastest_product(small, monkeypatch, tmp_pat
     monkeypatch.setattr(
         breakdown, "floors", lambda ops, *found: rates.append(found) or collections.Counter()
     )
-    monkeypatch.setattr(breakdown.cost, "steps", lambda *_: [Mock()])
+    monkeypatch.setattr(breakdown.estimator, "steps", lambda *_: [Mock()])
     monkeypatch.setattr(breakdown, "STEPS", 1)
     path = tmp_path / "breakdown.json"
     options = breakdown.Options(precision="fp16", micro_batch=1, device="cpu", out=str(path))
@@ -207,7 +210,7 @@ class Crowded:
     def __init__(self, variant, *_):
         need = {"large": 2, "too large": 3}.get(variant.kernels, 1)
         if Crowded.alive + need > 2:
-            with naming("fake step, round 1 of 1"):  # as a Distiller says it
+            with annotate_oom("fake step, round 1 of 1"):  # as a Distiller says it
                 raise torch.OutOfMemoryError("no room")
         Crowded.alive += need
         self.need, self.peak = need, [0.0, 0.0]
@@ -238,7 +241,7 @@ def test_what_does_not_fit_beside_the_others_has_its_turn_after_them(monkeypatch
 def test_one_that_runs_out_of_memory_in_its_turn_ends_no_other(monkeypatch, small, tmp_path):
     class Growing(Crowded):
         def __call__(self):
-            with naming("fake step, round 1 of 1"):
+            with annotate_oom("fake step, round 1 of 1"):
                 raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(train, "Running", Growing)
@@ -371,14 +374,14 @@ def test_nan_is_the_worst_of_errors():
     assert check.worst([0.1, float("nan")]) == check.worst([float("nan"), 0.1]) == float("inf")
 
 
-@pytest.mark.parametrize("off", check.PHASES)
+@pytest.mark.parametrize("off", ["fake", "generator"])
 def test_the_check_of_gradients_sees_both_networks(off, monkeypatch):
     accumulate = Distiller.accumulate
 
-    def wrong(self, phase, draw):
-        found = accumulate(self, phase, draw)
-        if phase == off and self.settings.precision == "fp16":
-            net = self.fake_score if phase == "fake" else self.generator
+    def wrong(self, phase, inputs, **which):
+        found = accumulate(self, phase, inputs, **which)
+        if phase.name == off and self.settings.precision == "fp16":
+            net = self.method.networks[phase.network]
             for p in net.parameters():
                 p.grad *= 1.5
         return found
@@ -459,7 +462,7 @@ def test_an_evaluation_is_kept_stage_by_stage(monkeypatch, tmp_path):
 
     def read_plainly(data, indices, device, kind):
         order.append(kind)
-        return reader.read(data, indices, device)
+        return readers.read(data, indices, device)
 
     def cut_off(*_):
         raise KeyboardInterrupt
@@ -467,7 +470,7 @@ def test_an_evaluation_is_kept_stage_by_stage(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation, "SMALL", check.TINY)
     monkeypatch.setattr(evaluation, "choose", lambda: "dali")
     monkeypatch.setattr(evaluation, "read", read_plainly)
-    monkeypatch.setattr(evaluation.reference, "read", read_plainly)
+    monkeypatch.setattr(evaluation.references, "read", read_plainly)
     out = tmp_path / "evaluation.json"
     options = evaluation.Options(images=20, rounds=2, device="cpu", out=str(out))
     evaluation.run(options, set())

@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner
 from test_distiller import SMALL, small_teacher
 
-from sid_fast import evaluate, generate, pretrain, train
-from sid_fast.files.dataset import write_dataset
-from sid_fast.files.network import save_network
-from sid_fast.networks import EDMNetwork
+from sid_fast import evaluate, generate, plan, pretrain, train
+from sid_fast.data.datasets import write_dataset
+from sid_fast.models import EDMNetwork
+from sid_fast.models.registry import save_network
 
 
 @pytest.fixture
@@ -82,15 +82,15 @@ def test_train_notes_a_data_set_without_labels(
 
 ABANDONED = """
 import threading, time, click
-from sid_fast.config import cli
-from sid_fast.engine import parallel
+from sid_fast import cli
+from sid_fast.performance import failure
 from sid_fast.errors import RunFailed
 
 @click.command()
 def command():
     threading.Thread(target=time.sleep, args=(3600,)).start()
     print("a line that does not fit")
-    parallel.abandoned = True
+    failure.abandoned = True
     raise RunFailed("process 1 was lost")
 
 cli.main(command, "x")
@@ -169,6 +169,7 @@ def test_pretrain_refuses(run_command, monkeypatch, tmp_path, arguments, words):
         (generate, generate.GenerateConfig),
         (evaluate, evaluate.EvaluateConfig),
         (pretrain, pretrain.PretrainConfig),
+        (plan, plan.PlanConfig),
     ],
 )
 def test_help_explains_every_option(module, config):
@@ -176,4 +177,5 @@ def test_help_explains_every_option(module, config):
     for field in dataclasses.fields(config):
         assert f"--{field.name.strip('_').replace('_', '-')} " in text
     preset = CliRunner().invoke(train.main, ["--preset", "ffhq64", "--help"]).output
+    preset = " ".join(preset.split())
     assert "[default: 0.9]" in preset, "--help does not show the preset's own defaults"

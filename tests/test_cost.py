@@ -10,10 +10,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from benchmarks import passes
 from sid_fast import Settings, losses
-from sid_fast.config.cli import presets
-from sid_fast.engine import cost
-from sid_fast.files.download import TEACHERS
-from sid_fast.networks import EDMNetwork
+from sid_fast.cli import presets
+from sid_fast.models import EDMNetwork
+from sid_fast.models.teachers import TEACHERS
+from sid_fast.tools import estimator, op_counter
 
 MIB = 2**20
 
@@ -34,7 +34,7 @@ def test_a_forward_of_the_published_networks_costs_what_is_known(
         params = list(EDMNetwork(network).parameters())
     assert len(params) == tensors
     assert sum(p.numel() for p in params) / 1e6 == pytest.approx(million, abs=0.05)
-    ops = cost.forward(network)
+    ops = op_counter.forward(network)
     assert sum(op.flops for op in ops) / 1e9 == pytest.approx(gflop, abs=0.05)
     kinds = Counter(op.name for op in ops)
     assert (kinds["group_norm"], kinds["attention"]) == (norms, attentions)
@@ -42,7 +42,7 @@ def test_a_forward_of_the_published_networks_costs_what_is_known(
 
 def test_every_layer_is_charged_for_its_own_work_and_bytes():
     by_layer = {}
-    for op in cost.forward(SMALL, "bf16"):
+    for op in op_counter.forward(SMALL, "bf16"):
         by_layer.setdefault((op.layer, op.name), op)
     block = "EDMNetwork.model.enc.8x8_block0"  # 16 -> 16 channels at 8x8
     conv = by_layer[block, "convolution"]
@@ -67,7 +67,7 @@ def test_every_layer_is_charged_for_its_own_work_and_bytes():
     ],
 )
 def test_a_list_operation_takes_the_launches_it_takes_on_cuda(sizes, types, copies, adds):
-    with cost.fake(), cost.Count() as count:
+    with op_counter.fake(), op_counter.Count() as count:
         into, of = (
             [torch.empty(n, dtype={"f": torch.float32, "b": torch.bfloat16}[kind]) for n in sizes]
             for kind in types
@@ -90,7 +90,7 @@ def test_a_round_starts_few_small_kernels(preset):
 
 
 def test_what_is_broadcast_is_read_once():
-    with cost.fake(), cost.Count() as count:
+    with op_counter.fake(), op_counter.Count() as count:
         torch.add(torch.empty(8, 16), torch.empty(16).expand(8, 16))
         torch.empty(100).zero_()
     add, zero = count.ops
@@ -102,7 +102,7 @@ def test_the_reference_moves_more_than_the_kernels():
     """Published form: norm, add, activation each pass over memory; the kernel reads and writes."""
 
     def passes(form):
-        ops = [op for op in cost.forward(SMALL, "bf16", form) if op.layer.endswith("norm1")]
+        ops = [op for op in op_counter.forward(SMALL, "bf16", form) if op.layer.endswith("norm1")]
         return sum(op.nbytes for op in ops)
 
     assert 2.5 < passes("reference") / passes("triton") < 5
@@ -113,7 +113,7 @@ def cifar():
     """Two steps of a round of one image and of two, of the real network in bf16."""
     preset = presets("train")["cifar10-uncond"]
     settings = Settings(dropout=preset["dropout"], augment_p=preset["augment_p"])
-    return cost.steps(
+    return estimator.steps(
         TEACHERS["cifar10-uncond"].network,
         dataclasses.replace(settings, precision="bf16"),
         [1, 2, 2],
@@ -121,10 +121,10 @@ def cifar():
 
 
 def test_a_step_is_eleven_forwards(cifar):
-    forward = sum(op.flops for op in cost.forward(TEACHERS["cifar10-uncond"].network))
+    forward = sum(op.flops for op in op_counter.forward(TEACHERS["cifar10-uncond"].network))
     for step in cifar:
         found = sum(op.flops for op in step.ops) / step.images
-        assert found == pytest.approx(cost.FORWARDS * forward, rel=0.01)
+        assert found == pytest.approx(estimator.FORWARDS * forward, rel=0.01)
 
 
 def test_a_step_does_the_same_every_time(cifar):
@@ -153,7 +153,7 @@ def test_memory_is_what_the_networks_and_the_images_need(cifar):
 
 def test_activations_are_what_autograd_saves():
     """A convolution keeps its input, silu its own; of two chained, 2 + 1 tensors live at most."""
-    with cost.fake(), cost.Count() as count:
+    with op_counter.fake(), op_counter.Count() as count:
         weight = torch.empty(8, 8, 3, 3, requires_grad=True)
         x = torch.empty(4, 8, 16, 16)
         count.call("weights", weight)
@@ -182,7 +182,7 @@ def test_a_step_that_reads_its_numbers_fails(monkeypatch, read, error, form):
         read(tensors[0])
         return finite(*tensors)
 
-    cost.steps(SMALL, Settings(), [1], form)
+    estimator.steps(SMALL, Settings(), [1], form)
     monkeypatch.setattr(losses, "finite", spoiled)
     with pytest.raises(error):
-        cost.steps(SMALL, Settings(), [1], form)
+        estimator.steps(SMALL, Settings(), [1], form)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sid_fast.data.datasets import ImageDataset, write_dataset
 from sid_fast.errors import UserError
-from sid_fast.files.dataset import ImageDataset, write_dataset
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(256, size=(4, 3, 8, 8), dtype=np.uint8)

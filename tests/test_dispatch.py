@@ -9,6 +9,7 @@ import torch
 from sid_fast import augment, kernels
 from sid_fast.errors import UserError
 from sid_fast.kernels import _apex, dispatch
+from sid_fast.methods.base import RandomStream
 
 CPU = torch.device("cpu")
 NVIDIA = [*(f"apex/{file}" for file in _apex.FILES), f"{_apex.EXTENSION}.py"]
@@ -47,11 +48,18 @@ def test_everything_is_pytorchs_unless_asked_for():
     assert dispatch.report() == "reference"
 
 
-def test_triton_stands_in_for_a_form_that_an_operation_does_not_have():
+def test_triton_stands_in_for_a_form_that_an_operation_does_not_have(monkeypatch):
     with dispatch.forced("cuda"):
-        assert dispatch.choose("adam_ema", cuda=True) == "cuda"
-        assert dispatch.choose("adam_ema") == "triton"
+        monkeypatch.setattr(dispatch._cuda, "library", object)
+        assert dispatch.choose("adam_ema") == "cuda"
         assert dispatch.choose("attention") == "triton"
+        monkeypatch.setattr(dispatch._cuda, "library", lambda: None)
+        assert dispatch.choose("adam_ema") == "triton"
+
+
+def test_random_numbers_are_tritons_on_a_gpu():
+    assert dispatch.choose("random", device=torch.device("cuda")) == "triton"
+    assert dispatch.choose("random", device=torch.device("cpu")) == "reference"
 
 
 def test_one_operation_is_taken_out_and_put_back():
@@ -61,7 +69,7 @@ def test_one_operation_is_taken_out_and_put_back():
             assert dispatch.choose("attention") == "triton"
             assert dispatch.report() == (
                 "block triton, group_norm reference, attention triton, sid_loss triton, "
-                "augment triton, adam_ema triton"
+                "augment triton, random triton, adam_ema triton"
             )
         assert dispatch.report() == "triton"
     assert dispatch.report() == "reference"
@@ -74,7 +82,7 @@ def test_an_operation_does_what_is_said_of_it_alone(monkeypatch):
         ours = name.startswith("sid_fast.kernels.") and name != dispatch.__name__
         if ours and hasattr(module, "choose"):
             monkeypatch.setattr(
-                module, "choose", lambda op, cuda=False: asked.append(op) or "reference"
+                module, "choose", lambda op, device=None: asked.append(op) or "reference"
             )
     ones = torch.ones(1, 12, 4, 4)
     kernels.group_norm(ones, ones[0, :, 0, 0], ones[0, :, 0, 0], 4, 1e-5)
@@ -82,11 +90,13 @@ def test_an_operation_does_what_is_said_of_it_alone(monkeypatch):
     noised = kernels.noised(ones, torch.ones(1), ones)
     kernels.generator_loss(ones, ones, noised, ones, 1.2)
     kernels.fake_score_loss(ones, noised, ones)
-    kernels.augment(ones, augment.draw(1, 0.5, torch.Generator()))
+    warp = augment.draw(RandomStream(torch.tensor([0, 0, 0]), "fake", 1), 0.5)
+    kernels.augment(ones, warp)
     zero, lists = torch.zeros((), dtype=torch.float64), [[torch.ones(2)] for _ in range(3)]
     update = {"apply": zero > 1, "lr": 1e-3, "beta1": 0.0, "beta2": 0.9, "eps": 1e-8}
     kernels.adam_ema(*lists[:2], [], lists[2], [], step=zero, **update)
-    assert asked == ["group_norm", "attention", *["sid_loss"] * 3, "augment", "adam_ema"]
+    losses, draws = ["sid_loss"] * 3, ["random"] * 2
+    assert asked == ["group_norm", "attention", *losses, *draws, "augment", "adam_ema"]
 
 
 @pytest.mark.parametrize("names", ["cudnn", {"group_norm": "cudnn"}, {"softmax": "triton"}, "apex"])
@@ -172,7 +182,7 @@ def test_nvidias_apex_is_offered_for_the_group_norm_alone(packages):
     packages("apex/__init__.py", *NVIDIA)
     with dispatch.forced("apex"):
         assert dispatch.choose("group_norm") == "apex"
-        assert dispatch.choose("adam_ema", cuda=True) == "triton"
+        assert dispatch.choose("adam_ema") == "triton"
     with pytest.raises(UserError, match="NVIDIA GPUs only"):
         dispatch.configure("group_norm=apex", CPU)
     dispatch.configure("group_norm=apex", torch.device("cuda"))

@@ -8,11 +8,11 @@ from torch.profiler import ProfilerActivity, profile
 
 import sid_fast
 from sid_fast import Distiller, Draw, Settings, noise
-from sid_fast.config.settings import rounds_of
-from sid_fast.draws import one_hot
-from sid_fast.engine.optimizer import ema_beta
+from sid_fast.config.types import grad_accum_steps
 from sid_fast.errors import UserError
-from sid_fast.networks import EDMNetwork, NetworkConfig
+from sid_fast.methods.base import RandomStream, one_hot_labels
+from sid_fast.models import EDMNetwork, NetworkConfig
+from sid_fast.training.optimizer import ema_beta
 
 TRAJECTORIES = ["ddpmpp_uncond", "adm_cond"]
 
@@ -22,7 +22,7 @@ TRAJECTORIES = ["ddpmpp_uncond", "adm_cond"]
 )
 def test_golden_trajectory(golden, name, compile, monkeypatch):
     """Compiled, every block is traced as a single graph; inductor itself would take minutes."""
-    monkeypatch.setattr("sid_fast.engine.compile.BACKEND", "aot_eager")
+    monkeypatch.setattr("sid_fast.performance.compile.BACKEND", "aot_eager")
     data = read(golden / f"trajectory_{name}.npz")
     teacher = sid_fast.load_network(golden / f"{name}.pkl")
     start = {k: v.clone() for k, v in teacher.state_dict().items()}
@@ -96,9 +96,14 @@ def test_networks_are_in_the_modes_that_the_method_wants():
 
         getattr(distiller, net).model.register_forward_pre_hook(note)
     phase = "fake"
-    distiller.fake_score_round(draws["fake"][0])
-    phase = "generator"
-    distiller.generator_round(draws["generator"][0])
+
+    class Switching(list):
+        def __getitem__(self, i):
+            nonlocal phase
+            phase = "generator"
+            return super().__getitem__(i)
+
+    distiller.step({"fake": draws["fake"], "generator": Switching(draws["generator"])})
     assert modes == {
         ("fake", "generator"): {False},
         ("fake", "fake_score"): {True},
@@ -111,7 +116,7 @@ def test_networks_are_in_the_modes_that_the_method_wants():
 def test_draws_differ_by_rank_seed_and_step(monkeypatch):
     seen = []
     for seed, rank in ((0, 0), (0, 1), (1, 0)):
-        monkeypatch.setattr("sid_fast.engine.parallel.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("sid_fast.performance.process_group.rank", lambda rank=rank: rank)
         distiller = Distiller(small_teacher(), Settings(**FAST), seed=seed)
         for step in range(2):
             distiller.steps = step
@@ -123,9 +128,9 @@ def test_draws_differ_by_rank_seed_and_step(monkeypatch):
 def test_dropout_differs_by_rank(monkeypatch):
     found = []
     for rank in (0, 1):
+        draws = Distiller(small_teacher(), Settings(**FAST)).draw()
+        monkeypatch.setattr("sid_fast.performance.process_group.rank", lambda rank=rank: rank)
         distiller = Distiller(small_teacher(), Settings(dropout=0.5, **FAST))
-        draws = distiller.draw()
-        monkeypatch.setattr("sid_fast.engine.parallel.rank", lambda rank=rank: rank)
         distiller.step(draws)
         found.append(weights(distiller))
         monkeypatch.undo()
@@ -170,14 +175,18 @@ def test_a_step_meets_the_host_nowhere():
     with profile(activities=[ProfilerActivity.CPU]) as found:
         distiller.run()
     names = {event.key for event in found.key_averages()}
-    assert {"aten::randn", "aten::grid_sampler"} <= names  # the latter within the warp's operator
+    assert {
+        "aten::bitwise_xor",
+        "aten::grid_sampler",
+    } <= names  # the latter in the warp's operator
     for name in ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "lift_fresh"):
         assert f"aten::{name}" not in names
 
 
 def test_labels_are_drawn_in_proportion():
-    rng, weights = torch.Generator().manual_seed(0), torch.tensor([0.0, 1.0, 3.0, 0.0, 4.0, 0.0])
-    found = one_hot(40_000, 6, rng, weights).mean(0)
+    rng = RandomStream(torch.tensor([0, 0, 0]), "fake", 40_000)
+    weights = torch.tensor([0.0, 1.0, 3.0, 0.0, 4.0, 0.0])
+    found = one_hot_labels(rng, 6, weights).mean(0)
     assert torch.allclose(found, weights / 8, atol=0.01)
     assert torch.equal(found == 0, weights == 0)
 
@@ -260,8 +269,8 @@ def test_settings_out_of_range_are_refused_by_name(field, value):
 
 def test_a_batch_that_does_not_divide_names_the_nearest_that_does():
     with pytest.raises(UserError, match="nearest that does is 96"):
-        rounds_of(Settings(batch_size=100, micro_batch=32))
-    assert rounds_of(Settings(batch_size=96, micro_batch=16), processes=2) == 3
+        grad_accum_steps(Settings(batch_size=100, micro_batch=32))
+    assert grad_accum_steps(Settings(batch_size=96, micro_batch=16), ranks=2) == 3
 
 
 @pytest.mark.gpu

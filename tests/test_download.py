@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from sid_fast.engine.compile import compile_blocks
 from sid_fast.errors import UserError
-from sid_fast.files.cache import user_cache
-from sid_fast.files.download import TEACHERS, cache_folder, fetch
+from sid_fast.io.cache import user_cache
+from sid_fast.io.download import cache_folder, fetch
+from sid_fast.models.teachers import TEACHERS
+from sid_fast.performance.compile import compile_blocks
 
 BODY = bytes(range(256)) * 5000
 DIGEST = hashlib.sha256(BODY).hexdigest()
@@ -167,10 +168,10 @@ def test_cache_that_cannot_be_made(paths, tmp_path, monkeypatch):
 def test_teachers(paths):
     for teacher in TEACHERS.values():
         assert teacher.url.startswith("https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-")
-    assert fetch("ffhq64").name.endswith("-edm-ffhq-64x64-uncond-vp.pkl")
+    assert fetch(TEACHERS["ffhq64"].source).name.endswith("-edm-ffhq-64x64-uncond-vp.pkl")
     assert paths == ["/edm/pretrained/edm-ffhq-64x64-uncond-vp.pkl"]
     with pytest.raises(UserError, match="not 4d5dcc1f"):  # ours is not what the server gave
-        fetch("cifar10-uncond")
+        fetch(TEACHERS["cifar10-uncond"].source)
 
 
 @pytest.mark.parametrize("chosen", [None, "", "elsewhere"])

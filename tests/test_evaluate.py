@@ -11,16 +11,16 @@ from conftest import SHARED
 from processes import ENV, TORCHRUN, python
 from test_distiller import small_teacher
 
-from sid_fast.engine import graphs
+from sid_fast.data.datasets import ImageDataset, write_dataset
+from sid_fast.data.images import save_png
 from sid_fast.errors import UserError
-from sid_fast.evaluation import detectors, inception_score, moments, sample
-from sid_fast.evaluation.detectors import load_detector
-from sid_fast.evaluation.reference import content_digest, measure, read_reference, reference_of
+from sid_fast.evaluation import features, inception_score, moments, sample
+from sid_fast.evaluation.features import load_detector
+from sid_fast.evaluation.references import content_digest, measure, read_reference, reference_of
 from sid_fast.evaluation.sample import Clock
-from sid_fast.files.dataset import ImageDataset, write_dataset
-from sid_fast.files.images import save_png
-from sid_fast.files.network import load_network, save_network
-from sid_fast.generate import group_size, inputs, make
+from sid_fast.models.registry import load_network, save_network
+from sid_fast.performance import cuda_graphs
+from sid_fast.sampling import generate_images, group_size, seed_inputs
 
 CPU = torch.device("cpu")
 RNG = np.random.default_rng(0)
@@ -93,21 +93,21 @@ def test_only_known_or_trusted_code_is_run(script, monkeypatch, capsys):
     with pytest.raises(UserError, match="does not exist"):
         load_detector("none.pt", CPU)
     trusted = load_detector(str(script), CPU, trust=True)
-    name = detectors.label("frechet_distance", trusted)
+    name = features.label("frechet_distance", trusted)
     assert (trusted.name, name) == ("toy", "Fréchet distance (toy)")
     assert "code" in capsys.readouterr().err
     key = trusted.key
-    monkeypatch.setattr(detectors, "INCEPTION_SHA256", key)
+    monkeypatch.setattr(features, "INCEPTION_SHA256", key)
     published = load_detector(str(script), CPU)
-    assert (published.name, detectors.label("frechet_distance", published)) == ("inception", "FID")
+    assert (published.name, features.label("frechet_distance", published)) == ("inception", "FID")
 
 
 def test_inception_is_fetched_and_checked(script, monkeypatch):
     asked = []
-    monkeypatch.setattr(detectors, "fetch", lambda source, others: asked.append(source) or script)
+    monkeypatch.setattr(features, "fetch", lambda source, others: asked.append(source) or script)
     with pytest.raises(UserError, match="not a known one"):
         load_detector("inception", CPU)
-    assert asked == [f"{detectors.INCEPTION}#sha256={detectors.INCEPTION_SHA256}"]
+    assert asked == [f"{features.INCEPTION}#sha256={features.INCEPTION_SHA256}"]
 
 
 def test_features_do_not_depend_on_the_company(script):
@@ -129,7 +129,7 @@ def test_float32_is_exact_whatever_the_caller_allows():
     try:
         cudnn.allow_tf32 = True
         torch.set_float32_matmul_precision("high")
-        with detectors.exact_float32():
+        with features.exact_float32():
             assert (cudnn.allow_tf32, get()) == (False, "highest")
         assert (cudnn.allow_tf32, get()) == (True, "high")
     finally:
@@ -193,10 +193,10 @@ def test_reading_a_reference_runs_nothing_in_it(tmp_path):
 
 
 def test_statistics_are_measured_once_and_again_when_the_zip_changes(real, script, monkeypatch):
-    from sid_fast.evaluation import reference
+    from sid_fast.evaluation import references
 
     measured = []
-    monkeypatch.setattr(reference, "measure", lambda *a: measured.append(a) or measure(*a))
+    monkeypatch.setattr(references, "measure", lambda *a: measured.append(a) or measure(*a))
     detector, clock = load_detector("pixels", CPU), Clock(CPU)
 
     def look() -> float:
@@ -245,9 +245,9 @@ def test_any_file_of_a_folder_changes_its_digest(tmp_path):
 
 
 def test_features_of_a_large_set_are_spread_over_it(tmp_path, monkeypatch):
-    from sid_fast.evaluation import reference
+    from sid_fast.evaluation import references
 
-    monkeypatch.setattr(reference, "KEPT", 100)
+    monkeypatch.setattr(references, "KEPT", 100)
     monkeypatch.setattr(sample, "KEPT", 100)
     write_dataset(tmp_path / "large.zip", pictures(150))  # several batches
     data = ImageDataset(tmp_path / "large.zip")
@@ -287,15 +287,15 @@ def test_replayed_generation_makes_the_same_images(device, monkeypatch, steps):
     expected = images()
     assert len(expected.unique(dim=0)) == len(expected)
     if device.type == "cpu":
-        monkeypatch.setattr(graphs, "warm_up", lambda function: function())
-        monkeypatch.setattr(graphs, "Graph", Overwriting)
-    monkeypatch.setattr(graphs, "_failed", "")
+        monkeypatch.setattr(cuda_graphs, "warm_up", lambda function: function())
+        monkeypatch.setattr(cuda_graphs, "CapturedGraph", Overwriting)
+    monkeypatch.setattr(cuda_graphs, "_failed", "")
     assert torch.equal(images(cuda_graph=True), expected)
 
     def fail(_):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(graphs, "Graph", fail)
+    monkeypatch.setattr(cuda_graphs, "CapturedGraph", fail)
     with pytest.warns(UserWarning, match=r"CUDA graphs are off: .*not permitted"):
         assert torch.equal(images(cuda_graph=True), expected)
 
@@ -316,8 +316,8 @@ def test_the_figures_of_a_network_are_those_of_its_images(
     base = ["--network", network, "--data", real, "--detector", script, "--trust", "--seeds"]
     found = results(run_command, tmp_path, *base, "0-29")
     net = load_network(network)
-    latents, classes = inputs(list(range(30)), net.config, None)
-    images = make(net, latents, classes, 2.5)
+    latents, classes = seed_inputs(list(range(30)), net.config, None)
+    images = generate_images(net, latents, classes, 2.5)
     detector = load_detector(str(script), CPU, trust=True)
     ours, theirs = detector(images), detector(torch.from_numpy(ImageDataset(real).images()))
     (m1, s1), (m2, s2) = moments(ours), moments(theirs)

@@ -4,12 +4,14 @@ import pytest
 import torch
 from test_distiller import FAST, small_teacher
 
-from sid_fast import Distiller, Settings
-from sid_fast.engine import cost
-from sid_fast.engine.fit import largest_micro_batch
-from sid_fast.engine.recompute import checkpoint_activations
+from sid_fast import Distiller, Settings, train
+from sid_fast.config.types import part
 from sid_fast.errors import RunFailed
-from sid_fast.files.network import save_network
+from sid_fast.models.registry import save_network
+from sid_fast.performance import fsdp
+from sid_fast.performance.activation_checkpoint import checkpoint_activations
+from sid_fast.tools import estimator
+from sid_fast.tools.micro_batch import largest_micro_batch
 
 
 class Device:
@@ -37,7 +39,9 @@ def test_the_largest_estimated_to_fit_is_tried_first_then_smaller_ones():
 
 
 def test_another_process_that_is_too_small_counts(monkeypatch):
-    monkeypatch.setattr("sid_fast.engine.parallel.any_", lambda flag: len(device.tried) < 3)
+    monkeypatch.setattr(
+        "sid_fast.performance.process_group.all_reduce_any", lambda flag: len(device.tried) < 3
+    )
     device = Device(room=1000)
     assert device.fit(64, 64) == 16
 
@@ -76,6 +80,26 @@ def test_auto_keeps_what_a_state_had(tmp_path, run_command):
     assert '"micro_batch": 2' in (out / "config.json").read_text()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_auto_tries_a_whole_step_and_changes_nothing(monkeypatch, precision):
+    """On a CPU in place of the GPU, with room for three images of eight."""
+    teacher = small_teacher()
+    before = [p.clone() for p in teacher.parameters()]
+    config = train.TrainConfig(batch_size=8, dropout=0.2, augment_p=0.1, precision=precision)
+    counts = estimator.counts(teacher.config, part(config, Settings), form="reference")
+    room = (counts.memory(3).total() + counts.memory(4).total()) // 2
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (room, room))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    steps = []
+    rehearse = Distiller.rehearse
+    monkeypatch.setattr(Distiller, "rehearse", lambda self: steps.append(self) or rehearse(self))
+    cpu = torch.device("cpu")
+    assert train.micro_batch_that_fits(teacher, config, cpu, fsdp.WHOLE) == 2
+    assert len(steps) == 1 and steps[0].samples == 2
+    assert all(map(torch.equal, before, teacher.parameters()))
+    assert not any(o.exp_avg_sq[0].any() for o in steps[0].optimizers.values())
+
+
 def networks(distiller):
     return distiller.teacher, distiller.generator, distiller.fake_score
 
@@ -97,8 +121,8 @@ def test_recomputed_blocks_keep_less():
     config = small_teacher().config
     # In PyTorch's form, where frozen networks too keep all that their convolutions read.
     of = config, Settings(), [64], "reference"
-    (plain,) = cost.steps(*of)
-    (recomputing,) = cost.steps(*of, prepare=checkpoint_activations)
+    (plain,) = estimator.steps(*of)
+    (recomputing,) = estimator.steps(*of, prepare=checkpoint_activations)
     kinds = ("activations", "workspace")
     before, after = (sum(step.peak[k] for k in kinds) for step in (plain, recomputing))
     assert after < 0.55 * before

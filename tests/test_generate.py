@@ -9,9 +9,9 @@ from PIL import Image
 from processes import TORCHRUN, python
 from test_distiller import small_teacher
 
-from sid_fast.files.dataset import ImageDataset
-from sid_fast.files.network import save_network
-from sid_fast.generate import parse_seeds
+from sid_fast.cli import parse_seeds
+from sid_fast.data.datasets import ImageDataset
+from sid_fast.models.registry import save_network
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import check, kernels, train
 from benchmarks.record import Record
-from sid_fast.config.cli import presets
+from sid_fast.cli import presets
 
 ROOT = Path(__file__).parents[1]
 ROW = {"name": "x", "found": 1.0, "bound": 2.0, "seconds": 0.1, "note": "", "status": "pass"}

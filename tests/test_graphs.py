@@ -16,26 +16,23 @@ from processes import tensors_of
 from test_distiller import FAST, small_teacher, weights
 
 from sid_fast import Distiller, Settings, save_network, train
-from sid_fast.engine import graphs
 from sid_fast.errors import Fallback, OutOfMemory, RunFailed, UserError
+from sid_fast.performance import cuda_graphs
+from sid_fast.performance.activation_checkpoint import checkpoint_activations
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def test_what_the_option_comes_to():
-    assert graphs.usable("auto", CUDA) == (True, "")
-    assert graphs.usable("on", CUDA) == (True, "")
-    assert graphs.usable("off", CUDA) == (False, "")
-    assert graphs.usable("auto", CPU) == (False, "")
-    used, note = graphs.usable("auto", CUDA, sharded=True)
+    assert cuda_graphs.usable("auto", CUDA) == (True, "")
+    assert cuda_graphs.usable("on", CUDA) == (True, "")
+    assert cuda_graphs.usable("off", CUDA) == (False, "")
+    assert cuda_graphs.usable("auto", CPU) == (False, "")
+    used, note = cuda_graphs.usable("auto", CUDA, sharded=True)
     assert not used and "--cuda-graph on" in note
-    assert graphs.usable("on", CUDA, sharded=True) == (True, "")
-    used, note = graphs.usable("auto", CUDA, recompute=True)
-    assert not used and "CUDA graphs are off: blocks" in note
+    assert cuda_graphs.usable("on", CUDA, sharded=True) == (True, "")
     with pytest.raises(UserError, match="none on cpu"):
-        graphs.usable("on", CPU)
-    with pytest.raises(UserError, match="cuda-graph='yes'"):
-        graphs.usable("yes", CUDA)
+        cuda_graphs.usable("on", CPU)
 
 
 @pytest.fixture
@@ -66,21 +63,34 @@ def test_a_replayed_run_is_the_eager_one(stand_in, device, micro_batch):
     assert [times for _, times in distiller.graphs.parts] == expected
 
 
+def test_recomputed_blocks_replay_too(stand_in, device):
+    """Their dropout is a function of its seed: no random state has to be put back."""
+    settings = Settings(**FAST, dropout=0.3, eps=1.0)
+    found = []
+    for replayed in (False, True):
+        distiller = Distiller(small_teacher().to(device), settings, cuda_graph=replayed)
+        checkpoint_activations(distiller.teacher, distiller.generator, distiller.fake_score)
+        for _ in range(2):
+            distiller.step()
+        found.append(weights(distiller))
+    assert torch.equal(*found)
+
+
 def test_a_rehearsal_is_two_rounds_of_a_phase(stand_in, monkeypatch):
     """Of 8 rounds: more would cost minutes of a published preset, and settle nothing else."""
     calls, accumulate = [], Distiller.accumulate
 
-    def counted(self, phase, draw=None, last=False):
-        calls.append((phase, last))
-        return accumulate(self, phase, draw, last)
+    def counted(self, phase, inputs=None, *, first=False, last=False):
+        calls.append((phase.name, last))
+        return accumulate(self, phase, inputs, first=first, last=last)
 
     monkeypatch.setattr(Distiller, "accumulate", counted)
     for rounds, times in ((8, 1), (1, 2)):
         calls.clear()
         settings = Settings(**FAST | {"batch_size": 8}, micro_batch=8 // rounds)
-        monkeypatch.setattr(graphs.StepGraphs, "_captured", lambda self: [(dict, 1)])
+        monkeypatch.setattr(cuda_graphs, "CapturedGraph", lambda function, pool: dict)
         Distiller(small_teacher(), settings, cuda_graph=True).step()
-        step = [(phase, i) for phase in graphs.PHASES for i in ([False, True][-rounds:])]
+        step = [(phase, i) for phase in ("fake", "generator") for i in ([False, True][-rounds:])]
         assert calls == step * times
 
 
@@ -120,7 +130,7 @@ def failing(stand_in, monkeypatch, device):
 
     def plant(at, leaves=lambda: None):
         kind, made = failing_graph(at, leaves)
-        monkeypatch.setattr(graphs, "Graph", kind)
+        monkeypatch.setattr(cuda_graphs, "CapturedGraph", kind)
         return made
 
     return plant
@@ -134,10 +144,8 @@ class Sender:
 
 
 def state_of(distiller):
-    optimizers = distiller.fake_optimizer, distiller.generator_optimizer
-    yield from (weights(distiller), distiller.live, distiller.rng.get_state())
-    yield torch.get_rng_state()
-    for optimizer in optimizers:
+    yield from (weights(distiller), distiller.live, torch.get_rng_state())
+    for optimizer in distiller.optimizers.values():
         yield optimizer.totals
         yield from (p.grad for p in optimizer.params)
         yield from (*optimizer.exp_avg, *optimizer.exp_avg_sq, optimizer.step)
@@ -152,12 +160,11 @@ def test_under_auto_a_failed_capture_leaves_the_eager_run(failing, micro_batch, 
     expected = Distiller(small_teacher(), settings)
     distiller = Distiller(small_teacher(), settings, cuda_graph="auto")
     sender = Sender()
-    graphs.parallel._senders.add(sender)
+    cuda_graphs.failure.senders.add(sender)
 
     def leaves():
         torch.manual_seed(9)
-        distiller.rng.manual_seed(9)
-        for optimizer in (distiller.fake_optimizer, distiller.generator_optimizer):
+        for optimizer in distiller.optimizers.values():
             for tensor in (optimizer.totals, *(p.grad for p in optimizer.params)):
                 tensor.fill_(7)
 
@@ -196,7 +203,7 @@ def test_a_capture_that_runs_out_of_memory_is_told_by_its_kind(stand_in, monkeyp
         finally:
             raise RuntimeError("capture was invalidated")
 
-    monkeypatch.setattr(graphs, "Graph", full)
+    monkeypatch.setattr(cuda_graphs, "CapturedGraph", full)
     distiller = Distiller(small_teacher(), Settings(**FAST), cuda_graph=True)
     with pytest.raises(OutOfMemory, match="graph capture: CUDA out of memory"):
         distiller.step()
@@ -205,26 +212,28 @@ def test_a_capture_that_runs_out_of_memory_is_told_by_its_kind(stand_in, monkeyp
 def test_a_capture_that_failed_elsewhere_is_not_used_here(stand_in, monkeypatch):
     """Processes that replay and processes that do not would send in different orders."""
     answers = iter([True, False])
-    monkeypatch.setattr(graphs.parallel, "any_", lambda failed: next(answers))
-    monkeypatch.setattr(graphs.parallel, "first_text", lambda text: text or "process 1: it broke")
+    monkeypatch.setattr(cuda_graphs.process_group, "all_reduce_any", lambda failed: next(answers))
+    monkeypatch.setattr(
+        cuda_graphs.process_group, "first_text", lambda text: text or "process 1: it broke"
+    )
     distiller = Distiller(small_teacher(), Settings(**FAST), cuda_graph="auto")
     with pytest.warns(Fallback, match=r"\(process 1: it broke\)"):
         distiller.step()
-    assert not distiller.graphs.parts
+    assert not distiller.graphs.graphs
 
 
 def test_a_device_that_a_capture_has_broken_is_not_gone_on_with(failing, monkeypatch):
     made = failing(1)
-    monkeypatch.setattr(graphs, "still_works", lambda *_: False)
+    monkeypatch.setattr(cuda_graphs, "still_works", lambda *_: False)
     distiller = Distiller(small_teacher(), Settings(**FAST), cuda_graph="auto")
     with pytest.raises(UserError, match=r"does not compute any more; use --cuda-graph off"):
         distiller.step()
-    replayed = graphs.Replayed(lambda x: x + 1)
+    replayed = cuda_graphs.Replayed(lambda x: x + 1)
     assert replayed(torch.ones(1)) == 2 and len(made) == 1, "no capture after one that failed"
-    monkeypatch.setattr(graphs, "_failed", "")
+    monkeypatch.setattr(cuda_graphs, "_failed", "")
     failing(1)
     with pytest.raises(RunFailed, match=r"capturing.*does not compute any more"):
-        graphs.Replayed(lambda x: x + 1)(torch.ones(1))
+        cuda_graphs.Replayed(lambda x: x + 1)(torch.ones(1))
 
 
 @pytest.mark.parametrize("refused", ["", "a trial was ended by SIGABRT"])
@@ -233,7 +242,7 @@ def test_a_run_goes_on_without_graphs_and_says_so_in_a_line(
 ):
     """After a trial that failed, or a capture of its own, to the bits of --cuda-graph off."""
     monkeypatch.setattr(train, "usable", lambda choice, *_: (choice != "off", ""))
-    monkeypatch.setattr(train.trial, "refused", lambda *_: refused)
+    monkeypatch.setattr(train.graph_trial, "refused", lambda *_: refused)
     made = failing(1)
     save_network(tmp_path / "teacher.safetensors", small_teacher())
     arguments = ["--teacher", tmp_path / "teacher.safetensors", "--batch-size", 4, "--kimg", 0.008]
@@ -255,7 +264,7 @@ def test_a_refused_trial_is_noted_in_the_headline(monkeypatch, tmp_path, run_com
     monkeypatch.setattr(train, "Loop", loop := Mock())
     save_network(tmp_path / "teacher.safetensors", small_teacher())
     for reason, required in (("a trial failed: x", None), ("", False)):
-        monkeypatch.setattr(train.trial, "refused", lambda *_, reason=reason: reason)
+        monkeypatch.setattr(train.graph_trial, "refused", lambda *_, reason=reason: reason)
         assert run_command("train", "--teacher", tmp_path / "teacher.safetensors")[0] == 0
         trainer, headline = (loop.call_args.args[i] for i in (0, 4))
         assert ("\nnote: CUDA graphs are off: a trial failed: x" in headline) == bool(reason)
@@ -281,7 +290,7 @@ def test_what_torch_leaves_behind_a_failed_capture_is_cleaned_up(monkeypatch):
     graph = SimpleNamespace(
         register_generator_state=lambda _: None, reset=lambda: calls.append("reset")
     )
-    default, own = Generator(), Generator()
+    default = Generator()
 
     @contextlib.contextmanager
     def capture(graph, pool, capture_error_mode):
@@ -300,11 +309,11 @@ def test_what_torch_leaves_behind_a_failed_capture_is_cleaned_up(monkeypatch):
         raise ValueError("no")
 
     with pytest.raises(ValueError):
-        graphs.Graph(fail, [own])
+        cuda_graphs.CapturedGraph(fail)
     ended = [(name, 0, (0, 7)) for name in ("_cuda_endAllocateToPool", "_cuda_releasePool")]
     assert calls == ["mine", *ended, "reset"]
-    assert not default.capturing and not own.capturing
-    assert not graphs.parallel.captured
+    assert not default.capturing
+    assert not cuda_graphs.failure.captured
 
 
 def test_a_warm_up_leaves_no_garbage_for_the_capture(monkeypatch):
@@ -325,7 +334,7 @@ def test_a_warm_up_leaves_no_garbage_for_the_capture(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     gc.disable()
     try:
-        graphs.warm_up(function, 3)
+        cuda_graphs.warm_up(function, 3)
     finally:
         gc.enable()
     assert len(refs) == 3 and not any(ref() for ref in refs)
@@ -338,5 +347,5 @@ def test_what_is_said_on_purpose_hides_its_cause():
         except RuntimeError as error:
             raise OutOfMemory("fake step: 2.00 GiB") from error
     except OutOfMemory as error:
-        assert graphs.reason_of(error) == "fake step: 2.00 GiB"
-    assert graphs.reason_of(AssertionError()) == "AssertionError"
+        assert cuda_graphs.reason_of(error) == "fake step: 2.00 GiB"
+    assert cuda_graphs.reason_of(AssertionError()) == "AssertionError"

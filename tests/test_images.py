@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from sid_fast.data.images import save_grid, save_png
 from sid_fast.errors import UserError
-from sid_fast.files.images import save_grid, save_png, to_uint8
+from sid_fast.sampling import to_uint8
 
 
 def read(path):

@@ -15,8 +15,9 @@ from processes import TORCHRUN, python
 from test_distiller import small_teacher
 
 from sid_fast.distiller import Distiller
-from sid_fast.engine import compile, loop, snapshot
-from sid_fast.files.network import load_network, save_network
+from sid_fast.models.registry import load_network, save_network
+from sid_fast.performance import compile
+from sid_fast.training import callbacks, loop
 
 DISTANCE = "Fréchet distance (pixels)"
 
@@ -117,7 +118,7 @@ def test_a_resumed_run_remembers_teacher_and_best(tmp_path, run_command):
 @pytest.mark.parametrize("loses", [True, False])
 def test_what_ends_a_run_in_an_evaluation_finds_a_state(tmp_path, run_command, monkeypatch, loses):
     """Killed, it makes the evaluation when it goes on; politely, it finishes it first."""
-    real = snapshot.Evaluations.__call__
+    real = callbacks.Evaluations.__call__
 
     def preempted(self, folder):
         if self.trainer.images == 8:
@@ -128,14 +129,14 @@ def test_what_ends_a_run_in_an_evaluation_finds_a_state(tmp_path, run_command, m
 
     save_network(tmp_path / "teacher.safetensors", small_teacher())
     out = tmp_path / "run"
-    monkeypatch.setattr(snapshot.Evaluations, "__call__", preempted)
+    monkeypatch.setattr(callbacks.Evaluations, "__call__", preempted)
     status, _ = run_command(
         "train", "--teacher", tmp_path / "teacher.safetensors", "--data", "digits", "--out", out,
         "--batch-size", 4, "--kimg", 0.016, "--eval-every", 0.008, "--eval-images", 20,
         "--detector", "pixels", "--teacher-steps", 0,
     )  # fmt: skip
     assert status == (9 if loses else 128 + signal.SIGTERM)
-    monkeypatch.setattr(snapshot.Evaluations, "__call__", real)
+    monkeypatch.setattr(callbacks.Evaluations, "__call__", real)
     assert run_command("train", "--resume", out)[0] == 0
     assert [r["images"] for r in records(out) if DISTANCE in r] == [0, 8, 16]
     assert (out / "state-000000004").exists()
@@ -153,8 +154,8 @@ def test_the_time_of_an_evaluation_is_not_in_the_throughput(tmp_path, run_comman
         return call
 
     monkeypatch.setattr(Distiller, "step", taking(1, Distiller.step))
-    evaluate = snapshot.Evaluations._figures
-    monkeypatch.setattr(snapshot.Evaluations, "_figures", taking(1000, evaluate))
+    evaluate = callbacks.Evaluations._figures
+    monkeypatch.setattr(callbacks.Evaluations, "_figures", taking(1000, evaluate))
     save_network(tmp_path / "teacher.safetensors", small_teacher())
     status, _ = run_command(
         "train", "--teacher", tmp_path / "teacher.safetensors", "--data", "digits", "--out",

@@ -6,7 +6,7 @@ from golden import NETWORKS, TOLERANCE, check_gradients, read, relative
 
 import sid_fast
 from sid_fast import losses, noise
-from sid_fast.networks import NetworkConfig
+from sid_fast.models import NetworkConfig
 
 
 def load(golden, name, loss="loss"):

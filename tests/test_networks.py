@@ -9,7 +9,7 @@ from golden import NETWORKS, TOLERANCE, check_gradients, read, relative
 import sid_fast
 from sid_fast.errors import UserError
 from sid_fast.kernels import dispatch
-from sid_fast.networks import EDMNetwork, NetworkConfig
+from sid_fast.models import EDMNetwork, NetworkConfig
 
 
 @pytest.mark.parametrize("name", NETWORKS)

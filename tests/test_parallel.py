@@ -14,18 +14,20 @@ import torch
 from processes import ENV, TORCHRUN, python
 from test_distiller import small_teacher
 
-from sid_fast.config.settings import Settings, smaller_micro_batch
+from sid_fast.config.types import Settings, smaller_micro_batch
 from sid_fast.distiller import Distiller
-from sid_fast.engine import parallel
 from sid_fast.errors import OutOfMemory, UserError
-from sid_fast.files.network import save_network
+from sid_fast.methods.sid import SiD
+from sid_fast.models.registry import save_network
+from sid_fast.performance import ddp, failure, fsdp, process_group
 
 # All that so many processes do: starting them takes longer than doing it. Four write a state in
 # the middle of a trajectory; two and one go on from it to the end of the published one.
 CASES = {
     4: ["ddp", "hsdp", "fsdp:save", "graphs:hsdp:1"],
     2: ["ddp", "hsdp", "fsdp:resume", "tight", "adm_cond:fsdp", "graphs:ddp:5", "graphs:fsdp:5",
-        "graphs:tight:1", "failed graphs", *(f"faults:{m}" for m in ("ddp", "fsdp", "hsdp"))],
+        "graphs:tight:1", "failed graphs", *(f"faults:{m}" for m in ("ddp", "fsdp", "hsdp")),
+        "cut:ddp", "cut:fsdp", "cut:tight"],
     1: ["fsdp", "hsdp", "ddp:resume", "graphs:fsdp:5"],
 }  # fmt: skip
 
@@ -33,11 +35,11 @@ CASES = {
 def test_every_layout_meets_the_golden_trajectory(golden, tmp_path):
     script = __file__.replace("test_parallel", "parallel_trajectory")
     for processes, modes in CASES.items():
-        small = [c for c in modes if "faults" in c or "graphs" in c]
+        small = [c for c in modes if any(word in c for word in ("faults", "graphs", "cut"))]
         cases = [c if "_" in c or c in small else f"ddpmpp_uncond:{c}" for c in modes]
         done = python(*TORCHRUN, processes, script, golden, tmp_path, *cases)
         assert done.returncode == 0, done.stdout + done.stderr
-        lines = len(small) + 3 * (len(cases) - len(small))
+        lines = len(small) + 3 * (len(cases) - len(small)) + 2 * sum("cut" in c for c in small)
         assert len(done.stdout.splitlines()) == lines, done.stdout
 
 
@@ -91,11 +93,11 @@ def test_a_process_that_dies_is_named_and_the_restart_ends_the_run(command, tmp_
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_buckets_are_sent_in_order_while_backward_goes_on(monkeypatch, dtype):
-    monkeypatch.setattr(parallel, "world", lambda: 2)
-    monkeypatch.setattr(parallel.Gradients, "BUCKET", 2**13)
+    monkeypatch.setattr(process_group, "world_size", lambda: 2)
+    monkeypatch.setattr(ddp.DDPGradSync, "BUCKET", 2**13)
     net = small_teacher().requires_grad_(True)
     net.compute_in(dtype)
-    gradients = parallel.Gradients(net)
+    gradients = ddp.DDPGradSync(net, ranks=2)
     count = len(gradients.buckets)
     sent = []
 
@@ -125,8 +127,8 @@ def test_buckets_are_sent_in_order_while_backward_goes_on(monkeypatch, dtype):
 def test_gradients_of_float32_are_those_that_autograd_adds_up(monkeypatch):
     """To the bit, in buckets of any size, over three rounds, the second time anew."""
     plain, ours = (small_teacher().requires_grad_(True) for _ in range(2))
-    monkeypatch.setattr(parallel.Gradients, "BUCKET", 2**10)
-    gradients = parallel.Gradients(ours)
+    monkeypatch.setattr(ddp.DDPGradSync, "BUCKET", 2**10)
+    gradients = ddp.DDPGradSync(ours)
     grads = [p.grad for p in ours.parameters()]
     for step in range(2):
         for p in plain.parameters():
@@ -156,10 +158,10 @@ class Event:
 
 
 def test_a_host_is_a_step_ahead_of_its_device_and_does_not_wait_without_end(monkeypatch):
-    monkeypatch.setattr(parallel, "world", lambda: 2)
-    monkeypatch.setattr(parallel, "_group", SimpleNamespace(minutes=0.001))
+    monkeypatch.setattr(process_group, "world_size", lambda: 2)
+    monkeypatch.setattr(process_group, "_group", SimpleNamespace(minutes=0.001))
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    pace = parallel.Pace(torch.device("cuda", 0))
+    pace = process_group.host_throttle(torch.device("cuda", 0))
     pace.step()  # with nothing before it
     Event.ended = 1
     pace.step()
@@ -174,13 +176,13 @@ def test_a_host_is_a_step_ahead_of_its_device_and_does_not_wait_without_end(monk
 def test_connections_between_devices_are_left_open_where_one_may_still_wait(monkeypatch):
     closed = []
     group = SimpleNamespace(hosts="hosts", patient="patient", saving="saving")
-    monkeypatch.setattr(parallel, "world", lambda: 2)
-    monkeypatch.setattr(parallel, "_group", group)
-    monkeypatch.setattr(parallel, "abandoned", False)
+    monkeypatch.setattr(process_group, "world_size", lambda: 2)
+    monkeypatch.setattr(process_group, "_group", group)
+    monkeypatch.setattr(failure, "abandoned", False)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", closed.append)
-    parallel._leave(torch.device("cuda", 0), orderly=False)
+    process_group._leave(torch.device("cuda", 0), orderly=False)
     assert closed == ["hosts", "patient", "saving"]
-    assert parallel.abandoned and parallel._group is None
+    assert failure.abandoned and process_group._group is None
 
 
 def test_running_out_of_memory_names_the_phase_and_the_next_micro_batch(
@@ -189,7 +191,7 @@ def test_running_out_of_memory_names_the_phase_and_the_next_micro_batch(
     def full(self, draw):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
 
-    monkeypatch.setattr(Distiller, "generator_round", full)
+    monkeypatch.setattr(SiD, "generator_loss", full)
     status, error = run_command("train", *command[2:], "--kimg", 0.02, "--out", tmp_path / "run")
     assert status == 2 and error.strip().count("\n") == 0
     for words in ("generator step, round 1 of 1", "2.00 GiB", "--micro-batch 2"):
@@ -197,37 +199,39 @@ def test_running_out_of_memory_names_the_phase_and_the_next_micro_batch(
     assert "GPU 0" not in error
     with pytest.raises(OutOfMemory):
         Distiller(small_teacher(), Settings(batch_size=4)).step()
-    assert smaller_micro_batch(Settings(batch_size=24, micro_batch=4), processes=2) == 3
+    assert smaller_micro_batch(Settings(batch_size=24, micro_batch=4), ranks=2) == 3
     assert smaller_micro_batch(Settings(batch_size=2, micro_batch=1)) is None
 
 
 def test_a_layout_that_cannot_be_is_refused():
     cpu = torch.device("cpu")
-    with pytest.raises(UserError, match=r"zero3.*fsdp"):
-        parallel.plan("zero3", small_teacher(), cpu)
     with pytest.raises(UserError, match="shard_group=3"):
-        parallel.plan("hsdp", small_teacher(), cpu, shard_group=3)
-    assert parallel.plan("auto", small_teacher(), cpu).mesh is None
+        fsdp.plan("hsdp", cpu, lambda shards, gathered: 0, shard_group=3)
+    assert fsdp.plan("auto", cpu, lambda shards, gathered: 0).mesh is None
 
 
 @pytest.mark.parametrize(
     ("memory", "node", "mesh", "gathered"),
     [
         (80.0, 8, None, True),  # half of it holds the whole state
-        (79.9, 8, (8,), True),  # 16 + 24/8 bytes a parameter
+        (79.9, 8, (8,), True),  # 16 + 24/8 MB
         (37.9, 8, (8,), False),
-        (44.1, 4, (2, 4), True),  # two nodes; 16 + 24/4 bytes
+        (44.1, 4, (2, 4), True),  # two nodes; 16 + 24/4 MB
         (43.9, 4, (2, 4), False),
     ],
 )
 def test_auto_goes_by_the_memory(monkeypatch, memory, node, mesh, gathered):
-    net = torch.nn.Linear(1000, 1000, bias=False)
     properties = SimpleNamespace(total_memory=memory * 1e6)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setattr(parallel, "world", lambda: 8)
-    monkeypatch.setattr(parallel, "init_device_mesh", lambda kind, shape, **_: (kind, shape))
+    monkeypatch.setattr(process_group, "world_size", lambda: 8)
+    monkeypatch.setattr(fsdp, "init_device_mesh", lambda kind, shape, **_: (kind, shape))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(node))
-    found = parallel.plan("auto", net, torch.device("cuda"))
+    whole = 16e6  # of 40 MB of state, what every rank needs while weights stay gathered
+
+    def state_bytes(shards, gathered):
+        return int(whole * gathered + (40e6 - whole * gathered) / shards)
+
+    found = fsdp.plan("auto", torch.device("cuda"), state_bytes)
     assert found.mesh == (mesh and ("cuda", mesh)) and found.gathered is gathered
     if mesh:
         assert ("gathered block by block" in found.text) != gathered

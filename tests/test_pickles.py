@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from sid_fast.errors import UserError
-from sid_fast.files import pickles
-from sid_fast.files.pickles import read_pickle
+from sid_fast.io import pickles
+from sid_fast.io.pickles import read_pickle
 
 NETWORKS = ["ddpmpp_uncond", "ddpmpp_cond", "ncsnpp_uncond", "adm_cond"]
 

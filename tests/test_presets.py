@@ -3,9 +3,9 @@
 import pytest
 
 from sid_fast import pretrain, train
-from sid_fast.config.cli import presets
-from sid_fast.config.settings import check, rounds_of
-from sid_fast.files.download import TEACHERS
+from sid_fast.cli import presets
+from sid_fast.config.types import check, grad_accum_steps
+from sid_fast.models.teachers import TEACHERS
 
 KINDS = {"train": train.TrainConfig, "pretrain": pretrain.PretrainConfig}
 
@@ -15,7 +15,7 @@ def test_preset_is_valid(kind, name):
     config = KINDS[kind](**presets(kind)[name])
     check(config)
     for processes in (1, 8):
-        rounds_of(config, processes)
+        grad_accum_steps(config, processes)
 
 
 def test_the_published_presets_are_all_there_with_their_teachers():

@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 from test_dataset import make_zip, png
 
+from sid_fast.data import readers
+from sid_fast.data.datasets import ImageDataset, write_dataset
+from sid_fast.data.readers import choose, read
 from sid_fast.errors import UserError
-from sid_fast.evaluation import reader
-from sid_fast.evaluation.reader import choose, read
-from sid_fast.files.dataset import ImageDataset, write_dataset
 
 CPU = torch.device("cpu")
 RNG = np.random.default_rng(0)
@@ -120,7 +120,7 @@ def test_a_flipped_bit_in_the_zip_is_noticed(tmp_path, kind):
 
 
 def test_without_dali_the_plain_reader_says_what_it_costs(monkeypatch, capsys):
-    monkeypatch.setitem(reader.sys.modules, "nvidia.dali", None)
+    monkeypatch.setitem(readers.sys.modules, "nvidia.dali", None)
     assert choose("auto") == "plain"
     assert "slower" in capsys.readouterr().err
     with pytest.raises(UserError, match="pip install"):

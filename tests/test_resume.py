@@ -15,9 +15,12 @@ from safetensors import SafetensorError
 from test_distiller import small_teacher
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
-from sid_fast.config.settings import Settings
+from sid_fast.config.types import Settings
 from sid_fast.distiller import Distiller
-from sid_fast.engine.checkpoint import (
+from sid_fast.errors import UserError
+from sid_fast.io import safetensors
+from sid_fast.models.registry import save_network
+from sid_fast.training.checkpoint import (
     HEADER,
     States,
     find_state,
@@ -25,10 +28,7 @@ from sid_fast.engine.checkpoint import (
     read_header,
     restarted,
 )
-from sid_fast.engine.loop import Loop
-from sid_fast.errors import UserError
-from sid_fast.files import snapshots
-from sid_fast.files.network import save_network
+from sid_fast.training.loop import Loop
 
 LAST = "state-000000040"
 
@@ -147,6 +147,11 @@ def test_a_state_of_other_settings_names_the_first_that_differs(tmp_path):
     teacher.model.map_layer0.bias.data += 1
     with pytest.raises(UserError, match="teacher"):
         load_state(state, Distiller(teacher, settings))
+    header = json.loads((state / HEADER).read_text())
+    del header["identity"]["random numbers"]  # as a state was before they were counted by sample
+    (state / HEADER).write_text(json.dumps(header))
+    with pytest.raises(UserError, match="random numbers=None, this run has random numbers=Philox"):
+        load_state(state, Distiller(small_teacher(), settings))
 
 
 def test_what_is_no_state_is_refused(tmp_path):
@@ -267,14 +272,14 @@ def test_a_full_disk_at_the_end_is_a_failure_with_the_last_good_state_intact(
 def test_a_snapshot_that_cannot_be_written(tmp_path, monkeypatch, run_command, at, status):
     """At the start there is no run, on the way a warning, at the end a failure behind the state."""
     save_network(tmp_path / "teacher.safetensors", small_teacher())
-    real = snapshots.save_file
+    real = safetensors.save_file
 
     def full(tensors, path, metadata):
         if f"snapshot-{at:010d}" in str(path):
             raise SafetensorError("I/O error: No space left on device")
         real(tensors, path, metadata)
 
-    monkeypatch.setattr(snapshots, "save_file", full)
+    monkeypatch.setattr(safetensors, "save_file", full)
     out = tmp_path / "run"
     found, error = run_command(
         "train", "--teacher", tmp_path / "teacher.safetensors", "--batch-size", 4,

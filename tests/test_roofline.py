@@ -6,15 +6,15 @@ import pytest
 from test_distiller import SMALL
 
 from benchmarks import record, roofline
-from sid_fast.engine import cost
-from sid_fast.engine.cards import Card
 from sid_fast.errors import UserError
+from sid_fast.tools import op_counter
+from sid_fast.tools.gpu_specs import Specs
 
-CARD = Card(80, bandwidth=2.0, tflops={"bf16": 100.0}, source="made up")
+CARD = Specs(80, bandwidth=2.0, tflops={"bf16": 100.0}, source="made up")
 
 
 def op(flops, nbytes, layer="a", kind="convolution"):
-    return cost.Op("x", kind, layer, flops, nbytes, (1,))
+    return op_counter.Op("x", kind, layer, flops, nbytes, (1,))
 
 
 def test_the_floor_is_the_longer_of_compute_and_memory():
@@ -37,7 +37,7 @@ def test_norms_are_their_layers_alone():
 
 
 def test_the_command_counts_draws_and_keeps(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(roofline, "network_of", lambda teacher: SMALL)
+    monkeypatch.setattr(roofline, "network_config", lambda teacher: SMALL)
     options = roofline.Options(preset="digits", images=4, out=str(tmp_path))
     roofline.run(options, set())
     shown = capsys.readouterr().out

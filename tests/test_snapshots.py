@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from sid_fast.errors import UserError
-from sid_fast.files.snapshots import read_snapshot, write_snapshot
+from sid_fast.io.safetensors import read_snapshot, write_snapshot
 
 CONFIG = {"kind": "adm", "channel_mult": [1, 2], "dropout": 0.1, "name": "σ", "filter": None}
 

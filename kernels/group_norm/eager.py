@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from sid_fast.kernels.dropout import dropout as drop
+
 
 class Normed(NamedTuple):
     """What a group norm gives; each output takes a gradient of its own.
@@ -38,9 +40,10 @@ def group_norm_ref(
     shift: torch.Tensor | None = None,
     silu: bool = True,
     dropout: float = 0.0,
+    seed: torch.Tensor | None = None,
     resample: str | None = None,
 ) -> Normed:
-    """group_norm in plain PyTorch; dropout draws from torch's generator."""
+    """group_norm in plain PyTorch; without a seed dropout draws from torch's generator."""
     h = x if residual is None else x + residual
     if x_bias is not None:
         h = h + x_bias[:, None, None].to(h.dtype)
@@ -56,7 +59,7 @@ def group_norm_ref(
     if silu:
         y = F.silu(y)
     if dropout:
-        y = F.dropout(y, dropout)
+        y = F.dropout(y, dropout) if seed is None else drop(y, dropout, seed)
     if resample is None:
         return Normed(y, h, h, beside, None)
     change = {"down": _halved, "up": _doubled}[resample]

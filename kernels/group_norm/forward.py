@@ -1,14 +1,13 @@
 """The forward kernel."""
 
 from sid_fast.kernels._triton import tl, triton
+from sid_fast.kernels.dropout import dropout_key, keep_mask
 from sid_fast.kernels.group_norm.device import (
     affine,
     block_of_program,
-    dropout_key,
     fold,
     group_sums,
     joined,
-    keep_mask,
     load_channels,
     load_rows,
     offsets,

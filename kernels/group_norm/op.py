@@ -3,6 +3,7 @@
 import torch
 
 from sid_fast.kernels import _apex
+from sid_fast.kernels._operator import operator
 from sid_fast.kernels.dispatch import choose
 from sid_fast.kernels.group_norm.backward import backward_kernel
 from sid_fast.kernels.group_norm.eager import Normed, group_norm_ref
@@ -30,18 +31,6 @@ def _resampled_size(x: torch.Tensor, resample: str | None) -> list[int]:
 def _empty(x: torch.Tensor, channels: int, size: list[int]) -> torch.Tensor:
     shape = (len(x), channels, *size)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-_LIBRARY = torch.library.Library("sid_fast", "FRAGMENT")
-
-
-def _operator(name: str, function, fake):
-    """Registers torch.ops.sid_fast.<name>. A custom_op would cost 10 us of Python more a call."""
-    _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
-    for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, function, key)
-    torch.library.register_fake(f"sid_fast::{name}", fake)
-    return getattr(torch.ops.sid_fast, name).default
 
 
 def _launch_forward(
@@ -177,8 +166,8 @@ def _backward_fake(
     )
 
 
-_forward = _operator("group_norm", _launch_forward, _forward_fake)
-_backward = _operator("group_norm_backward", _launch_backward, _backward_fake)
+_forward = operator("group_norm", _launch_forward, _forward_fake)
+_backward = operator("group_norm_backward", _launch_backward, _backward_fake)
 
 
 def _dense(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -261,10 +250,10 @@ def group_norm(
     dtype of x; C = C1 + C2. weight and bias are [C]; x_bias is [C1], float32; add, scale and shift
     are [N, C], scale and shift together. resample is None, "down" (the mean of 2x2 pixels) or "up"
     (every pixel becomes 2x2). dropout is the probability of a zero, 0 ≤ dropout < 1, 0 outside
-    training. seed is an int64 [2] on the device of x, the key and stream of the dropout; without
-    one it is drawn from torch's generator. For a given C, H and W, whether an element is zeroed
-    depends on seed, sample, channel and pixel alone (Philox 2x32-10), not on groups, dtype, batch
-    size or launch configuration. The reference takes torch's own dropout.
+    training. seed is an int64 [3] on the device of x: key, stream and index of the first sample;
+    without one it is drawn from torch's generator. For a given C, H and W, whether an element is
+    zeroed depends on key, stream, index of the sample, channel and pixel alone (Philox 2x32-10),
+    not on groups, dtype, batch size, backend or launch configuration.
 
     Outputs have the dtype of x, in channels-last order from the Triton kernel. ValueError for a
     combination that has no kernel (resample with dropout or beside) or for shapes that do not fit.
@@ -282,10 +271,10 @@ def group_norm(
     if implementation == "reference":
         return group_norm_ref(
             x, weight, bias, groups, eps, beside=beside, x_scale=x_scale, silu=silu,
-            dropout=dropout, resample=resample, **parts,
+            dropout=dropout, seed=seed, resample=resample, **parts,
         )  # fmt: skip
     if dropout and seed is None:
-        seed = torch.randint(-(2**63), 2**63 - 1, (2,), device=x.device)
+        seed = torch.randint(-(2**63), 2**63 - 1, (3,), device=x.device)
     x, beside, residual = map(_dense, (x, beside, residual))
     out = _GroupNorm.apply(
         x, beside, residual, x_bias, weight, bias, add, scale, shift, seed if dropout else None,

@@ -1,1 +1,1 @@
-"""What a run is told: settings, presets, and the command line made of them."""
+"""Settings: dataclasses with ranges and choices, and the presets."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sid_fast.files.atomic import atomic_path
+from sid_fast.io.atomic import atomic_path
 
 
 def draw_curve(

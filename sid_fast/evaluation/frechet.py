@@ -2,7 +2,7 @@
 
 import torch
 
-from sid_fast.engine import parallel
+from sid_fast.performance import process_group
 
 
 class Moments:
@@ -25,9 +25,11 @@ class Moments:
 
     def reduce(self) -> None:
         """Take in what the other processes have; every process needs to have had an image."""
-        self.count = int(parallel.sum_(torch.full((1,), self.count, device=self.total.device)))
+        self.count = int(
+            process_group.all_reduce_sum(torch.full((1,), self.count, device=self.total.device))
+        )
         for values in (self.total, self.products):
-            parallel.sum_(values)
+            process_group.all_reduce_sum(values)
 
     def moments(self, correction: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean [D] and covariance [D, D] over N − correction, in float64."""

@@ -9,14 +9,14 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from tqdm import tqdm
 
-from sid_fast.engine import parallel
-from sid_fast.engine.graphs import Replayed
 from sid_fast.errors import UserError
-from sid_fast.evaluation.detectors import Detector, Pixels
+from sid_fast.evaluation.features import Detector, Pixels
 from sid_fast.evaluation.frechet import Moments, frechet_distance
 from sid_fast.evaluation.metrics import inception_score, kernel_distance, precision_recall
-from sid_fast.generate import inputs, make
-from sid_fast.networks import EDMNetwork
+from sid_fast.models import EDMNetwork
+from sid_fast.performance import process_group
+from sid_fast.performance.cuda_graphs import Replayed
+from sid_fast.sampling import generate_images, seed_inputs
 
 KEPT = 50_000  # images whose features are kept: 0.4 GB of the Inception network's
 GENERATED = 512  # images made at a time
@@ -59,7 +59,7 @@ class Sample:
 
 def share(items: Sequence) -> Sequence:
     """What is this process's work: the items in turn, to rank after rank."""
-    return items[parallel.rank() :: parallel.world()]
+    return items[process_group.rank() :: process_group.world_size()]
 
 
 def generated(
@@ -79,8 +79,8 @@ def generated(
     # and the whole copy of a sharded network is another each time.
     call = Replayed(net) if cuda_graph else net
     for i in range(0, len(mine), GENERATED):
-        latents, classes = inputs(mine[i : i + GENERATED], net.config, None)
-        yield make(net, latents, classes, init_sigma, steps, call)
+        latents, classes = seed_inputs(mine[i : i + GENERATED], net.config, None)
+        yield generate_images(net, latents, classes, init_sigma, steps, call)
 
 
 def look(
@@ -94,11 +94,11 @@ def look(
 
     The same from any number of processes, to the rounding of float64.
     """
-    if total < max(parallel.world(), 2):
+    if total < max(process_group.world_size(), 2):
         raise UserError(f"{total} images are too few: it takes 2, and 1 on every process")
     mine, keep = len(share(range(total))), len(share(range(min(total, KEPT))))
     sums, kept = Moments(), []
-    hide = True if parallel.rank() else None
+    hide = True if process_group.rank() else None
     with tqdm(total=mine, desc=title, unit="img", disable=hide, leave=False) as bar:
         images = iter(batches)
         while True:
@@ -114,7 +114,7 @@ def look(
             bar.update(len(some))
     with clock("moments"):
         sums.reduce()
-        features = parallel.gather(torch.cat(kept), min(total, KEPT))
+        features = process_group.gather(torch.cat(kept), min(total, KEPT))
     assert sums.count == total, f"{sums.count} images were looked at, not {total}"
     return Sample(*sums.moments(), total, features)
 

@@ -1,1 +1,0 @@
-"""How a step runs: device, processes, optimiser, checkpoints and the loop around it."""

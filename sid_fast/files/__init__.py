@@ -1,1 +1,0 @@
-"""Reading and writing of files: networks, data sets, images and downloads."""

@@ -1,0 +1,121 @@
+"""Files by path or https URL; URLs are downloaded once and checked."""
+
+import hashlib
+import http.client
+import os
+import re
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path, PurePosixPath
+
+from tqdm import tqdm
+
+from sid_fast.errors import UserError
+from sid_fast.io.atomic import atomic_path
+from sid_fast.io.cache import user_cache
+
+
+def fetch(source: str, others: str = "") -> Path:
+    """Return a local file for a path or an https URL.
+
+    others: what else the caller takes, to be named where there is no such file.
+
+    URLs are downloaded once, to the folder in $SID_FAST_CACHE or the user's cache. `URL#sha256=HEX`
+    is checked against the digest, on every use; without one the digest is printed. Several
+    processes may fetch the same URL at once.
+
+    Raises UserError if there is no such file, the URL is not https, the download fails or ends
+    early, or the digest differs.
+    """
+    if "://" in source:
+        url, sha256 = _split_digest(source)
+    else:
+        if not Path(source).exists():
+            raise UserError(f"{source} does not exist: give a file, an https URL{others}")
+        return Path(source)
+
+    _require_https(url)
+    name = PurePosixPath(url.partition("?")[0]).name
+    target = cache_folder() / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
+    if not target.exists():
+        with atomic_path(target) as temporary:
+            _download(url, temporary)
+            _verify(url, temporary, sha256)
+    elif sha256 is not None:
+        _verify(url, target, sha256)
+    return target
+
+
+def _split_digest(source: str) -> tuple[str, str | None]:
+    url, _, fragment = source.partition("#")
+    if fragment and not re.fullmatch(r"sha256=[0-9a-fA-F]{64}", fragment):
+        raise UserError(f"{source}: after # only sha256= and 64 hexadecimal digits may stand")
+    return url, fragment.removeprefix("sha256=").lower() or None
+
+
+def cache_folder() -> Path:
+    """The folder of downloads, made if need be; UserError if it cannot be."""
+    folder = Path(os.environ.get("SID_FAST_CACHE") or user_cache())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the cache folder {folder} cannot be made ({error.strerror}): "
+            "set SID_FAST_CACHE to a folder you can write to"
+        ) from error
+    return folder
+
+
+def _require_https(url: str) -> None:
+    if not url.lower().startswith("https://"):
+        raise UserError(f"{url} is not an https URL: download it yourself and give its path")
+
+
+class _HttpsRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request, response, code, message, headers, new_url):
+        _require_https(new_url)
+        return super().redirect_request(request, response, code, message, headers, new_url)
+
+
+def _download(url: str, path: Path) -> None:
+    opener = urllib.request.build_opener(_HttpsRedirects)
+    try:
+        with opener.open(url, timeout=60) as response, open(path, "wb") as file:
+            total = response.length
+            with tqdm(total=total, desc=url, unit="B", unit_scale=True, disable=None) as bar:
+                while chunk := response.read(1 << 20):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+            size = file.tell()
+    except urllib.error.HTTPError as error:
+        raise UserError(
+            f"{url}: the server answered {error.code} {error.reason}: check the address"
+        ) from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise UserError(
+            f"{url} cannot be downloaded ({getattr(error, 'reason', error)}): "
+            "try again, or download it yourself and give its path"
+        ) from error
+    if total is not None and size != total:
+        raise UserError(f"{url} ended after {size} of {total} bytes: try again")
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _verify(url: str, path: Path, sha256: str | None) -> None:
+    found = file_sha256(path)
+    if sha256 is None:
+        print(f"not verified; to pin it give {url}#sha256={found}", file=sys.stderr)
+    elif found != sha256:
+        raise UserError(
+            f"{url} has sha256 {found}, not {sha256}: delete {path} if it is there "
+            "and download again, or give the URL with the digest you trust"
+        )

@@ -1,0 +1,127 @@
+"""Score identity Distillation (Zhou et al., ICML 2024, arXiv 2404.04057), algorithm 1.
+
+A frozen teacher f_φ, a generator G_θ and a fake score f_ψ all start from the teacher's weights.
+Every step first fits f_ψ to the generator's images and then moves G_θ along the difference of
+the two scores:
+
+    (1)  ψ:  λ(σ)·‖f_ψ(x_t) − y‖²     λ = (σ² + σ_data²)/(σ·σ_data)²,  ln σ ~ N(−1.2, 1.2²)
+    (2)  θ:  dᵀ((r − y) − α·d) / w    r = f_φ(x_t),  d = r − f_ψ(x_t),  w = mean|y − r|
+
+with y = G_θ(σ_init·z), x_t = y + σ·ε, z and ε ~ N(0, I). y is held constant in (1), w in (2).
+"""
+
+import copy
+import dataclasses
+from typing import ClassVar
+
+import torch
+
+from sid_fast import augment, losses, noise, sampling
+from sid_fast.augment import Parameters
+from sid_fast.config.types import Settings
+from sid_fast.errors import UserError
+from sid_fast.kernels import Losses
+from sid_fast.methods.base import Method, Phase, RandomStream, one_hot_labels
+from sid_fast.models import EDMNetwork
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """The random inputs of n samples in one phase.
+
+    z [n, C, R, R] before ×σ_init; sigma [n, 1, 1, 1]; noise [n, C, R, R] before ×σ; class_labels
+    one-hot [n, label_dim] or None; augment the parameters of sid_fast.augment, or None.
+    """
+
+    z: torch.Tensor
+    sigma: torch.Tensor
+    noise: torch.Tensor
+    class_labels: torch.Tensor | None = None
+    augment: Parameters | None = None
+
+
+class SiD(Method):
+    """teacher: the network to distil. label_weights [label_dim]: in what proportion classes are
+
+    drawn; uniform if None. UserError for settings that the teacher does not allow.
+    """
+
+    averaged = "generator"
+    progress: ClassVar = {
+        "fake/loss": "fake",
+        "generator/loss": "generator",
+        "generator/distance": "‖f_φ-f_ψ‖²",
+    }
+
+    def __init__(
+        self, teacher: EDMNetwork, settings: Settings, label_weights: torch.Tensor | None = None
+    ):
+        s = settings
+        if s.augment_p and not teacher.config.augment_dim:
+            raise UserError(
+                f"augment_p={s.augment_p}: the teacher takes no augmentation labels, so "
+                "warped images would leak into the generator; use augment_p 0"
+            )
+        self.settings, self.label_weights = settings, label_weights
+        self.teacher = teacher
+        self.generator, self.fake_score = copy.deepcopy(teacher), copy.deepcopy(teacher)
+        self.generator.config = dataclasses.replace(
+            teacher.config, init_sigma=s.init_sigma, dropout=s.dropout
+        )
+        self.networks = {"fake_score": self.fake_score, "generator": self.generator}
+        self.frozen = {"teacher": teacher}
+        self.phases = (
+            Phase(
+                "fake", "fake_score", self.sample_fake_inputs, self.fake_score_loss,
+                lambda images: s.fake_lr, s.fake_beta1, s.fake_loss_scale,
+            ),
+            Phase(
+                "generator", "generator", self.sample_generator_inputs, self.generator_loss,
+                lambda images: s.generator_lr, s.generator_beta1, s.generator_loss_scale,
+            ),
+        )  # fmt: skip
+
+    def fake_score_loss(self, draw: Draw) -> Losses:
+        """Equation (1), on augmented y where the settings say so."""
+        labels = None
+        with torch.no_grad():
+            y = self.generate(draw)
+            if draw.augment is not None:
+                y, labels = augment.apply(y, draw.augment)
+        return losses.fake_score_loss(
+            self.fake_score, y, draw.sigma, draw.noise, draw.class_labels, labels
+        )
+
+    def generator_loss(self, draw: Draw) -> Losses:
+        """Equation (2); its gradient reaches y directly and through both frozen networks."""
+        y = self.generate(draw)
+        return losses.generator_loss(
+            self.teacher, self.fake_score, y, draw.sigma, draw.noise, self.settings.alpha,
+            draw.class_labels,
+        )  # fmt: skip
+
+    def generate(self, draw: Draw) -> torch.Tensor:
+        """y = G_θ(σ_init·z), NaN for a sample whose inputs are not finite: its loss is masked.
+
+        The NaN is put behind the network, so that no gradient inside it ever meets one.
+        """
+        finite = losses.finite(draw.z, draw.class_labels)
+        z, labels = (losses.keep(finite, v) for v in (draw.z, draw.class_labels))
+        y = sampling.one_step(self.generator, z, labels, self.settings.init_sigma)
+        return torch.where(finite.reshape(-1, 1, 1, 1), y, torch.nan)
+
+    def sample_fake_inputs(self, rng: RandomStream) -> Draw:
+        warp = augment.draw(rng, self.settings.augment_p) if self.settings.augment_p else None
+        return self._sample(rng, noise.fake_score_sigma(rng.normal("sigma", 1, 1, 1)), warp)
+
+    def sample_generator_inputs(self, rng: RandomStream) -> Draw:
+        t = rng.uniform("sigma", 1, 1, 1) * (self.settings.tmax / 1000)
+        return self._sample(rng, noise.generator_sigma(t))
+
+    def _sample(
+        self, rng: RandomStream, sigma: torch.Tensor, warp: Parameters | None = None
+    ) -> Draw:
+        config = self.teacher.config
+        shape = config.channels, config.resolution, config.resolution
+        labels = one_hot_labels(rng, config.label_dim, self.label_weights)
+        return Draw(rng.normal("z", *shape), sigma, rng.normal("noise", *shape), labels, warp)

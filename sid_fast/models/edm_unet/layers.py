@@ -1,0 +1,209 @@
+"""The layers of the three networks, with the published parameter names."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sid_fast import kernels
+from sid_fast.errors import UserError
+from sid_fast.kernels.attention import blocked_order
+from sid_fast.kernels.dispatch import choose
+from sid_fast.models.edm_unet.config import groups_of
+
+# How a layer's weight and bias are drawn: (rule, factor of the weight, factor of the bias).
+Init = tuple[str, float, float]
+
+
+def draw(shape: tuple[int, ...], rule: str, fan_in: int, fan_out: int) -> torch.Tensor:
+    """A parameter drawn by one of the three rules: float32."""
+    if rule == "xavier_uniform":
+        return (torch.rand(shape) * 2 - 1) * math.sqrt(6 / (fan_in + fan_out))
+    if rule == "kaiming_uniform":
+        return (torch.rand(shape) * 2 - 1) * math.sqrt(3 / fan_in)
+    assert rule == "kaiming_normal"
+    return torch.randn(shape) * math.sqrt(1 / fan_in)
+
+
+class Leaf(NamedTuple):
+    """A tensor that a network computes with and that receives a gradient in backward.
+
+    parts: row ranges, each with the parameters whose sum it holds (in the tensor's dtype); the
+    gradient of the rows is the gradient of each of these parameters.
+    """
+
+    tensor: torch.Tensor
+    parts: list[tuple[slice, tuple[nn.Parameter, ...]]]
+
+
+WHOLE = slice(None)
+
+
+def weight_of(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """A layer's weight in the compute type: its copy where there is one, else a cast."""
+    return layer.weight.to(dtype) if layer.compute_weight is None else layer.compute_weight
+
+
+def bias_of(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor | None:
+    """The same of its bias; None where it has none."""
+    if layer.bias is None or layer.compute_bias is not None:
+        return layer.compute_bias
+    return layer.bias.to(dtype)
+
+
+class Linear(nn.Module):
+    """[N, in] -> [N, out], in the dtype of the input."""
+
+    # Copies in the compute type; see EDMNetwork.compute_in.
+    compute_weight: torch.Tensor | None = None
+    compute_bias: torch.Tensor | None = None
+
+    def __init__(self, fan_in: int, fan_out: int, init: Init, bias: bool = True):
+        super().__init__()
+        rule, weight_factor, bias_factor = init
+        self.weight = nn.Parameter(draw((fan_out, fan_in), rule, fan_in, fan_out) * weight_factor)
+        self.bias = (
+            nn.Parameter(draw((fan_out,), rule, fan_in, fan_out) * bias_factor) if bias else None
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, weight_of(self, x.dtype), bias_of(self, x.dtype))
+
+
+class Conv2d(nn.Module):
+    """A square convolution with optional resampling by two; kernel 0 only resamples.
+
+    `resample` is "up", "down" or None. Resampling comes before the convolution, except in the
+    fused form, where "down" filters after it, the paddings of both taken at once.
+    """
+
+    # Copies in the compute type; see EDMNetwork.compute_in.
+    compute_weight: torch.Tensor | None = None
+    compute_bias: torch.Tensor | None = None
+
+    def __init__(
+        self,
+        fan_in: int,
+        fan_out: int,
+        kernel: int,
+        init: Init,
+        resample: str | None = None,
+        filter: tuple[int, ...] = (1, 1),
+        fused: bool = False,
+    ):
+        super().__init__()
+        self.resample, self.fused = resample, fused
+        self.weight = self.bias = None
+        if kernel:
+            rule, weight_factor, bias_factor = init
+            fans = fan_in * kernel**2, fan_out * kernel**2
+            shape = (fan_out, fan_in, kernel, kernel)
+            self.weight = nn.Parameter(draw(shape, rule, *fans) * weight_factor)
+            self.bias = nn.Parameter(draw((fan_out,), rule, *fans) * bias_factor)
+        taps = torch.tensor(filter, dtype=torch.float32)
+        taps = torch.outer(taps, taps) / taps.sum() ** 2
+        self.register_buffer("resample_filter", taps[None, None] if resample else None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = None if self.weight is None else weight_of(self, x.dtype)
+        bias = bias_of(self, x.dtype)
+        w_pad = 0 if weight is None else weight.shape[-1] // 2
+        if self.resample:
+            f_pad = (self.resample_filter.shape[-1] - 1) // 2
+            if self.fused and self.resample == "down":
+                x = self._filter(F.conv2d(x, weight, padding=w_pad + f_pad), 0)
+                return x + bias[:, None, None]
+            x = self._filter(x, f_pad)
+        return x if weight is None else F.conv2d(x, weight, bias, padding=w_pad)
+
+    def _filter(self, x: torch.Tensor, padding: int) -> torch.Tensor:
+        channels = x.shape[1]
+        taps = self.resample_filter.to(x.dtype).expand(channels, -1, -1, -1)
+        if self.resample == "down":
+            return F.conv2d(x, taps, stride=2, padding=padding, groups=channels)
+        return F.conv_transpose2d(x, taps * 4, stride=2, padding=padding, groups=channels)
+
+
+class QKV(Conv2d):
+    """The 1x1 convolution before attention, its rows in the order that kernels.attention reads.
+
+    A state_dict has them in the published order, interleaved inside a head.
+    """
+
+    def __init__(self, channels: int, heads: int, init: Init):
+        super().__init__(channels, channels * 3, 1, init)
+        self.channels, self.heads = channels, heads
+
+    def order(self) -> torch.Tensor:
+        """The published row that each of ours is; its argsort, the other way round."""
+        return blocked_order(self.channels, self.heads)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in (f"{prefix}weight", f"{prefix}bias"):
+            destination[name] = destination[name][self.order().argsort()]
+
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        for name in (f"{prefix}weight", f"{prefix}bias"):
+            if name in state_dict:
+                state_dict[name] = state_dict[name][self.order()]
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+class GroupNorm(nn.Module):
+    """GroupNorm with what follows it in a block; see kernels.group_norm.
+
+    PyTorch's form takes its parameters in the compute type, the kernels in float32.
+    """
+
+    compute_weight: torch.Tensor | None = None
+    compute_bias: torch.Tensor | None = None
+
+    def __init__(self, channels: int, eps: float):
+        super().__init__()
+        self.groups, self.eps = groups_of(channels), eps
+        if channels % self.groups:
+            raise UserError(
+                f"network: model_channels and channel_mult give a layer of {channels} channels, "
+                f"which does not divide into {self.groups} groups"
+            )
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: torch.Tensor, **around) -> kernels.Normed:
+        weight, bias = self.weight, self.bias
+        if choose("group_norm") == "reference":
+            weight, bias = weight_of(self, x.dtype), bias_of(self, x.dtype)
+        return kernels.group_norm(x, weight, bias, self.groups, self.eps, **around)
+
+
+class PositionalEmbedding(nn.Module):
+    """[N] -> [N, width]: [cos, sin] of x·10000^(−j/(width/2 − endpoint)), j < width/2.
+
+    swap: [sin, cos].
+    """
+
+    def __init__(self, width: int, endpoint: bool, swap: bool):
+        super().__init__()
+        self.width, self.endpoint, self.swap = width, endpoint, swap
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        half = self.width // 2
+        j = torch.arange(half, dtype=torch.float32, device=x.device)
+        angles = torch.outer(x, 10000 ** (j / (self.endpoint - half)))
+        parts = [angles.sin(), angles.cos()] if self.swap else [angles.cos(), angles.sin()]
+        return torch.cat(parts, dim=1)
+
+
+class FourierEmbedding(nn.Module):
+    """[N] -> [N, width]: [sin, cos] of 2π·freqs·x, the frequencies drawn once."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("freqs", torch.randn(width // 2) * 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        angles = torch.outer(x, 2 * math.pi * self.freqs)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -1,0 +1,79 @@
+"""Networks to and from files: published pickles and our own .safetensors."""
+
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from sid_fast.errors import UserError
+from sid_fast.io.download import fetch
+from sid_fast.io.pickles import read_pickle
+from sid_fast.io.safetensors import read_snapshot, write_snapshot
+from sid_fast.models import EDMNetwork, NetworkConfig
+from sid_fast.models.teachers import TEACHERS
+
+
+def load_network(path: str | Path) -> EDMNetwork:
+    """The network in an EDM or SiD pickle or in one of our .safetensors; eval mode, float32, CPU.
+
+    path is a file, a run folder (its newest snapshot), an https address, or a name: of a
+    published teacher (`cifar10-uncond`, …) or `digits`, the one that comes with the package.
+    The architecture comes from the file. Nothing in the file is executed. Raises UserError
+    naming the file when it is missing, damaged, or holds a network that cannot be built.
+    """
+    file = _locate(str(path))
+    try:
+        if file.suffix == ".safetensors":
+            state, values = read_snapshot(file)
+            config = NetworkConfig.from_dict(values)
+        else:
+            pickled = read_pickle(file)
+            state = pickled.state
+            config = NetworkConfig.from_published(pickled.class_name, pickled.init_kwargs)
+        with torch.device("meta"):
+            net = EDMNetwork(config)
+        _check(state, net.state_dict())
+    except UserError as error:
+        message = str(error)
+        raise UserError(message if str(file) in message else f"{file}: {message}") from None
+    net.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    return net.requires_grad_(False).eval()
+
+
+def _locate(path: str) -> Path:
+    if Path(path).is_dir():
+        snapshots = sorted(Path(path).glob("snapshot-*.safetensors"))
+        if not snapshots:
+            raise UserError(f"{path} is a folder without a snapshot-*.safetensors; name a file")
+        return snapshots[-1]
+    if path == "digits" and not Path(path).exists():
+        return Path(str(resources.files("sid_fast") / "teachers" / "digits.safetensors"))
+    if path in TEACHERS:
+        return fetch(TEACHERS[path].source)
+    return fetch(path, ", a run folder or one of digits, " + ", ".join(TEACHERS))
+
+
+def network_config(teacher: str) -> NetworkConfig:
+    """The configuration of a teacher; of a published one without its file."""
+    known = TEACHERS.get(teacher)
+    return known.network if known else load_network(teacher).config
+
+
+def _check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    if missing := sorted(set(expected) - set(found)):
+        raise UserError(f"weights do not fit: {missing[0]} is missing ({len(missing)} in all)")
+    if extra := sorted(set(found) - set(expected)):
+        raise UserError(f"weights do not fit: {extra[0]} is unknown ({len(extra)} in all)")
+    for name, value in expected.items():
+        if not found[name].is_floating_point():
+            raise UserError(f"weights do not fit: {name} is {found[name].dtype}, not float")
+        if found[name].shape != value.shape:
+            raise UserError(
+                f"weights do not fit: {name} is {tuple(found[name].shape)}, "
+                f"the network needs {tuple(value.shape)}"
+            )
+
+
+def save_network(path: str | Path, net: EDMNetwork) -> None:
+    """Write weights and configuration as one .safetensors, atomically."""
+    write_snapshot(path, net.state_dict(), net.config.to_dict())

@@ -1,0 +1,1 @@
+"""How a step runs fast, one optimisation a file."""

@@ -1,0 +1,1 @@
+"""What looks at whole steps from outside: estimates, GPU figures, the micro-batch."""

@@ -1,0 +1,1 @@
+"""When things happen: the step, the loop, states, logs."""

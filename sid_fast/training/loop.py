@@ -1,0 +1,358 @@
+"""The loop around the steps: progress, logs, snapshots, states, signals and faults."""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from sid_fast.config.types import RunOptions, smaller_micro_batch
+from sid_fast.errors import OutOfMemory, RunFailed, UserError, WriteFailed
+from sid_fast.io.atomic import atomic_path
+from sid_fast.performance import process_group
+from sid_fast.performance.compile import shown
+from sid_fast.training.checkpoint import PATTERN, States, Trainer, launch, load_state, sweep
+from sid_fast.training.logging import Log, read_log
+
+FAILURES = 20  # failed steps in a row before a run gives up
+HANGUP = (errno.EPIPE, errno.EIO)  # of a pipe without a reader, and of a terminal that has gone
+FAULTS = ("dropped", "nonfinite", "skipped", "failed")
+
+
+def open_folder(options: RunOptions, name: str, resume: Path | None) -> Path:
+    """The folder of a run, made and writable; by default the next number below runs/."""
+    folder = Path(options.out) if options.out else None
+    if folder and any(folder.glob(PATTERN)) and not (resume and folder.samefile(resume.parent)):
+        raise UserError(
+            f"{folder} already holds a run; --resume {folder} goes on with it, another --out "
+            "starts a new one"
+        )
+    try:
+        if folder is None:
+            number = process_group.broadcast_from_rank0(lambda: _next_number(name))
+            folder = Path("runs") / f"{number:03d}-{name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"out={folder} cannot be written ({error.strerror}); choose another --out"
+        ) from None
+    return folder
+
+
+def _next_number(name: str) -> int:
+    """Make the next numbered folder, even if another run is doing so at the same moment."""
+    number = max((int(d.name[:3]) for d in Path("runs").glob("[0-9][0-9][0-9]-*")), default=-1)
+    while True:
+        number += 1
+        with contextlib.suppress(FileExistsError):
+            Path(f"runs/{number:03d}-{name}").mkdir(parents=True)
+            return number
+
+
+@contextlib.contextmanager
+def signals(nothing_to_save: Callable[[], bool]) -> Iterator[list[signal.Signals]]:
+    """SIGTERM, SIGINT, SIGHUP become entries of a list, read between steps; the second one kills.
+
+    Under torchrun it does not: Ctrl-C reaches us from the terminal and again from torchrun, which
+    kills by itself what has not ended in time. While there is nothing to save a signal ends the
+    process at once (SystemExit), in the middle of a compilation if need be.
+    """
+    caught: list[signal.Signals] = []
+
+    def catch(number: int, frame: object) -> None:
+        if nothing_to_save():
+            raise SystemExit(128 + number)
+        caught.append(signal.Signals(number))
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            restore()
+
+    def restore() -> None:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup's wish
+        numbers.append(signal.SIGHUP)
+    before = {s: signal.signal(s, catch) for s in numbers}
+    try:
+        yield caught
+    finally:
+        restore()
+
+
+class Meter:
+    """Steps a second since the last reading, with what was paused left out."""
+
+    def __init__(self) -> None:
+        self.start, self.steps = time.perf_counter(), 0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - began
+
+    def read(self) -> float:
+        now = time.perf_counter()
+        rate = self.steps / (now - self.start)
+        self.start, self.steps = now, 0
+        return rate
+
+
+class Loop:
+    """Steps a trainer through its run, and writes what should be left of it into a folder.
+
+    snapshot(folder) writes what the trainer has made so far, evaluate(folder) measures it if
+    options.eval_every says when; both return figures for the log and are called on every process.
+    Only the first process writes logs and states. name: of the folder, if the options do not say;
+    headline: what is trained, in a line.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        options: RunOptions,
+        snapshot: Callable[[Path], dict[str, float]],
+        name: str,
+        headline: str,
+        evaluate: Callable[[Path], dict[str, float]] | None = None,
+    ):
+        self.trainer, self.options = trainer, options
+        self.snapshot, self.evaluate = snapshot, evaluate
+        self.name, self.headline = name, headline
+        self.end = round(options.kimg * 1000)
+        self.meter = Meter()
+        self.pace = process_group.host_throttle(trainer.device)
+
+    def run(self, resume: Path | None = None) -> None:
+        """Run to the end, from the start or from a state.
+
+        A signal stops it behind the step with its state saved (SystemExit, 128 + signal).
+        What cannot be written on the way is a warning. Raises RunFailed when step after step fails,
+        or when a file of the end cannot be written, and UserError where the first one cannot, or,
+        with a smaller micro-batch, when memory runs out.
+        """
+        header = load_state(resume, self.trainer) if resume else None
+        self.folder = open_folder(self.options, self.name, resume)
+        self.options = dataclasses.replace(self.options, out=str(self.folder), resume=None)
+        first = process_group.rank() == 0
+        self.states = States(self.folder, self.trainer, self.options, self.options.keep_states)
+        if first:
+            sweep(self.folder)
+            config = dataclasses.asdict(self.options) | launch()
+            text = json.dumps(config, indent=2, ensure_ascii=False)
+            with atomic_path(self.folder / "config.json") as temporary:
+                temporary.write_text(text + "\n", "utf-8")
+        process_group.barrier()
+        if not (self.folder / "config.json").exists():
+            raise UserError(
+                f"out={self.folder} is another folder for process {process_group.rank()} than "
+                "for the first: choose one that all nodes share"
+            )
+        with contextlib.ExitStack() as stack:
+            log = Log(self.folder, self.trainer.images if resume else -1) if first else None
+            self.log = log and stack.enter_context(log)
+            self.bar = stack.enter_context(
+                tqdm(
+                    total=self.end,
+                    initial=self.trainer.images,
+                    unit="img",
+                    unit_scale=True,
+                    disable=not (first and sys.stderr.isatty()),
+                )
+            )
+            self.started = self.trainer.steps
+            caught = stack.enter_context(signals(self._nothing_to_save))
+            stack.push(self._stopped_early)
+            self._say(f"{self.headline}; run folder {self.folder}")
+            if header:
+                self._say(f"resumed {resume} at {self.trainer.images / 1000:g} kimg")
+                count = process_group.world_size()
+                if header["processes"] != count:
+                    self._say(
+                        f"note: {header['processes']} processes wrote it and {count} go on: the "
+                        "same run up to rounding, not to the bit"
+                    )
+                before = self.trainer.images - self.trainer.settings.batch_size
+                if self._to_evaluate(before) and not process_group.broadcast_from_rank0(
+                    self._evaluated
+                ):
+                    self._call("evaluation", self.evaluate)
+            else:
+                self._call("snapshot", self.snapshot)
+                if self.evaluate:
+                    self._call("evaluation", self.evaluate)
+            self._steps(caught)
+            self._say(f"done: snapshots, samples and log are in {self.folder}")
+
+    def _nothing_to_save(self) -> bool:
+        return self.trainer.steps == self.started
+
+    def _stopped_early(self, kind: type | None, *exception: object) -> None:
+        if kind is SystemExit and self._nothing_to_save():
+            self._say("stopped before the end of its first step: there is no new state to save")
+
+    def _steps(self, caught: list[signal.Signals]) -> None:
+        trainer, options = self.trainer, self.options
+        self.meter = Meter()
+        failures: torch.Tensor | int = 0
+        faults: dict[str, torch.Tensor] = {}
+        stop = False
+        while trainer.images < self.end and not stop:
+            before = trainer.images
+            first = trainer.steps == self.started
+            try:
+                with shown("first step", self._say) if first else contextlib.nullcontext():
+                    metrics = trainer.step()
+            except OutOfMemory as error:
+                smaller = smaller_micro_batch(trainer.settings, process_group.world_size())
+                way = f"try --micro-batch {smaller}" if smaller else "try --parallel fsdp"
+                raise UserError(f"{error}: {way}") from error
+            self.meter.steps += 1
+            self.bar.update(trainer.images - before)
+            # Faults add up on the device until a line reports them.
+            for name in metrics:
+                if name.endswith(FAULTS):
+                    faults[name] = faults.get(name, 0) + metrics[name]
+            failed = sum(v for name, v in metrics.items() if name.endswith("failed")) > 0
+            failures = (failures + 1) * failed
+            stop = process_group.all_reduce_any(bool(caught))
+            self.pace.step()
+            end = trainer.images >= self.end
+
+            if end or trainer.steps % options.log_every == 0:
+                self._report(metrics | faults)
+                faults.clear()
+                if failures >= FAILURES:
+                    self._give_up()
+            elif trainer.steps == self.started + 2:  # an early word on how long it will take
+                self._report(metrics, keep=False)
+            if first:  # it compiles
+                self.meter = Meter()
+            self._warn(self.states.poll())
+            unwritten = []
+            looking = end or self._crossed(before, options.snapshot_every)
+            evaluating = self._to_evaluate(before)
+            saving = end or stop or evaluating or self._crossed(before, options.state_every)
+            if looking or saving:
+                self.pace.catch_up()
+            with self.meter.paused():
+                if looking:
+                    unwritten += self._call("snapshot", self.snapshot)
+                if saving:
+                    self._warn(self.states.begin())
+                if evaluating and not stop:
+                    # A machine that is taken away while the evaluation lasts leaves a whole state.
+                    self._finish() if end else self._warn(self.states.finish())
+                    unwritten += self._call("evaluation", self.evaluate)
+                    stop = process_group.all_reduce_any(bool(caught))
+        self._finish()
+        if unwritten and trainer.images >= self.end:
+            raise RunFailed(f"{unwritten[0]}; the state is saved: {self.states.path}")
+        if trainer.images < self.end:
+            number = caught[0] if caught else signal.SIGTERM
+            self._say(
+                f"{number.name}: stopped with the state saved; --resume {self.folder} goes on"
+            )
+            raise SystemExit(128 + number)
+
+    def _crossed(self, before: int, every_kimg: float) -> bool:
+        every = every_kimg * 1000
+        return before // every != self.trainer.images // every
+
+    def _to_evaluate(self, before: int) -> bool:
+        at = self.trainer.images
+        return self.evaluate is not None and (
+            at >= self.end or self._crossed(before, self.options.eval_every)
+        )
+
+    def _finish(self) -> None:
+        """Wait for the last state, and fail where it cannot be written."""
+        if problem := self.states.finish():
+            kept = sorted(p.name for p in self.folder.glob(PATTERN))
+            last = f"the last good state is {kept[-1]}" if kept else "there is no state of this run"
+            raise RunFailed(f"{problem}; {last}")
+
+    def _warn(self, problem: object) -> None:
+        if problem:
+            self._say(f"warning: {problem}; training goes on")
+
+    def _call(self, what: str, make: Callable[[Path], dict[str, float]]) -> list[WriteFailed]:
+        """Make and record it; returns, with a warning, what a run that has begun cannot write."""
+        try:
+            with shown(what, self._say):
+                figures = make(self.folder)
+        except WriteFailed as error:
+            if not self.trainer.steps:
+                raise
+            process_group.barrier()
+            self._say(f"warning: {error}")
+            return [error]
+        process_group.barrier()
+        self._record(figures)
+        parts = [f"{self.trainer.images / 1000:9.2f} kimg  {what}"]
+        self._say("  ".join(parts + [f"{name} {value:.4g}" for name, value in figures.items()]))
+        return []
+
+    def _say(self, line: str) -> None:
+        if self.log:
+            try:
+                tqdm.write(line, file=sys.stdout)
+                sys.stdout.flush()
+            except OSError as error:  # on a full disk, say, the line alone is lost
+                if error.errno in HANGUP:
+                    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+                    signal.raise_signal(signal.SIGHUP)
+
+    def _record(self, values: dict[str, float]) -> None:
+        if self.log and values:
+            try:
+                self.log.write(self.trainer.images, values)
+            except WriteFailed as error:
+                self._warn(error)
+
+    def _report(self, metrics: dict[str, torch.Tensor], keep: bool = True) -> None:
+        """One line, and one record; reading the metrics waits for the device."""
+        self.pace.catch_up()
+        values = {name: float(v) for name, v in metrics.items()}
+        rate = self.meter.read()
+        images = rate * self.trainer.settings.batch_size
+        left = (self.end - self.trainer.images) / images
+        progress = self.trainer.method.progress
+        parts = [
+            f"{self.trainer.images / 1000:9.2f} kimg",
+            f"{min(100 * self.trainer.images / self.end, 100):3.0f} %",
+            f"{rate:.3g} it/s",
+            f"{images:.0f} img/s",
+            "ETA " + tqdm.format_interval(max(left, 0)),
+            *(f"{label} {values[name]:.4g}" for name, label in progress.items()),
+        ]
+        parts += [f"{k} {v:.0f}" for k, v in values.items() if k.endswith(FAULTS) and v]
+        self._say("  ".join(parts))
+        if keep:
+            self._record(values | {"it_per_s": rate, "img_per_s": images})
+
+    def _evaluated(self) -> int:
+        """Whether the log has an evaluation at this point."""
+        records = read_log(self.folder / "log.jsonl")
+        return any(r["images"] == self.trainer.images and "evaluation_s" in r for r in records)
+
+    def _give_up(self) -> None:
+        self._warn(self.states.begin(keep_all=True))
+        self._finish()
+        raise RunFailed(
+            f"the last {FAILURES} steps or more failed: not one finite sample, or gradients mostly "
+            f"NaN or infinite, so there is nothing to learn from. The state is kept as "
+            f"{self.states.path}, and those before it. A new run with lower learning rates may not "
+            "come to this"
+        )
