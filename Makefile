@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test lint help
+.PHONY: train test lint release help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train   set up $(VENV) and distil the embedded digits teacher (minutes on a CPU)"
 	@echo "make test    set up $(VENV) and run all tests"
-	@echo "make lint    check style"
+	@echo "make lint    check style, types and layers"
+	@echo "make release build the sdist and, from it, the wheel into dist/"
 
 # What is installed, for a user and for a developer.
 $(VENV)/.ready: WHAT = .
@@ -33,11 +34,26 @@ test: $(VENV)/.ready-dev
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	@echo "== the layers of the package, on an installed tree"
+	@echo "== types and layers, on an installed tree"
 	rm -rf build/lint
 	$(BIN)/python -m pip install --quiet --no-deps --build-constraint constraints.txt \
 		--target build/lint .
+	MYPYPATH=build/lint $(BIN)/mypy  # before the checkout, which lacks sid_fast.kernels
 	packages=$$(cd $(VENV)/lib/python3.*/site-packages && pwd) && cd build/lint && \
 		PYTHONPATH=.:$$packages $(abspath $(BIN))/python -S -c \
 		"from importlinter.cli import lint_imports_command as lint; lint()" \
 		$(CURDIR)/pyproject.toml --no-cache
+
+# The wheel is built from the sdist, so an sdist that lacks a file fails here.
+release: $(VENV)/.ready-dev
+	test -z "$$(git status --porcelain)" || { echo "commit first: an sdist takes the tree"; exit 2; }
+	rm -rf dist build/release
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --target build/release \
+		scikit-build-core
+	PYTHONPATH=build/release $(BIN)/python -c \
+		"from scikit_build_core.build import build_sdist; build_sdist('dist')"
+	$(BIN)/python -m pip wheel --quiet --no-deps --build-constraint constraints.txt \
+		--wheel-dir dist dist/*.tar.gz
+	$(BIN)/python -m pip install --quiet --no-deps --target build/release/site dist/*.whl
+	cd build && PYTHONPATH=release/site:$$(echo $(abspath $(VENV))/lib/python3.*/site-packages) \
+		$(abspath $(BIN))/python -S -c "import sid_fast; print(sid_fast.__file__)"

@@ -12,6 +12,7 @@ the direct convolution: one by Winograd's algorithm has fewer FLOP and may fall 
 import dataclasses
 from collections import Counter
 from pathlib import Path
+from typing import Any, cast
 
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -21,7 +22,7 @@ from benchmarks.record import RESULTS, Record
 from benchmarks.train import VARIANTS, Running, one_round
 from sid_fast import cli
 from sid_fast.cli import presets
-from sid_fast.config.types import check, option
+from sid_fast.config.types import Precision, check, option
 from sid_fast.errors import UserError
 from sid_fast.performance import process_group
 from sid_fast.tools import estimator, op_counter
@@ -50,7 +51,7 @@ def kind_of(operation: str) -> str:
 
 def floors(ops: list[op_counter.Op], product: float, copy: float) -> Counter[str]:
     """The least ms by kind, at so many TFLOP/s and TB/s."""
-    found: Counter[str] = Counter()
+    found: Any = Counter()  # of floats
     for op in ops:
         kind = "convolution" if op.kind == "resampling" else op.kind
         found[kind] += max(op.flops / product, op.nbytes / copy) / 1e9
@@ -81,7 +82,7 @@ def run(options: Options, given: set[str]) -> None:
     preset = options.preset or ("cifar10-uncond" if cuda else "digits")
     if preset not in known:
         raise UserError(f"preset={preset!r} is unknown: choose from {', '.join(known)}")
-    precision = options.precision or ("bf16" if cuda else "fp32")
+    precision = cast(Precision, options.precision or ("bf16" if cuda else "fp32"))  # see below
     if precision not in PRECISIONS:
         choices = ", ".join(PRECISIONS)
         raise UserError(f"precision={precision!r} cannot be broken down: choose from {choices}")
@@ -101,7 +102,7 @@ def run(options: Options, given: set[str]) -> None:
     step = Running(variant, settings, config, device)
     operations, single = profiled(step, cuda)
     total = sum(ms for _, ms in operations.values())
-    kinds: Counter[str] = Counter()
+    kinds: Any = Counter()  # of floats
     for name, (_, ms) in operations.items():
         kinds[kind_of(name)] += ms
 

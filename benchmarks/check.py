@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,12 +29,13 @@ from benchmarks import measure
 from benchmarks.record import RESULTS, Record
 from benchmarks.train import network
 from sid_fast import Draw, Settings, cli, load_network
-from sid_fast.config.types import option
+from sid_fast.config.types import Precision, option
 from sid_fast.distiller import Distiller
 from sid_fast.errors import Fallback, RunFailed
 from sid_fast.kernels import dispatch
 from sid_fast.kernels._triton import INTERPRETED
 from sid_fast.methods.base import Phase, RandomStream
+from sid_fast.methods.sid import SiD
 from sid_fast.models import NetworkConfig
 from sid_fast.models.teachers import TEACHERS
 from sid_fast.performance import cuda_graphs, fsdp, mixed_precision, process_group
@@ -95,11 +97,11 @@ class Here:
         if not self.cuda:
             raise Skipped("needs a GPU")
 
-    def distiller(self, kind: str = "fp32", seed: int = 0, **options) -> Distiller:
+    def distiller(self, kind: Precision = "fp32", seed: int = 0, **options) -> Distiller:
         teacher = network(CIFAR10 if self.cuda else TINY, self.device)
         return Distiller(teacher, dataclasses.replace(SETTINGS, precision=kind), seed, **options)
 
-    def run(self, kind: str = "fp32", **options) -> Distiller:
+    def run(self, kind: Precision = "fp32", **options) -> Distiller:
         distiller = self.distiller(kind, **options)
         for _ in range(self.steps):
             distiller.step()
@@ -182,7 +184,8 @@ def network_agrees(here: Here, config: NetworkConfig, kind: str) -> tuple[float,
     labels = torch.eye(config.label_dim, device=here.device)[:4] if config.label_dim else None
 
     def outcome(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
-        running = copy.deepcopy(net).to(memory_format=torch.channels_last)
+        running = copy.deepcopy(net)
+        running.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # no stub
         running.compute_dtype = dtype  # parameters cast at every use: their gradients are float32
         image = x.clone().requires_grad_()
         with dispatch.forced(backend):
@@ -215,9 +218,12 @@ def replays_draws(here: Here) -> tuple[float, float, str]:
     """A graph draws what an eager step draws."""
     here.needs_gpu()
     distiller = here.distiller()
+    method = distiller.method
+    assert isinstance(method, SiD)
 
     def draw() -> list[torch.Tensor]:
-        found = distiller.method.sample_fake_inputs(RandomStream(distiller.counter, "fake", 8))
+        found = method.sample_fake_inputs(RandomStream(distiller.counter, "fake", 8))
+        assert found.augment is not None
         return [found.z, found.sigma, found.noise, *found.augment.values()]
 
     distiller.counter[1].fill_(5)
@@ -229,7 +235,7 @@ def replays_draws(here: Here) -> tuple[float, float, str]:
     return float((flat(graph()) - flat(expected)).abs().max()), 0.0, "largest difference"
 
 
-def replays(here: Here, kind: str, bound: float) -> tuple[float, float, str]:
+def replays(here: Here, kind: Precision, bound: float) -> tuple[float, float, str]:
     """A run of graphs against one without, from the same seed."""
     here.needs_gpu()
     with here.forced():
@@ -265,7 +271,7 @@ def survives(here: Here) -> tuple[float, float, str]:
                 float(metrics[f"{phase.name}/loss"])
             return metrics
 
-        found.update = reads
+        found.update = reads  # type: ignore[method-assign]  # of this one
         try:
             for _ in range(here.steps):
                 found.step()
@@ -297,12 +303,11 @@ def never_waits(here: Here, replayed: bool) -> tuple[float, float, str]:
 
 def resumes(here: Here) -> tuple[float, float, str]:
     """A run that is broken off and taken up by another process's Distiller, against a whole one."""
-    options = {"cuda_graph": here.cuda}
     with here.forced():
         start = weights(here.distiller())
-        whole = here.run(**options)
+        whole = here.run(cuda_graph=here.cuda)
         saved = {name: t.clone() for name, t in whole.tensors().items()}
-        again = here.distiller(**options)
+        again = here.distiller(cuda_graph=here.cuda)
         with torch.no_grad():
             for name, t in again.tensors().items():
                 t.copy_(saved[name])
@@ -351,13 +356,13 @@ def follows_golden(here: Here, name: str) -> tuple[float, float, str]:
         settings = dataclasses.replace(golden_settings(data), precision="fp32")
         distiller = Distiller(teacher, settings)
         draws = on(here.device, golden_draws(data, 0))
-        run = partial(distiller.run, draws)
+        run: Callable[[], Any] = partial(distiller.run, draws)
         if here.cuda:
             distiller.live.fill_(False)
             warm_up(run)
             distiller.live.fill_(True)
             run = CapturedGraph(run)
-        distiller.run = lambda _: run()
+        distiller.run = lambda inputs=None: run()  # type: ignore[method-assign]  # of this one
         for step in range(int(data["steps"])):
             put(draws, on(here.device, golden_draws(data, step)))
             distiller.step(draws)
@@ -369,8 +374,11 @@ def follows_golden(here: Here, name: str) -> tuple[float, float, str]:
 
 def on(device: torch.device, draws: dict[str, list[Draw]]) -> dict[str, list[Draw]]:
     def moved(draw: Draw) -> Draw:
-        fields = dataclasses.asdict(draw)
-        return Draw(**{k: v if v is None else v.to(device).float() for k, v in fields.items()})
+        fields: dict[str, Any] = {
+            name: value if value is None else value.to(device).float()
+            for name, value in dataclasses.asdict(draw).items()
+        }
+        return Draw(**fields)
 
     return {phase: [moved(draw) for draw in rounds] for phase, rounds in draws.items()}
 
@@ -389,11 +397,11 @@ def part_ways(distiller: Distiller) -> None:
     """Make the fake score another network than the teacher: where both agree, G has no gradient."""
     rng = torch.Generator(distiller.device).manual_seed(3)
     for p in distiller.fake_score.parameters():
-        p += 0.5 * p.std() * torch.randn(p.shape, generator=rng, device=p.device)
+        p.add_(0.5 * p.std() * torch.randn(p.shape, generator=rng, device=p.device))
     distiller.refresh()
 
 
-def stays_close(here: Here, kind: str) -> tuple[float, float, str]:
+def stays_close(here: Here, kind: Precision) -> tuple[float, float, str]:
     """A 16-bit round's gradients against float32's, of the same draws without dropout."""
     grads = {}
     for precise in ("fp32", kind):
@@ -458,10 +466,8 @@ def backends() -> dict[str, str | None]:
     found: dict[str, str | None] = {"default": None}
     with dispatch.forced(None):
         usual = {dispatch.choose(name) for name in dispatch.FORMS}
-    for name, backend in (("eager", "reference"), ("triton", "triton")):
-        if usual != {backend}:
-            found[name] = backend
-    return found
+    others = {"eager": "reference", "triton": "triton"}
+    return found | {name: backend for name, backend in others.items() if usual != {backend}}
 
 
 BACKENDS = backends()

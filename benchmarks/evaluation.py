@@ -120,8 +120,8 @@ def run(options: Options, given: set[str]) -> None:
     cuda = device.type == "cuda"
     count = options.images or (50_000 if cuda else 1000)
     config = TEACHERS["cifar10-cond"].network if cuda else SMALL
-    detector = options.detector or ("inception" if cuda else "pixels")
-    detector = load_detector(detector, device, options.trust)
+    name = options.detector or ("inception" if cuda else "pixels")
+    detector = load_detector(name, device, options.trust)
     with tempfile.TemporaryDirectory() as folder:
         made_up = Path(folder) / "made-up.zip"
         data = (
@@ -129,11 +129,13 @@ def run(options: Options, given: set[str]) -> None:
             if options.data
             else pictures(made_up, count, config.resolution)
         )
-        of = {"resolution": data.resolution, "channels": data.channels}
-        net = network(dataclasses.replace(config, **of), device).requires_grad_(False).eval()
+        config = dataclasses.replace(config, resolution=data.resolution, channels=data.channels)
+        net = network(config, device).requires_grad_(False).eval()
         path = Path(options.out or RESULTS / "evaluation.json")
-        more = {"detector": detector.name, "network": str(net.config), "data": data.path.name}
-        record = Record(path, "evaluation", **more)
+        record = Record(
+            path, "evaluation", detector=detector.name, network=str(net.config),
+            data=data.path.name,
+        )  # fmt: skip
         print(f"{record.head['device']}, {detector.name}, {len(data)} real images\n{HEAD}")
         bench = Bench(record, device, options.rounds)
         best = choose()

@@ -18,7 +18,7 @@ import functools
 import importlib
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,7 @@ def group_norm_case(form: str, place: tuple[int, ...], dtype: str, fill: bool, d
     silu = form != "norm2"
     resample = next((p for p in parts if p in ("up", "down")), None)
     dropout = 0.1 if "norm1" in parts else 0.0
-    makers = {"x": (n, channels[0], side, side)}
+    makers: dict[str, tuple[int, ...]] = {"x": (n, channels[0], side, side)}
     if "beside" in parts:
         makers["beside"] = (n, channels[1], side, side)
     if parts[0] in ("sum", "norm2"):
@@ -167,7 +167,7 @@ def group_norm_case(form: str, place: tuple[int, ...], dtype: str, fill: bool, d
     )
     forms[NCHW] = forms["eager"]
     if form in ("plain", "norm2") and _apex.installed() and device.type == "cuda":
-        forms["apex"] = lambda x, *rest: [_apex.group_norm(x, *rest[-2:], 32, 1e-6, silu)]
+        forms["apex"] = lambda x, *rest: [_apex.group_norm(x, rest[-2], rest[-1], 32, 1e-6, silu)]
     moved = [group_norm.bytes_moved(form, place, n, kind.itemsize, b) for b in (False, True)]
     shape = f"{form} {n}x{'+'.join(map(str, channels))}@{side}x{side}"
     return Case("group_norm", shape, dtype, inputs, forms, tuple(moved))
@@ -190,7 +190,8 @@ def sdpa(qkv: torch.Tensor, heads: int) -> torch.Tensor:
     """kernels.attention by PyTorch's scaled_dot_product_attention."""
     n, c3, height, width = qkv.shape
     parts = qkv.permute(0, 2, 3, 1).reshape(n, height * width, 3, heads, c3 // 3 // heads)
-    out = F.scaled_dot_product_attention(*parts.permute(2, 0, 3, 1, 4).unbind(0))
+    q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
+    out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).reshape(n, height, width, c3 // 3).permute(0, 3, 1, 2)
 
 
@@ -384,6 +385,7 @@ def adam_ema_cases(dtypes, fill, device) -> Iterator[Case]:
                 beta2=0.999, eps=1e-8, ema_beta=0.999, shadow=shadow,
             )  # fmt: skip
 
+        forms: dict[str, Callable[..., Any]]
         forms = {name: functools.partial(_update, name, call) for name in ours("adam_ema")}
         forms["eager"] = functools.partial(_update, "reference", call)
         forms["fused Adam"] = functools.partial(skilled_update, fused_adam)
@@ -488,11 +490,12 @@ def measured(case: Case, device: torch.device, ceilings: dict, rivals: set[str])
 
 def cases(options: Options, device: torch.device) -> list[Case]:
     """What is asked for, the kernels in turns, the largest cases first; on a CPU only the least."""
-    for name, value, known in (
+    asked: list[tuple[str, str, Iterable[str]]] = [
         ("kernel", options.kernel, CASES),
         *(("dtype", value, DTYPES) for value in options.dtype.split(",")),
         ("batch", options.batch, ("micro", "fill")),
-    ):
+    ]
+    for name, value, known in asked:
         if value not in known and (value or name != "kernel"):
             raise UserError(f"{name}={value!r} is unknown: choose from {', '.join(known)}")
     makers = [CASES[options.kernel]] if options.kernel else CASES.values()

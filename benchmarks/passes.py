@@ -19,10 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sid_fast import cli
-from sid_fast.config.types import Settings
+from sid_fast.config.types import Precision, Settings
 from sid_fast.kernels import dispatch
 from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.models.edm_unet.fused import Sum
+from sid_fast.models.edm_unet.unet import Block
 from sid_fast.models.teachers import TEACHERS
 from sid_fast.tools import estimator
 
@@ -118,10 +119,10 @@ BLOCKS = {
 }
 
 
-def sides(name: str, block: torch.nn.Module) -> tuple[int, int]:
+def sides(name: str, block: Block) -> int:
     """Pixels along a side where the block reads."""
     side = int(name.split(".")[1].split("x")[0])
-    return {"down": side * 2, "up": side // 2}.get(block.conv0.resample, side)
+    return {"down": side * 2, "up": side // 2}.get(block.conv0.resample or "", side)
 
 
 def of_block(config: NetworkConfig, name: str, form: str, dtype: torch.dtype) -> list[Pass]:
@@ -133,6 +134,7 @@ def of_block(config: NetworkConfig, name: str, form: str, dtype: torch.dtype) ->
     with FakeTensorMode(), dispatch.forced(form):
         net = EDMNetwork(config).train()
         block = net.model.get_submodule(name)
+        assert isinstance(block, Block)
         side = sides(name, block)
         encoder = name.startswith("enc.")
 
@@ -150,15 +152,15 @@ def of_block(config: NetworkConfig, name: str, form: str, dtype: torch.dtype) ->
         embedding = torch.empty(BATCH, config.model_channels * 4, dtype=dtype)
         with Passes(config.channels * config.resolution**2) as mode:
             if fused:
-                out, fork = block(Sum(x, residual, bias, block.skip_scale), embedding, skip)
-                ends = [out.x, out.residual] + [fork] * encoder
+                summed, fork = block(Sum(x, residual, bias, block.skip_scale), embedding, skip)
+                ends = [summed.x, summed.residual] + [fork] * encoder
             else:
                 whole = x if skip is None else torch.cat([x, skip], dim=1)
                 out = block(whole, embedding)
                 ends = [out.view_as(out), out.view_as(out)] if encoder else [out]
             grads = [torch.empty_like(end) for end in ends]
             mode.backward = True
-            wanted = [x, *([residual] if fused else []), *([skip] if beside else [])]
+            wanted = [x, *([residual] if fused else []), *([] if skip is None else [skip])]
             torch.autograd.grad(ends, [*wanted, *block.parameters()], grads, allow_unused=True)
         return mode.found
 
@@ -203,7 +205,7 @@ def lines() -> Iterator[str]:
 PRESETS = ("cifar10-uncond", "ffhq64", "imagenet64-cond")
 
 
-def of_round(preset: str, backend: str, precision: str = "bf16") -> estimator.Step:
+def of_round(preset: str, backend: str, precision: Precision = "bf16") -> estimator.Step:
     """Both phases of a preset, one round of BATCH images each."""
     given = cli.presets("train")[preset]
     fields = {f.name for f in dataclasses.fields(Settings)}
@@ -230,7 +232,7 @@ def launches(step: estimator.Step, image: int) -> dict[str, tuple[int, int]]:
             row = found.setdefault(name, [0, 0])
             row[0] += op.launches
             row[1] += op.nbytes
-    return {name: tuple(row) for name, row in found.items()}
+    return {name: (count, nbytes) for name, (count, nbytes) in found.items()}
 
 
 def launch_lines() -> Iterator[str]:
@@ -255,7 +257,7 @@ def launch_lines() -> Iterator[str]:
             total = sum(kinds.values()), sum(op.nbytes for op in step.ops)
             rows |= {"all": total}
             few = {k for k, v in rows.items() if k.startswith("- ") and v[0] < 20}
-            rows["- others"] = tuple(sum(rows[k][i] for k in few) for i in (0, 1))
+            rows["- others"] = sum(rows[k][0] for k in few), sum(rows[k][1] for k in few)
             for kind, (count, nbytes) in sorted(rows.items(), key=lambda kv: -kv[1][0]):
                 if kind not in few:
                     yield f"| {preset} | {backend} | {kind} | {count:,} | {nbytes / 2**20:,.1f} |"

@@ -9,14 +9,20 @@ import click
 
 from sid_fast import cli
 from sid_fast.cli import presets
-from sid_fast.config.types import Settings, part
+from sid_fast.config.types import Card, Precision, Settings, part
 from sid_fast.io.atomic import atomic_path
 from sid_fast.models.teachers import TEACHERS
 from sid_fast.tools import estimator, planner
 from sid_fast.train import TrainConfig
 
-MACHINES = ((1, "rtx4090"), (1, "h100"), (1, "h200"), (8, "h100"), (64, "h100"))
-PRECISION = "bf16"
+MACHINES: tuple[tuple[int, Card], ...] = (
+    (1, "rtx4090"),
+    (1, "h100"),
+    (1, "h200"),
+    (8, "h100"),
+    (64, "h100"),
+)
+PRECISION: Precision = "bf16"
 HEAD = f"""# What a run takes, planned
 
 **Estimates, all of them: nothing here was measured.** Made by `python -m benchmarks.plan`; each

@@ -8,6 +8,7 @@ results/precision/digits.json and .png.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from sid_fast import Distiller, Settings, cli, load_network
+from sid_fast.config.types import Precision
 from sid_fast.data.digits import open_dataset
 from sid_fast.evaluation import frechet_distance, moments
 from sid_fast.io.atomic import atomic_path
@@ -22,9 +24,10 @@ from sid_fast.sampling import to_uint8
 from sid_fast.training.random_streams import gallery
 
 RESULTS = Path(__file__).parent / "results" / "precision"
-PRECISIONS, SEEDS = ("fp32", "bf16", "fp16"), (0, 1, 2)
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
+SEEDS = 0, 1, 2
 STEPS, EVERY, IMAGES = 48, 8, 500
-SETTINGS = dict(
+SETTINGS: dict[str, Any] = dict(
     batch_size=16, fake_lr=4e-4, generator_lr=1.5e-4, ema_halflife_kimg=0.5, ema_rampup_ratio=0.1
 )
 
@@ -34,7 +37,7 @@ def features(images: torch.Tensor) -> torch.Tensor:
     return images.flatten(1).double() / 127.5 - 1
 
 
-def curve(precision: str, seed: int, real: tuple[torch.Tensor, torch.Tensor]) -> list[float]:
+def curve(precision: Precision, seed: int, real: tuple[torch.Tensor, torch.Tensor]) -> list[float]:
     """Distances of the average's images at the start and after every EVERY steps."""
     trainer = Distiller(
         load_network("digits"), Settings(precision=precision, **SETTINGS), seed=seed
@@ -51,7 +54,8 @@ def curve(precision: str, seed: int, real: tuple[torch.Tensor, torch.Tensor]) ->
     found = [distance()]
     for step in tqdm(range(1, STEPS + 1), desc=f"{precision}, seed {seed}"):
         metrics = trainer.step()
-        assert not metrics["generator/skipped"] and not metrics["fake/skipped"]
+        assert not metrics["generator/skipped"]
+        assert not metrics["fake/skipped"]
         if step % EVERY == 0:
             found.append(distance())
     return found

@@ -143,7 +143,7 @@ class Record:
 
 def flatten(row: dict[str, Any]) -> dict[str, Any]:
     """A row with its percentiles as columns of their own: ms_p20, …"""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in row.items():
         flat |= {f"{name}_{k}": v for k, v in value.items()} if name == "ms" else {name: value}
     return flat

@@ -123,7 +123,7 @@ class Skilled(Plain):
     """
 
     def __init__(self, teacher: EDMNetwork, settings: Settings, dtype: torch.dtype, mode: str):
-        teacher.to(memory_format=torch.channels_last)
+        teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # no stub
         super().__init__(teacher, settings, dtype)
         torch._dynamo.config.recompile_limit = 64
         for net in (self.teacher, self.generator, self.fake_score):

@@ -99,7 +99,7 @@ def _sum(table: list[dict]) -> dict:
     return {k: sum(row[k] for row in table) for k in ("calls", "gflop", "mb", "floor_us")}
 
 
-def draw(path: Path, title: str, layers: list[dict], step: list[dict], card: Card, rate: float):
+def draw(path: Path, title: str, layers: list[dict], step: list[dict], card: Specs, rate: float):
     """Left: the layers of a forward under the card's roof. Right: the step's floor by kind."""
     figure = Figure(figsize=(13, 5), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.4, 1))
@@ -152,6 +152,7 @@ def run(options: Options, given: set[str]) -> None:
             raise UserError(f"{name}={value!r} is unknown: choose from {', '.join(choices)}")
     chosen, precision, images = card(options.card), options.precision, options.images
     config = TrainConfig(**known[options.preset])
+    assert config.teacher
     network, settings = network_config(config.teacher), part(config, Settings)
     print(
         f"{options.preset}: {network}; {precision}, rounds of {images}, {options.kernels} kernels"

@@ -37,7 +37,7 @@ def kernels(rows: list[dict]) -> list[str]:
         mine = {p: t for p, t in times.items() if p in OURS}
         theirs = {p: t for p, t in times.items() if p not in OURS}
         if mine and theirs:
-            provider, rival = min(mine, key=mine.get), min(theirs, key=theirs.get)
+            provider, rival = min(mine, key=mine.__getitem__), min(theirs, key=theirs.__getitem__)
             ms = mine[provider]
             text = f"{' '.join(key):64} {ms:8.3f} ms, {shares[key, provider]:4.0%} of the floor; "
             lines.append((ms, text + f"{rival} takes {theirs[rival] / ms:.2f} times as long"))

@@ -31,7 +31,7 @@ from benchmarks.record import PERCENTILES, RESULTS, Record, percentiles
 from benchmarks.rivals import Plain, Skilled
 from sid_fast import cli, kernels
 from sid_fast.cli import presets
-from sid_fast.config.types import Settings, check, option, part
+from sid_fast.config.types import Precision, Settings, check, option, part
 from sid_fast.distiller import Distiller
 from sid_fast.errors import UserError
 from sid_fast.kernels._cuda import library
@@ -56,7 +56,7 @@ class Variant:
     """
 
     kind: str = "ours"
-    precision: str = "bf16"
+    precision: Precision = "bf16"
     kernels: Any = "triton"
     options: dict[str, Any] = dataclasses.field(default_factory=lambda: {"cuda_graph": True})
     benchmark: bool = False
@@ -77,7 +77,7 @@ def but(operation: str, form: str = "reference") -> Variant:
     return Variant(kernels=dict.fromkeys(kernels.dispatch.FORMS, "triton") | {operation: form})
 
 
-def plain(dtype: str) -> Variant:
+def plain(dtype: Precision) -> Variant:
     return Variant("plain", dtype, "reference", {}, **TUNED)
 
 
@@ -223,6 +223,7 @@ def one_round(preset: str, images: int) -> tuple[NetworkConfig, Settings]:
     """A preset's network, and its settings for a step of one round of so many images."""
     config = TrainConfig(**presets("train")[preset])
     settings = part(config, Settings)
+    assert config.teacher
     return network_config(config.teacher), dataclasses.replace(
         settings, batch_size=images, micro_batch=None
     )
@@ -248,7 +249,7 @@ class Bench:
     def run(self, preset: str, micro_batch: int, names: Iterable[str], flop: int) -> bool:
         """Whether any variant fitted into memory."""
         config, settings = one_round(preset, micro_batch)
-        self.keys = {"preset": preset, "micro_batch": micro_batch}
+        self.keys: dict[str, Any] = {"preset": preset, "micro_batch": micro_batch}
         self.flop = FORWARDS * flop * micro_batch
         alive: dict[str, Running] = {}
         written: set[str] = set()
@@ -287,7 +288,7 @@ class Bench:
         try:
             if self.device.type == "cpu" and name not in ON_CPU:
                 raise RuntimeError("needs a GPU")
-            found = Running(VARIANTS[name], settings, config, self.device)
+            found: Running | str = Running(VARIANTS[name], settings, config, self.device)
         except Exception as error:  # the others go on
             found = measure.reason(error)
         gc.collect()

@@ -9,8 +9,8 @@ from pathlib import Path
 def load(path: Path) -> ctypes.CDLL:
     """The library at `path`, with the types of its functions declared."""
     found = ctypes.CDLL(str(path))
-    pointers, numbers = [ctypes.c_void_p] * 6, [ctypes.c_double] * 3
-    arguments = [*pointers, ctypes.c_int64, *numbers, ctypes.c_int]
+    arguments: list[type[ctypes._SimpleCData]] = [ctypes.c_void_p] * 6
+    arguments += [ctypes.c_int64, *[ctypes.c_double] * 3, ctypes.c_int]
     found.sid_fast_adam_ema_host.argtypes = arguments
     found.sid_fast_adam_ema_host.restype = None
     if hasattr(found, "sid_fast_adam_ema_cuda"):

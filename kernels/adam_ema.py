@@ -6,7 +6,7 @@ the device runs at once, each of them every so many rows.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 
 import torch
@@ -103,15 +103,17 @@ def _run_adam_ema(
         )  # fmt: skip
         return nonfinite
 
+    library = _cuda.library()
+    assert library is not None  # or `choose` would not have said so
     pointers = [t.data_ptr() for t in (table, step, apply, lr, ema_beta, nonfinite)]
     arguments = *pointers, len(table), beta1, beta2, eps, shadow_type
     if step.is_cuda:
         with torch.cuda.device(step.device):
             stream = torch.cuda.current_stream().cuda_stream
-            if status := _cuda.library().sid_fast_adam_ema_cuda(*arguments, programs, stream):
+            if status := library.sid_fast_adam_ema_cuda(*arguments, programs, stream):
                 raise RuntimeError(f"adam_ema: the CUDA kernel did not start, cudaError {status}")
     else:
-        _cuda.library().sid_fast_adam_ema_host(*arguments)
+        library.sid_fast_adam_ema_host(*arguments)
     return nonfinite
 
 
@@ -171,14 +173,16 @@ def adam_ema_ref(
     return nonfinite
 
 
-def _write(apply: torch.Tensor, tensors: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+def _write(
+    apply: torch.Tensor, tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
+) -> None:
     for t, value in zip(tensors, values, strict=True):
         torch.where(apply, value, t, out=t)
 
 
 def _flat(t: torch.Tensor) -> torch.Tensor:
     """The numbers of t in the order of memory, a view if t is dense."""
-    return t.permute(sorted(range(t.dim()), key=lambda d: -t.stride(d))).reshape(-1)
+    return t.permute(sorted(range(t.dim()), key=lambda d: -t.stride()[d])).reshape(-1)
 
 
 def bytes_moved(numel: int, moment: bool, ema: bool, shadow: bool) -> int:

@@ -24,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from sid_fast.kernels import report
 from sid_fast.kernels._triton import INTERPRETED, triton
@@ -70,6 +71,10 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
+# A module, a label, and (kernel, signature, constants, num_warps, num_stages).
+Selected = tuple[str, str, tuple[Any, dict[str, str], dict[str, Any], int, int]]
+
+
 def compiled(kernel, signature: dict, constants: dict, warps: int, stages: int, arch: int):
     """What triton.compile makes of a kernel for one architecture; needs no GPU."""
     types = {name: kind.removesuffix(":16") for name, kind in signature.items()}
@@ -85,15 +90,16 @@ def compiled(kernel, signature: dict, constants: dict, warps: int, stages: int, 
     return triton.compile(source, target, {"num_warps": warps, "num_stages": stages})
 
 
-def selected(arch: int, wanted: str = "") -> Iterator[tuple[str, str, tuple]]:
+def selected(arch: int, wanted: str = "") -> Iterator[Selected]:
     """(module, label, configuration) of all, or of `wanted`: "MODULE" or "MODULE TEXT"."""
     wanted, _, part = wanted.partition(" ")
     for module in [wanted] if wanted else MODULES:
         configurations = importlib.import_module(f"sid_fast.kernels.{module}").configurations
         by_arch = inspect.signature(configurations).parameters
-        for label, *configuration in configurations(arch) if by_arch else configurations():
+        for label, *rest in configurations(arch) if by_arch else configurations():
             if part in label:
-                yield module, label, tuple(configuration)
+                kernel, signature, constants, warps, stages = rest
+                yield module, label, (kernel, signature, constants, warps, stages)
 
 
 def rows(archs: list[int], wanted: str = "") -> Iterator[Row]:
@@ -107,7 +113,7 @@ def rows(archs: list[int], wanted: str = "") -> Iterator[Row]:
 
 
 def estimates(
-    configurations: Iterable[tuple[str, str, tuple]], card: str, images: int
+    configurations: Iterable[Selected], card: str, images: int
 ) -> Iterator[report.Estimate]:
     """Compiles configurations, as `selected` gives them, for a card and estimates each."""
     for module, label, configuration in configurations:
@@ -134,7 +140,7 @@ def deviations(found: list[report.Estimate], expected: list[dict]) -> list[str]:
 
 def _report(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     expected = None
-    configurations = selected(report.ARCH, options.kernel)
+    configurations: Iterable[Selected] = selected(report.ARCH, options.kernel)
     if options.check:
         try:
             table = json.loads(options.check.read_text())

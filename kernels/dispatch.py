@@ -74,15 +74,16 @@ def force(names: str | Mapping[str, str] | None) -> None:
     """
     global _forced
     if isinstance(names, Mapping):
-        names = _forced | names
+        by_operation = _forced | dict(names)
     else:
-        names = dict.fromkeys(FORMS, names) if names else {}
-    if unknown := (set(names) - set(FORMS)) | (set(names.values()) - set(implementations())):
+        by_operation = dict.fromkeys(FORMS, names) if names else {}
+    values = set(by_operation.values())
+    if unknown := (set(by_operation) - set(FORMS)) | (values - set(implementations())):
         raise ValueError(
             f"kernels={unknown.pop()!r} is unknown: choose {', '.join(implementations())}, "
             f"for {', '.join(FORMS)}"
         )
-    _forced = names
+    _forced = by_operation
 
 
 @contextlib.contextmanager
@@ -103,7 +104,7 @@ def configure(text: str, device: torch.device) -> None:
     A name for all operations, OPERATION=NAME for single ones, or both, with commas between.
     """
     global _forced
-    names = {}
+    names: dict[str, str] = {}
     for part in text.split(","):
         operation, _, name = part.rpartition("=")
         names |= dict.fromkeys([operation] if operation else FORMS, _known(text, operation, name))

@@ -8,6 +8,7 @@ once `counter`, a tensor, has changed.
 """
 
 import math
+from typing import Any
 
 import torch
 
@@ -58,7 +59,8 @@ def philox_eager(
     key: torch.Tensor, *counter: torch.Tensor | int, rounds: int = ROUNDS
 ) -> tuple[torch.Tensor, ...]:
     """The four words of a Philox block, each in an int64; key and counters broadcast, int64."""
-    c0, c1, c2, c3 = (c & MASK for c in counter)
+    words: list[Any] = [c & MASK for c in counter]  # tensors, once a round has mixed the key in
+    c0, c1, c2, c3 = words
     k0, k1 = key & MASK, (key >> 32) & MASK
     for _ in range(rounds):
         # An int64 product keeps all 64 bits of the unsigned one; its high word is shifted in place.

@@ -94,9 +94,11 @@ def _itemsize(label: str) -> int:
 
 def _group_norm(label: str, constants: dict, images: int) -> Work:
     # Masks are drawn and weights may be frozen: neither changes which activations move.
-    way, form, sizes, side = re.fullmatch(
+    found = re.fullmatch(
         r"(forward|backward) (.+?)(?: dropout| frozen)? ([\d+]+)@(\d+)x\d+ \w+", label
-    ).groups()
+    )
+    assert found, label
+    way, form, sizes, side = found.groups()
     place = *map(int, sizes.split("+")), int(side)
     moved = _module("group_norm").bytes_moved(
         form, place, images, _itemsize(label), way == "backward"

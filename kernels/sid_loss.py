@@ -145,9 +145,8 @@ def _run_noised(
 
 
 def _noised_like(images, sigma, noise, kept, dtype, sigma_data):
-    last = {"memory_format": torch.channels_last}
-    x_t = torch.empty_like(images, dtype=torch.float32, **last)
-    scaled = torch.empty_like(images, dtype=dtype, **last)
+    x_t = torch.empty_like(images, dtype=torch.float32, memory_format=torch.channels_last)
+    scaled = torch.empty_like(images, dtype=dtype, memory_format=torch.channels_last)
     return x_t, scaled, torch.empty_like(sigma), torch.empty_like(sigma), torch.empty_like(kept)
 
 
@@ -240,8 +239,8 @@ def generator_loss_ref(teacher, fake_score, x_t, images, sigma, kept, alpha, sig
         c_out * (2 * alpha * d - e) / w,
         (c_skip - 1) * d / w,  # −d/w directly, and c_skip·d/w through x_t in r and in f
     )
-    grads = (g.to(t.dtype) for g, t in zip(grads, (teacher, fake_score, images), strict=True))
-    return loss, d.square().sum((1, 2, 3)), weight, kept, *grads
+    typed = (g.to(t.dtype) for g, t in zip(grads, (teacher, fake_score, images), strict=True))
+    return loss, d.square().sum((1, 2, 3)), weight, kept, *typed
 
 
 def _loss_context(ctx, inputs, output):

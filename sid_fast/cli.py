@@ -82,7 +82,7 @@ HEADINGS = (
 )  # fmt: skip
 
 
-class Headed:
+class Command(click.Command):
     """A command whose --help lists its options under their headings."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -97,26 +97,26 @@ class Headed:
             self.format_commands(ctx, formatter)
 
 
-class Command(Headed, click.Command):
-    """A command without subcommands."""
-
-
-class Group(Headed, click.Group):
+class Group(Command, click.Group):
     """A command with subcommands."""
 
 
 def _option(f: dataclasses.Field, hint: Any) -> click.Option:
     name = f.name.strip("_").replace("_", "-")
-    common = {"help": f.metadata["help"], "default": f.default, "show_default": True}
+    common: dict[str, Any] = {
+        "help": f.metadata["help"],
+        "default": f.default,
+        "show_default": True,
+    }
     common["heading"] = f.metadata["heading"]
     choices, kinds = members(hint)
     if kinds == (bool,):
         return Option([f"--{name}/--no-{name}", f.name], **common)
     names = [n for n in (f.metadata["short"], f"--{name}", f.name) if n]
     if choices:
-        kind = NumberOr(choices) if kinds else click.Choice(choices)
-        return Option(names, type=kind, **common)
-    kind = NumberList() if typing.get_origin(kinds[0]) is tuple else kinds[0]
+        choice = NumberOr(choices) if kinds else click.Choice(choices)
+        return Option(names, type=choice, **common)
+    kind: Any = NumberList() if typing.get_origin(kinds[0]) is tuple else kinds[0]
     metavar = {int: "N", float: "X", str: "TEXT"}.get(kind)
     return Option(names, type=kind, metavar=metavar, **common)
 
@@ -189,7 +189,7 @@ def command(
         given = {n for n in values if source(n) == click.core.ParameterSource.COMMANDLINE}
         run(config(**values), given)
 
-    common = {
+    common: dict[str, Any] = {
         "params": params,
         "callback": body,
         "help": help.replace("\n\npython", "\n\n\b\npython"),  # lines of their own
@@ -245,7 +245,8 @@ def resume(config: Any, given: set[str]) -> Path | None:
 
 def main(command: click.Command, module: str) -> None:
     """Run a command: bad input is one line on stderr and exit status 2, a failed run 1."""
-    status, message = 2, ""
+    status: Any = 2  # what sys.exit takes
+    message = ""
     usual = warnings.showwarning
 
     def show(message, category, *where, **more) -> None:

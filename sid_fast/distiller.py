@@ -1,6 +1,7 @@
 """Distiller: SiD as an object that a program can step."""
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -50,7 +51,7 @@ class Distiller(Trainer):
         self.teacher = method.teacher
         self.generator, self.fake_score = method.generator, method.fake_score
 
-    def step(self, draws: dict[str, list[Draw]] | None = None) -> dict[str, torch.Tensor]:
+    def step(self, draws: Mapping[str, Sequence[Draw]] | None = None) -> dict[str, torch.Tensor]:
         """Update the fake score, then the generator, then its average; once each.
 
         draws: for each phase one Draw a micro-batch, {"fake": […], "generator": […]}; without them

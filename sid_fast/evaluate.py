@@ -129,7 +129,7 @@ def run(config: EvaluateConfig, given: set[str]) -> None:
 
 
 def prepare(
-    config: DetectorOptions, device: torch.device
+    config: "EvaluateConfig | ReferenceConfig", device: torch.device
 ) -> tuple[Detector | Pixels, ImageDataset | None, str]:
     """The detector, the real images if any, and the reader of PNGs."""
     with process_group.main_process_first():  # it may download
@@ -141,11 +141,14 @@ def prepare(
 def by_network(config: EvaluateConfig, device: torch.device) -> list[Draw]:
     """The draws that a network makes."""
     num = config.num or NUM
-    draws = [range(i * num, (i + 1) * num) for i in range(PROTOCOLS[config.protocol][0])]
+    draws: list[Sequence[int]] = [
+        range(i * num, (i + 1) * num) for i in range(PROTOCOLS[config.protocol][0])
+    ]
     if config.seeds is not None:
         if config.num or config.protocol:
             raise UserError("seeds: are one draw; leave out --seeds, or --num and --protocol")
         draws = [cli.parse_seeds(config.seeds)]
+    assert config.network
     with process_group.main_process_first():  # it may download
         net = load_network(config.network).to(device)
     sigma = config.init_sigma or net.config.init_sigma or Settings.init_sigma
@@ -157,6 +160,7 @@ def by_files(config: EvaluateConfig, device: torch.device, reader: str) -> list[
     """One draw, of images that are there already."""
     if config.seeds is not None:
         raise UserError("seeds: are for --network; --num takes the first of --images")
+    assert config.images
     data = open_dataset(config.images)
     num = config.num or len(data)
     if num > len(data):
@@ -190,6 +194,7 @@ def report(
     print(f"{config.network or config.images}, {len(draws[0]):,} images a draw ({what})")
     print(f"against {against}, {f'{real.count:,} images' if real.count else 'of unknown number'}")
     if len(figures) > 1:
+        rule: dict[str | None, str]
         rule = {"edm": "the draw of least distance", "sid": "mean ± std of the draws"}
         print(f"{'':32} {rule[config.protocol]:32} all draws")
     for name in (n for n in reported if not n.endswith("_std")):
@@ -226,12 +231,13 @@ def run_reference(config: ReferenceConfig, given: set[str]) -> None:
     check(config)
     if not config.data:
         raise UserError("data is missing: --data dataset.zip names the real images")
-    if not (config.out or "").endswith(".npz"):
+    if not config.out or not config.out.endswith(".npz"):
         raise UserError(f"out={config.out}: give the name of an .npz file, --out stats.npz")
     open_target(config.out)
     device = process_group.pick_device(config.device)
     with process_group.joined(device):
         detector, data, reader = prepare(config, device)
+        assert data is not None
         clock = Clock(device)
         sample = reference_of(data, detector, clock, reader)
         if process_group.rank() == 0:

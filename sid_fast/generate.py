@@ -6,6 +6,7 @@ python -m sid_fast.generate --network runs/000-digits --seeds 0-63 --grid digits
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,12 +124,13 @@ def write(
     if config.grid:
         save_grid(config.grid, images)
     suffix = Path(config.out or "").suffix
-    if suffix == ".zip":
+    if config.out and suffix == ".zip":
         write_dataset(config.out, images, labels)
-    if suffix == ".npz":
-        values = {"images": images.permute(0, 2, 3, 1).numpy(), "seeds": np.array(seeds)}
+    if config.out and suffix == ".npz":
+        values: dict[str, Any] = {"images": images.permute(0, 2, 3, 1).numpy()}
+        values |= {"seeds": np.array(seeds)} | ({} if labels is None else {"labels": labels})
         with atomic_path(config.out) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **values, **({} if labels is None else {"labels": labels}))
+            np.savez_compressed(file, **values)
     places = " and ".join(p for p in (config.out, config.grid) if p)
     print(f"{len(seeds)} images: {places}")
 

@@ -6,6 +6,7 @@ place before a network sees it, and no 0·NaN can reach a sum over the batch.
 """
 
 import functools
+from typing import overload
 
 import torch
 
@@ -23,6 +24,10 @@ def finite(*tensors: torch.Tensor | None) -> torch.Tensor:
     return functools.reduce(torch.logical_and, checks)
 
 
+@overload
+def keep(kept: torch.Tensor, x: torch.Tensor) -> torch.Tensor: ...
+@overload
+def keep(kept: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor | None: ...
 def keep(kept: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor | None:
     """x with its dropped samples set to 0, and their gradient too."""
     if x is None:

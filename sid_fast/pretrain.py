@@ -45,7 +45,8 @@ class PretrainConfig(RunOptions, PretrainSettings):
         1000,
         heading="Run and output",
     )
-    lr_rampup_kimg: float | None = option(
+    # run() puts a number in the place of None before PretrainSettings are made of it.
+    lr_rampup_kimg: float | None = option(  # type: ignore[assignment]
         None,
         "the learning rate rises linearly over so many; default: a 20th of the run",
         0,

@@ -95,6 +95,10 @@ def generate_images(
         rows = torch.arange(i, i + size) % len(latents)
         z = latents[rows].to(device)
         c = None if labels is None else labels[rows].to(device)
-        x = one_step(call, z, c, init_sigma) if steps == 1 else heun(call, z, c, steps)
+        if steps == 1:
+            assert init_sigma is not None
+            x = one_step(call, z, c, init_sigma)
+        else:
+            x = heun(call, z, c, steps)
         images.append(to_uint8(x).cpu())
     return torch.cat(images)[: len(latents)]

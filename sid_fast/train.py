@@ -50,7 +50,8 @@ class TrainConfig(RunOptions, Settings):
         "data set whose label distribution to use; uniform labels without. No image is trained on",
         heading="Teacher and data",
     )
-    micro_batch: int | Literal["auto"] | None = option(
+    # run() puts a number in the place of "auto" before Settings are made of it.
+    micro_batch: int | Literal["auto"] | None = option(  # type: ignore[assignment]
         None,
         "images a forward pass on one GPU, if the batch is to be split (gradients add up); auto: "
         "the most that fit",
@@ -199,7 +200,8 @@ def micro_batch_that_fits(
         if first:
             print(line, flush=True)
 
-    most = config.micro_batch or process_group.broadcast_from_rank0(estimate)
+    asked = config.micro_batch
+    most = asked if isinstance(asked, int) else process_group.broadcast_from_rank0(estimate)
     return largest_micro_batch(batch, most, try_step, say)
 
 
@@ -225,7 +227,7 @@ def label_weights(data: ImageDataset | None, network: NetworkConfig) -> torch.Te
 
 
 PLAN = "python -m sid_fast.plan"
-MOVED = {name: PLAN for name in ("plan", "gpus", "card", "memory", "tflops", "mfu", "link")}
+MOVED = dict.fromkeys(("plan", "gpus", "card", "memory", "tflops", "mfu", "link"), PLAN)
 main = cli.command(TrainConfig, run, "train", __doc__, MOVED)
 
 if __name__ == "__main__":

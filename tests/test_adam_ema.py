@@ -136,7 +136,7 @@ def same(a, b) -> bool:
 
 @pytest.mark.parametrize("shadow", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("beta1, ema", [(0.0, True), (0.9, True), (0.0, False)])
+@pytest.mark.parametrize(("beta1", "ema"), [(0.0, True), (0.9, True), (0.0, False)])
 def test_update_matches_float64(device, implementation, beta1, ema, channels_last, shadow):
     lists = make(device, channels_last=channels_last, shadow=shadow)
     if not beta1:
@@ -265,7 +265,8 @@ def test_views_at_any_address(device, implementation, offset):
     wanted = expected(before)
     for name in ("params", "exp_avg", "exp_avg_sq", "ema"):
         assert relative(flat(lists[name]), flat(wanted[name])) <= TOLERANCE[implementation]
-        assert (buffers[name][:offset] == 7).all() and (buffers[name][-offset:] == 7).all()
+        assert (buffers[name][:offset] == 7).all()
+        assert (buffers[name][-offset:] == 7).all()
 
 
 @pytest.mark.parametrize("forced", ["triton", "cuda"])

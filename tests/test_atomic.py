@@ -11,7 +11,8 @@ from sid_fast.io.atomic import atomic_path
 def test_writes_the_file_and_leaves_nothing_else(tmp_path):
     with atomic_path(tmp_path / "a.bin") as temporary:
         assert temporary.parent == tmp_path
-        assert temporary.name.startswith("a.bin") and temporary.suffix == ".tmp"
+        assert temporary.name.startswith("a.bin")
+        assert temporary.suffix == ".tmp"
         temporary.write_bytes(b"new")
         assert not (tmp_path / "a.bin").exists()
     assert (tmp_path / "a.bin").read_bytes() == b"new"
@@ -21,9 +22,14 @@ def test_writes_the_file_and_leaves_nothing_else(tmp_path):
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_exception_leaves_the_old_file(tmp_path, error):
     (tmp_path / "a.bin").write_bytes(b"old")
-    with pytest.raises(error), atomic_path(tmp_path / "a.bin") as temporary:
-        temporary.write_bytes(b"half of the n")
-        raise error
+
+    def interrupted():
+        with atomic_path(tmp_path / "a.bin") as temporary:
+            temporary.write_bytes(b"half of the n")
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
     assert (tmp_path / "a.bin").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a.bin"]
 

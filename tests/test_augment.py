@@ -42,7 +42,7 @@ def test_augmentation_matches_golden(golden, device, implementation):
 
 
 @pytest.mark.parametrize(
-    "shape, dtype, channels_last",
+    ("shape", "dtype", "channels_last"),
     [
         ((1, 3, 8, 8), torch.float32, True),
         ((2, 2, 5, 9), torch.float32, False),
@@ -64,7 +64,8 @@ def test_warp_matches_float64(device, implementation, shape, dtype, channels_las
     if channels_last:
         images = images.to(memory_format=torch.channels_last)
     found, labels = kernels.augment(images, to_device(parameters, device))
-    assert found.dtype == dtype and found.shape == shape
+    assert found.dtype == dtype
+    assert found.shape == shape
     assert relative(found.cpu(), wanted) <= KERNEL_TOLERANCE[dtype]
     assert relative(labels.cpu(), kernel_labels(parameters)) <= 1e-6
 

@@ -54,7 +54,8 @@ def test_kernels_are_measured_beside_their_rivals(small, tmp_path):
     assert {row["provider"] for row in rows} == {"triton", "eager"}
     assert len(rows) == 2 * 3
     for row in rows:
-        assert row["status"] == "ok" and 0 < row["ms"]["p20"] <= row["ms"]["p50"]
+        assert row["status"] == "ok"
+        assert 0 < row["ms"]["p20"] <= row["ms"]["p50"]
         seconds = row["ms"]["p50"] / 1e3
         assert row["floor_share"] == pytest.approx(row["gb_s"] * 1e9 * seconds / 1e11 / seconds)
     assert len(summary.kernels(rows)) == 3
@@ -139,7 +140,9 @@ def test_a_rival_survives_a_spoiled_sample(rival):
     theirs, losses = rival(draws, settings), []
     theirs.read = losses.append
     theirs.step()
-    assert len(losses) == 2 and all(map(torch.isfinite, losses)) and losses[0] != 0
+    assert len(losses) == 2
+    assert all(map(torch.isfinite, losses))
+    assert losses[0] != 0
     assert torch.isfinite(check.weights(theirs)).all()
 
 
@@ -171,7 +174,8 @@ def test_a_step_is_broken_down_to_the_operations_that_it_runs(small, monkeypatch
         assert all(row[column] > 0 for row in kinds.values())
     assert whole["share"] == 1
     (update,) = (row for row in rows if row["name"] == "sid_fast::adam_ema")
-    assert update["kind"] == "update" and update["calls"] == 2
+    assert update["kind"] == "update"
+    assert update["calls"] == 2
     # Two networks' gradients read, weights and moments read and written, and so one average.
     weights = sum(p.numel() for p in EDMNetwork(check.TINY).parameters())
     least = (2 * (4 + 8 + 8) + 8) * weights / 0.1e9
@@ -264,7 +268,8 @@ def test_the_eager_norm_has_a_rival_in_its_own_layout():
         for make in kernels.prepared(case, provider, CPU).values():
             make()()
             images = [v for v in seen[provider] if v.dim() == 4 and min(v.shape[1:]) > 1]
-            assert images and all(v.is_contiguous() == (provider == kernels.NCHW) for v in images)
+            assert images
+            assert all(v.is_contiguous() == (provider == kernels.NCHW) for v in images)
             assert all(v.requires_grad for v in images)
 
 
@@ -313,7 +318,8 @@ def test_a_number_out_of_range_is_refused_by_name(command, field, value):
 def test_help_is_shown_in_place_of_a_run(name):
     module = importlib.import_module(f"benchmarks.{name}")
     shown = CliRunner().invoke(module.main, ["--help"])
-    assert shown.exit_code == 0 and f"python -m benchmarks.{name}" in shown.output
+    assert shown.exit_code == 0
+    assert f"python -m benchmarks.{name}" in shown.output
 
 
 def test_a_result_goes_on_where_it_is_of_the_same_commit(tmp_path, monkeypatch):
@@ -388,7 +394,9 @@ def test_the_check_of_gradients_sees_both_networks(off, monkeypatch):
 
     monkeypatch.setattr(Distiller, "accumulate", wrong)
     found, bound, note = check.stays_close(check.Here(CPU, 1), "fp16")
-    assert found == pytest.approx(0.5, abs=0.05) and found > bound and "nan" not in note
+    assert found == pytest.approx(0.5, abs=0.05)
+    assert found > bound
+    assert "nan" not in note
 
 
 @pytest.fixture
@@ -480,14 +488,18 @@ def test_an_evaluation_is_kept_stage_by_stage(monkeypatch, tmp_path):
     assert set(rows) >= {(part, of) for part in parts for of in ("reference", "generated")}
     assert ("Fréchet distance", "comparison") in rows
     dali, plain = (rows["reading", kind] for kind in ("dali", "plain"))
-    assert plain["over_plain"] == 1 and dali["over_plain"] > 0
+    assert plain["over_plain"] == 1
+    assert dali["over_plain"] > 0
     for row in rows.values():
         if row["variant"] == "comparison":
-            assert row["images"] is None and row["img_s"] is None
+            assert row["images"] is None
+            assert row["img_s"] is None
             continue
-        assert row["images"] == 20 and row["img_s"] == pytest.approx(2e4 / row["ms"]["p50"])
+        assert row["images"] == 20
+        assert row["img_s"] == pytest.approx(2e4 / row["ms"]["p50"])
     shown = summary.evaluated([dali, *(row for row in rows.values() if row["img_s"] is None)])
-    assert shown[1].endswith(f"{dali['over_plain']:.2f}") and shown[2].startswith("Fréchet")
+    assert shown[1].endswith(f"{dali['over_plain']:.2f}")
+    assert shown[2].startswith("Fréchet")
     monkeypatch.setattr(evaluation, "compare", cut_off)
     with pytest.raises(KeyboardInterrupt):
         evaluation.run(options, set())

@@ -59,7 +59,9 @@ def test_train_refuses(run_command, teacher, monkeypatch, tmp_path, arguments, w
 
 def test_train_without_a_teacher_says_how_to_give_one(run_command):
     status, error = run_command("train")
-    assert status == 2 and "--teacher" in error and "--preset" in error
+    assert status == 2
+    assert "--teacher" in error
+    assert "--preset" in error
 
 
 @pytest.mark.parametrize(
@@ -112,9 +114,12 @@ def test_train_refuses_a_folder_that_holds_a_run(run_command, teacher, tmp_path)
     arguments = ["--teacher", teacher, "--out", tmp_path / "run", "--batch-size", 4]
     assert run_command("train", *arguments, "--kimg", 0.004)[0] == 0
     status, error = run_command("train", *arguments)
-    assert status == 2 and "already holds a run; --resume" in error
+    assert status == 2
+    assert "already holds a run; --resume" in error
     status, error = run_command("train", *arguments, "--resume", "latest", "--alpha", 1)
-    assert status == 2 and "alpha=1.2" in error and "alpha=1.0" in error
+    assert status == 2
+    assert "alpha=1.2" in error
+    assert "alpha=1.0" in error
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,9 @@ def test_compiles_for_every_architecture_without_spills(kernel, tmp_path):
     table = json.loads(table.read_text())
     assert {row["arch"] for row in table} == {"sm_80", "sm_90", "sm_100"}
     for row in table:
-        assert row["spills"] == 0 and row["registers"] > 0 and row["binary"] > 0, row
+        assert row["spills"] == 0, row
+        assert row["registers"] > 0, row
+        assert row["binary"] > 0, row
 
 
 def test_every_module_with_triton_code_is_compiled():
@@ -127,7 +129,9 @@ def test_instructions_per_element_are_those_of_the_table(tmp_path):
     rows = json.loads(out.read_text())
     assert len(rows) == 14
     for row in rows:
-        assert row["card"] == "h100" and row["images"] == 64 and row["blocks_per_sm"] > 0
+        assert row["card"] == "h100"
+        assert row["images"] == 64
+        assert row["blocks_per_sm"] > 0
         assert row["issue_over_floor"] == pytest.approx(
             row["issue_us"] / row["floor_us"], abs=0.002 + 0.01 / row["floor_us"]
         )
@@ -193,7 +197,8 @@ def test_a_missing_disassembler_is_named(tmp_path):
         "compile.main(['--report', '--kernel', 'sid_loss noised 32x32 bf16'])\n",
     )
     assert done.returncode == 2, done.stderr
-    assert "nvdisasm" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert "nvdisasm" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 def test_what_is_stored_by_the_counted_path_is_the_output():

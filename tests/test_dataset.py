@@ -42,8 +42,10 @@ def test_round_trip(tmp_path):
     dataset = ImageDataset(tmp_path / "a.zip")
     assert (len(dataset), dataset.resolution, dataset.channels, dataset.label_dim) == (4, 8, 3, 3)
     assert dataset.path == tmp_path / "a.zip"
-    assert dataset.labels.dtype == np.int64 and dataset.labels.tolist() == [2, 0, 1, 2]
-    assert dataset[2].dtype == np.uint8 and np.array_equal(dataset[2], RGB[2])
+    assert dataset.labels.dtype == np.int64
+    assert dataset.labels.tolist() == [2, 0, 1, 2]
+    assert dataset[2].dtype == np.uint8
+    assert np.array_equal(dataset[2], RGB[2])
     assert np.array_equal(dataset.images(), RGB)
 
 
@@ -91,7 +93,8 @@ def test_other_layouts_sorted_by_name_and_foreign_files_ignored(tmp_path, kind):
                 data if isinstance(data, bytes) else json.dumps(data).encode()
             )
     dataset = ImageDataset(path)
-    assert dataset.labels.tolist() == [7, 6, 5] and dataset.label_dim == 8
+    assert dataset.labels.tolist() == [7, 6, 5]
+    assert dataset.label_dim == 8
     for i, seed in enumerate([1, 3, 2]):
         assert np.array_equal(dataset[i], colour(seed).transpose(2, 0, 1))
 
@@ -99,7 +102,8 @@ def test_other_layouts_sorted_by_name_and_foreign_files_ignored(tmp_path, kind):
 def test_null_labels(tmp_path):
     members = {"a.png": png(colour()), "dataset.json": {"labels": None}}
     dataset = ImageDataset(make_zip(tmp_path / "a.zip", members))
-    assert dataset.labels is None and dataset.label_dim == 0
+    assert dataset.labels is None
+    assert dataset.label_dim == 0
 
 
 def test_palette_becomes_rgb(tmp_path):
@@ -135,7 +139,8 @@ def refused(path, match):
     with pytest.raises(UserError) as caught:
         ImageDataset(path).images()
     message = str(caught.value)
-    assert str(path) in message and "\n" not in message
+    assert str(path) in message
+    assert "\n" not in message
     assert match in message.replace(str(path), "")
 
 
@@ -233,7 +238,9 @@ def test_any_damage_is_a_user_error(tmp_path):
         for position in rng.integers(len(data), size=3):
             damaged[position] = rng.integers(256)
         path.write_bytes(damaged)
+        message = str(path)
         try:
             ImageDataset(path).images()
         except UserError as error:
-            assert str(path) in str(error)
+            message = str(error)
+        assert str(path) in message

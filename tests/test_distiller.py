@@ -149,7 +149,8 @@ def test_draws_follow_the_settings():
     assert (draws["fake"][0].augment["rotate"] != 0).all()
     assert draws["generator"][0].augment is None
     labels = draws["fake"][0].class_labels
-    assert labels.sum(1).eq(1).all() and labels.mean(0).sub(0.1).abs().max() < 0.03
+    assert labels.sum(1).eq(1).all()
+    assert labels.mean(0).sub(0.1).abs().max() < 0.03
 
 
 @pytest.mark.parametrize(
@@ -240,7 +241,8 @@ def test_a_step_without_a_finite_sample_changes_nothing():
     for rounds in draws.values():
         rounds[0].z.fill_(torch.nan)
     metrics = distiller.step(draws)
-    assert bool(metrics["fake/skipped"]) and bool(metrics["generator/skipped"])
+    assert bool(metrics["fake/skipped"])
+    assert bool(metrics["generator/skipped"])
     assert all(torch.equal(v, before[k]) for k, v in distiller.tensors().items())
     assert not bool(distiller.step()["generator/skipped"])
 

@@ -75,7 +75,8 @@ def cached(tmp_path):
 def test_downloads_once(paths, tmp_path, capsys):
     path = fetch(URL)
     assert path.read_bytes() == BODY
-    assert path.parent == tmp_path / "cache" and path.name.endswith("-ok.pkl")
+    assert path.parent == tmp_path / "cache"
+    assert path.name.endswith("-ok.pkl")
     assert f"{URL}#sha256={DIGEST}" in capsys.readouterr().err
     assert fetch(URL) == path
     assert paths == ["/nets/ok.pkl"]
@@ -95,7 +96,8 @@ def test_local_paths_are_returned_as_they_are(tmp_path, monkeypatch):
 
 def test_digests(paths, tmp_path, capsys):
     path = fetch(f"{URL}#sha256={DIGEST.upper()}")
-    assert path.read_bytes() == BODY and capsys.readouterr().err == ""
+    assert path.read_bytes() == BODY
+    assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match=f"has sha256 {DIGEST}, not 0000"):  # of the cached file
         fetch(f"{URL}#sha256={'0' * 64}")
     path.unlink()
@@ -154,7 +156,8 @@ def test_a_body_of_unknown_length(paths):
 def test_several_processes_at_once(paths, tmp_path):
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(fetch, [URL] * 8))
-    assert len(set(results)) == 1 and results[0].read_bytes() == BODY
+    assert len(set(results)) == 1
+    assert results[0].read_bytes() == BODY
     assert len(cached(tmp_path)) == 1
 
 
@@ -187,6 +190,7 @@ def test_the_cache_needs_no_platformdirs(tmp_path, monkeypatch, chosen):
         assert user_cache() == expected
     monkeypatch.setitem(sys.modules, "platformdirs", None)  # importing it fails
     assert user_cache() == expected
-    assert cache_folder() == expected and expected.is_dir()
+    assert cache_folder() == expected
+    assert expected.is_dir()
     compile_blocks()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(expected / "inductor")

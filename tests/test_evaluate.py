@@ -115,7 +115,8 @@ def test_features_do_not_depend_on_the_company(script):
     detector = load_detector(str(script), CPU, trust=True, batch=4)
     with torch.autocast("cpu", torch.bfloat16):
         whole = detector(images)
-    assert whole.dtype == torch.float32 and whole.shape == (10, 12)
+    assert whole.dtype == torch.float32
+    assert whole.shape == (10, 12)
     assert torch.equal(whole, torch.cat([detector(images[:3]), detector(images[3:])]))
     module = torch.jit.load(script).eval()
     assert torch.allclose(whole, module(images, return_features=True), atol=1e-5)
@@ -203,21 +204,25 @@ def test_statistics_are_measured_once_and_again_when_the_zip_changes(real, scrip
         return float(reference_of(ImageDataset(real), detector, clock).mean.sum())
 
     first = look()
-    assert look() == first and len(measured) == 1
+    assert look() == first
+    assert len(measured) == 1
     # Copied elsewhere it is the same data set.
     before, content = real.stat(), real.read_bytes()
     real.rename(real.with_name("moved.zip"))
     real.write_bytes(content)
-    assert look() == first and len(measured) == 1
+    assert look() == first
+    assert len(measured) == 1
     # One of another content is not, though size and time of change are made to agree.
     write_dataset(real, 255 - ImageDataset(real).images())
     changed = real.read_bytes()
     if len(changed) == len(content):
         os.utime(real, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert look() != first and len(measured) == 2
+    assert look() != first
+    assert len(measured) == 2
     # Nor are those of another detector.
     detector = load_detector(str(script), CPU, trust=True)
-    assert look() != first and len(measured) == 3
+    assert look() != first
+    assert len(measured) == 3
 
 
 def test_a_byte_changed_in_place_gives_another_digest(real):
@@ -256,7 +261,8 @@ def test_features_of_a_large_set_are_spread_over_it(tmp_path, monkeypatch):
     spread = [3 * i // 2 for i in range(100)]
     assert found.features.shape == (100, 64)
     assert np.allclose(found.features, pixels[spread], atol=1e-6)
-    assert found.count == 150 and np.allclose(found.mean, pixels.mean(0))
+    assert found.count == 150
+    assert np.allclose(found.mean, pixels.mean(0))
 
 
 # --- generation
@@ -359,13 +365,15 @@ def test_protocols(run_command, network, real, tmp_path, capsys):
     base = ["--network", network, "--data", real, "--detector", "pixels", "--num", 12]
     base += ["--metrics", "fid"]
     edm = results(run_command, tmp_path, *base, "--protocol", "edm")
-    assert edm["seeds"] == [[0, 11], [12, 23], [24, 35]] and edm["covariance_over"] == "N-1"
+    assert edm["seeds"] == [[0, 11], [12, 23], [24, 35]]
+    assert edm["covariance_over"] == "N-1"
     distances = [d["frechet_distance"] for d in edm["draws"]]
     assert len(set(distances)) == 3
     assert edm["reported"]["frechet_distance"] == min(distances)
     sid = results(run_command, tmp_path, *base, "--protocol", "sid")
     draws = [d["frechet_distance"] for d in sid["draws"]]
-    assert len(draws) == 10 and sid["covariance_over"] == "N"
+    assert len(draws) == 10
+    assert sid["covariance_over"] == "N"
     assert sid["reported"]["frechet_distance"] == pytest.approx(np.mean(draws))
     assert sid["reported"]["frechet_distance_std"] == pytest.approx(np.std(draws))
     # Over N on both sides: the covariance part shrinks, the means' does not.
@@ -431,7 +439,9 @@ def test_a_reference_of_another_shape_is_refused(run_command, network, tmp_path)
     write_dataset(tmp_path / "a.zip", pictures(5, 3))
     base = ["--network", network, "--data", tmp_path / "a.zip", "--detector", "pixels"]
     status, error = run_command("evaluate", *base, "--num", 4)
-    assert status == 2 and "192" in error and "64" in error
+    assert status == 2
+    assert "192" in error
+    assert "64" in error
 
 
 # --- real images
@@ -460,6 +470,7 @@ def test_real_images_are_near_and_noise_and_blur_are_far(run_command, tmp_path):
         write_dataset(tmp_path / "half.zip", half)
         near = distance(clean, name)
         grades = [distance(clean + 255 * s * dirt, name) for s in steps]
-        assert grades == sorted(grades) and near < grades[0]
+        assert grades == sorted(grades)
+        assert near < grades[0]
         assert grades[-1] > 3 * near
         assert distance(half, name) == pytest.approx(0, abs=1e-6)

@@ -33,9 +33,11 @@ def test_the_largest_estimated_to_fit_is_tried_first_then_smaller_ones():
     device = Device(room=20)
     assert device.fit(96, 50) == 16
     assert device.tried == [48, 32, 24, 16]
-    assert "48" in device.said[0] and device.said[-1].startswith("micro-batch 16 of 96")
+    assert "48" in device.said[0]
+    assert device.said[-1].startswith("micro-batch 16 of 96")
     device = Device(room=1000)
-    assert device.fit(96, 50) == 48 and device.tried == [48]
+    assert device.fit(96, 50) == 48
+    assert device.tried == [48]
 
 
 def test_another_process_that_is_too_small_counts(monkeypatch):
@@ -95,7 +97,8 @@ def test_auto_tries_a_whole_step_and_changes_nothing(monkeypatch, precision):
     monkeypatch.setattr(Distiller, "rehearse", lambda self: steps.append(self) or rehearse(self))
     cpu = torch.device("cpu")
     assert train.micro_batch_that_fits(teacher, config, cpu, fsdp.WHOLE) == 2
-    assert len(steps) == 1 and steps[0].samples == 2
+    assert len(steps) == 1
+    assert steps[0].samples == 2
     assert all(map(torch.equal, before, teacher.parameters()))
     assert not any(o.exp_avg_sq[0].any() for o in steps[0].optimizers.values())
 

@@ -118,7 +118,8 @@ def test_copies_give_every_parameter_the_gradient_of_a_cast_at_every_use(archite
                 else:
                     gradients.backward(loss, scale, last=scale < 1)
         for (name, p), q in zip(cast.named_parameters(), copied.parameters(), strict=True):
-            assert q.grad.dtype == torch.float32 and q.grad.stride() == q.stride()
+            assert q.grad.dtype == torch.float32
+            assert q.grad.stride() == q.stride()
             assert relative(q.grad, p.grad) <= 0.03 or not (p.grad.any() or q.grad.any()), name
         assert not step or not copied.model.map_augment.weight.grad.any()
         gradients.zero()
@@ -173,7 +174,8 @@ def test_copies_follow_their_parameters(architecture):
     if architecture == "ddpmpp":
         assert torch.equal(rows[0], (first.affine.bias + first.conv0.bias).to(torch.bfloat16))
     else:
-        assert torch.equal(rows[0], first.conv0.bias) and rows[0].dtype == torch.float32
+        assert torch.equal(rows[0], first.conv0.bias)
+        assert rows[0].dtype == torch.float32
 
 
 def test_copies_take_gradients_when_their_network_does():

@@ -29,7 +29,8 @@ def test_what_the_option_comes_to():
     assert cuda_graphs.usable("off", CUDA) == (False, "")
     assert cuda_graphs.usable("auto", CPU) == (False, "")
     used, note = cuda_graphs.usable("auto", CUDA, sharded=True)
-    assert not used and "--cuda-graph on" in note
+    assert not used
+    assert "--cuda-graph on" in note
     assert cuda_graphs.usable("on", CUDA, sharded=True) == (True, "")
     with pytest.raises(UserError, match="none on cpu"):
         cuda_graphs.usable("on", CPU)
@@ -172,7 +173,8 @@ def test_under_auto_a_failed_capture_leaves_the_eager_run(failing, micro_batch, 
     torch.manual_seed(3)
     with pytest.warns(Fallback, match=r"off: .*failed \(operation .* capturing\)") as warned:
         found = distiller.step()
-    assert len(warned) == 1 and "\n" not in str(warned[0].message)
+    assert len(warned) == 1
+    assert "\n" not in str(warned[0].message)
     assert not sender.works
     torch.manual_seed(3)
     wanted = expected.step()
@@ -229,7 +231,8 @@ def test_a_device_that_a_capture_has_broken_is_not_gone_on_with(failing, monkeyp
     with pytest.raises(UserError, match=r"does not compute any more; use --cuda-graph off"):
         distiller.step()
     replayed = cuda_graphs.Replayed(lambda x: x + 1)
-    assert replayed(torch.ones(1)) == 2 and len(made) == 1, "no capture after one that failed"
+    assert replayed(torch.ones(1)) == 2
+    assert len(made) == 1, "no capture after one that failed"
     monkeypatch.setattr(cuda_graphs, "_failed", "")
     failing(1)
     with pytest.raises(RunFailed, match=r"capturing.*does not compute any more"):
@@ -308,7 +311,7 @@ def test_what_torch_leaves_behind_a_failed_capture_is_cleaned_up(monkeypatch):
     def fail():
         raise ValueError("no")
 
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="no"):
         cuda_graphs.CapturedGraph(fail)
     ended = [(name, 0, (0, 7)) for name in ("_cuda_endAllocateToPool", "_cuda_releasePool")]
     assert calls == ["mine", *ended, "reset"]
@@ -337,15 +340,18 @@ def test_a_warm_up_leaves_no_garbage_for_the_capture(monkeypatch):
         cuda_graphs.warm_up(function, 3)
     finally:
         gc.enable()
-    assert len(refs) == 3 and not any(ref() for ref in refs)
+    assert len(refs) == 3
+    assert not any(ref() for ref in refs)
 
 
 def test_what_is_said_on_purpose_hides_its_cause():
-    try:
+    def fail():
         try:
             raise RuntimeError("CUDA out of memory. 2.00 GiB. GPU 0 has a total …")
         except RuntimeError as error:
             raise OutOfMemory("fake step: 2.00 GiB") from error
-    except OutOfMemory as error:
-        assert cuda_graphs.reason_of(error) == "fake step: 2.00 GiB"
+
+    with pytest.raises(OutOfMemory) as caught:
+        fail()
+    assert cuda_graphs.reason_of(caught.value) == "fake step: 2.00 GiB"
     assert cuda_graphs.reason_of(AssertionError()) == "AssertionError"

@@ -151,7 +151,8 @@ def check(tensors, options, dtype, kept=None):
     for name, out, ref in zip(Normed._fields, outs, refs, strict=True):
         assert (out is None) == (ref is None), name
         if out is not None:
-            assert out.dtype == dtype and out.shape == ref.shape
+            assert out.dtype == dtype
+            assert out.shape == ref.shape
             assert out.is_contiguous(memory_format=LAST)
             errors[f"output {name}"] = relative(out, ref)
     for name, ref in ref_grads.items():
@@ -260,7 +261,8 @@ def test_dropout_zeroes_the_share_and_scales_the_rest(p, device):
     shape, groups = (2, 64, 16, 16), 8
     kept = mask(shape, groups, p, torch.tensor([5, 6, 0], device=device), device)
     values = kept.unique()
-    assert len(values) == 2 and values[0] == 0
+    assert len(values) == 2
+    assert values[0] == 0
     assert values[1] == pytest.approx(1 / (1 - p), rel=1e-4)
     for part in (kept, *kept, *kept.split(16, dim=1), *kept.split(4, dim=2)):
         spread = (p / (1 - p) / part.numel()) ** 0.5
@@ -319,7 +321,8 @@ def test_dropout_draws_its_seed_from_torch(device):
         for manual in (0, 0, 1):
             torch.manual_seed(manual)
             out.append(group_norm(**tensors, **options, dropout=0.5).y)
-    assert torch.equal(out[0], out[1]) and not torch.equal(out[0], out[2])
+    assert torch.equal(out[0], out[1])
+    assert not torch.equal(out[0], out[2])
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0])
@@ -475,7 +478,8 @@ def test_a_nonfinite_sample_stays_alone(device):
         tensors["x"][1, 3, 2, 2] = float("nan")
         out = group_norm(**tensors, **options).y
     assert torch.equal(out[::2], clean[::2])
-    assert out[1, :4].isnan().all() and torch.equal(out[1, 4:], clean[1, 4:])
+    assert out[1, :4].isnan().all()
+    assert torch.equal(out[1, 4:], clean[1, 4:])
 
 
 @pytest.mark.parametrize("form", [{**SUM, "beside": 7}, {"resample": "down"}], ids=str)
@@ -567,7 +571,8 @@ def test_a_frozen_norm(device):
     parameters = ("weight", "bias", "x_bias", "add", "scale", "shift")
     for frozen, sizes in (((), [24, 48, 48, 48, 48]), (parameters, [0] * 5)):
         ((_, _, (dx, dbeside, *rest)),) = seen(form, device, frozen)[1]
-        assert dx.shape == (2, 24, 6, 6) and not len(dbeside)
+        assert dx.shape == (2, 24, 6, 6)
+        assert not len(dbeside)
         assert [v.numel() for v in rest] == sizes
 
 
@@ -645,4 +650,5 @@ def test_configurations_cover_what_a_step_launches():
     assert "seed_ptr" not in found[f"forward norm1 add dropout {place}"]
     trained, frozen = (found[f"backward sum{kind} {place}"] for kind in ("", " frozen"))
     none = {"dparam_ptr", "dx_bias_ptr"}
-    assert none <= frozen.keys() and not none & trained.keys()
+    assert none <= frozen.keys()
+    assert not none & trained.keys()

@@ -47,7 +47,8 @@ def test_save_grid_places_enlarged_tiles_row_by_row(tmp_path, channels):
     tile = images[4].repeat_interleave(42, 1).repeat_interleave(42, 2).permute(1, 2, 0)
     start = side + gap
     assert np.array_equal(grid[start:, start : start + side], tile)
-    assert (grid[side:start] == 128).all() and (grid[:, side:start] == 128).all()
+    assert (grid[side:start] == 128).all()
+    assert (grid[:, side:start] == 128).all()
     assert (grid[start:, 2 * start :] == 128).all()  # the place of the sixth
 
 

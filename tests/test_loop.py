@@ -33,7 +33,8 @@ def test_a_run_that_keeps_failing_stops_with_its_last_good_state(tmp_path, run_c
     )  # fmt: skip
     assert status == 1
     assert error.strip().count("\n") == 0
-    assert "not one finite sample" in error and "state-000000020" in error
+    assert "not one finite sample" in error
+    assert "state-000000020" in error
     assert (out / "state-000000020").exists()
 
 
@@ -61,10 +62,12 @@ def test_a_run_leaves_pictures_figures_and_a_network_that_knows_itself(tmp_path,
     assert (out / "distance.png").stat().st_size > 10_000
     assert any((out / "tensorboard").iterdir())
     config = json.loads((out / "config.json").read_text())
-    assert config["batch_size"] == 4 and config["alpha"] == 1.2
+    assert config["batch_size"] == 4
+    assert config["alpha"] == 1.2
     # The newest snapshot of a run folder is found, and it says how to use it.
     net = load_network(out)
-    assert net.config.init_sigma == 2.5 and net.config.label_dim == 10
+    assert net.config.init_sigma == 2.5
+    assert net.config.label_dim == 10
 
 
 def records(out) -> list[dict]:
@@ -183,7 +186,8 @@ def test_a_signal_within_the_first_step_ends_it_at_once(tmp_path, run_command, m
     status, _ = run_command("train", "--teacher", tmp_path / "teacher.safetensors", "--out", out)
     assert status == 128 + signal.SIGTERM
     assert "no new state to save" in seen[-1]
-    assert not list(out.glob("state-*")) and list(out.glob("snapshot-*"))
+    assert not list(out.glob("state-*"))
+    assert list(out.glob("snapshot-*"))
 
 
 @pytest.mark.parametrize(

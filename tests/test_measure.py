@@ -48,7 +48,8 @@ def test_the_first_call_is_not_among_the_times(clock):
         calls.append(call)
 
     cold = measure.Cold(lambda: call, CPU)
-    assert cold.times(3) == [500.0] * 3 and len(calls) == 4
+    assert cold.times(3) == [500.0] * 3
+    assert len(calls) == 4
 
 
 def test_rates_are_the_work_over_the_least_time(monkeypatch):
@@ -65,4 +66,5 @@ def test_rates_are_the_work_over_the_least_time(monkeypatch):
 def test_why_there_are_no_figures_is_a_line():
     assert measure.reason(torch.OutOfMemoryError("CUDA out of memory.\nTried")) == "out of memory"
     long = measure.reason(ValueError("no kernel\n  for this " + "shape" * 100))
-    assert long.startswith("ValueError: no kernel for this shape") and len(long) == 160
+    assert long.startswith("ValueError: no kernel for this shape")
+    assert len(long) == 160

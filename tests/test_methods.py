@@ -31,7 +31,8 @@ def test_it_resumes_to_the_same_bits(tmp_path):
     for _ in range(2):
         first.step()
     states = States(tmp_path, first, toy.SETTINGS, keep=1)
-    assert states.begin() is None and states.finish() is None
+    assert states.begin() is None
+    assert states.finish() is None
     load_state(states.path, second)
     for _ in range(2):
         second.step()
@@ -56,7 +57,8 @@ def test_a_sample_that_is_not_finite_is_masked():
     inputs = trainer.sample_inputs()
     inputs[""][1].noise[0] = torch.nan
     metrics = trainer.step(inputs)
-    assert int(metrics["dropped"]) == 1 and not bool(metrics["failed"])
+    assert int(metrics["dropped"]) == 1
+    assert not bool(metrics["failed"])
     assert all(torch.isfinite(v).all() for v in trainer.tensors().values())
 
 

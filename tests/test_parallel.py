@@ -88,7 +88,8 @@ def test_a_process_that_dies_is_named_and_the_restart_ends_the_run(command, tmp_
     assert "(exitcode: -9) local_rank: 1" in error, error
     # Alone, at least by those that heard it from the connection; others may name survivors too.
     assert re.search(r": process 1 on \S+ was lost", error), error
-    assert "resumed" in output and "kimg  100 %" in output
+    assert "resumed" in output
+    assert "kimg  100 %" in output
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -117,7 +118,8 @@ def test_buckets_are_sent_in_order_while_backward_goes_on(monkeypatch, dtype):
     a_round(last=True)
     assert [number for number, _, _ in sent] == list(range(count - 1))  # map_augment is in the last
     missing = [left for _, left, _ in sent]
-    assert missing[0] >= count // 2 and missing == sorted(missing, reverse=True)
+    assert missing[0] >= count // 2
+    assert missing == sorted(missing, reverse=True)
     gradients.wait()
     assert len(sent) == count
     for bucket, (_, _, at_sending) in zip(gradients.buckets, sent, strict=True):
@@ -139,7 +141,8 @@ def test_gradients_of_float32_are_those_that_autograd_adds_up(monkeypatch):
             (loss.sum() * 0.7).backward()
             gradients.backward(same, 0.7, last=i == 2)
         for p, q, grad in zip(plain.parameters(), ours.parameters(), grads, strict=True):
-            assert q.grad is grad and torch.equal(p.grad, grad)
+            assert q.grad is grad
+            assert torch.equal(p.grad, grad)
         ours.model.map_augment.weight.grad.fill_(1)  # what a step with augmentation leaves
         gradients.zero()
 
@@ -182,7 +185,8 @@ def test_connections_between_devices_are_left_open_where_one_may_still_wait(monk
     monkeypatch.setattr(torch.distributed, "destroy_process_group", closed.append)
     process_group._leave(torch.device("cuda", 0), orderly=False)
     assert closed == ["hosts", "patient", "saving"]
-    assert failure.abandoned and process_group._group is None
+    assert failure.abandoned
+    assert process_group._group is None
 
 
 def test_running_out_of_memory_names_the_phase_and_the_next_micro_batch(
@@ -193,7 +197,8 @@ def test_running_out_of_memory_names_the_phase_and_the_next_micro_batch(
 
     monkeypatch.setattr(SiD, "generator_loss", full)
     status, error = run_command("train", *command[2:], "--kimg", 0.02, "--out", tmp_path / "run")
-    assert status == 2 and error.strip().count("\n") == 0
+    assert status == 2
+    assert error.strip().count("\n") == 0
     for words in ("generator step, round 1 of 1", "2.00 GiB", "--micro-batch 2"):
         assert words in error
     assert "GPU 0" not in error
@@ -232,6 +237,7 @@ def test_auto_goes_by_the_memory(monkeypatch, memory, node, mesh, gathered):
         return int(whole * gathered + (40e6 - whole * gathered) / shards)
 
     found = fsdp.plan("auto", torch.device("cuda"), state_bytes)
-    assert found.mesh == (mesh and ("cuda", mesh)) and found.gathered is gathered
+    assert found.mesh == (mesh and ("cuda", mesh))
+    assert found.gathered is gathered
     if mesh:
         assert ("gathered block by block" in found.text) != gathered

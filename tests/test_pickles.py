@@ -25,14 +25,16 @@ NETWORKS = ["ddpmpp_uncond", "ddpmpp_cond", "ncsnpp_uncond", "adm_cond"]
 def test_golden_networks(golden, name):
     net, fake = (read_pickle(golden / f"{name}{kind}.pkl") for kind in ("", ".fake"))
     assert net.class_name == "EDMPrecond"
-    assert net.init_kwargs["img_resolution"] == 16 and net.init_kwargs["img_channels"] == 3
+    assert net.init_kwargs["img_resolution"] == 16
+    assert net.init_kwargs["img_channels"] == 3
     assert net.init_kwargs == fake.init_kwargs
     assert list(net.state) == list(fake.state)
     assert not torch.equal(
         net.state["model.enc.16x16_conv.weight"], fake.state["model.enc.16x16_conv.weight"]
     )
     for tensor in net.state.values():
-        assert tensor.dtype == torch.float32 and tensor.is_contiguous()
+        assert tensor.dtype == torch.float32
+        assert tensor.is_contiguous()
 
     forward = np.load(golden / f"{name}.forward.npz")
     parameters = {key.partition(".")[2] for key in forward.files if "." in key}
@@ -114,7 +116,8 @@ def refusal(path, data):
     with pytest.raises(UserError) as caught:
         read_pickle(write(path, data))
     message = str(caught.value)
-    assert message.startswith(f"{path} ") and "\n" not in message
+    assert message.startswith(f"{path} ")
+    assert "\n" not in message
     return message.removeprefix(str(path))
 
 
@@ -179,8 +182,10 @@ def test_published_layout(module, fake, tmp_path):
     assert list(net.state) == list(expected)
     for name, tensor in expected.items():
         found = net.state[name]
-        assert torch.equal(found, tensor) and found.dtype == torch.float32
-        assert found.is_contiguous() and not found.requires_grad
+        assert torch.equal(found, tensor)
+        assert found.dtype == torch.float32
+        assert found.is_contiguous()
+        assert not found.requires_grad
 
 
 @pytest.mark.parametrize("core", ["core", "_core"])
@@ -245,10 +250,13 @@ def test_any_damage_is_a_user_error(module, tmp_path):
         for position in rng.integers(len(data), size=3):
             damaged[position] = rng.integers(256)
         path.write_bytes(damaged)
+        message = str(path)
         try:
             read_pickle(path)
         except UserError as error:
-            assert str(error).startswith(str(path)) and "\n" not in str(error)
+            message = str(error)
+        assert message.startswith(str(path))
+        assert "\n" not in message
 
 
 # --- files that attack

@@ -34,14 +34,16 @@ def test_the_largest_micro_batch_that_fits_is_a_divisor():
     for memory, micro in ((fits, 16), (fits - 0.01, 8), (fits + 15, 16), (80, 64), (11.5, 0)):
         found = planned(COUNTS, SETTINGS, 1000, Cluster(memory=memory))
         assert (found.micro_batch, found.rounds) == (micro, 64 // micro if micro else 0)
-    assert found.memory["one GPU"].total() == 12 * GIB and ALLOWANCE == 2 * GIB
+    assert found.memory["one GPU"].total() == 12 * GIB
+    assert ALLOWANCE == 2 * GIB
 
 
 def test_time_and_length_of_a_run():
     found = planned(COUNTS, SETTINGS, 6400, Cluster(tflops=200, mfu=0.5))
     assert found.flop == 64 * 11e12
     assert found.compute == pytest.approx(7.04)
-    assert found.exposed == 0 and found.traffic == 0
+    assert found.exposed == 0
+    assert found.traffic == 0
     assert found.images_per_second == pytest.approx(64 / 7.04)
     assert found.days == pytest.approx(100_000 * 7.04 / 86400)
 
@@ -49,7 +51,8 @@ def test_time_and_length_of_a_run():
 def test_shards_and_traffic():
     found = planned(COUNTS, SETTINGS, 1000, Cluster(gpus=4, memory=80, tflops=100, mfu=1, link=1))
     plain, sharded = found.memory["ddp"], found.memory["fsdp"]
-    assert found.micro_batch == 16 and found.rounds == 1
+    assert found.micro_batch == 16
+    assert found.rounds == 1
     assert plain["reduction"] == sharded["reduction"] == GIB
     for kind in ("weights", "gradients", "optimiser", "average"):
         assert sharded[kind] * 4 == plain[kind], kind
@@ -61,7 +64,8 @@ def test_shards_and_traffic():
     assert found.exposed == pytest.approx(3 * GIB / 1e9 - 4 * 16 / 100)
     options = {"gpus": 4, "memory": 25, "tflops": 100, "mfu": 1}
     sharded = planned(COUNTS, SETTINGS, 1000, Cluster(link=1, **options))
-    assert sharded.memory["ddp"].total() > 25 * GIB and sharded.micro_batch == 16
+    assert sharded.memory["ddp"].total() > 25 * GIB
+    assert sharded.micro_batch == 16
     assert sharded.exposed == found.exposed
     assert planned(COUNTS, SETTINGS, 1000, Cluster(link=6, **options)).exposed == 0
 
@@ -69,7 +73,8 @@ def test_shards_and_traffic():
 def test_a_plan_says_what_to_change_where_nothing_fits():
     shown = text("x", small_teacher().config, COUNTS, SETTINGS, 1, Cluster(memory=8))
     assert "does not fit: one image takes 12.0 GiB of 8." in shown
-    assert "--card" in shown and "--checkpoint-activations" in shown
+    assert "--card" in shown
+    assert "--checkpoint-activations" in shown
     assert "--gpus 8, sharded: 6.9 GiB each" in shown
     assert "bf16" not in shown.partition("Instead")[2]  # it is in bf16
     shown = text("x", small_teacher().config, COUNTS, SETTINGS, 1, Cluster(memory=9, gpus=8))
@@ -90,8 +95,10 @@ def test_plan_of_a_teacher_without_a_gpu(tmp_path, monkeypatch, capsys):
     for part in ("moving average", "activations", "allowance", "ddp      fsdp"):
         assert part in shown
     assert "32 of 32 images a GPU: 1 round a step" in shown
-    assert "11 forwards" in shown and "40% of 790 TFLOP/s" in shown
-    assert "GB/s (assumed)" in shown and "2 Mimg at" in shown
+    assert "11 forwards" in shown
+    assert "40% of 790 TFLOP/s" in shown
+    assert "GB/s (assumed)" in shown
+    assert "2 Mimg at" in shown
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ def test_digits_are_an_edm_data_set():
     data = open_dataset("digits")
     assert (len(data), data.resolution, data.channels, data.label_dim) == (1797, 8, 1, 10)
     images = data.images()
-    assert images.min() == 0 and images.max() == 255
+    assert images.min() == 0
+    assert images.max() == 255
 
 
 def test_the_loss_falls():
@@ -47,7 +48,8 @@ def test_the_network_learns_in_training_mode_and_is_told_of_the_warps():
     trainer.step()
     training, augment_labels = seen[0]
     assert training
-    assert augment_labels.shape == (32, 9) and augment_labels.any(dim=1).all()
+    assert augment_labels.shape == (32, 9)
+    assert augment_labels.any(dim=1).all()
 
 
 def test_a_stopped_teacher_goes_on_to_the_same_bits(tmp_path, run_command):
@@ -62,9 +64,11 @@ def test_a_stopped_teacher_goes_on_to_the_same_bits(tmp_path, run_command):
     a, b = (tensors_of(tmp_path / run / "state-000000004") for run in ("a", "b"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     status, error = run_command("pretrain", *resume, "--num-blocks", 2)
-    assert status == 2 and "network num_blocks=1" in error
+    assert status == 2
+    assert "network num_blocks=1" in error
     status, error = run_command("train", "--resume", tmp_path / "a")
-    assert status == 2 and "another command" in error
+    assert status == 2
+    assert "another command" in error
 
 
 def test_steps_are_a_function_of_seed_and_step_alone():
@@ -98,4 +102,5 @@ def test_latest_is_of_the_command_that_asks(tmp_path, run_command, monkeypatch):
     assert status == 0, error
     assert (tmp_path / "runs" / "teacher" / "state-000000002").exists()
     status, error = run_command("pretrain", "--resume", "runs/one-step")
-    assert status == 2 and "python -m sid_fast.train" in error
+    assert status == 2
+    assert "python -m sid_fast.train" in error

@@ -78,7 +78,8 @@ def test_normals_and_uniforms_have_their_distributions(device, backend):
     for bound, share in ((1.0, 0.682689), (2.0, 0.954500), (3.0, 0.997300)):
         assert abs(float((x.abs() < bound).double().mean()) - share) < error
     u = draw(backend, "uniform", (4, n // 4), device).double().flatten()
-    assert float(u.min()) >= 0 and float(u.max()) < 1
+    assert float(u.min()) >= 0
+    assert float(u.max()) < 1
     histogram = torch.histc(u.float().cpu(), 16, 0, 1)
     assert float(((histogram - n / 16) ** 2 / (n / 16)).sum()) < 45  # χ² of 15, p < 1e-4
 

@@ -25,10 +25,14 @@ def test_every_row_is_on_the_disk_before_the_next(tmp_path):
         assert (found["benchmark"], found["device"], found["preset"]) == (
             "kernels", "NVIDIA H200", "x",
         )  # fmt: skip
-        assert found["commit"] and found["versions"]["torch"] and "T" in found["date"]
+        assert found["commit"]
+        assert found["versions"]["torch"]
+        assert "T" in found["date"]
         with open(path.with_suffix(".csv"), newline="") as file:
             rows = list(csv.DictReader(file))
-        assert len(rows) == n and rows[-1]["ms_p80"] == "3.0" and rows[-1]["name"] == "group_norm"
+        assert len(rows) == n
+        assert rows[-1]["ms_p80"] == "3.0"
+        assert rows[-1]["name"] == "group_norm"
     assert sorted(p.name for p in path.parent.iterdir()) == ["kernels.csv", "kernels.json"]
 
 

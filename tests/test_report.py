@@ -60,9 +60,11 @@ def test_every_figure_stands_with_its_device_date_and_commit(results, capsys):
     for path in results.rglob("*.json"):
         found = record.read(path)
         heading = next(line for line in text.splitlines() if found["device"] in line)
-        assert found["commit"] in heading and found["date"][:10] in heading
+        assert found["commit"] in heading
+        assert found["date"][:10] in heading
         assert f"load {found['load']:g} before" in heading
-    assert "1.23" in text and "90,848" in text  # a median, and 5678·16 img/s
+    assert "1.23" in text
+    assert "90,848" in text
     assert "peak_reserved" not in text  # nowhere measured
     assert "| skilled | 16 | out of memory |" in re.sub(r"(\|  )+", "", text)  # and in no picture
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
@@ -70,8 +72,10 @@ def test_every_figure_stands_with_its_device_date_and_commit(results, capsys):
     assert "| update | adam_ema_kernel | 2 | 1.75 | 0.25 |" in re.sub(r"\| 64 ", "", text)
     for picture in pictures:
         assert (results.parent / picture).stat().st_size > 5000
-    assert "driver 580.1" in text and "Nothing was measured on a GPU" not in text
-    assert "pixels on cifar10.zip" in text and "dali reads 4.32 times as fast as plain" in text
+    assert "driver 580.1" in text
+    assert "Nothing was measured on a GPU" not in text
+    assert "pixels on cifar10.zip" in text
+    assert "dali reads 4.32 times as fast as plain" in text
     assert "plain reads" not in text
 
 
@@ -87,13 +91,16 @@ def test_bars_stand_where_most_variants_have_run(monkeypatch, tmp_path):
     train.extend([step("ours", 16, preset="ffhq64"), step("ours", 8, None, preset="imagenet64")])
     texts, pictures = report._train(record.read(train.path), tmp_path / "train")
     curve, bars, alone = drawn
-    assert curve == "train-cifar10-uncond.png" and alone == [step("ours", 16, preset="ffhq64")]
+    assert curve == "train-cifar10-uncond.png"
+    assert alone == [step("ours", 16, preset="ffhq64")]
     assert bars == [step("ours", 8), step("published", 8)]
-    assert len(pictures) == 3 and "| imagenet64 | ours | 8 | out of memory |" in texts[2]
+    assert len(pictures) == 3
+    assert "| imagenet64 | ours | 8 | out of memory |" in texts[2]
     kernels = record.Record(tmp_path / "kernels.json", "kernels")
     kernels.add(**ROW | {"ms": ms(None, None, None), "status": "no kernel for this shape"})
     texts, pictures = report._kernels(record.read(kernels.path), tmp_path / "kernels")
-    assert not pictures and "no kernel for this shape" in texts[0]
+    assert not pictures
+    assert "no kernel for this shape" in texts[0]
 
 
 def test_a_report_without_a_gpu_says_so(tmp_path):
@@ -119,9 +126,12 @@ def test_slower_is_slower_beyond_both_spreads(tmp_path, capsys):
     )  # fmt: skip
     assert report.main(["--compare", str(old), str(new)]) == 1
     shown = capsys.readouterr().out
-    assert "slower  group_norm b" in shown and "x1.27" in shown
-    assert "faster  group_norm c" in shown and "missing group_norm d" in shown
-    assert "group_norm a" not in shown and "group_norm e" not in shown  # the spreads touch
+    assert "slower  group_norm b" in shown
+    assert "x1.27" in shown
+    assert "faster  group_norm c" in shown
+    assert "missing group_norm d" in shown
+    assert "group_norm a" not in shown
+    assert "group_norm e" not in shown
     assert "4 rows compared: 1 slower, 1 faster" in shown
     assert report.main(["--compare", str(old), str(old)]) == 0
 
@@ -131,6 +141,8 @@ def test_two_devices_do_not_compare(tmp_path, capsys):
     new = kernels(tmp_path / "new.json", device="CPU", a=ms(1, 1, 1))
     assert report.main(["--compare", str(old), str(new)]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "NVIDIA H200" in error and "CPU" in error
+    assert error.count("\n") == 1
+    assert "NVIDIA H200" in error
+    assert "CPU" in error
     assert report.main(["--compare", str(old), str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err

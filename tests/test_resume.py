@@ -56,7 +56,8 @@ def states(folder):
 def save_state(folder, distiller, settings, keep=1):
     """The state of a distiller, written and waited for."""
     states = States(folder, distiller, settings, keep)
-    assert states.begin() is None and states.finish() is None
+    assert states.begin() is None
+    assert states.finish() is None
     return states.path
 
 
@@ -131,7 +132,8 @@ def test_a_state_to_be_looked_at_leaves_those_before_it(tmp_path):
     writer = States(tmp_path, distiller, settings, keep=1)
     for steps, keep_all, left in ((1, False, [1]), (2, True, [1, 2]), (3, True, [1, 2, 3])):
         distiller.steps = steps
-        assert writer.begin(keep_all=keep_all) is None and writer.finish() is None
+        assert writer.begin(keep_all=keep_all) is None
+        assert writer.finish() is None
         assert [int(p.name[6:]) for p in states(tmp_path)] == left
 
 
@@ -244,7 +246,8 @@ def test_a_full_disk_does_not_stop_a_run_that_can_write_its_last_state(
     assert status == 0, error
     warnings = [line for line in seen if line.startswith("warning")]
     assert len(warnings) == 2
-    assert "state-000000004" in warnings[0] and "No space left" in warnings[0]
+    assert "state-000000004" in warnings[0]
+    assert "No space left" in warnings[0]
     assert not list((tmp_path / "run").glob("*.tmp"))
     names = [p.name for p in states(tmp_path / "run")]
     assert names == ["state-000000002", "state-000000008"]
@@ -261,8 +264,10 @@ def test_a_full_disk_at_the_end_is_a_failure_with_the_last_good_state_intact(
         "--kimg", 0.032, "--state-every", 0.008, "--out", out,
     )  # fmt: skip
     assert status == 1
-    assert "state-000000008" in error and "No space left" in error
-    assert "last good state is state-000000002" in error and error.strip().count("\n") == 0
+    assert "state-000000008" in error
+    assert "No space left" in error
+    assert "last good state is state-000000002" in error
+    assert error.strip().count("\n") == 0
     assert not list(out.glob("*.tmp"))
     assert [p.name for p in states(out)] == ["state-000000002"]
     assert read_header(states(out)[0])["steps"] == 2

@@ -26,7 +26,8 @@ def test_a_layer_is_the_sum_of_its_operations():
     ops = [op(10**8, 10**6), op(0, 4 * 10**6), op(5, 5, "b"), op(0, 2, "a", "pointwise")]
     first, second, third = roofline.rows("forward", ops, CARD, "bf16")
     assert (first["layer"], first["calls"], first["bound"]) == ("a", 2, "memory")
-    assert first["gflop"] == 0.1 and first["mb"] == 5.0
+    assert first["gflop"] == 0.1
+    assert first["mb"] == 5.0
     assert first["floor_us"] == pytest.approx(1.0 + 2.0)
     assert (second["layer"], third["kind"]) == ("b", "pointwise")
 
@@ -44,7 +45,8 @@ def test_the_command_counts_draws_and_keeps(tmp_path, monkeypatch, capsys):
     assert "ESTIMATE for h200: 790 TFLOP/s, 4.3 TB/s (measured" in shown
     calls, reference_calls = re.findall(r"group norms of a forward, .*: (\d+) operations", shown)
     assert int(calls) < int(reference_calls)
-    assert "enc.8x8_block0.norm0" in shown and "the whole step" in shown
+    assert "enc.8x8_block0.norm0" in shown
+    assert "the whole step" in shown
     found = record.read(tmp_path / "digits-h200-bf16.json")
     assert found["device"] == "estimate for h200"
     scopes = [row["scope"] for row in found["rows"]]

@@ -95,7 +95,7 @@ def run(y, sigma, noise, teacher, fake_score, kept=None):
 
 
 @pytest.mark.parametrize(
-    "dtype, layout",
+    ("dtype", "layout"),
     [(dtype, "channels_last") for dtype in TOLERANCE]
     + [(torch.bfloat16, "contiguous"), (torch.float32, "strided")],
 )
@@ -113,7 +113,9 @@ def test_losses_and_gradients_match_float64(device, implementation, dtype, shape
         assert relative(getattr(found, name), wanted[name].detach()) <= exact, name
         assert relative(getattr(fake, name), wanted[f"fake_{name}"]) <= exact, name
         assert getattr(found, name).dtype == torch.float32
-    assert noised.kept.all() and found.kept.all() and fake.kept.all()
+    assert noised.kept.all()
+    assert found.kept.all()
+    assert fake.kept.all()
     for grad, expected, to in zip(grads, wanted["grads"], ("F_φ", "F_ψ", "y"), strict=True):
         assert relative(grad, expected) <= (exact if to == "y" else rough), to
     assert grads[0].dtype == grads[1].dtype == dtype
@@ -176,11 +178,13 @@ def test_a_bad_sample_leaves_the_others_to_the_bit(device, implementation, shape
     assert not any(g[1].any() for g in grads)  # NaN would be one
     if spoil in ("y", "sigma", "noise", "kept"):
         assert noised.kept.tolist() == [True, False, True]
-        assert not noised.network_input[1].any() and not noised.x_t[1].any()
+        assert not noised.network_input[1].any()
+        assert not noised.x_t[1].any()
         assert float(noised.sigma[1]) == 1
     if spoil != "teacher":
         assert fake.kept.tolist() == [True, False, True]
-        assert float(fake.loss[1]) == 0 and not fake_grad[1].any()
+        assert float(fake.loss[1]) == 0
+        assert not fake_grad[1].any()
 
 
 @pytest.mark.parametrize("spoil", ["teacher", "fake_score"])
@@ -191,7 +195,8 @@ def test_an_overflow_to_float16_drops_its_sample_alone(device, implementation, s
     noised, found, grads, fake, fake_grad = spoiled = run(*arguments)
     for a, b in zip(flattened(clean), flattened(spoiled), strict=True):
         assert torch.equal(a[[0, 2]], b[[0, 2]])
-    assert noised.kept.all() and found.kept.tolist() == [True, False, True]
+    assert noised.kept.all()
+    assert found.kept.tolist() == [True, False, True]
     assert not any(g[1].any() for g in grads)
     assert fake.kept.tolist() == [True, spoil == "teacher", True]
     assert bool(fake_grad[1].any()) == (spoil == "teacher")
@@ -240,7 +245,8 @@ def test_an_overflow_inside_a_network_leaves_its_image_without_a_gradient(device
     clean, *_ = gradient(y)
     y[1, 0, 0, 0] = 1e5
     found, before, after = gradient(y)
-    assert before.all() and after.tolist() == [True, False, True]
+    assert before.all()
+    assert after.tolist() == [True, False, True]
     assert torch.equal(found[[0, 2]], clean[[0, 2]])
     assert not found[1].any()
 
@@ -259,7 +265,8 @@ def test_a_teacher_that_is_the_image_is_weighted_by_the_smallest_w(device, imple
     noised = kernels.noised(zero, torch.ones(2, device=device), zero)
     found = kernels.generator_loss(zero, zero + 1e-3, noised, zero, ALPHA)
     assert torch.allclose(found.weight, torch.full_like(found.weight, 1e-5))
-    assert torch.isfinite(found.loss).all() and found.loss.all()
+    assert torch.isfinite(found.loss).all()
+    assert found.loss.all()
 
 
 def test_no_element_goes_unwritten(device):

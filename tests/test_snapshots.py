@@ -24,7 +24,8 @@ def test_round_trip(tmp_path):
     assert config == CONFIG
     assert found.keys() == state.keys()
     for name, tensor in state.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
 
 
 def test_the_same_network_gives_the_same_bytes(tmp_path):

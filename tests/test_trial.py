@@ -53,7 +53,8 @@ def test_graphs_that_repeat_their_random_numbers_do_not(stand_in, monkeypatch):
 def test_a_trial_says_why_it_failed():
     """In a process of its own, which here lacks a GPU."""
     reason = graph_trial.attempt(job(), graph_trial.LIMIT)
-    assert reason.startswith("a trial failed: ") and "\n" not in reason
+    assert reason.startswith("a trial failed: ")
+    assert "\n" not in reason
 
 
 @pytest.mark.parametrize(

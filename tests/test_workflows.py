@@ -18,8 +18,10 @@ def test_what_a_workflow_calls_is_there(path):
     targets = re.findall(r"\bmake (\w+)", text)
     files = re.findall(r"\btests/\w+\.py", text)
     known = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
-    assert targets and set(targets) <= set(known)
-    assert files and all((ROOT / file).exists() for file in files)
+    assert targets
+    assert set(targets) <= set(known)
+    assert files
+    assert all((ROOT / file).exists() for file in files)
     for module in re.findall(r"python -m ((?:sid_fast|benchmarks)[\w.]*)", text):
         assert importlib.util.find_spec(module), module
 

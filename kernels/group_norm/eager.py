@@ -53,7 +53,7 @@ def group_norm_ref(
     if add is not None:
         y = y + add[:, :, None, None].to(y.dtype)
     y = F.group_norm(y, groups, weight.to(y.dtype), bias.to(y.dtype), eps)
-    if scale is not None:
+    if scale is not None and shift is not None:
         scale, shift = (v[:, :, None, None].to(y.dtype) for v in (scale, shift))
         y = torch.addcmul(shift, y, scale + 1)
     if silu:

@@ -13,12 +13,12 @@ from sid_fast.kernels.group_norm.launch import launch
 
 def _rows(*values: torch.Tensor | None) -> tuple[tuple[torch.Tensor | None, ...], int]:
     """[N, C] tensors with adjacent channels and one common distance of rows, and that distance."""
-    if values[0] is None:
+    given = [v for v in values if v is not None]
+    if not given:
         return values, 0
-    strides = {v.stride() for v in values}
-    if len(strides) > 1 or values[0].stride(1) != 1:
-        values = tuple(v.contiguous() for v in values)
-    return values, values[0].stride(0)
+    if len({v.stride() for v in given}) > 1 or given[0].stride(1) != 1:
+        given = [v.contiguous() for v in given]
+    return tuple(given), given[0].stride(0)
 
 
 def _resampled_size(x: torch.Tensor, resample: str | None) -> list[int]:
@@ -144,9 +144,9 @@ def _launch_backward(
             n, add_stride, film_stride, None if x_scale == 1 else x_scale,
             round(dropout * 65536), tiles, **constants,
         )  # fmt: skip
-        if has_x_bias:
+        if x_bias_sums is not None:
             torch.sum(x_bias_sums, 0, out=dx_bias)
-        if has_param:
+        if param_sums is not None:
             torch.sum(param_sums, 1, out=dparam)
     return out
 
@@ -275,10 +275,9 @@ def group_norm(
         )  # fmt: skip
     if dropout and seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (3,), device=x.device)
-    x, beside, residual = map(_dense, (x, beside, residual))
     out = _GroupNorm.apply(
-        x, beside, residual, x_bias, weight, bias, add, scale, shift, seed if dropout else None,
-        x_scale, groups, eps, silu, dropout, resample,
+        *map(_dense, (x, beside, residual)), x_bias, weight, bias, add, scale, shift,
+        seed if dropout else None, x_scale, groups, eps, silu, dropout, resample,
     )  # fmt: skip
     return Normed(*out)
 

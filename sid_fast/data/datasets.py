@@ -159,7 +159,8 @@ class ImageDataset:
             pairs = json.loads(self._read(_LABELS))["labels"]
             if pairs is None:
                 return None
-            by_name = {name: label for name, label in pairs}
+            # No dict(pairs): it would take a JSON object for pairs.
+            by_name = {name: label for name, label in pairs}  # noqa: C416
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise self._error(
                 _LABELS, 'is not JSON of the form {"labels": [[name, class], ...] or null}'

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ def _plain(data: ImageDataset, indices: Sequence[int]) -> Iterator[torch.Tensor]
 
 def _dali(
     data: ImageDataset, indices: Sequence[int], device: torch.device, batch: int
-) -> Iterator[torch.Tensor]:
+) -> Generator[torch.Tensor, None, None]:
     """Decoded by DALI's threads, and on a GPU handed over there; no copy is made on the way."""
     from nvidia.dali import fn, pipeline_def, types
 

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,7 +44,8 @@ class Detector:
 
     def __init__(self, module: torch.jit.ScriptModule, name: str, key: str, batch: int):
         self.module, self.name, self.key, self.batch = module, name, key, batch
-        arguments = {a.name for a in module.forward.schema.arguments}
+        forward: Any = module.forward  # of a script module, which has a schema
+        arguments = {a.name for a in forward.schema.arguments}
         self.options = {"return_features": True} if "return_features" in arguments else {}
 
     @torch.no_grad()

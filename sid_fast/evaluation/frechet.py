@@ -13,8 +13,7 @@ class Moments:
 
     def __init__(self) -> None:
         self.count = 0
-        self.total: torch.Tensor | float = 0.0
-        self.products: torch.Tensor | float = 0.0
+        self.total = self.products = torch.zeros((), dtype=torch.float64)
 
     def add(self, features: torch.Tensor) -> None:
         """Take in a batch [N, D] of any float type."""

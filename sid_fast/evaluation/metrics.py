@@ -38,7 +38,7 @@ def kernel_distance(
     def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return (a @ b.T / a.shape[1] + 1) ** 3
 
-    total = 0.0
+    total: torch.Tensor | float = 0.0
     for _ in range(subsets):
         x, y = some(real), some(generated)
         within = sum(k.sum() - k.trace() for k in (kernel(x, x), kernel(y, y))) / (size - 1)

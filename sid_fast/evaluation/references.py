@@ -82,6 +82,7 @@ def reference_of(
     if process_group.all_reduce_any(not cached.exists()):
         sample = measure(data, detector, clock, reader)
         if process_group.rank() == 0:
+            assert sample.features is not None
             values = {"mean": sample.mean, "covariance": sample.covariance}
             write_snapshot(cached, values | {"features": sample.features}, {"count": sample.count})
         return sample
@@ -99,6 +100,7 @@ def real_sample(
     """Real images to compare with: statistics from a file if there is one, features from data."""
     measured = reference_of(data, detector, clock, reader) if data else None
     if ref is None:
+        assert measured is not None
         return measured
     features = measured.features if measured else None
     return dataclasses.replace(read_reference(ref, detector), features=features)

@@ -132,9 +132,9 @@ def compare(
     correction: 1 for covariances over N − 1, 0 for over N.
     """
     figures: dict[str, float] = {}
-    on_device = [
-        None if s.features is None else s.features.to(clock.device) for s in (real, generated)
-    ]
+    assert generated.features is not None
+    seen = generated.features.to(clock.device)
+    expected = None if real.features is None else real.features.to(clock.device)
     if "fid" in metrics:
         if real.mean.shape != generated.mean.shape:
             raise UserError(
@@ -146,16 +146,16 @@ def compare(
             figures["frechet_distance"] = frechet_distance(*moments)
     if "is" in metrics:
         with clock("class score"):
-            probabilities = detector.probabilities(on_device[1])
+            probabilities = detector.probabilities(seen)
             if probabilities is not None:
                 mean, std = inception_score(probabilities)
                 figures |= {"inception_score": mean, "inception_score_std": std}
-    if on_device[0] is not None:
+    if expected is not None:
         if "kid" in metrics:
             with clock("kernel distance"):
-                figures["kernel_distance"] = kernel_distance(*on_device)
+                figures["kernel_distance"] = kernel_distance(expected, seen)
         if "pr" in metrics:
             with clock("precision and recall"):
-                precision, recall = precision_recall(*on_device)
+                precision, recall = precision_recall(expected, seen)
                 figures |= {"precision": precision, "recall": recall}
     return figures

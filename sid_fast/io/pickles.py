@@ -75,6 +75,8 @@ class _Record:
     """
 
     __slots__ = ("args", "state")
+    args: tuple[Any, ...]
+    state: Any
 
     def __new__(cls, *args: Any) -> "_Record":
         record = super().__new__(cls)
@@ -151,9 +153,12 @@ def _plain_keys(keys: list[Any]) -> None:
 
 
 # The unpickler written in Python: a single PUT can make the one in C allocate 64 GB.
-class _Unpickler(pickle._Unpickler):
+_Base: Any = pickle._Unpickler  # type stubs leave out its stack and its handlers
+
+
+class _Unpickler(_Base):
     # BYTEARRAY8 fills as many bytes as it declares, and a cache of EXT bypasses find_class.
-    dispatch: ClassVar = {
+    dispatch: ClassVar[dict[int, Any]] = {
         code: load
         for code, load in pickle._Unpickler.dispatch.items()
         if code not in pickle.BYTEARRAY8 + pickle.EXT1 + pickle.EXT2 + pickle.EXT4

@@ -37,7 +37,6 @@ class EDM(Method):
 
     averaged = "teacher"
     progress: ClassVar = {"loss": "loss", "distance": "‖D-y‖²"}
-    frozen: ClassVar = {}
 
     def __init__(
         self,
@@ -49,7 +48,7 @@ class EDM(Method):
         self.net, self.settings = net, settings
         self.images = torch.from_numpy(images)
         self.labels = None if labels is None else torch.from_numpy(labels)
-        self.networks = {"teacher": net}
+        self.networks, self.frozen = {"teacher": net}, {}
         self.phases = (
             Phase("", "teacher", self.sample_inputs, self.loss, self.lr, settings.beta1),
         )

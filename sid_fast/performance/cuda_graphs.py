@@ -47,7 +47,7 @@ class CapturedGraph:
     ):
         self.graph = torch.cuda.CUDAGraph()
         # Named here: a graph whose capture failed does not tell its own.
-        self.pool = pool.pool if pool else torch.cuda.graph_pool_handle()
+        self.pool: Any = pool.pool if pool else torch.cuda.graph_pool_handle()
         failure.captured.add(self)
         stream = torch.cuda.current_stream()
         try:
@@ -141,19 +141,19 @@ class Replayed:
     def __call__(self, *inputs: torch.Tensor | None) -> torch.Tensor:
         if self.replay is None:
             self.inputs = [v if v is None else v.clone() for v in inputs]
-            self.replay = partial(self.function, *self.inputs)
+            self.replay = eager = partial(self.function, *self.inputs)
             if not _failed:
-                self._capture()
+                self._capture(eager)
         for mine, given in zip(self.inputs, inputs, strict=True):
-            if mine is not None:
+            if mine is not None and given is not None:
                 mine.copy_(given)
         return self.replay()
 
-    def _capture(self) -> None:
+    def _capture(self, eager: Callable[[], torch.Tensor]) -> None:
         global _failed
-        warm_up(self.replay)
+        warm_up(eager)
         try:
-            self.replay = CapturedGraph(self.replay)
+            self.replay = CapturedGraph(eager)
         except Exception as error:
             _failed = reason_of(error)
             device = next(v.device for v in self.inputs if v is not None)
@@ -199,8 +199,8 @@ class GraphedStep:
         """What the parts return, as one dictionary."""
         if not (self.graphs or self.failed):
             self._prepare()
-        calls = self.graphs or [function for function, _ in self.parts]
-        metrics = {}
+        calls: Sequence[Callable[[], Any]] = self.graphs or [part for part, _ in self.parts]
+        metrics: dict[str, torch.Tensor] = {}
         for call, (_, times) in zip(calls, self.parts, strict=True):
             for _ in range(times):
                 found = call()

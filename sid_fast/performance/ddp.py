@@ -1,6 +1,7 @@
 """DDP: whole networks on every rank; gradients are averaged in flat buckets during backward."""
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,10 +55,11 @@ class DDPGradSync:
                 bucket = []
         if bucket:
             self._add(bucket)
-        self.grads = {p: p.grad for p in self.params}
+        self.grads = {p: p.grad for p in self.params if p.grad is not None}  # all of them
         for leaf in leaves:
             leaf.tensor.register_post_accumulate_grad_hook(partial(self._arrived, leaf.parts))
-        self.first, self.sending, self.works = True, False, []
+        self.first, self.sending = True, False
+        self.works: list[Any] = []
         failure.senders.add(self)
 
     def _add(self, params: list[nn.Parameter]) -> None:
@@ -93,6 +95,7 @@ class DDPGradSync:
 
     def _arrived(self, parts: list, leaf: torch.Tensor) -> None:
         grad, leaf.grad = leaf.grad, None
+        assert grad is not None  # the hook runs when it is there
         for rows, params in parts:
             for p in params:
                 number = self.bucket_of[p]
@@ -113,9 +116,8 @@ class DDPGradSync:
         if self.first and self.missing[number]:
             torch._foreach_zero_([self.grads[p] for p in self.missing[number]])
         for dtype in dict.fromkeys(grad.dtype for _, grad in taken):
-            into, grads = zip(
-                *((self.grads[p], grad) for p, grad in taken if grad.dtype == dtype), strict=True
-            )
+            into = [self.grads[p] for p, grad in taken if grad.dtype == dtype]
+            grads = [grad for _, grad in taken if grad.dtype == dtype]
             if self.first:
                 torch._foreach_copy_(into, grads)
                 continue

@@ -6,6 +6,7 @@
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, cast, overload
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,9 @@ from sid_fast.models import EDMNetwork
 from sid_fast.models.edm_unet.unet import Block
 from sid_fast.performance import process_group
 from sid_fast.performance.ddp import DDPGradSync
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +59,15 @@ class ShardingPlan:
         types = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        keep = {"mesh": self.mesh, "reshard_after_forward": not self.gathered, "mp_policy": types}
-        for module in [m for m in net.modules() if isinstance(m, Block)] + [net]:
-            fully_shard(module, **keep)
-            module.set_reshard_after_backward(not self.gathered)
+        for module in (*(m for m in net.modules() if isinstance(m, Block)), net):
+            sharded = fully_shard(
+                module, mesh=self.mesh, reshard_after_forward=not self.gathered, mp_policy=types
+            )
+            sharded.set_reshard_after_backward(not self.gathered)
         for name in net.forward_methods:
             register_fsdp_forward_method(net, name)
 
-    def gradients(self, net: nn.Module) -> "DDPGradSync":
+    def gradients(self, net: EDMNetwork) -> "DDPGradSync":
         """Give the network's parameters gradients, and the processes a way to average them."""
         if self.mesh is not None:
             return FSDPGradSync(net, self.mesh)
@@ -112,8 +117,10 @@ def plan(
         size = state_bytes(1, True)
         text = f"whole on each of {ranks} processes: {size / 1e9:.2g} GB of state"
         return replicated(text)
+    shape: tuple[int, ...] = (ranks,)
+    names: tuple[str, ...] = ("shards",)
     if mode == "fsdp":
-        group, shape, names = ranks, (ranks,), ("shards",)
+        group = ranks
     else:
         if ranks % group:
             raise UserError(
@@ -149,7 +156,7 @@ class FSDPGradSync(DDPGradSync):
         torch._foreach_zero_(self.local())
 
     def local(self) -> list[torch.Tensor]:
-        return local([p.grad for p in self.params])
+        return local([p.grad for p in self.params if p.grad is not None])
 
     def backward(self, loss: torch.Tensor, scale: float, last: bool) -> None:
         for module in self.modules:
@@ -184,6 +191,10 @@ def local(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [part for part in parts if part.numel()]
 
 
+@overload
+def whole(net: EDMNetwork, everywhere: Literal[True]) -> EDMNetwork: ...
+@overload
+def whole(net: EDMNetwork, everywhere: bool = False) -> EDMNetwork | None: ...
 @torch.no_grad()
 def whole(net: EDMNetwork, everywhere: bool = False) -> EDMNetwork | None:
     """The network, gathered if it is sharded, on the first process; None on the others, unless
@@ -205,7 +216,7 @@ def whole(net: EDMNetwork, everywhere: bool = False) -> EDMNetwork | None:
         for name, buffer in net.named_buffers():
             copy.get_buffer(name).copy_(buffer)
     for name, p in net.named_parameters():
-        value = p.full_tensor()
+        value = cast("DTensor", p).full_tensor()
         if copy is not None:
             copy.get_parameter(name).copy_(value)
     return copy

@@ -132,7 +132,7 @@ def _leave(device: torch.device, orderly: bool) -> None:
         for graph in failure.captured:
             graph.reset()  # before the connections that it sends on are closed
         dist.destroy_process_group()
-    else:
+    elif _group is not None:
         for group in (_group.hosts, _group.patient, _group.saving):
             dist.destroy_process_group(group)
     _group = None

@@ -92,7 +92,7 @@ def _resident(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
     return {
         "teacher": tensors(*frozen) + [leaf.tensor for net in frozen for leaf in net.copies],
         "weights": tensors(*(o.net for o in optimizers)),
-        "gradients": [p.grad for o in optimizers for p in o.params],
+        "gradients": [p.grad for o in optimizers for p in o.params if p.grad is not None],
         "optimiser": [v for o in optimizers for v in (*o.exp_avg, *o.exp_avg_sq)],
         "average": tensors(trainer.ema),
         "copies": [leaf.tensor for o in optimizers for leaf in o.net.copies],

@@ -12,7 +12,7 @@ import shutil
 import warnings
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -86,11 +86,12 @@ class States:
         writer = HuggingFaceStorageWriter(
             str(self.temporary), fqn_to_index_mapping=files, save_distributed=True
         )
-        self.writing = async_save(
+        written = async_save(
             {"state": tensors},
             storage_writer=writer,
             process_group=process_group.checkpoint_group(),
         )
+        self.writing = cast(Future, written)  # the other type is of another stager
         return problem
 
     def poll(self) -> str | None:
@@ -118,6 +119,7 @@ class States:
         self.header["files"] = {p.name: p.stat().st_size for p in self.temporary.iterdir()}
         with atomic_path(self.temporary / HEADER) as temporary:
             temporary.write_text(json.dumps(self.header), "utf-8")
+        assert self.path is not None
         _remove(self.path)
         os.replace(self.temporary, self.path)
         flush(self.folder)

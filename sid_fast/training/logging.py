@@ -50,7 +50,7 @@ class Log:
 
     def write(self, images: int, values: dict[str, float]) -> None:
         """Append a record; raises WriteFailed if the disk does not take it."""
-        record = {"images": images}
+        record: dict[str, float | None] = {"images": images}
         record |= {k: v if math.isfinite(v) else None for k, v in values.items()}
         try:
             self.file.write(json.dumps(record) + "\n")

@@ -184,10 +184,9 @@ class Loop:
                         "same run up to rounding, not to the bit"
                     )
                 before = self.trainer.images - self.trainer.settings.batch_size
-                if self._to_evaluate(before) and not process_group.broadcast_from_rank0(
-                    self._evaluated
-                ):
-                    self._call("evaluation", self.evaluate)
+                evaluate = self._evaluation(before)
+                if evaluate and not process_group.broadcast_from_rank0(self._evaluated):
+                    self._call("evaluation", evaluate)
             else:
                 self._call("snapshot", self.snapshot)
                 if self.evaluate:
@@ -242,8 +241,8 @@ class Loop:
             self._warn(self.states.poll())
             unwritten = []
             looking = end or self._crossed(before, options.snapshot_every)
-            evaluating = self._to_evaluate(before)
-            saving = end or stop or evaluating or self._crossed(before, options.state_every)
+            evaluate = self._evaluation(before)
+            saving = end or stop or bool(evaluate) or self._crossed(before, options.state_every)
             if looking or saving:
                 self.pace.catch_up()
             with self.meter.paused():
@@ -251,10 +250,10 @@ class Loop:
                     unwritten += self._call("snapshot", self.snapshot)
                 if saving:
                     self._warn(self.states.begin())
-                if evaluating and not stop:
+                if evaluate and not stop:
                     # A machine that is taken away while the evaluation lasts leaves a whole state.
                     self._finish() if end else self._warn(self.states.finish())
-                    unwritten += self._call("evaluation", self.evaluate)
+                    unwritten += self._call("evaluation", evaluate)
                     stop = process_group.all_reduce_any(bool(caught))
         self._finish()
         if unwritten and trainer.images >= self.end:
@@ -270,11 +269,12 @@ class Loop:
         every = every_kimg * 1000
         return before // every != self.trainer.images // every
 
-    def _to_evaluate(self, before: int) -> bool:
-        at = self.trainer.images
-        return self.evaluate is not None and (
-            at >= self.end or self._crossed(before, self.options.eval_every)
-        )
+    def _evaluation(self, before: int) -> Callable[[Path], dict[str, float]] | None:
+        """What measures the images, if that is due: every --eval-every kimg, and at the end."""
+        every = self.options.eval_every
+        if self.trainer.images >= self.end or (every and self._crossed(before, every)):
+            return self.evaluate
+        return None
 
     def _finish(self) -> None:
         """Wait for the last state, and fail where it cannot be written."""

@@ -3,10 +3,10 @@
 import copy
 
 import torch
-from torch import nn
 
 from sid_fast import kernels
 from sid_fast.kernels import Losses
+from sid_fast.models import EDMNetwork
 from sid_fast.performance import fsdp
 
 
@@ -32,7 +32,7 @@ class Optimizer:
 
     def __init__(
         self,
-        net: nn.Module,
+        net: EDMNetwork,
         beta1: float,
         beta2: float,
         eps: float,
@@ -59,8 +59,9 @@ class Optimizer:
         self.exp_avg_sq = [torch.zeros_like(p) for p in self.params]
         self.exp_avg = [torch.zeros_like(p) for p in self.params] if beta1 else []
         # This rank's part of each tensor, which is the memory itself.
-        lists = self.params, self.exp_avg, self.exp_avg_sq, list(self.named_ema.values())
-        self.local_params, *self.local_state = map(fsdp.local, lists)
+        self.local_params = fsdp.local(self.params)
+        lists = self.exp_avg, self.exp_avg_sq, list(self.named_ema.values())
+        self.local_state = [fsdp.local(tensors) for tensors in lists]
         device = self.params[0].device
         self.step = torch.zeros((), dtype=torch.float64, device=device)
         # loss, distance, kept and seen of the rounds so far

@@ -67,7 +67,7 @@ class Trainer:
         # What changes from step to step lies on the device, where a CUDA graph can read it.
         self.counter = counter_of(seed, self.device)
         self.host_counter = counter_of(seed, torch.device("cpu"))  # for what is read on the host
-        scalar = {"dtype": torch.float64, "device": self.device}
+        scalar: dict[str, Any] = {"dtype": torch.float64, "device": self.device}
         self.ema_beta = torch.zeros((), **scalar)
         self.lr = {phase.network: torch.zeros((), **scalar) for phase in method.phases}
         self.live = torch.ones((), dtype=torch.bool, device=self.device)  # False: a rehearsal
@@ -75,7 +75,7 @@ class Trainer:
         dtype = mixed_precision.TYPES[s.precision]
         if self.device.type == "cuda" and sharding.mesh is None:
             for net in (*networks, *frozen):
-                net.to(memory_format=torch.channels_last)
+                net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # no stub
         # The seeds of a network's dropout, a row each block: a stream of its own, in which samples
         # are counted from step to step.
         self.dropout_seeds = {}
@@ -103,7 +103,9 @@ class Trainer:
             )
             for phase in method.phases
         }  # fmt: skip
-        self.ema = self.optimizers[method.averaged].ema
+        ema = self.optimizers[method.averaged].ema
+        assert ema is not None
+        self.ema = ema
         self.graphs = None
         if cuda_graph:
             self.graphs = GraphedStep(
@@ -130,7 +132,8 @@ class Trainer:
 
     def run(self, inputs: Inputs | None = None) -> dict[str, torch.Tensor]:
         """The launches of a step: a function of the inputs, or of self.counter."""
-        metrics, last = {}, self.grad_accum_steps - 1
+        metrics: dict[str, torch.Tensor] = {}
+        last = self.grad_accum_steps - 1
         for phase in self.method.phases:
             for i in range(self.grad_accum_steps):
                 name = f"{phase.name} step".strip()
@@ -147,7 +150,7 @@ class Trainer:
         """
         if self.grad_accum_steps <= FEW:
             return [(self.run, 1)]
-        found = []
+        found: list[tuple[Callable[[], Any], int]] = []
         for phase in self.method.phases:
             each = partial(self.accumulate, phase)
             found += [
@@ -172,8 +175,8 @@ class Trainer:
             inputs = phase.sample_inputs(self._stream(phase, n))
         if self.settings.dropout:
             sample = self.dropout_seeds[phase.name][:, 2]
-            first = self.counter[2].expand_as(sample)
-            torch.add(first, self.counter[1], alpha=self.settings.batch_size, out=sample)
+            start = self.counter[2].expand_as(sample)
+            torch.add(start, self.counter[1], alpha=self.settings.batch_size, out=sample)
         losses = phase.loss(inputs)
         losses = losses._replace(loss=torch.where(losses.kept, losses.loss, 0.0))
         scale = phase.loss_scale / self.settings.batch_size
@@ -211,7 +214,8 @@ class Trainer:
 
     def sample_inputs(self) -> dict[str, list[Any]]:
         """The inputs of this rank's coming step: a function of seed and step alone."""
-        n, found = self.samples // self.grad_accum_steps, {}
+        n = self.samples // self.grad_accum_steps
+        found: dict[str, list[Any]] = {}
         self._count_step()
         for phase in self.method.phases:
             found[phase.name] = []
@@ -249,7 +253,7 @@ class Trainer:
 
         with steps and images; random numbers are functions of (seed, steps) and need no keeping.
         """
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for name, optimizer in self.optimizers.items():
             found |= optimizer.tensors(name)
         return found

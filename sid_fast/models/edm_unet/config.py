@@ -98,10 +98,10 @@ class NetworkConfig:
                 self._refuse(field, f"list whole numbers of at least {low}")
         if not 1 <= len(self.channel_mult) <= 12:
             self._refuse("channel_mult", "list one multiplier a level")
-        for field, low, high in (("dropout", 0, 0.999), ("sigma_data", 1e-3, 1e3)):
+        for field, least, most in (("dropout", 0, 0.999), ("sigma_data", 1e-3, 1e3)):
             value = getattr(self, field)
-            if not isinstance(value, int | float) or not low <= value <= high:
-                self._refuse(field, f"it is a number from {low} to {high}")
+            if not isinstance(value, int | float) or not least <= value <= most:
+                self._refuse(field, f"it is a number from {least} to {most}")
         if not isinstance(self.init_sigma, int | float | None):
             self._refuse("init_sigma", "it is a number or nothing")
         smallest = 2 ** (len(self.channel_mult) - 1)
@@ -139,8 +139,11 @@ class NetworkConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise UserError(f"network: unknown field {unknown[0]!r}; a newer version wrote it?")
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
         try:
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            return cls(**fields)
         except TypeError as error:
             raise UserError(f"network: configuration does not fit: {error}") from None
 

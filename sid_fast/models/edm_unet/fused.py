@@ -14,14 +14,16 @@ Backward, each tensor that two read comes with two names (h and fork, see kernel
 the group norm's backward kernel adds the gradients up and not a pass of autograd's.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from sid_fast import kernels
-from sid_fast.models.edm_unet.layers import bias_of, weight_of
+from sid_fast.models.edm_unet.layers import Conv2d, GroupNorm, bias_of, weight_of
+
+if TYPE_CHECKING:  # it imports this module
+    from sid_fast.models.edm_unet.unet import Block, UNet
 
 
 class Sum(NamedTuple):
@@ -33,10 +35,12 @@ class Sum(NamedTuple):
     scale: float = 1.0
 
 
-def unet(net: nn.Module, image: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+def unet(net: "UNet", image: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
     """F of [N, channels, R, R], in its dtype."""
-    first, *encoder = net.enc.values()
-    bottom, *decoder = [layer for name, layer in net.dec.items() if "_aux_" not in name]
+    encoder: list[Any] = list(net.enc.values())
+    decoder: list[Any] = [layer for name, layer in net.dec.items() if "_aux_" not in name]
+    first, *encoder = encoder
+    bottom, *decoder = decoder
     image = image.contiguous(memory_format=torch.channels_last)  # and so all that is made of it
     conditions = iter(net.conditions(embedding, with_conv_bias=True))
     x, skips = Sum(convolve(first, image), bias=first.bias), []
@@ -51,7 +55,7 @@ def unet(net: nn.Module, image: torch.Tensor, embedding: torch.Tensor) -> torch.
 
 
 def block(
-    layer: nn.Module,
+    layer: "Block",
     x: Sum,
     embedding: torch.Tensor | dict[str, torch.Tensor],
     beside: torch.Tensor | None = None,
@@ -67,7 +71,8 @@ def block(
     h = convolve(layer.conv1, normalise(layer.norm1, Sum(h), **around).y)
 
     residual = start.resampled if layer.conv0.resample else start.h
-    bias = layer.conv1.bias
+    assert residual is not None
+    bias: torch.Tensor = layer.conv1.bias
     if layer.skip is not None and layer.skip.weight is not None:
         residual = product(weight_of(layer.skip, residual.dtype), residual, start.beside)
         bias = bias + layer.skip.bias if layer.tail_bias is None else layer.tail_bias
@@ -81,11 +86,11 @@ def block(
     return x, start.fork
 
 
-def normalise(norm: nn.Module, x: Sum, **around) -> kernels.Normed:
+def normalise(norm: GroupNorm, x: Sum, **around) -> kernels.Normed:
     return norm(x.x, residual=x.residual, x_bias=x.bias, x_scale=x.scale, **around)
 
 
-def convolve(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def convolve(conv: Conv2d, x: torch.Tensor) -> torch.Tensor:
     """The convolution alone: no bias, no resampling."""
     weight = weight_of(conv, x.dtype)
     if not weight.requires_grad:
@@ -107,7 +112,7 @@ class _FrozenConv(torch.autograd.Function):
         return F.conv_transpose2d(grad, weight, padding=weight.shape[-1] // 2), None
 
 
-def condition(layer: nn.Module, embedding: torch.Tensor) -> dict[str, torch.Tensor]:
+def condition(layer: "Block", embedding: torch.Tensor) -> dict[str, torch.Tensor]:
     """Block.condition, with conv0's bias."""
     if layer.adaptive_scale:
         return layer.condition(embedding) | {"add": layer.conv0.bias.expand(len(embedding), -1)}

@@ -41,21 +41,20 @@ class Leaf(NamedTuple):
 WHOLE = slice(None)
 
 
-def weight_of(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+def weight_of(layer: "Linear | Conv2d | GroupNorm", dtype: torch.dtype) -> torch.Tensor:
     """A layer's weight in the compute type: its copy where there is one, else a cast."""
     return layer.weight.to(dtype) if layer.compute_weight is None else layer.compute_weight
 
 
-def bias_of(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor | None:
-    """The same of its bias; None where it has none."""
-    if layer.bias is None or layer.compute_bias is not None:
-        return layer.compute_bias
-    return layer.bias.to(dtype)
+def bias_of(layer: "Linear | Conv2d | GroupNorm", dtype: torch.dtype) -> torch.Tensor:
+    """The same of the bias of a layer that has one."""
+    return layer.bias.to(dtype) if layer.compute_bias is None else layer.compute_bias
 
 
 class Linear(nn.Module):
     """[N, in] -> [N, out], in the dtype of the input."""
 
+    bias: nn.Parameter  # or None: as in PyTorch's own layers, the type leaves it out
     # Copies in the compute type; see EDMNetwork.compute_in.
     compute_weight: torch.Tensor | None = None
     compute_bias: torch.Tensor | None = None
@@ -64,12 +63,14 @@ class Linear(nn.Module):
         super().__init__()
         rule, weight_factor, bias_factor = init
         self.weight = nn.Parameter(draw((fan_out, fan_in), rule, fan_in, fan_out) * weight_factor)
-        self.bias = (
-            nn.Parameter(draw((fan_out,), rule, fan_in, fan_out) * bias_factor) if bias else None
+        self.register_parameter(
+            "bias",
+            nn.Parameter(draw((fan_out,), rule, fan_in, fan_out) * bias_factor) if bias else None,
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, weight_of(self, x.dtype), bias_of(self, x.dtype))
+        bias = None if self.bias is None else bias_of(self, x.dtype)
+        return F.linear(x, weight_of(self, x.dtype), bias)
 
 
 class Conv2d(nn.Module):
@@ -79,6 +80,10 @@ class Conv2d(nn.Module):
     fused form, where "down" filters after it, the paddings of both taken at once.
     """
 
+    # None with kernel 0, resample_filter without resampling: see Linear.bias.
+    weight: nn.Parameter
+    bias: nn.Parameter
+    resample_filter: torch.Tensor
     # Copies in the compute type; see EDMNetwork.compute_in.
     compute_weight: torch.Tensor | None = None
     compute_bias: torch.Tensor | None = None
@@ -95,8 +100,10 @@ class Conv2d(nn.Module):
     ):
         super().__init__()
         self.resample, self.fused = resample, fused
-        self.weight = self.bias = None
-        if kernel:
+        if not kernel:
+            self.register_parameter("weight", None)
+            self.register_parameter("bias", None)
+        else:
             rule, weight_factor, bias_factor = init
             fans = fan_in * kernel**2, fan_out * kernel**2
             shape = (fan_out, fan_in, kernel, kernel)
@@ -107,16 +114,17 @@ class Conv2d(nn.Module):
         self.register_buffer("resample_filter", taps[None, None] if resample else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = None if self.weight is None else weight_of(self, x.dtype)
-        bias = bias_of(self, x.dtype)
-        w_pad = 0 if weight is None else weight.shape[-1] // 2
+        f_pad = (self.resample_filter.shape[-1] - 1) // 2 if self.resample else 0
+        if self.weight is None:
+            return self._filter(x, f_pad) if self.resample else x
+        weight, bias = weight_of(self, x.dtype), bias_of(self, x.dtype)
+        w_pad = weight.shape[-1] // 2
+        if self.fused and self.resample == "down":
+            x = self._filter(F.conv2d(x, weight, padding=w_pad + f_pad), 0)
+            return x + bias[:, None, None]
         if self.resample:
-            f_pad = (self.resample_filter.shape[-1] - 1) // 2
-            if self.fused and self.resample == "down":
-                x = self._filter(F.conv2d(x, weight, padding=w_pad + f_pad), 0)
-                return x + bias[:, None, None]
             x = self._filter(x, f_pad)
-        return x if weight is None else F.conv2d(x, weight, bias, padding=w_pad)
+        return F.conv2d(x, weight, bias, padding=w_pad)
 
     def _filter(self, x: torch.Tensor, padding: int) -> torch.Tensor:
         channels = x.shape[1]
@@ -173,7 +181,8 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: torch.Tensor, **around) -> kernels.Normed:
-        weight, bias = self.weight, self.bias
+        weight: torch.Tensor = self.weight
+        bias: torch.Tensor = self.bias
         if choose("group_norm") == "reference":
             weight, bias = weight_of(self, x.dtype), bias_of(self, x.dtype)
         return kernels.group_norm(x, weight, bias, self.groups, self.eps, **around)
@@ -199,6 +208,8 @@ class PositionalEmbedding(nn.Module):
 
 class FourierEmbedding(nn.Module):
     """[N] -> [N, width]: [sin, cos] of 2π·freqs·x, the frequencies drawn once."""
+
+    freqs: torch.Tensor
 
     def __init__(self, width: int):
         super().__init__()

@@ -109,7 +109,7 @@ class EDMNetwork(nn.Module):
     def _copy(self, dtype: torch.dtype, *sums: tuple[nn.Parameter, ...]) -> torch.Tensor:
         """A new leaf: the sums of parameters, concatenated along rows."""
         with torch.no_grad():
-            values = [sum(rest, first) for first, *rest in sums]
+            values: list[torch.Tensor] = [sum(rest, first) for first, *rest in sums]
             tensor = (values[0] if len(values) == 1 else torch.cat(values)).to(dtype)
         parts, start = [], 0
         for of in sums:

@@ -1,6 +1,7 @@
 """The U-Net that DDPM++, NCSN++ and ADM share, and the residual block it is made of."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -223,8 +224,9 @@ class UNet(nn.Module):
         emb = self.map_noise(c_noise)
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
+        assert self.map_label is None or labels is not None  # EDMNetwork gives zeros for None
         if self.kind.model_type == "SongUNet":
-            if self.map_label is not None:
+            if self.map_label is not None and labels is not None:
                 emb = emb + self.map_label(labels * math.sqrt(self.config.label_dim))
             return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
@@ -244,7 +246,8 @@ class UNet(nn.Module):
         if choose("block") != "reference" and self.kind.filter == (1, 1):
             return fused.unet(self, x, embedding)
         conditions = iter(self.conditions(embedding))
-        skips, aux = [], x
+        skips: list[torch.Tensor] = []
+        aux = x
         for name, layer in self.enc.items():
             if name.endswith("_aux_residual"):
                 skips[-1] = x = aux = (x + layer(aux)) / math.sqrt(2)
@@ -264,7 +267,7 @@ class UNet(nn.Module):
 
     def conditions(
         self, embedding: torch.Tensor, with_conv_bias: bool = False
-    ) -> list[torch.Tensor | Condition]:
+    ) -> Sequence[torch.Tensor | Condition]:
         """The embedding argument of each block, in order."""
         if self.conditioning is None:
             return [embedding] * len(self.blocks())
@@ -273,5 +276,8 @@ class UNet(nn.Module):
     def tail(self) -> tuple[GroupNorm, Conv2d]:
         """The last norm and convolution; a SongUNet has them among its decoder's layers."""
         if self.kind.model_type == "SongUNet":
-            return tuple(self.dec.values())[-2:]
+            norm, conv = tuple(self.dec.values())[-2:]
+            assert isinstance(norm, GroupNorm)
+            assert isinstance(conv, Conv2d)
+            return norm, conv
         return self.out_norm, self.out_conv
