@@ -150,10 +150,24 @@ def _augment(_, constants: dict, images: int) -> Work:
     return Work(blocks, elements, _module("augment").bytes_moved(elements), (rows, columns, 7))
 
 
+def _random(label: str, constants: dict, images: int) -> Work:
+    elements = int(label.split()[1])
+    blocks = images * -(-elements // (4 * constants["BLOCK"]))
+    return Work(blocks, images * elements, images * elements * 4, ())
+
+
+def _dropout(label: str, constants: dict, images: int) -> Work:
+    size = constants["PIXELS"] * constants["CHANNELS"]
+    moved = 2 * images * size * _itemsize(label)
+    return Work(images * -(-size // constants["BLOCK"]), images * size, moved, ())
+
+
 WORK = {
     "adam_ema": _adam_ema,
     "attention": _attention,
     "augment": _augment,
+    "dropout": _dropout,
     "group_norm": _group_norm,
+    "random": _random,
     "sid_loss": _sid_loss,
 }

@@ -44,6 +44,7 @@ def test_every_module_with_triton_code_is_compiled():
         if re.search(r"^@triton\.jit", path.read_text(), re.MULTILINE)
     }
     assert found <= set(compile.MODULES)
+    assert report.WORK.keys() == set(compile.MODULES)  # and each of them can be reported
 
 
 def test_a_spill_or_too_much_shared_memory_is_a_fault():
@@ -212,6 +213,8 @@ def test_what_is_stored_by_the_counted_path_is_the_output():
         "    'attention forward bf16 6x64 N=1024': 1024 * 6 * (64 * 2 + 4),\n"
         "    'attention backward_kv bf16 6x64 N=1024': 1024 * 6 * 64 * 2 * 2,\n"
         "    'adam_ema beta1=0.0 ema=1 shadow=1': report.PARAMETERS * 14,\n"
+        "    'dropout 256@32x32 channels-last bf16': 32 * 32 * 256 * 2,\n"
+        "    'random normal 3072': 3072 * 4,\n"
         "}.items():\n"
         "    (module, label, configuration), = compile.selected(report.ARCH, name)\n"
         "    work = report.WORK[module](label, configuration[2], 1)\n"
@@ -222,7 +225,7 @@ def test_what_is_stored_by_the_counted_path_is_the_output():
         "    print(name)\n",
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == 4
+    assert len(done.stdout.splitlines()) == 6
 
 
 def test_a_chunk_of_adam_is_loaded_before_its_reduction():
