@@ -94,10 +94,18 @@ def run(config: TrainConfig, given: set[str]) -> None:
         raise UserError(
             "teacher is missing: --teacher FILE, or --preset NAME with a teacher of its own"
         )
+    if config.eval_every and not (config.data or config.ref):
+        raise UserError(
+            f"eval_every={config.eval_every}: compared with what? give real images as --data, or "
+            "their statistics as --ref"
+        )
     device = process_group.pick_device(config.device)
     kernels.dispatch.configure(config.kernels, device)
     data = open_dataset(config.data) if config.data else None
     with process_group.joined(device, config.parallel, config.timeout):
+        if auto and resume and read_header(resume)["processes"] != process_group.world_size():
+            config.micro_batch = None
+        grad_accum_steps(part(config, Settings), process_group.world_size())
         with process_group.main_process_first():  # it may download
             teacher = load_network(config.teacher).to(device)
         if data:
@@ -110,11 +118,8 @@ def run(config: TrainConfig, given: set[str]) -> None:
         )
         sharding = fsdp.plan(config.parallel, device, state.nbytes, config.shard_group)
         sharded = sharding.mesh is not None
-        if auto:
-            if resume and read_header(resume)["processes"] != process_group.world_size():
-                config.micro_batch = None
-            if device.type == "cuda":
-                config.micro_batch = micro_batch_that_fits(teacher, config, device, sharding)
+        if auto and device.type == "cuda":
+            config.micro_batch = micro_batch_that_fits(teacher, config, device, sharding)
         settings = part(config, Settings)
         mode = config.cuda_graph
         graphs, note = usable(mode, device, sharded)
@@ -173,7 +178,6 @@ def micro_batch_that_fits(
     In shards it is not tried: a rank that runs out of memory would leave the others waiting.
     """
     settings, world = part(config, Settings), process_group.world_size()
-    grad_accum_steps(dataclasses.replace(settings, micro_batch=None), world)
     batch = settings.batch_size // world
     first, sharded = process_group.rank() == 0, sharding.mesh is not None
 

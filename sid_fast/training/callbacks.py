@@ -10,7 +10,6 @@ from sid_fast.config.types import RunOptions
 from sid_fast.data.datasets import ImageDataset
 from sid_fast.data.images import save_grid
 from sid_fast.data.readers import choose
-from sid_fast.errors import UserError
 from sid_fast.evaluation.curve import save_curve
 from sid_fast.evaluation.features import label, load_detector
 from sid_fast.evaluation.references import real_sample
@@ -77,11 +76,6 @@ class Evaluations:
         teacher_steps: int = 1,
         cuda_graph: str = "auto",
     ):
-        if not (data or options.ref):
-            raise UserError(
-                f"eval_every={options.eval_every}: compared with what? give real images as "
-                "--data, or their statistics as --ref"
-            )
         self.trainer, self.net, self.steps = trainer, net, steps
         self.teacher, self.teacher_steps = teacher, teacher_steps
         self.count = options.eval_images
