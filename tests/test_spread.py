@@ -21,6 +21,8 @@ def spread(folder, files, processes=2):
     return subprocess.Popen(
         list(map(str, command)), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, env=ENV,
+        # A shell starts background jobs, and so perhaps these tests, with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 

@@ -68,12 +68,10 @@ def test_a_trial_says_why_it_failed():
     ],
 )
 def test_a_trial_may_end_as_it_likes(tmp_path, monkeypatch, end, reason):
-    (tmp_path / "sid_fast" / "tools").mkdir(parents=True)
-    for folder in ("sid_fast", "sid_fast/tools"):
-        (tmp_path / folder / "__init__.py").touch()
-    text = f"import os, sys, time\ndef main():\n    {end}\n"
-    (tmp_path / "sid_fast" / "tools" / "graph_trial.py").write_text(text)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    python = tmp_path / "python"  # in the place of the interpreter: whatever it is told to run
+    python.write_text(f"#!{sys.executable}\nimport os, sys, time\n{end}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setenv("RANK", "1")
     began = time.monotonic()
     assert graph_trial.attempt({}, 1 if "sleep" in end else 60) == reason
