@@ -23,24 +23,39 @@ from sid_fast.performance import ddp, failure, fsdp, process_group
 
 # All that so many processes do: starting them takes longer than doing it. Four write a state in
 # the middle of a trajectory; two and one go on from it to the end of the published one.
-CASES = {
-    4: ["ddp", "hsdp", "fsdp:save", "graphs:hsdp:1"],
-    2: ["ddp", "hsdp", "fsdp:resume", "tight", "adm_cond:fsdp", "graphs:ddp:5", "graphs:fsdp:5",
-        "graphs:tight:1", "failed graphs", *(f"faults:{m}" for m in ("ddp", "fsdp", "hsdp")),
-        "cut:ddp", "cut:fsdp", "cut:tight"],
-    1: ["fsdp", "hsdp", "ddp:resume", "graphs:fsdp:5"],
+TRAJECTORIES = {
+    4: ["ddp", "hsdp", "fsdp:save"],
+    2: ["ddp", "hsdp", "fsdp:resume", "tight"],
+    1: ["fsdp", "hsdp", "ddp:resume"],
+}
+SMALL = {
+    4: ["graphs:hsdp:1"],
+    2: ["graphs:ddp:5", "graphs:fsdp:5", "graphs:tight:1", "failed graphs",
+        *(f"faults:{m}" for m in ("ddp", "fsdp", "hsdp")), "cut:ddp", "cut:fsdp", "cut:tight"],
+    1: ["graphs:fsdp:5"],
 }  # fmt: skip
 
 
-def test_every_layout_meets_the_golden_trajectory(golden, tmp_path):
+def lines_of(processes: int, *arguments: object) -> list[str]:
     script = __file__.replace("test_parallel", "parallel_trajectory")
-    for processes, modes in CASES.items():
-        small = [c for c in modes if any(word in c for word in ("faults", "graphs", "cut"))]
-        cases = [c if "_" in c or c in small else f"ddpmpp_uncond:{c}" for c in modes]
-        done = python(*TORCHRUN, processes, script, golden, tmp_path, *cases)
-        assert done.returncode == 0, done.stdout + done.stderr
-        lines = len(small) + 3 * (len(cases) - len(small)) + 2 * sum("cut" in c for c in small)
-        assert len(done.stdout.splitlines()) == lines, done.stdout
+    done = python(*TORCHRUN, processes, script, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+def test_every_layout_meets_the_golden_trajectory(golden, tmp_path):
+    for processes, modes in TRAJECTORIES.items():
+        cases = [f"ddpmpp_uncond:{mode}" for mode in modes]
+        cases += ["adm_cond:fsdp"] * (processes == 2)
+        lines = lines_of(processes, golden, tmp_path, *cases)
+        assert len(lines) == 3 * len(cases), lines
+
+
+@pytest.mark.parametrize("processes", SMALL)
+def test_faults_graphs_and_cuts_of_a_small_network(processes, tmp_path):
+    cases = SMALL[processes]
+    lines = lines_of(processes, tmp_path, tmp_path, *cases)
+    assert len(lines) == len(cases) + 2 * sum("cut" in case for case in cases), lines
 
 
 @pytest.fixture(scope="module")
