@@ -94,8 +94,8 @@ def run(options: Options, given: set[str]) -> None:
     product = rates["fp32"]
     if precision != "fp32":  # a CPU may convert and compute in float32: faster than bfloat16's
         product = max(product, rates["bf16"])
-    form = "triton" if cuda else "reference"
-    (counted,) = estimator.steps(config, settings, [images], form)
+    backend = "triton" if cuda else "eager"
+    (counted,) = estimator.steps(config, settings, [images], backend)
     least = floors(counted.ops, product, rates["copy"])
 
     variant = dataclasses.replace(VARIANTS["no graphs" if cuda else "ours"], precision=precision)

@@ -89,7 +89,7 @@ class Here:
     def forced(self) -> Iterator[None]:
         """This backend in the block, which takes steps."""
         with dispatch.forced(BACKENDS[self.backend]):
-            if not self.cuda and "triton" in map(dispatch.choose, dispatch.FORMS):
+            if not self.cuda and "triton" in map(dispatch.choose, dispatch.OPERATIONS):
                 raise Skipped("needs a GPU: a step takes minutes in the interpreter")
             yield
 
@@ -194,11 +194,11 @@ def network_agrees(here: Here, config: NetworkConfig, kind: str) -> tuple[float,
         grads = [p.grad for p in running.parameters() if p.grad is not None]
         return [flat([out]), flat([image.grad]), flat(grads)]
 
-    exact, dtype = outcome("reference", torch.float32), mixed_precision.TYPES[kind]
+    exact, dtype = outcome("eager", torch.float32), mixed_precision.TYPES[kind]
     shares, notes = [], []
     parts = zip(
         ("output", "image gradient", "gradients"), outcome("triton", dtype),
-        outcome("reference", dtype), exact, strict=True,
+        outcome("eager", dtype), exact, strict=True,
     )  # fmt: skip
     for name, ours, eager, expected in parts:
         *found, note = within(ours, eager, expected, kind)
@@ -306,13 +306,10 @@ def resumes(here: Here) -> tuple[float, float, str]:
     with here.forced():
         start = weights(here.distiller())
         whole = here.run(cuda_graph=here.cuda)
-        saved = {name: t.clone() for name, t in whole.tensors().items()}
+        saved = {name: t.clone() for name, t in whole.state_dict().items()}
         again = here.distiller(cuda_graph=here.cuda)
-        with torch.no_grad():
-            for name, t in again.tensors().items():
-                t.copy_(saved[name])
+        again.load_state_dict(saved)
         again.steps, again.images = whole.steps, whole.images
-        again.refresh()
         for distiller in (whole, again):
             for _ in range(here.steps):
                 distiller.step()
@@ -327,7 +324,7 @@ def shards(here: Here) -> tuple[float, float, str]:
         for _ in range(here.steps):
             whole.step()
         with process_group.joined(here.device, "fsdp"):
-            layout = fsdp.plan("fsdp", here.device, lambda shards, gathered: 0)
+            layout = fsdp.plan("fsdp", here.device, lambda shards, reshard_after_forward: 0)
             parts = here.run(layout=layout, cuda_graph=here.cuda)
             note = f"{here.steps} steps, {layout.text}"
             return apart(parts, whole, start), TRAJECTORY_TOLERANCE, note
@@ -358,9 +355,9 @@ def follows_golden(here: Here, name: str) -> tuple[float, float, str]:
         draws = on(here.device, golden_draws(data, 0))
         run: Callable[[], Any] = partial(distiller.run, draws)
         if here.cuda:
-            distiller.live.fill_(False)
+            distiller.enabled.fill_(False)
             warm_up(run)
-            distiller.live.fill_(True)
+            distiller.enabled.fill_(True)
             run = CapturedGraph(run)
         distiller.run = lambda inputs=None: run()  # type: ignore[method-assign]  # of this one
         for step in range(int(data["steps"])):
@@ -398,7 +395,7 @@ def part_ways(distiller: Distiller) -> None:
     rng = torch.Generator(distiller.device).manual_seed(3)
     for p in distiller.fake_score.parameters():
         p.add_(0.5 * p.std() * torch.randn(p.shape, generator=rng, device=p.device))
-    distiller.refresh()
+    distiller.load_state_dict(distiller.state_dict())
 
 
 def stays_close(here: Here, kind: Precision) -> tuple[float, float, str]:
@@ -412,7 +409,7 @@ def stays_close(here: Here, kind: Precision) -> tuple[float, float, str]:
             part_ways(distiller)
             draws = distiller.draw()
             for phase in distiller.method.phases:
-                distiller.accumulate(phase, draws[phase.name][0], first=True)
+                distiller.backward(phase, draws[phase.name][0], first=True)
         nets = distiller.fake_score, distiller.generator
         grads[precise] = [flat(p.grad for p in net.parameters()) for net in nets]
     errors = [relative(*pair) for pair in zip(grads[kind], grads["fp32"], strict=True)]
@@ -465,8 +462,8 @@ def backends() -> dict[str, str | None]:
     """What dispatch.forced is told, by name: what a user gets first, then what that is not."""
     found: dict[str, str | None] = {"default": None}
     with dispatch.forced(None):
-        usual = {dispatch.choose(name) for name in dispatch.FORMS}
-    others = {"eager": "reference", "triton": "triton"}
+        usual = {dispatch.choose(name) for name in dispatch.OPERATIONS}
+    others = {"eager": "eager", "triton": "triton"}
     return found | {name: backend for name, backend in others.items() if usual != {backend}}
 
 

@@ -27,7 +27,7 @@ from sid_fast.data.datasets import ImageDataset, write_dataset
 from sid_fast.data.readers import choose, read
 from sid_fast.evaluation import references
 from sid_fast.evaluation.features import load_detector
-from sid_fast.evaluation.sample import Clock, Sample, compare, generated, look
+from sid_fast.evaluation.sample import FeatureStats, StageTimer, compare, generated, look
 from sid_fast.models import NetworkConfig
 from sid_fast.models.teachers import TEACHERS
 from sid_fast.performance import process_group
@@ -82,11 +82,13 @@ class Bench:
             ratio = measure.median([plain / ms for plain, ms in pairs])
             self.add("reading", kind, times[kind], len(data), ratio)
 
-    def passes(self, variant: str, images: int | None, work: Callable[[Clock], Sample | dict]):
+    def passes(
+        self, variant: str, images: int | None, work: Callable[[StageTimer], FeatureStats | dict]
+    ):
         """A row for every stage of some work, on so many images; returns what the work does."""
         times: dict[str, list[float]] = {}
         for _ in range(self.rounds):
-            clock = Clock(self.device)
+            clock = StageTimer(self.device)
             found = work(clock)
             for stage, seconds in clock.seconds.items():
                 times.setdefault(stage, []).append(seconds * 1e3)
@@ -141,10 +143,10 @@ def run(options: Options, given: set[str]) -> None:
         best = choose()
         bench.readers(data, best)
 
-        def generate(n: int, clock: Clock) -> Sample:
+        def generate(n: int, clock: StageTimer) -> FeatureStats:
             return look(generated(net, range(n), INIT_SIGMA), n, detector, clock, "generated")
 
-        generate(min(count, WARM_UP), Clock(device))
+        generate(min(count, WARM_UP), StageTimer(device))
         look_at_real = partial(references.measure, data, detector, reader=best)
         real = bench.passes("reference", len(data), lambda clock: look_at_real(clock=clock))
         sample = bench.passes("generated", count, partial(generate, count))

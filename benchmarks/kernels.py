@@ -32,7 +32,7 @@ from sid_fast import augment as warp
 from sid_fast import cli
 from sid_fast.config.types import check, option
 from sid_fast.errors import UserError
-from sid_fast.kernels import Normed, _apex, _cuda, compile, dispatch
+from sid_fast.kernels import GroupNormOutput, _apex, _cuda, compile, dispatch
 from sid_fast.kernels._triton import INTERPRETED
 from sid_fast.methods.base import RandomStream
 from sid_fast.models import EDMNetwork, NetworkConfig
@@ -76,7 +76,7 @@ class Options:
     kernel: str = option("", f"only this one of {', '.join(compile.MODULES)}")
     dtype: str = option("bf16", "fp32, bf16 or fp16, or several with commas between")
     batch: str = option("micro", "micro: a preset's micro-batch; fill: what fills a GPU")
-    rivals: str = option("", "only these providers, with commas between, besides ours")
+    baselines: str = option("", "only these providers, with commas between, besides ours")
     seconds: float = option(1e6, "stop after so many; what costs most comes first", 0)
     device: str = option("auto", "auto, cpu or cuda")
     out: str | None = option(None, "the result file; default: benchmarks/results/kernels.json")
@@ -133,8 +133,8 @@ def group_norm_case(form: str, place: tuple[int, ...], dtype: str, fill: bool, d
     resample = next((p for p in parts if p in ("up", "down")), None)
     dropout = 0.1 if "norm1" in parts else 0.0
     makers: dict[str, tuple[int, ...]] = {"x": (n, channels[0], side, side)}
-    if "beside" in parts:
-        makers["beside"] = (n, channels[1], side, side)
+    if "skip" in parts:
+        makers["skip"] = (n, channels[1], side, side)
     if parts[0] in ("sum", "norm2"):
         makers["residual"], makers["x_bias"] = makers["x"], (channels[0],)
     for name in {"add": ("add",), "film": ("add", "scale", "shift")}.get(parts[-1], ()):
@@ -158,12 +158,14 @@ def group_norm_case(form: str, place: tuple[int, ...], dtype: str, fill: bool, d
         around = {"silu": silu, "dropout": dropout, "resample": resample, **given}
         scale = 0.5**0.5 if "residual" in given else 1.0
         out = function(x, weight, bias, 32, 1e-6, x_scale=scale, **around)
-        return [getattr(out, name) for name in Normed._fields if f"{name}_grad" in arriving]
+        return [
+            getattr(out, name) for name in GroupNormOutput._fields if f"{name}_grad" in arriving
+        ]
 
     forms = against(
         "group_norm",
         functools.partial(call, group_norm.group_norm),
-        functools.partial(call, group_norm.group_norm_ref),
+        functools.partial(call, group_norm.group_norm_eager),
     )
     forms[NCHW] = forms["eager"]
     if form in ("plain", "norm2") and _apex.installed() and device.type == "cuda":
@@ -215,7 +217,7 @@ def attention_cases(dtypes, fill, device) -> Iterator[Case]:
         forms = against(
             "attention",
             functools.partial(call, attention.attention),
-            functools.partial(call, attention.attention_ref),
+            functools.partial(call, attention.attention_eager),
         )
         if device.type == "cuda":
             forms |= {name: functools.partial(backend, b) for name, b in BACKENDS.items()}
@@ -259,7 +261,7 @@ def sid_loss_cases(dtypes, fill, device) -> Iterator[Case]:
             forms = against(
                 "sid_loss",
                 functools.partial(call, getattr(sid_loss, f"_{name}")),
-                functools.partial(call, getattr(sid_loss, f"{name}_ref")),
+                functools.partial(call, getattr(sid_loss, f"{name}_eager")),
             )
             moved = sid_loss.bytes_moved(n * 3 * side**2, name, kind.itemsize)
             shape = f"{name} {n}x3@{side}x{side}"
@@ -281,7 +283,7 @@ def augment_cases(dtypes, fill, device) -> Iterator[Case]:
         forms = against(
             "augment",
             functools.partial(call, augment.augment),
-            functools.partial(call, augment.augment_ref),
+            functools.partial(call, augment.augment_eager),
         )
         shape = f"{n}x3@{side}x{side}"
         moved = augment.bytes_moved(n * 3 * side**2), 0
@@ -305,7 +307,7 @@ def random_cases(dtypes, fill, device) -> Iterator[Case]:
             return torch.randn(shape, device=counter.device)
 
         forms = {name: forced("random", name, call) for name in ours("random")}
-        forms |= {"eager": forced("random", "reference", call), "torch.randn": torchs}
+        forms |= {"eager": forced("random", "eager", call), "torch.randn": torchs}
         moved = n * 3 * resolution**2 * 4, 0
         label = f"{n}x3x{resolution}x{resolution}"
         yield Case("random", label, "fp32", inputs, forms, moved, differentiable=False)
@@ -325,7 +327,7 @@ def dropout_cases(dtypes, fill, device) -> Iterator[Case]:
             return dropout.dropout(x, 0.1, seed)
 
         forms = {name: forced("random", name, call) for name in ours("random")}
-        forms["eager"] = forced("random", "reference", call)
+        forms["eager"] = forced("random", "eager", call)
         forms["F.dropout"] = lambda x, seed: torch.nn.functional.dropout(x, 0.1)
         nbytes = 2 * n * channels * side**2 * kind.itemsize
         label = f"{n}x{channels}x{side}x{side}"
@@ -343,7 +345,7 @@ def apex_adam(params):
     return FusedAdam(params, lr=1e-5, betas=(0.0, 0.999), adam_w_mode=False, capturable=True)
 
 
-def skilled_update(adam, params, grads, squares, ema, shadow):
+def skilled_update(adam, params, grads, squares, ema, compute_weights):
     """What a skilled user of PyTorch makes of an update, in as few launches as it allows."""
     optimizer = adam(params)
 
@@ -352,8 +354,8 @@ def skilled_update(adam, params, grads, squares, ema, shadow):
             torch.nan_to_num_(grad, nan=0.0, posinf=1e5, neginf=-1e5)
         optimizer.step()
         torch._foreach_lerp_(ema, params, 1e-3)
-        if shadow:
-            torch._foreach_copy_(shadow, params)
+        if compute_weights:
+            torch._foreach_copy_(compute_weights, params)
 
     return step
 
@@ -373,21 +375,21 @@ def adam_ema_cases(dtypes, fill, device) -> Iterator[Case]:
                 return [torch.randn(shape, device=device) for shape in shapes]
 
             params, grads, ema = lists(), lists(), lists()
-            shadow = [p.to(kind) for p in params] if kind != torch.float32 else []
+            compute_weights = [p.to(kind) for p in params] if kind != torch.float32 else []
             for p, grad in zip(params, grads, strict=True):
                 p.grad = grad
-            return [params, grads, [g.square() for g in lists()], ema, shadow]
+            return [params, grads, [g.square() for g in lists()], ema, compute_weights]
 
-        def call(params, grads, squares, ema, shadow):
-            step, apply = _scalars(device)
+        def call(params, grads, squares, ema, compute_weights):
+            step, enabled = _scalars(device)
             return lambda: adam_ema.adam_ema(
-                params, grads, [], squares, ema, step=step, apply=apply, lr=1e-5, beta1=0.0,
-                beta2=0.999, eps=1e-8, ema_beta=0.999, shadow=shadow,
+                params, grads, [], squares, ema, step=step, enabled=enabled, lr=1e-5, beta1=0.0,
+                beta2=0.999, eps=1e-8, ema_beta=0.999, compute_weights=compute_weights,
             )  # fmt: skip
 
         forms: dict[str, Callable[..., Any]]
         forms = {name: functools.partial(_update, name, call) for name in ours("adam_ema")}
-        forms["eager"] = functools.partial(_update, "reference", call)
+        forms["eager"] = functools.partial(_update, "eager", call)
         forms["fused Adam"] = functools.partial(skilled_update, fused_adam)
         if _apex.installed() and device.type == "cuda":
             forms["apex"] = functools.partial(skilled_update, apex_adam)
@@ -442,10 +444,12 @@ def prepared(case: Case, provider: str, device: torch.device) -> dict[str, Calla
     return {"forward": forward} | ({"backward": backward} if case.differentiable else {})
 
 
-def measured(case: Case, device: torch.device, ceilings: dict, rivals: set[str]) -> Iterator[dict]:
+def measured(
+    case: Case, device: torch.device, ceilings: dict, baselines: set[str]
+) -> Iterator[dict]:
     """The rows of a case: every provider in turns, forward and backward."""
     own = {"triton", "cuda"}
-    providers = [p for p in case.forms if not rivals or p in own | rivals]
+    providers = [p for p in case.forms if not baselines or p in own | baselines]
     for at, mode in enumerate(("forward", "backward")[: 1 + case.differentiable]):
         calls, failed = {}, {}
         for provider in providers:
@@ -517,7 +521,7 @@ def run(options: Options, given: set[str]) -> None:
     check(options)
     device = process_group.pick_device(options.device)
     end = time.monotonic() + options.seconds
-    rivals = {name.strip() for name in options.rivals.split(",") if name.strip()}
+    baselines = {name.strip() for name in options.baselines.split(",") if name.strip()}
     chosen = cases(options, device)
     ceilings = measure.ceilings(device)
     record = Record(
@@ -535,7 +539,7 @@ def run(options: Options, given: set[str]) -> None:
         if time.monotonic() > end:
             print(f"out of time after {done} of {len(chosen)} shapes")
             break
-        for row in measured(case, device, ceilings, rivals):
+        for row in measured(case, device, ceilings, baselines):
             record.add(**row)
             what = f"{row['name']} {row['shape']} {row['dtype']}"
             print(f"{what:60} {row['provider']:14} {row['mode']:8}", end=" ")

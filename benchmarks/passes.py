@@ -22,7 +22,7 @@ from sid_fast import cli
 from sid_fast.config.types import Precision, Settings
 from sid_fast.kernels import dispatch
 from sid_fast.models import EDMNetwork, NetworkConfig
-from sid_fast.models.edm_unet.fused import Sum
+from sid_fast.models.edm_unet.fused import DeferredResidual
 from sid_fast.models.edm_unet.unet import Block
 from sid_fast.models.teachers import TEACHERS
 from sid_fast.tools import estimator
@@ -85,9 +85,9 @@ class Passes(TorchDispatchMode):
         return out
 
 
-def of_network(config: NetworkConfig, form: str, dtype: torch.dtype) -> list[Pass]:
+def of_network(config: NetworkConfig, backend: str, dtype: torch.dtype) -> list[Pass]:
     """The passes of a training network, of its image's gradient too; form: see --kernels."""
-    with FakeTensorMode(), dispatch.forced(form):
+    with FakeTensorMode(), dispatch.forced(backend):
         net = EDMNetwork(config).train()
         net.compute_in(dtype)
         x = torch.empty(BATCH, config.channels, *[config.resolution] * 2, requires_grad=True)
@@ -125,13 +125,13 @@ def sides(name: str, block: Block) -> int:
     return {"down": side * 2, "up": side // 2}.get(block.conv0.resample or "", side)
 
 
-def of_block(config: NetworkConfig, name: str, form: str, dtype: torch.dtype) -> list[Pass]:
+def of_block(config: NetworkConfig, name: str, backend: str, dtype: torch.dtype) -> list[Pass]:
     """The passes of one block in training, its input summed up and its gradients given.
 
     An encoder's output has a second reader, in the decoder.
     """
-    fused = form != "reference"
-    with FakeTensorMode(), dispatch.forced(form):
+    fused = backend != "eager"
+    with FakeTensorMode(), dispatch.forced(backend):
         net = EDMNetwork(config).train()
         block = net.model.get_submodule(name)
         assert isinstance(block, Block)
@@ -143,17 +143,19 @@ def of_block(config: NetworkConfig, name: str, form: str, dtype: torch.dtype) ->
             return x.to(memory_format=torch.channels_last) if fused else x
 
         # A decoder's cat: as wide a skip as makes up what the block reads.
-        beside = (
-            0 if encoder or "_block" not in name else block.fan_in - block.conv0.weight.shape[0]
-        )
-        x, residual = features(block.fan_in - beside), features(block.fan_in - beside)
-        skip = features(beside) if beside else None
+        right = 0
+        if not encoder and "_block" in name:
+            right = block.fan_in - block.conv0.weight.shape[0]
+        x, residual = features(block.fan_in - right), features(block.fan_in - right)
+        skip = features(right) if right else None
         bias = torch.empty(x.shape[1], requires_grad=True)
         embedding = torch.empty(BATCH, config.model_channels * 4, dtype=dtype)
         with Passes(config.channels * config.resolution**2) as mode:
             if fused:
-                summed, fork = block(Sum(x, residual, bias, block.skip_scale), embedding, skip)
-                ends = [summed.x, summed.residual] + [fork] * encoder
+                summed, h_for_skip = block(
+                    DeferredResidual(x, residual, bias, block.skip_scale), embedding, skip
+                )
+                ends = [summed.x, summed.residual] + [h_for_skip] * encoder
             else:
                 whole = x if skip is None else torch.cat([x, skip], dim=1)
                 out = block(whole, embedding)
@@ -190,8 +192,8 @@ def lines() -> Iterator[str]:
     yield "| block | form | forward | MiB | backward | MiB |"
     yield "|---|---|---|---|---|---|"
     forms = {
-        "published, float32": ("reference", torch.float32),
-        "published, bfloat16": ("reference", torch.bfloat16),
+        "published, float32": ("eager", torch.float32),
+        "published, bfloat16": ("eager", torch.bfloat16),
         "ours, bfloat16": ("triton", torch.bfloat16),
     }
     for title, place in BLOCKS.items():
@@ -250,7 +252,7 @@ def launch_lines() -> Iterator[str]:
     yield "|---|---|---|---|---|"
     for preset in PRESETS:
         network = TEACHERS[preset].network
-        for backend in ("triton", "reference"):
+        for backend in ("triton", "eager"):
             step = of_round(preset, backend)
             rows = launches(step, network.channels * network.resolution**2)
             kinds = Counter({k: v[0] for k, v in rows.items() if not k.startswith("- ")})

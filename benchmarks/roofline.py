@@ -40,7 +40,7 @@ class Options:
     card: Card = option("h200", "the GPU to estimate for")
     precision: str = option("bf16", "fp32, tf32, bf16 or fp16")
     images: int = option(64, "images a round", 1, 2**16)
-    kernels: str = option("triton", "triton, or reference for PyTorch's own forms")
+    kernels: str = option("triton", "triton, or eager for PyTorch's own operations")
     out: str | None = option(None, "folder of the result; default: benchmarks/results/roofline")
 
 
@@ -147,7 +147,7 @@ def run(options: Options, given: set[str]) -> None:
     known = presets("train")
     if not options.preset:
         raise UserError(f"preset is missing: --preset with one of {', '.join(known)}")
-    for name, choices in (("precision", TYPES), ("kernels", ("triton", "reference"))):
+    for name, choices in (("precision", TYPES), ("kernels", ("triton", "eager"))):
         if (value := getattr(options, name)) not in choices:
             raise UserError(f"{name}={value!r} is unknown: choose from {', '.join(choices)}")
     chosen, precision, images = card(options.card), options.precision, options.images
@@ -163,7 +163,7 @@ def run(options: Options, given: set[str]) -> None:
     forward = op_counter.forward(network, precision, options.kernels, images)
     layers = rows("forward", forward, chosen, precision)
     show("a forward, layer by layer", layers, images)
-    published = op_counter.forward(network, precision, "reference", images)
+    published = op_counter.forward(network, precision, "eager", images)
     for form, ops in ((options.kernels, forward), ("PyTorch's form", published)):
         calls, nbytes = norms(ops)
         print(f"group norms of a forward, {form}: {calls} operations, {nbytes / 1e6:,.0f} MB")

@@ -27,8 +27,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import measure
+from benchmarks.baselines import Plain, Skilled
 from benchmarks.record import PERCENTILES, RESULTS, Record, percentiles
-from benchmarks.rivals import Plain, Skilled
 from sid_fast import cli, kernels
 from sid_fast.cli import presets
 from sid_fast.config.types import Precision, Settings, check, option, part
@@ -73,16 +73,16 @@ GRAPHED = "reduce-overhead"  # the mode in which torch.compile makes CUDA graphs
 TUNED = {"benchmark": True, "deterministic": False}
 
 
-def but(operation: str, form: str = "reference") -> Variant:
-    return Variant(kernels=dict.fromkeys(kernels.dispatch.FORMS, "triton") | {operation: form})
+def but(operation: str, form: str = "eager") -> Variant:
+    return Variant(kernels=dict.fromkeys(kernels.dispatch.OPERATIONS, "triton") | {operation: form})
 
 
 def plain(dtype: Precision) -> Variant:
-    return Variant("plain", dtype, "reference", {}, **TUNED)
+    return Variant("plain", dtype, "eager", {}, **TUNED)
 
 
 def skilled(mode: str) -> Variant:
-    return Variant("skilled", "bf16", "reference", {"mode": mode}, **TUNED)
+    return Variant("skilled", "bf16", "eager", {"mode": mode}, **TUNED)
 
 
 VARIANTS = {
@@ -173,7 +173,7 @@ class Running:
             sharding = fsdp.WHOLE
             if v.sharded:
                 one_process(self.device)
-                sharding = fsdp.plan("fsdp", self.device, lambda shards, gathered: 0)
+                sharding = fsdp.plan("fsdp", self.device, lambda shards, reshard_after_forward: 0)
             options = v.options | {"cuda_graph": graph}
             return Distiller(teacher, settings, sharding=sharding, **options).step
         dtype = mixed_precision.TYPES[v.precision]
@@ -187,8 +187,8 @@ class Running:
         """What is chosen for the whole process, as this variant has it."""
         cudnn = torch.backends.cudnn
         with contextlib.ExitStack() as stack:
-            forms = self.variant.kernels if self.device.type == "cuda" else "reference"
-            stack.enter_context(kernels.dispatch.forced("reference"))
+            forms = self.variant.kernels if self.device.type == "cuda" else "eager"
+            stack.enter_context(kernels.dispatch.forced("eager"))
             stack.enter_context(kernels.dispatch.forced(forms))
             if not self.variant.channels_last:
                 patch = mock.patch.object(torch, "channels_last", torch.contiguous_format)
@@ -233,7 +233,7 @@ def forward_flop(config: NetworkConfig) -> int:
     """FLOP of a forward of one image: of convolutions and matrix products, 2 a multiply-add."""
     x = torch.empty(1, config.channels, config.resolution, config.resolution, device="meta")
     labels = torch.empty(1, config.label_dim, device="meta") if config.label_dim else None
-    with torch.device("meta"), torch.no_grad(), kernels.dispatch.forced("reference"):
+    with torch.device("meta"), torch.no_grad(), kernels.dispatch.forced("eager"):
         net = EDMNetwork(config)
         with FlopCounterMode(display=False) as count:
             net(x, torch.ones(1), labels)

@@ -7,13 +7,13 @@ decided behind them and nowhere else.
 from sid_fast.kernels.adam_ema import adam_ema
 from sid_fast.kernels.attention import attention
 from sid_fast.kernels.augment import augment
-from sid_fast.kernels.group_norm import Normed, group_norm
+from sid_fast.kernels.group_norm import GroupNormOutput, group_norm
 from sid_fast.kernels.random import random
 from sid_fast.kernels.sid_loss import Losses, fake_score_loss, generator_loss, noised
 
 __all__ = [
+    "GroupNormOutput",
     "Losses",
-    "Normed",
     "adam_ema",
     "attention",
     "augment",

@@ -18,12 +18,12 @@ from sid_fast.kernels.dispatch import choose
 
 CHUNK = 1024
 # Columns of a row: addresses of the chunk in params, grads, exp_avg, exp_avg_sq and ema, and of the
-# whole shadow tensor (0 where there is none); numbers in the chunk; where it starts in its tensor;
-# input channels and taps of the shadow's order (taps 1: the parameter's own order); whether the
-# chunk is full and every address fit for 16-byte accesses.
+# whole compute weight (0 where there is none); numbers in the chunk; where it starts in its tensor;
+# input channels and taps in the compute weight's order (taps 1: the parameter's own order); whether
+# the chunk is full and every address is aligned for 16-byte accesses.
 COLUMNS = 11
 BLOCKS_PER_SM = 3
-SHADOWS = {torch.bfloat16: 1, torch.float16: 2}
+COMPUTE_DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 
 
 @torch.no_grad()
@@ -35,23 +35,23 @@ def adam_ema(
     ema: list[torch.Tensor],
     *,
     step: torch.Tensor,
-    apply: torch.Tensor,
+    enabled: torch.Tensor,
     lr: float | torch.Tensor,
     beta1: float,
     beta2: float,
     eps: float,
     ema_beta: float | torch.Tensor = 0.0,
-    shadow: list[torch.Tensor | None] | None = None,
+    compute_weights: list[torch.Tensor | None] | None = None,
 ) -> torch.Tensor:
     """Adam (arXiv 1412.6980, algorithm 1) on cleaned gradients; then ema ← p + β(ema − p).
 
     Lists run over the parameters, float32, and are updated in place. Gradients are cleaned
     first, as the published implementation does: NaN → 0, ±inf → ±1e5. exp_avg is empty when
     β1 = 0: the first moment is then the gradient and is not kept. ema is empty where no average
-    is wanted. shadow, if given, holds a 16-bit copy of every parameter, all bfloat16 or all
-    float16, in its own memory order or channels-last, and None for one that is used as it is.
+    is wanted. compute_weights, if given, holds a 16-bit copy of every parameter, all bfloat16 or
+    all float16, in its own memory order or channels-last, and None for one that is used as it is.
 
-    step is a float64 scalar, the updates made so far; apply is a bool scalar, and False leaves
+    step is a float64 scalar, the updates made so far; enabled is a bool scalar, and False leaves
     all but the gradients as it was, to the bit. Both are tensors, so that the host need not know
     them; lr and ema_beta may be, and then a CUDA graph can replay the update with other values
     (float64: 1 − β would lose its digits in less).
@@ -66,8 +66,8 @@ def adam_ema(
         return torch.full((), value, dtype=torch.float64, device=step.device)
 
     return _adam_ema(
-        params, grads, exp_avg, exp_avg_sq, ema, shadow or [],
-        step, apply, scalar(lr), beta1, beta2, eps, scalar(ema_beta),
+        params, grads, exp_avg, exp_avg_sq, ema, compute_weights or [],
+        step, enabled, scalar(lr), beta1, beta2, eps, scalar(ema_beta),
     )  # fmt: skip
 
 
@@ -77,36 +77,36 @@ def _run_adam_ema(
     exp_avg: list[torch.Tensor],
     exp_avg_sq: list[torch.Tensor],
     ema: list[torch.Tensor],
-    shadow: list[torch.Tensor | None],
+    compute_weights: list[torch.Tensor | None],
     step: torch.Tensor,
-    apply: torch.Tensor,
+    enabled: torch.Tensor,
     lr: torch.Tensor,
     beta1: float,
     beta2: float,
     eps: float,
     ema_beta: torch.Tensor,
 ) -> torch.Tensor:
-    lists = params, grads, exp_avg, exp_avg_sq, ema, shadow
-    implementation = choose("adam_ema")
-    if implementation == "reference":
-        return adam_ema_ref(*lists, step, apply, lr, beta1, beta2, eps, ema_beta)
+    lists = params, grads, exp_avg, exp_avg_sq, ema, compute_weights
+    backend = choose("adam_ema")
+    if backend == "eager":
+        return adam_ema_eager(*lists, step, enabled, lr, beta1, beta2, eps, ema_beta)
 
     table = _table(*lists)
-    step += apply
+    step += enabled
     nonfinite = torch.zeros((), dtype=torch.int64, device=step.device)
-    shadow_type = next((SHADOWS[t.dtype] for t in shadow if t is not None), 0)
+    compute_dtype = next((COMPUTE_DTYPES[t.dtype] for t in compute_weights if t is not None), 0)
     programs = min(len(table), _resident(step.device))
-    if implementation == "triton":
+    if backend == "triton":
         _adam_ema_kernel[(programs,)](
-            table, step, apply, lr, ema_beta, nonfinite, len(table),
-            beta1, beta2, eps, bool(exp_avg), bool(ema), shadow_type, CHUNK, COLUMNS, num_warps=8,
+            table, step, enabled, lr, ema_beta, nonfinite, len(table),
+            beta1, beta2, eps, bool(exp_avg), bool(ema), compute_dtype, CHUNK, COLUMNS, num_warps=8,
         )  # fmt: skip
         return nonfinite
 
     library = _cuda.library()
     assert library is not None  # or `choose` would not have said so
-    pointers = [t.data_ptr() for t in (table, step, apply, lr, ema_beta, nonfinite)]
-    arguments = *pointers, len(table), beta1, beta2, eps, shadow_type
+    pointers = [t.data_ptr() for t in (table, step, enabled, lr, ema_beta, nonfinite)]
+    arguments = *pointers, len(table), beta1, beta2, eps, compute_dtype
     if step.is_cuda:
         with torch.cuda.device(step.device):
             stream = torch.cuda.current_stream().cuda_stream
@@ -124,16 +124,28 @@ def _resident(device: torch.device) -> int:
     return BLOCKS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _adam_ema_like(params, grads, exp_avg, exp_avg_sq, ema, shadow, step, *_):
+def _adam_ema_like(params, grads, exp_avg, exp_avg_sq, ema, compute_weights, step, *_):
     return step.new_empty((), dtype=torch.int64)
 
 
-_MUTATED = ("params", "grads", "exp_avg", "exp_avg_sq", "ema", "shadow", "step")
+_MUTATED = ("params", "grads", "exp_avg", "exp_avg_sq", "ema", "compute_weights", "step")
 _adam_ema = operator("adam_ema", _run_adam_ema, _adam_ema_like, mutates_args=_MUTATED)
 
 
-def adam_ema_ref(
-    params, grads, exp_avg, exp_avg_sq, ema, shadow, step, apply, lr, beta1, beta2, eps, ema_beta
+def adam_ema_eager(
+    params,
+    grads,
+    exp_avg,
+    exp_avg_sq,
+    ema,
+    compute_weights,
+    step,
+    enabled,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    ema_beta,
 ) -> torch.Tensor:
     """adam_ema in plain PyTorch, for float32 and float64 lists; lr and ema_beta are tensors."""
     # Without values that are not finite, 0·g is 0 everywhere. One flat copy takes a few launches,
@@ -142,15 +154,15 @@ def adam_ema_ref(
     for grad in grads:
         torch.nan_to_num_(grad, nan=0.0, posinf=1e5, neginf=-1e5)
 
-    step += apply
+    step += enabled
     first = grads
     if exp_avg:
         first = torch._foreach_lerp(exp_avg, grads, 1 - beta1)
-        _write(apply, exp_avg, first)
+        _write(enabled, exp_avg, first)
         lr = lr / (1 - beta1**step)
     squares = torch._foreach_mul(exp_avg_sq, beta2)
     torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-    _write(apply, exp_avg_sq, squares)
+    _write(enabled, exp_avg_sq, squares)
 
     # _foreach on CUDA launches a kernel per tensor if a scalar tensor is of another dtype.
     dtype = params[0].dtype
@@ -160,24 +172,24 @@ def adam_ema_ref(
     change = torch._foreach_div(first, change)
     torch._foreach_mul_(change, (-lr).to(dtype))
     moved = torch._foreach_add(params, change)
-    _write(apply, params, moved)
+    _write(enabled, params, moved)
     if ema:
         distance = torch._foreach_sub(moved, ema)
         torch._foreach_mul_(distance, (1 - ema_beta).to(dtype))
-        _write(apply, ema, torch._foreach_add(ema, distance))
-    copied = [i for i, t in enumerate(shadow) if t is not None]
+        _write(enabled, ema, torch._foreach_add(ema, distance))
+    copied = [i for i, t in enumerate(compute_weights) if t is not None]
     if copied:
-        copies = [torch.empty_like(shadow[i]) for i in copied]
+        copies = [torch.empty_like(compute_weights[i]) for i in copied]
         torch._foreach_copy_(copies, [moved[i] for i in copied])
-        _write(apply, [shadow[i] for i in copied], copies)
+        _write(enabled, [compute_weights[i] for i in copied], copies)
     return nonfinite
 
 
 def _write(
-    apply: torch.Tensor, tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
+    enabled: torch.Tensor, tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
 ) -> None:
     for t, value in zip(tensors, values, strict=True):
-        torch.where(apply, value, t, out=t)
+        torch.where(enabled, value, t, out=t)
 
 
 def _flat(t: torch.Tensor) -> torch.Tensor:
@@ -185,9 +197,9 @@ def _flat(t: torch.Tensor) -> torch.Tensor:
     return t.permute(sorted(range(t.dim()), key=lambda d: -t.stride()[d])).reshape(-1)
 
 
-def bytes_moved(numel: int, moment: bool, ema: bool, shadow: bool) -> int:
+def bytes_moved(numel: int, moment: bool, ema: bool, compute_weights: bool) -> int:
     """What an update of numel parameters reads and writes; the gradient is only read."""
-    return numel * (4 + 8 + 8 + 8 * moment + 8 * ema + 2 * shadow)
+    return numel * (4 + 8 + 8 + 8 * moment + 8 * ema + 2 * compute_weights)
 
 
 def flop(numel: int, moment: bool, ema: bool) -> int:
@@ -209,7 +221,7 @@ class _Layout:
     strides: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
     lengths: tuple[int, ...]  # of the lists
-    without_shadow: tuple[int, ...]
+    without_compute_weights: tuple[int, ...]
     device: torch.device
 
     def __hash__(self) -> int:
@@ -233,16 +245,18 @@ def _layout(*lists: list[torch.Tensor | None]) -> _Layout:
 _tables: dict[_Layout, torch.Tensor] = {}
 
 
-def _table(params, grads, exp_avg, exp_avg_sq, ema, shadow) -> torch.Tensor:
+def _table(params, grads, exp_avg, exp_avg_sq, ema, compute_weights) -> torch.Tensor:
     """The rows of COLUMNS numbers for these tensors, int64 on their device."""
     companions = [grads, exp_avg, exp_avg_sq, ema]
-    layout = _layout(params, *companions, shadow)
+    layout = _layout(params, *companions, compute_weights)
     table = _tables.get(layout)
     if table is None:
-        if len({t.dtype for t in shadow if t is not None}) > 1:
-            raise ValueError("adam_ema: shadow has copies of both types; use one for all")
+        if len({t.dtype for t in compute_weights if t is not None}) > 1:
+            raise ValueError("adam_ema: compute_weights has copies of both types; use one for all")
         rows = [
-            _rows(p, [tensors[i] if tensors else None for tensors in (*companions, shadow)])
+            _rows(
+                p, [tensors[i] if tensors else None for tensors in (*companions, compute_weights)]
+            )
             for i, p in enumerate(params)
         ]
         table = _tables[layout] = torch.cat(rows).to(params[0].device)
@@ -250,8 +264,8 @@ def _table(params, grads, exp_avg, exp_avg_sq, ema, shadow) -> torch.Tensor:
 
 
 def _rows(p: torch.Tensor, others: list[torch.Tensor | None]) -> torch.Tensor:
-    """The rows of one parameter; others are its grad, exp_avg, exp_avg_sq, ema and shadow."""
-    *companions, shadow = others
+    """Rows of a parameter; others: its grad, exp_avg, exp_avg_sq, ema and compute weight."""
+    *companions, weight = others
     tensors = [p, *companions]
     for t in tensors:
         if t is not None and (t.dtype != torch.float32 or _order(t) != _order(p)):
@@ -260,15 +274,17 @@ def _rows(p: torch.Tensor, others: list[torch.Tensor | None]) -> torch.Tensor:
                 f"{tuple(p.shape)} of strides {p.stride()}; use float32 and the same strides"
             )
     inner, taps = 1, 1
-    if shadow is not None:
-        if shadow.dtype not in SHADOWS:
-            raise ValueError(f"adam_ema: shadow is {shadow.dtype}; use bfloat16 or float16")
-        if _order(shadow) != _order(p):
-            channels_last = p.dim() == 4 and shadow.is_contiguous(memory_format=torch.channels_last)
-            if not (channels_last and p.is_contiguous() and shadow.shape == p.shape):
+    if weight is not None:
+        if weight.dtype not in COMPUTE_DTYPES:
+            raise ValueError(
+                f"adam_ema: compute_weights in {weight.dtype}: use bfloat16 or float16"
+            )
+        if _order(weight) != _order(p):
+            channels_last = p.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+            if not (channels_last and p.is_contiguous() and weight.shape == p.shape):
                 raise ValueError(
-                    f"adam_ema: shadow of strides {shadow.stride()} for a parameter of strides "
-                    f"{p.stride()}; use the same strides or channels-last"
+                    f"adam_ema: compute_weights of strides {weight.stride()} for a parameter of "
+                    f"strides {p.stride()}; use the same strides or channels-last"
                 )
             inner, taps = p.shape[1], p.shape[2] * p.shape[3]
 
@@ -281,9 +297,9 @@ def _rows(p: torch.Tensor, others: list[torch.Tensor | None]) -> torch.Tensor:
         if t is not None:
             rows[:, column] = t.data_ptr() + starts * t.element_size()
             aligned &= t.data_ptr() % 16 == 0
-    if shadow is not None:
-        rows[:, 5] = shadow.data_ptr()
-        aligned &= shadow.data_ptr() % 16 == 0
+    if weight is not None:
+        rows[:, 5] = weight.data_ptr()
+        aligned &= weight.data_ptr() % 16 == 0
     rows[:, 6] = (p.numel() - starts).clamp(max=CHUNK)
     rows[:, 7] = starts
     rows[:, 8], rows[:, 9] = inner, taps
@@ -322,7 +338,7 @@ def _numbers(row, column: tl.constexpr, offsets, FULL: tl.constexpr):
 def _chunk(
     row, nonfinite, on, rate, root2, share,
     BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, MOMENT: tl.constexpr,
-    EMA: tl.constexpr, SHADOW: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
+    EMA: tl.constexpr, COMPUTE: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.arange(0, CHUNK)
     count = tl.load(row + 6).to(tl.int32)
@@ -359,8 +375,8 @@ def _chunk(
         tl.store(params, p, mask=inside)
         if EMA:
             tl.store(averages, average + (p - average) * share, mask=inside)
-        if SHADOW != 0:
-            dtype: tl.constexpr = tl.bfloat16 if SHADOW == 1 else tl.float16
+        if COMPUTE != 0:
+            dtype: tl.constexpr = tl.bfloat16 if COMPUTE == 1 else tl.float16
             start = tl.load(row + 7).to(tl.int32)
             address = tl.load(row + 5)
             copy = address.to(tl.pointer_type(dtype))
@@ -382,38 +398,38 @@ def _chunk(
 
 @triton.jit
 def _adam_ema_kernel(
-    table, step, apply, lr, ema_beta, nonfinite, rows,
+    table, step, enabled, lr, ema_beta, nonfinite, rows,
     BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, MOMENT: tl.constexpr,
-    EMA: tl.constexpr, SHADOW: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
+    EMA: tl.constexpr, COMPUTE: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    on = tl.load(apply)
+    on = tl.load(enabled)
     rate, root2, share = _coefficients(step, lr, ema_beta, BETA1, BETA2)
     for r in range(tl.program_id(0), rows, tl.num_programs(0)):
         row = table + r * COLUMNS
         if tl.load(row + 10) != 0:
             _chunk(
                 row, nonfinite, on, rate, root2, share,
-                BETA1, BETA2, EPS, MOMENT, EMA, SHADOW, CHUNK, True,
+                BETA1, BETA2, EPS, MOMENT, EMA, COMPUTE, CHUNK, True,
             )  # fmt: skip
         else:
             _chunk(
                 row, nonfinite, on, rate, root2, share,
-                BETA1, BETA2, EPS, MOMENT, EMA, SHADOW, CHUNK, False,
+                BETA1, BETA2, EPS, MOMENT, EMA, COMPUTE, CHUNK, False,
             )  # fmt: skip
 
 
 def configurations() -> Iterator[tuple]:
     """(label, kernel, signature, constants, num_warps, num_stages) of all that a run launches."""
     signature = {
-        "table": "*i64", "step": "*fp64", "apply": "*i1", "lr": "*fp64", "ema_beta": "*fp64",
+        "table": "*i64", "step": "*fp64", "enabled": "*i1", "lr": "*fp64", "ema_beta": "*fp64",
         "nonfinite": "*i64", "rows": "i32",
     }  # fmt: skip
     for beta1 in (0.0, 0.9):
         for ema in (False, True):
-            for shadow in (0, 1, 2):
+            for compute in (0, 1, 2):
                 constants = dict(
-                    BETA1=beta1, BETA2=0.999, EPS=1e-8, MOMENT=beta1 > 0, EMA=ema, SHADOW=shadow,
+                    BETA1=beta1, BETA2=0.999, EPS=1e-8, MOMENT=beta1 > 0, EMA=ema, COMPUTE=compute,
                     CHUNK=CHUNK, COLUMNS=COLUMNS,
                 )  # fmt: skip
-                label = f"adam_ema beta1={beta1} ema={ema:d} shadow={shadow}"
+                label = f"adam_ema beta1={beta1} ema={ema:d} compute={compute}"
                 yield label, _adam_ema_kernel, signature, constants, 8, 1

@@ -64,12 +64,14 @@ def attention(qkv: torch.Tensor, heads: int, bias: torch.Tensor | None = None) -
         raise ValueError(f"attention: {qkv.shape[1]} channels do not divide into {heads} heads")
     if bias is not None and bias.shape != qkv.shape[1:2]:
         raise ValueError(f"attention: a bias {tuple(bias.shape)} for {qkv.shape[1]} channels")
-    if choose("attention") == "reference" or qkv.shape[1] // (3 * heads) > MAX_SIZE:
-        return attention_ref(qkv, heads, bias)
+    if choose("attention") == "eager" or qkv.shape[1] // (3 * heads) > MAX_SIZE:
+        return attention_eager(qkv, heads, bias)
     return _attention(qkv, heads, bias)[0]
 
 
-def attention_ref(qkv: torch.Tensor, heads: int, bias: torch.Tensor | None = None) -> torch.Tensor:
+def attention_eager(
+    qkv: torch.Tensor, heads: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """attention in plain PyTorch, on any device and also in float64; N×N weights in memory."""
     if bias is not None:
         qkv = qkv + bias.to(qkv.dtype)[:, None, None]

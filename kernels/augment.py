@@ -49,8 +49,8 @@ def _run_augment(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     values = xflip, yflip, scale, rotate, aniso, aniso_rotate, translate
     out = _augment_like(images, *values)
-    if choose("augment") == "reference":
-        warped, labels = augment_ref(images, dict(zip(PARAMETERS, values, strict=True)))
+    if choose("augment") == "eager":
+        warped, labels = augment_eager(images, dict(zip(PARAMETERS, values, strict=True)))
         out[0].copy_(warped)
         return out[0], labels
     n, channels, height, width = images.shape
@@ -138,7 +138,9 @@ def _filter_axes(x: torch.Tensor, taps: torch.Tensor, stride: int, padding: int)
     return x
 
 
-def augment_ref(images: torch.Tensor, parameters: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
+def augment_eager(
+    images: torch.Tensor, parameters: Parameters
+) -> tuple[torch.Tensor, torch.Tensor]:
     """augment in plain PyTorch, in float32, or float64 if images and parameters are."""
     n, channels, height, width = images.shape
     x = images if images.dtype == torch.float64 else images.float()

@@ -9,9 +9,9 @@ import torch
 from sid_fast.errors import UserError
 from sid_fast.kernels import _apex, _cuda
 
-# What each operation has beside plain PyTorch, "reference". `block` is how the others are put
+# What each operation has beside plain PyTorch, "eager". `block` is how the others are put
 # together: the reference is edm_unet/unet.py, its other form edm_unet/fused.py.
-FORMS = {
+OPERATIONS = {
     "block": ("triton",),
     "group_norm": ("triton", "apex"),
     "attention": ("triton",),
@@ -20,13 +20,13 @@ FORMS = {
     "random": ("triton",),
     "adam_ema": ("triton", "cuda"),
 }
-IMPLEMENTATIONS = ("cuda", "triton", "reference", "apex")
+BACKENDS = ("cuda", "triton", "eager", "apex")
 _forced: dict[str, str] = {}
 
 
-def implementations() -> list[str]:
+def available_backends() -> list[str]:
     """The names that can be asked for here."""
-    return [name for name in IMPLEMENTATIONS if name != "apex" or _apex.installed()]
+    return [name for name in BACKENDS if name != "apex" or _apex.installed()]
 
 
 def choose(operation: str, device: torch.device | None = None) -> str:
@@ -46,15 +46,15 @@ def _resolve(forced: Mapping[str, str], operation: str, device: torch.device | N
     # PyTorch's own wherever nothing else is asked for: the kernels are proven by interpreter and
     # compiler, and become a GPU's default with their figures measured on one.
     on_gpu = device is not None and device.type == "cuda"
-    default = "triton" if on_gpu and operation in TRITON_ON_GPU else "reference"
+    default = "triton" if on_gpu and operation in TRITON_ON_GPU else "eager"
     name = forced.get(operation, default)
-    missing = name not in ("reference", *FORMS[operation])
+    missing = name not in ("eager", *OPERATIONS[operation])
     missing |= name == "cuda" and _cuda.library() is None
     return "triton" if missing else name
 
 
 def _runs(forced: Mapping[str, str], device: torch.device | None) -> dict[str, str]:
-    return {name: _resolve(forced, name, device) for name in FORMS}
+    return {name: _resolve(forced, name, device) for name in OPERATIONS}
 
 
 def report(device: torch.device | None = None) -> str:
@@ -76,12 +76,12 @@ def force(names: str | Mapping[str, str] | None) -> None:
     if isinstance(names, Mapping):
         by_operation = _forced | dict(names)
     else:
-        by_operation = dict.fromkeys(FORMS, names) if names else {}
+        by_operation = dict.fromkeys(OPERATIONS, names) if names else {}
     values = set(by_operation.values())
-    if unknown := (set(by_operation) - set(FORMS)) | (values - set(implementations())):
+    if unknown := (set(by_operation) - set(OPERATIONS)) | (values - set(available_backends())):
         raise ValueError(
-            f"kernels={unknown.pop()!r} is unknown: choose {', '.join(implementations())}, "
-            f"for {', '.join(FORMS)}"
+            f"kernels={unknown.pop()!r} is unknown: choose {', '.join(available_backends())}, "
+            f"for {', '.join(OPERATIONS)}"
         )
     _forced = by_operation
 
@@ -107,7 +107,9 @@ def configure(text: str, device: torch.device) -> None:
     names: dict[str, str] = {}
     for part in text.split(","):
         operation, _, name = part.rpartition("=")
-        names |= dict.fromkeys([operation] if operation else FORMS, _known(text, operation, name))
+        names |= dict.fromkeys(
+            [operation] if operation else OPERATIONS, _known(text, operation, name)
+        )
     names = {operation: name for operation, name in names.items() if name != "auto"}
     runs = _runs(names, device).values()
     if device.type == "cpu" and "apex" in runs:
@@ -121,10 +123,14 @@ def configure(text: str, device: torch.device) -> None:
 
 def _known(text: str, operation: str, name: str) -> str:
     """The name, if the operation (any, where it is empty) can be run by it here."""
-    if operation and operation not in FORMS:
-        raise UserError(f"kernels={text}: {operation!r} is no operation: choose {', '.join(FORMS)}")
-    forms = ["reference", *FORMS[operation]] if operation else IMPLEMENTATIONS
-    forms = ["auto", *(form for form in forms if form in implementations())]
+    if name == "reference":
+        raise UserError(f"kernels={text}: `reference` is called `eager` now")
+    if operation and operation not in OPERATIONS:
+        raise UserError(
+            f"kernels={text}: {operation!r} is no operation: choose {', '.join(OPERATIONS)}"
+        )
+    forms = ["eager", *OPERATIONS[operation]] if operation else BACKENDS
+    forms = ["auto", *(form for form in forms if form in available_backends())]
     if name not in forms:
         what = repr(name) + (f" of {operation}" if operation else "")
         if name == "apex" and not _apex.installed():

@@ -129,7 +129,7 @@ def _attention(label: str, constants: dict, images: int) -> Work:
 
 def _adam_ema(_, constants: dict, __) -> Work:
     moved = _module("adam_ema").bytes_moved(
-        PARAMETERS, constants["MOMENT"], constants["EMA"], constants["SHADOW"] > 0
+        PARAMETERS, constants["MOMENT"], constants["EMA"], constants["COMPUTE"] > 0
     )
     blocks = MULTIPROCESSORS * _module("adam_ema").BLOCKS_PER_SM
     return Work(blocks, PARAMETERS, moved, (PARAMETERS / constants["CHUNK"] / blocks,))

@@ -36,7 +36,7 @@ class Noised(NamedTuple):
     network_input: torch.Tensor
     sigma: torch.Tensor
     c_noise: torch.Tensor
-    kept: torch.Tensor
+    valid: torch.Tensor
 
 
 class Losses(NamedTuple):
@@ -56,7 +56,7 @@ def noised(
     images: torch.Tensor,
     sigma: torch.Tensor,
     noise: torch.Tensor,
-    kept: torch.Tensor | None = None,
+    valid: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     sigma_data: float = 0.5,
 ) -> Noised:
@@ -69,10 +69,10 @@ def noised(
     A gradient that comes back not finite in a sample counts as 0 there: of a sample that only a
     loss drops, for what a network made of it, the network's backward pass makes 0·inf.
     """
-    if kept is None:
-        kept = torch.ones(len(images), dtype=torch.bool, device=images.device)
+    if valid is None:
+        valid = torch.ones(len(images), dtype=torch.bool, device=images.device)
     sigma = sigma.float().reshape(-1)
-    return Noised(*_noised(_last(images), sigma, _last(noise), kept, dtype, sigma_data))
+    return Noised(*_noised(_last(images), sigma, _last(noise), valid, dtype, sigma_data))
 
 
 def generator_loss(
@@ -91,7 +91,7 @@ def generator_loss(
     through the networks comes back from noised.network_input. All are in their input's dtype.
     """
     raw = _last(teacher), _last(fake_score), noised.x_t, _last(images)
-    found = _generator_loss(*raw, noised.sigma, noised.kept, alpha, sigma_data)
+    found = _generator_loss(*raw, noised.sigma, noised.valid, alpha, sigma_data)
     return Losses(*found[:4])
 
 
@@ -103,7 +103,7 @@ def fake_score_loss(
     Arguments as for generator_loss. The only gradient is that of fake_score.
     """
     raw = _last(fake_score), noised.x_t, _last(images).detach()
-    found = _fake_score_loss(*raw, noised.sigma, noised.kept, sigma_data)
+    found = _fake_score_loss(*raw, noised.sigma, noised.valid, sigma_data)
     return Losses(*found[:4])
 
 
@@ -131,52 +131,52 @@ def _run_noised(
     images: torch.Tensor,
     sigma: torch.Tensor,
     noise: torch.Tensor,
-    kept: torch.Tensor,
+    valid: torch.Tensor,
     dtype: torch.dtype,
     sigma_data: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    if choose("sid_loss") == "reference":
-        return noised_ref(images, sigma, noise, kept, dtype, sigma_data)
-    out = _noised_like(images, sigma, noise, kept, dtype, sigma_data)
+    if choose("sid_loss") == "eager":
+        return noised_eager(images, sigma, noise, valid, dtype, sigma_data)
+    out = _noised_like(images, sigma, noise, valid, dtype, sigma_data)
     _noised_kernel[(len(images),)](
-        images, sigma.contiguous(), noise, kept.contiguous(), *out, sigma_data, **_launch(images)
+        images, sigma.contiguous(), noise, valid.contiguous(), *out, sigma_data, **_launch(images)
     )
     return out
 
 
-def _noised_like(images, sigma, noise, kept, dtype, sigma_data):
+def _noised_like(images, sigma, noise, valid, dtype, sigma_data):
     x_t = torch.empty_like(images, dtype=torch.float32, memory_format=torch.channels_last)
     scaled = torch.empty_like(images, dtype=dtype, memory_format=torch.channels_last)
-    return x_t, scaled, torch.empty_like(sigma), torch.empty_like(sigma), torch.empty_like(kept)
+    return x_t, scaled, torch.empty_like(sigma), torch.empty_like(sigma), torch.empty_like(valid)
 
 
 _noised = operator("noised", _run_noised, _noised_like)
 
 
-def noised_ref(images, sigma, noise, kept, dtype, sigma_data):
+def noised_eager(images, sigma, noise, valid, dtype, sigma_data):
     """noised in plain PyTorch; computes in float32, or float64 if sigma is."""
-    kept = kept & (sigma >= 1 / LIMIT) & (sigma <= LIMIT) & _within(images, noise)
-    sigma = torch.where(kept, sigma, 1.0)
+    valid = valid & (sigma >= 1 / LIMIT) & (sigma <= LIMIT) & _within(images, noise)
+    sigma = torch.where(valid, sigma, 1.0)
     x_t = images.to(sigma.dtype) + _per_sample(sigma) * noise
-    x_t = torch.where(_per_sample(kept), x_t, 0.0)
+    x_t = torch.where(_per_sample(valid), x_t, 0.0)
     c_in = 1 / (sigma**2 + sigma_data**2).sqrt()
-    return x_t, (_per_sample(c_in) * x_t).to(dtype), sigma, sigma.log() / 4, kept
+    return x_t, (_per_sample(c_in) * x_t).to(dtype), sigma, sigma.log() / 4, valid
 
 
 def _noised_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # of what has none
     images, *_, ctx.sigma_data = inputs
-    x_t, _, sigma, c_noise, kept = output
+    x_t, _, sigma, c_noise, valid = output
     ctx.dtype = images.dtype
-    ctx.mark_non_differentiable(x_t, sigma, c_noise, kept)
-    ctx.save_for_backward(sigma, kept)
+    ctx.mark_non_differentiable(x_t, sigma, c_noise, valid)
+    ctx.save_for_backward(sigma, valid)
 
 
 def _noised_backward(ctx, _, grad, *__):
-    sigma, kept = ctx.saved_tensors
+    sigma, valid = ctx.saved_tensors
     c_in = _per_sample((sigma**2 + ctx.sigma_data**2).rsqrt())
-    kept = kept & _within(grad, limit=torch.finfo(grad.dtype).max)
-    grad = torch.where(_per_sample(kept), c_in * grad, 0.0).to(ctx.dtype)
+    valid = valid & _within(grad, limit=torch.finfo(grad.dtype).max)
+    grad = torch.where(_per_sample(valid), c_in * grad, 0.0).to(ctx.dtype)
     return grad, None, None, None, None, None
 
 
@@ -192,7 +192,7 @@ def _run_generator_loss(
     x_t: torch.Tensor,
     images: torch.Tensor,
     sigma: torch.Tensor,
-    kept: torch.Tensor,
+    valid: torch.Tensor,
     alpha: float,
     sigma_data: float,
 ) -> tuple[
@@ -204,9 +204,9 @@ def _run_generator_loss(
     torch.Tensor,
     torch.Tensor,
 ]:
-    arguments = teacher, fake_score, x_t, images, sigma, kept, alpha, sigma_data
-    if choose("sid_loss") == "reference":
-        return generator_loss_ref(*arguments)
+    arguments = teacher, fake_score, x_t, images, sigma, valid, alpha, sigma_data
+    if choose("sid_loss") == "eager":
+        return generator_loss_eager(*arguments)
     out = _generator_loss_like(*arguments)
     _generator_loss_kernel[(len(teacher),)](
         *arguments[:6], *out, alpha, sigma_data, **_launch(images)
@@ -214,22 +214,22 @@ def _run_generator_loss(
     return out
 
 
-def _generator_loss_like(teacher, fake_score, x_t, images, sigma, kept, alpha, sigma_data):
+def _generator_loss_like(teacher, fake_score, x_t, images, sigma, valid, alpha, sigma_data):
     sums = (torch.empty_like(sigma) for _ in range(3))
     grads = (torch.empty_like(t) for t in (teacher, fake_score, images))
-    return *sums, torch.empty_like(kept), *grads
+    return *sums, torch.empty_like(valid), *grads
 
 
 _generator_loss = operator("generator_loss", _run_generator_loss, _generator_loss_like)
 
 
-def generator_loss_ref(teacher, fake_score, x_t, images, sigma, kept, alpha, sigma_data):
+def generator_loss_eager(teacher, fake_score, x_t, images, sigma, valid, alpha, sigma_data):
     """generator_loss and its gradients in plain PyTorch; float32, or float64 if sigma is."""
     total = _per_sample(sigma**2 + sigma_data**2)
     c_skip, c_out = sigma_data**2 / total, _per_sample(sigma) * sigma_data / total.sqrt()
     r, f = c_skip * x_t + c_out * teacher, c_skip * x_t + c_out * fake_score
-    kept = kept & _within(r, f)
-    y, r, f = (torch.where(_per_sample(kept), v.to(sigma.dtype), 0.0) for v in (images, r, f))
+    valid = valid & _within(r, f)
+    y, r, f = (torch.where(_per_sample(valid), v.to(sigma.dtype), 0.0) for v in (images, r, f))
     d, e = r - f, r - y
     weight = e.abs().mean((1, 2, 3)).clamp(min=1e-5)
     w = _per_sample(weight)
@@ -240,7 +240,7 @@ def generator_loss_ref(teacher, fake_score, x_t, images, sigma, kept, alpha, sig
         (c_skip - 1) * d / w,  # −d/w directly, and c_skip·d/w through x_t in r and in f
     )
     typed = (g.to(t.dtype) for g, t in zip(grads, (teacher, fake_score, images), strict=True))
-    return loss, d.square().sum((1, 2, 3)), weight, kept, *typed
+    return loss, d.square().sum((1, 2, 3)), weight, valid, *typed
 
 
 def _loss_context(ctx, inputs, output):
@@ -270,37 +270,37 @@ def _run_fake_score_loss(
     x_t: torch.Tensor,
     images: torch.Tensor,
     sigma: torch.Tensor,
-    kept: torch.Tensor,
+    valid: torch.Tensor,
     sigma_data: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    arguments = fake_score, x_t, images, sigma, kept, sigma_data
-    if choose("sid_loss") == "reference":
-        return fake_score_loss_ref(*arguments)
+    arguments = fake_score, x_t, images, sigma, valid, sigma_data
+    if choose("sid_loss") == "eager":
+        return fake_score_loss_eager(*arguments)
     out = _fake_score_loss_like(*arguments)
     _fake_score_loss_kernel[(len(images),)](*arguments[:5], *out, sigma_data, **_launch(images))
     return out
 
 
-def _fake_score_loss_like(fake_score, x_t, images, sigma, kept, sigma_data):
+def _fake_score_loss_like(fake_score, x_t, images, sigma, valid, sigma_data):
     sums = (torch.empty_like(sigma) for _ in range(3))
-    return *sums, torch.empty_like(kept), torch.empty_like(fake_score)
+    return *sums, torch.empty_like(valid), torch.empty_like(fake_score)
 
 
 _fake_score_loss = operator("fake_score_loss", _run_fake_score_loss, _fake_score_loss_like)
 
 
-def fake_score_loss_ref(fake_score, x_t, images, sigma, kept, sigma_data):
+def fake_score_loss_eager(fake_score, x_t, images, sigma, valid, sigma_data):
     """fake_score_loss and its gradient in plain PyTorch; float32, or float64 if sigma is."""
     total = sigma**2 + sigma_data**2
     weight = total / (sigma * sigma_data) ** 2
     c_skip = _per_sample(sigma_data**2 / total)
     c_out = _per_sample(sigma * sigma_data / total.sqrt())
     f = c_skip * x_t + c_out * fake_score
-    kept = kept & _within(f)
-    e = torch.where(_per_sample(kept), f - images, 0.0)
+    valid = valid & _within(f)
+    e = torch.where(_per_sample(valid), f - images, 0.0)
     distance = e.square().sum((1, 2, 3))
     grad = 2 * _per_sample(weight) * c_out * e
-    return weight * distance, distance, weight, kept, grad.to(fake_score.dtype)
+    return weight * distance, distance, weight, valid, grad.to(fake_score.dtype)
 
 
 def _fake_score_loss_backward(ctx, grad, *_):
@@ -347,19 +347,19 @@ def _noised_kernel(
         offsets = start + tl.arange(0, BLOCK)
         fine &= tl.abs(_read(images + at, offsets, SIZE)) <= LIMIT  # NaN is not
         fine &= tl.abs(_read(noise + at, offsets, SIZE)) <= LIMIT
-    kept = _all(fine) & (s >= 1 / LIMIT) & (s <= LIMIT) & tl.load(known + n)
-    s = tl.where(kept, s, 1.0)
+    valid = _all(fine) & (s >= 1 / LIMIT) & (s <= LIMIT) & tl.load(known + n)
+    s = tl.where(valid, s, 1.0)
     c_in = 1 / tl.sqrt_rn(s * s + sigma_data * sigma_data)
     for start in range(0, SIZE, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         x = _read(images + at, offsets, SIZE) + s * _read(noise + at, offsets, SIZE)
-        x = tl.where(kept, x, 0.0)
+        x = tl.where(valid, x, 0.0)
         tl.store(x_t + at + offsets, x, mask=offsets < SIZE)
         scaled = (c_in * x).to(network_input.dtype.element_ty)
         tl.store(network_input + at + offsets, scaled, mask=offsets < SIZE)
     tl.store(sigma_out + n, s)
     tl.store(c_noise + n, tl.log(s) / 4)
-    tl.store(kept_out + n, kept)
+    tl.store(kept_out + n, valid)
 
 
 @triton.jit
@@ -368,8 +368,8 @@ def _denoised(raw, x_t, c_skip, c_out, offsets, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _store(x, offsets, value, kept, SIZE: tl.constexpr):
-    value = tl.where(kept, value, 0.0).to(x.dtype.element_ty)
+def _store(x, offsets, value, valid, SIZE: tl.constexpr):
+    value = tl.where(valid, value, 0.0).to(x.dtype.element_ty)
     tl.store(x + offsets, value, mask=offsets < SIZE)
 
 
@@ -399,13 +399,13 @@ def _generator_loss_kernel(
         error += tl.abs(e)
         product += (r - f) * e
         square += (r - f) * (r - f)
-    kept = _all(fine) & tl.load(known + n)
-    w = tl.where(kept, tl.maximum(tl.sum(error) / SIZE, 1e-5), 1e-5)
+    valid = _all(fine) & tl.load(known + n)
+    w = tl.where(valid, tl.maximum(tl.sum(error) / SIZE, 1e-5), 1e-5)
     squares = tl.sum(square)
-    tl.store(loss + n, tl.where(kept, (tl.sum(product) - alpha * squares) / w, 0.0))
-    tl.store(distance + n, tl.where(kept, squares, 0.0))
+    tl.store(loss + n, tl.where(valid, (tl.sum(product) - alpha * squares) / w, 0.0))
+    tl.store(distance + n, tl.where(valid, squares, 0.0))
     tl.store(weight + n, w)
-    tl.store(kept_out + n, kept)
+    tl.store(kept_out + n, valid)
 
     for start in range(0, SIZE, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
@@ -413,10 +413,10 @@ def _generator_loss_kernel(
         f = _denoised(fake_score + at, x_t + at, c_skip, c_out, offsets, SIZE)
         d = (r - f) / w
         e = (r - _read(images + at, offsets, SIZE)) / w
-        _store(teacher_grad + at, offsets, c_out * (e + (1 - 2 * alpha) * d), kept, SIZE)
-        _store(fake_score_grad + at, offsets, c_out * (2 * alpha * d - e), kept, SIZE)
+        _store(teacher_grad + at, offsets, c_out * (e + (1 - 2 * alpha) * d), valid, SIZE)
+        _store(fake_score_grad + at, offsets, c_out * (2 * alpha * d - e), valid, SIZE)
         # −d/w directly, and c_skip·d/w through x_t in r and in f.
-        _store(images_grad + at, offsets, (c_skip - 1) * d, kept, SIZE)
+        _store(images_grad + at, offsets, (c_skip - 1) * d, valid, SIZE)
 
 
 @triton.jit
@@ -440,18 +440,18 @@ def _fake_score_loss_kernel(
         e = f - _read(images + at, offsets, SIZE)
         fine &= tl.abs(f) <= LIMIT
         square += e * e
-    kept = _all(fine) & tl.load(known + n)
-    squares = tl.where(kept, tl.sum(square), 0.0)
+    valid = _all(fine) & tl.load(known + n)
+    squares = tl.where(valid, tl.sum(square), 0.0)
     tl.store(loss + n, w * squares)
     tl.store(distance + n, squares)
     tl.store(weight + n, w)
-    tl.store(kept_out + n, kept)
+    tl.store(kept_out + n, valid)
 
     for start in range(0, SIZE, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         f = _denoised(fake_score + at, x_t + at, c_skip, c_out, offsets, SIZE)
         e = f - _read(images + at, offsets, SIZE)
-        _store(fake_score_grad + at, offsets, 2 * w * c_out * e, kept, SIZE)
+        _store(fake_score_grad + at, offsets, 2 * w * c_out * e, valid, SIZE)
 
 
 def configurations() -> Iterator[tuple]:

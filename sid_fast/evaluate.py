@@ -19,7 +19,15 @@ from sid_fast.data.readers import choose, read
 from sid_fast.errors import UserError
 from sid_fast.evaluation.features import Detector, Pixels, label, load_detector
 from sid_fast.evaluation.references import real_sample, reference_of, write_reference
-from sid_fast.evaluation.sample import METRICS, Clock, Sample, compare, generated, look, share
+from sid_fast.evaluation.sample import (
+    METRICS,
+    FeatureStats,
+    StageTimer,
+    compare,
+    generated,
+    look,
+    shard_by_rank,
+)
 from sid_fast.io.atomic import atomic_path, open_target
 from sid_fast.models.registry import load_network
 from sid_fast.performance import process_group
@@ -111,7 +119,7 @@ def run(config: EvaluateConfig, given: set[str]) -> None:
     if config.out:
         open_target(config.out)
     device = process_group.pick_device(config.device)
-    clock = Clock(device)
+    clock = StageTimer(device)
     with process_group.joined(device):
         detector, data, reader = prepare(config, device)
         draws = by_network(config, device) if config.network else by_files(config, device, reader)
@@ -165,7 +173,7 @@ def by_files(config: EvaluateConfig, device: torch.device, reader: str) -> list[
     num = config.num or len(data)
     if num > len(data):
         raise UserError(f"num={num}: {config.images} has {len(data)} images")
-    return [(range(num), read(data, share(range(num)), device, reader))]
+    return [(range(num), read(data, shard_by_rank(range(num)), device, reader))]
 
 
 def summary(protocol: str | None, figures: list[dict[str, float]]) -> dict[str, float]:
@@ -181,10 +189,10 @@ def summary(protocol: str | None, figures: list[dict[str, float]]) -> dict[str, 
 def report(
     config: EvaluateConfig,
     detector: Detector | Pixels,
-    real: Sample,
+    real: FeatureStats,
     draws: list[Sequence[int]],
     figures: list[dict[str, float]],
-    clock: Clock,
+    clock: StageTimer,
 ) -> None:
     """Print a table; write --out."""
     reported = summary(config.protocol, figures)
@@ -238,7 +246,7 @@ def run_reference(config: ReferenceConfig, given: set[str]) -> None:
     with process_group.joined(device):
         detector, data, reader = prepare(config, device)
         assert data is not None
-        clock = Clock(device)
+        clock = StageTimer(device)
         sample = reference_of(data, detector, clock, reader)
         if process_group.rank() == 0:
             write_reference(config.out, sample, detector)

@@ -25,14 +25,14 @@ def finite(*tensors: torch.Tensor | None) -> torch.Tensor:
 
 
 @overload
-def keep(kept: torch.Tensor, x: torch.Tensor) -> torch.Tensor: ...
+def mask_invalid(valid: torch.Tensor, x: torch.Tensor) -> torch.Tensor: ...
 @overload
-def keep(kept: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor | None: ...
-def keep(kept: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor | None:
+def mask_invalid(valid: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor | None: ...
+def mask_invalid(valid: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor | None:
     """x with its dropped samples set to 0, and their gradient too."""
     if x is None:
         return None
-    return torch.where(kept.reshape(-1, *[1] * (x.dim() - 1)), x, 0.0)
+    return torch.where(valid.reshape(-1, *[1] * (x.dim() - 1)), x, 0.0)
 
 
 def generator_loss(
@@ -79,7 +79,7 @@ def fake_score_loss(
 
 def _noised(net: EDMNetwork, images, sigma, noise, *labels):
     """What the networks read of noised images, and of labels; 0 in what is not finite."""
-    kept = finite(*labels) if any(v is not None for v in labels) else None
+    valid = finite(*labels) if any(v is not None for v in labels) else None
     images = images.float()
-    x_t = kernels.noised(images, sigma, noise, kept, net.compute_dtype, net.config.sigma_data)
-    return x_t, [keep(x_t.kept, v) for v in labels]
+    x_t = kernels.noised(images, sigma, noise, valid, net.compute_dtype, net.config.sigma_data)
+    return x_t, [mask_invalid(x_t.valid, v) for v in labels]

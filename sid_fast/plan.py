@@ -34,9 +34,9 @@ def run(config: PlanConfig, given: set[str]) -> None:
     planner.check_batch(settings, cluster.gpus)
     network = network_config(config.teacher)
     kernels.dispatch.configure(config.kernels, torch.device("cuda"))  # wherever this runs
-    form = kernels.dispatch.choose("block")
+    backend = kernels.dispatch.choose("block")
     print("counting a step: takes about a minute …", file=sys.stderr, flush=True)
-    found = estimator.counts(network, settings, config.checkpoint_activations, form)
+    found = estimator.counts(network, settings, config.checkpoint_activations, backend)
     name = config.preset or config.teacher
     print(planner.text(name, network, found, settings, config.kimg, cluster))
 

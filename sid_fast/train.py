@@ -110,11 +110,11 @@ def run(config: TrainConfig, given: set[str]) -> None:
             teacher = load_network(config.teacher).to(device)
         if data:
             check_data(data, teacher.config)
-        network, form = teacher.config, kernels.dispatch.choose("block")
+        network, backend = teacher.config, kernels.dispatch.choose("block")
         state = estimator.State(
             lambda settings: SiD(EDMNetwork(network), settings),
             mixed_precision.settle(part(config, Settings), device),
-            form,
+            backend,
         )
         sharding = fsdp.plan(config.parallel, device, state.nbytes, config.shard_group)
         sharded = sharding.mesh is not None
@@ -183,12 +183,12 @@ def micro_batch_that_fits(
 
     def estimate() -> int:
         recompute = config.checkpoint_activations
-        form = kernels.dispatch.choose("block")
+        backend = kernels.dispatch.choose("block")
         settled = mixed_precision.settle(settings, device)
-        found = estimator.counts(teacher.config, settled, recompute, form)
+        found = estimator.counts(teacher.config, settled, recompute, backend)
         room = torch.cuda.mem_get_info()[0]
         return estimator.estimated_micro_batch(
-            found, batch, room, world, sharding.shards, sharding.gathered
+            found, batch, room, world, sharding.dp_shard, sharding.reshard_after_forward
         )
 
     def try_step(n: int) -> None:

@@ -51,8 +51,8 @@ def distiller_of(
 
 def plan_of(mode: str) -> fsdp.ShardingPlan:
     name = "fsdp" if mode == "tight" else mode
-    plan = fsdp.plan(name, cpu, lambda shards, gathered: 0, shard_group=min(world, 2))
-    return dataclasses.replace(plan, gathered=mode != "tight")
+    plan = fsdp.plan(name, cpu, lambda shards, reshard_after_forward: 0, shard_group=min(world, 2))
+    return dataclasses.replace(plan, reshard_after_forward=mode == "tight")
 
 
 def trajectory(name: str, mode: str, state: str = "") -> None:
@@ -126,7 +126,7 @@ def replays(mode: str, rounds: str) -> None:
         distiller.step()
         fsdp.whole(distiller.generator)  # as a snapshot gathers its network
         metrics = distiller.step()
-        found.append(fsdp.local([*distiller.tensors().values(), *metrics.values()]))
+        found.append(fsdp.local([*distiller.state_dict().values(), *metrics.values()]))
     assert len(distiller.graphs.graphs) == (1 if rounds == "1" else 6)
     assert all(map(torch.equal, *found))
     if rank == 0:
@@ -195,7 +195,7 @@ def fails() -> None:
                 warnings.simplefilter("always")
                 metrics = [distiller.step() for _ in range(3)]
             metrics = [v for m in metrics for v in m.values()]
-            found.append([*distiller.tensors().values(), *metrics])
+            found.append([*distiller.state_dict().values(), *metrics])
     assert distiller.graphs.failed == reason
     assert not distiller.graphs.graphs
     assert all(map(torch.equal, *found))

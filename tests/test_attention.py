@@ -9,7 +9,7 @@ from golden import relative
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sid_fast import kernels
-from sid_fast.kernels.attention import attention_ref, blocked_order, bytes_moved, flop
+from sid_fast.kernels.attention import attention_eager, blocked_order, bytes_moved, flop
 from sid_fast.kernels.dispatch import forced
 
 module = importlib.import_module("sid_fast.kernels.attention")
@@ -71,7 +71,7 @@ def check(qkv, grad, heads, bias=None, tolerance=None):
     assert out.dtype == grad_qkv.dtype == qkv.dtype
     assert out.is_contiguous(memory_format=torch.channels_last)
     exact = None if bias is None else bias.double()
-    expected = differentiate(attention_ref, qkv.double(), grad.double(), heads, bias=exact)
+    expected = differentiate(attention_eager, qkv.double(), grad.double(), heads, bias=exact)
     assert relative(out, expected[0]) <= tolerance
     found, wanted = (parts(g, heads) for g in (grad_qkv, expected[1]))
     for name, a, b in zip("qkv", found, wanted, strict=True):
@@ -88,7 +88,7 @@ def test_reference_is_softmax_attention():
     qkv, _ = tensors((2, 3, 8, 4, 5), torch.float64, "cpu")
     q, k, v = parts(qkv, 3)
     expected = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(2, 24, 4, 5)
-    assert relative(attention_ref(qkv, 3), expected) < 1e-12
+    assert relative(attention_eager(qkv, 3), expected) < 1e-12
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -143,8 +143,8 @@ def test_which_tiles_an_architecture_gets():
 def test_reference_adds_the_bias_to_qkv():
     qkv, _ = tensors((2, 3, 8, 4, 5), torch.float64, "cpu")
     bias = random_bias(qkv)
-    expected = attention_ref(qkv + bias.double()[:, None, None], 3)
-    assert torch.equal(attention_ref(qkv, 3, bias), expected)
+    expected = attention_eager(qkv + bias.double()[:, None, None], 3)
+    assert torch.equal(attention_eager(qkv, 3, bias), expected)
 
 
 def test_a_frozen_bias_costs_no_sums(device):
@@ -185,7 +185,7 @@ def test_blocked_order_permutes_a_published_weight():
     order = blocked_order(64, 2)
     q, k, v = (t.flatten(3).mT for t in qkv.unflatten(1, (2, 32, 3)).unbind(3))
     expected = F.scaled_dot_product_attention(q, k, v).mT.reshape(1, 64, 3, 3)
-    assert relative(attention_ref(qkv[:, order], 2), expected) < 1e-5
+    assert relative(attention_eager(qkv[:, order], 2), expected) < 1e-5
     assert torch.equal(order[order.argsort()], torch.arange(192))
 
 
@@ -198,7 +198,7 @@ def test_large_logits_neither_overflow_nor_vanish(logit, device):
     qkv[:, 64:128] += logit * 8 / 64 / 7.0
     with forced("triton"):
         out, grad_qkv = differentiate(kernels.attention, qkv, grad, 1)
-    expected = differentiate(attention_ref, qkv.double(), grad.double(), 1)
+    expected = differentiate(attention_eager, qkv.double(), grad.double(), 1)
     assert relative(out, expected[0]) <= 1e-4  # logits of 400 carry an error of 400 · 2⁻²⁴ each
     assert relative(grad_qkv, expected[1]) <= 1e-4
 
@@ -236,7 +236,7 @@ def test_gradients_are_deterministic(device):
 def test_heads_too_wide_for_the_kernel_run_the_reference(device):
     qkv, _ = tensors((1, 1, 320, 2, 2), torch.float32, device)
     with forced("triton"):
-        assert torch.equal(kernels.attention(qkv, 1), attention_ref(qkv, 1))
+        assert torch.equal(kernels.attention(qkv, 1), attention_eager(qkv, 1))
 
 
 def test_heads_must_divide():

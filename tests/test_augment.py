@@ -8,15 +8,15 @@ from golden import TOLERANCE, read, relative
 from sid_fast import augment, kernels
 from sid_fast.kernels import dispatch
 from sid_fast.kernels._triton import tl, triton
-from sid_fast.kernels.augment import _cos_sin, augment_ref, bytes_moved, flop
+from sid_fast.kernels.augment import _cos_sin, augment_eager, bytes_moved, flop
 from sid_fast.methods.base import RandomStream
 
 # Of the kernel, relative in norm to float64: a place in the image is known to 1e-6 of its size.
 KERNEL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
-@pytest.fixture(params=["triton", "reference"])
-def implementation(request):
+@pytest.fixture(params=["triton", "eager"])
+def backend(request):
     with dispatch.forced(request.param):
         yield request.param
 
@@ -29,13 +29,13 @@ def stream(n, seed=0):
     return RandomStream(torch.tensor([seed, 0, 0]), "fake", n)
 
 
-def test_augmentation_matches_golden(golden, device, implementation):
+def test_augmentation_matches_golden(golden, device, backend):
     data = read(golden / "augment.npz")
     parameters = {k.removeprefix("param."): v for k, v in data.items() if k.startswith("param.")}
-    n = len(data["images"]) if implementation == "reference" or device.type == "cuda" else 2
+    n = len(data["images"]) if backend == "eager" or device.type == "cuda" else 2
     parameters = to_device({k: v[..., :n] for k, v in parameters.items()}, device)
     found, labels = augment.apply(data["images"][:n].to(device), parameters)
-    if implementation == "reference":
+    if backend == "eager":
         assert torch.equal(labels.cpu(), data["labels"])
     assert relative(labels.cpu(), data["labels"][:n]) <= 1e-6
     assert relative(found.cpu(), data["augmented"][:n]) <= TOLERANCE
@@ -51,7 +51,7 @@ def test_augmentation_matches_golden(golden, device, implementation):
     ],
 )
 @pytest.mark.parametrize("far", [1.0, 4.0])
-def test_warp_matches_float64(device, implementation, shape, dtype, channels_last, far):
+def test_warp_matches_float64(device, backend, shape, dtype, channels_last, far):
     """far: parameters beyond any likely draw, so that lookups leave the reflected image."""
     rng = torch.Generator().manual_seed(int(far))
     parameters = augment.draw(stream(shape[0], int(far)), 1.0)
@@ -59,7 +59,7 @@ def test_warp_matches_float64(device, implementation, shape, dtype, channels_las
         parameters[name] *= far
     images = torch.randn(shape, generator=rng).to(dtype)
     exact = {k: v.double() if v.is_floating_point() else v for k, v in parameters.items()}
-    wanted, _ = augment_ref(images.double(), exact)
+    wanted, _ = augment_eager(images.double(), exact)
     images = images.to(device)
     if channels_last:
         images = images.to(memory_format=torch.channels_last)
@@ -71,7 +71,7 @@ def test_warp_matches_float64(device, implementation, shape, dtype, channels_las
 
 
 def kernel_labels(parameters):
-    _, labels = augment_ref(torch.zeros(len(parameters["scale"]), 1, 4, 4), parameters)
+    _, labels = augment_eager(torch.zeros(len(parameters["scale"]), 1, 4, 4), parameters)
     return labels
 
 

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from golden import relative
 
-from benchmarks import breakdown, check, evaluation, kernels, rivals, roofline, summary, train
+from benchmarks import baselines, breakdown, check, evaluation, kernels, roofline, summary, train
 from benchmarks.record import Record, read
 from sid_fast import Distiller, Settings
 from sid_fast.data import readers
@@ -48,7 +48,7 @@ def one_step(preset="digits", **options):
 
 def test_kernels_are_measured_beside_their_rivals(small, tmp_path):
     out = tmp_path / "kernels.json"
-    options = kernels.Options(kernel="sid_loss", dtype="fp32", rivals="eager", out=str(out))
+    options = kernels.Options(kernel="sid_loss", dtype="fp32", baselines="eager", out=str(out))
     kernels.run(options, set())
     rows = read(out)["rows"]
     assert {row["provider"] for row in rows} == {"triton", "eager"}
@@ -94,7 +94,7 @@ def test_ours_and_plain_compute_the_same_in_the_benchmark(name):
 
 def test_sdpa_reads_qkv_as_our_attention_does():
     qkv = torch.randn(2, 3 * 32, 4, 4)
-    expected = kernels.attention.attention_ref(qkv, 2)
+    expected = kernels.attention.attention_eager(qkv, 2)
     assert relative(kernels.sdpa(qkv, 2), expected) <= 1e-5
 
 
@@ -106,11 +106,11 @@ def rival(request, monkeypatch):
     def make(draws, settings):
         for phase in ("fake", "generator"):
             name = f"sample_{phase}_inputs"
-            monkeypatch.setattr(rivals.SiD, name, lambda *_, phase=phase: draws[phase][0])
+            monkeypatch.setattr(baselines.SiD, name, lambda *_, phase=phase: draws[phase][0])
         teacher = train.network(check.TINY, CPU)
         if request.param == "published":
-            return rivals.Plain(teacher, settings, torch.float32)
-        return rivals.Skilled(teacher, settings, torch.float32, "default")
+            return baselines.Plain(teacher, settings, torch.float32)
+        return baselines.Skilled(teacher, settings, torch.float32, "default")
 
     return make
 
@@ -276,19 +276,19 @@ def test_the_eager_norm_has_a_rival_in_its_own_layout():
 @pytest.mark.parametrize(
     ("name", "backend", "tuned", "deterministic"),
     [
-        ("default", "reference", False, True),
+        ("default", "eager", False, True),
         ("ours", "triton", False, True),
         ("cuDNN benchmark", "triton", True, True),
         ("cuDNN not deterministic", "triton", False, False),
-        ("published", "reference", True, False),
-        ("skilled graphs", "reference", True, False),
+        ("published", "eager", True, False),
+        ("skilled graphs", "eager", True, False),
     ],
 )
 def test_a_variant_differs_in_what_its_name_says(name, backend, tuned, deterministic):
     running = object.__new__(train.Running)
     running.variant, running.device = train.VARIANTS[name], torch.device("cuda")
     with train.kernels.dispatch.forced("triton"), running.around():
-        assert {choose(operation) for operation in train.kernels.dispatch.FORMS} == {backend}
+        assert {choose(operation) for operation in train.kernels.dispatch.OPERATIONS} == {backend}
         cudnn = torch.backends.cudnn
         assert (cudnn.benchmark, cudnn.deterministic) == (tuned, deterministic)
     assert running.variant.graphed == (name != "published")
@@ -364,13 +364,13 @@ def test_checks_pass_fail_and_say_why_not(monkeypatch, tmp_path):
 
 
 def test_the_check_of_a_resumed_run_sees_what_was_not_restored(monkeypatch):
-    tensors = Distiller.tensors
+    state_dict = Distiller.state_dict
 
     def forgetful(self):
-        found = tensors(self).items()
+        found = state_dict(self).items()
         return {k: v for k, v in found if not k.startswith("fake_score.exp_avg_sq")}
 
-    monkeypatch.setattr(Distiller, "tensors", forgetful)
+    monkeypatch.setattr(Distiller, "state_dict", forgetful)
     found, bound, _ = check.resumes(check.Here(CPU, 1))
     assert found > bound
 
@@ -382,17 +382,17 @@ def test_nan_is_the_worst_of_errors():
 
 @pytest.mark.parametrize("off", ["fake", "generator"])
 def test_the_check_of_gradients_sees_both_networks(off, monkeypatch):
-    accumulate = Distiller.accumulate
+    backward = Distiller.backward
 
     def wrong(self, phase, inputs, **which):
-        found = accumulate(self, phase, inputs, **which)
+        found = backward(self, phase, inputs, **which)
         if phase.name == off and self.settings.precision == "fp16":
             net = self.method.networks[phase.network]
             for p in net.parameters():
                 p.grad *= 1.5
         return found
 
-    monkeypatch.setattr(Distiller, "accumulate", wrong)
+    monkeypatch.setattr(Distiller, "backward", wrong)
     found, bound, note = check.stays_close(check.Here(CPU, 1), "fp16")
     assert found == pytest.approx(0.5, abs=0.05)
     assert found > bound

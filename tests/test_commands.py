@@ -39,7 +39,7 @@ def teacher(tmp_path):
         ),
         (["--teacher", "none.pkl"], ["none.pkl", "cifar10-uncond"]),
         (["--device", "tpu"], ["tpu", "cpu"]),
-        (["--kernels", "apex"], ["apex", "triton", "reference"]),
+        (["--kernels", "apex"], ["apex", "triton", "eager"]),
         (["--augment-p", "0.1", "--data", "none.zip"], ["none.zip"]),
         (["--eval-every", "1", "--teacher", "none.pkl"], ["eval_every=1.0", "--data", "--ref"]),
         (["--eval-every", "1", "--ref", "none.npz", "--detector", "pixels"], ["none.npz"]),

@@ -212,7 +212,7 @@ def test_what_is_stored_by_the_counted_path_is_the_output():
         "    'group_norm forward norm1 add 256@32x32 bf16': 32 * 32 * 256 * 2,\n"
         "    'attention forward bf16 6x64 N=1024': 1024 * 6 * (64 * 2 + 4),\n"
         "    'attention backward_kv bf16 6x64 N=1024': 1024 * 6 * 64 * 2 * 2,\n"
-        "    'adam_ema beta1=0.0 ema=1 shadow=1': report.PARAMETERS * 14,\n"
+        "    'adam_ema beta1=0.0 ema=1 compute=1': report.PARAMETERS * 14,\n"
         "    'dropout 256@32x32 channels-last bf16': 32 * 32 * 256 * 2,\n"
         "    'random normal 3072': 3072 * 4,\n"
         "}.items():\n"
@@ -234,7 +234,7 @@ def test_a_chunk_of_adam_is_loaded_before_its_reduction():
         "-c",
         "import sid_fast.kernels.compile as compile\n"
         "from sid_fast.kernels import sass\n"
-        "(_, _, configuration), = compile.selected(90, 'adam_ema beta1=0.0 ema=1 shadow=1')\n"
+        "(_, _, configuration), = compile.selected(90, 'adam_ema beta1=0.0 ema=1 compute=1')\n"
         "program = sass.disassemble(compile.compiled(*configuration, 90).asm['cubin'])\n"
         "names = [i.opcode for i in program.instructions[min(sass.loops(program)) :]]\n"
         "barrier = next(k for k, name in enumerate(names) if name.startswith('BAR'))\n"

@@ -44,8 +44,8 @@ def packages(tmp_path, monkeypatch):
 
 
 def test_everything_is_pytorchs_unless_asked_for():
-    assert {dispatch.choose(operation) for operation in dispatch.FORMS} == {"reference"}
-    assert dispatch.report() == "reference"
+    assert {dispatch.choose(operation) for operation in dispatch.OPERATIONS} == {"eager"}
+    assert dispatch.report() == "eager"
 
 
 def test_triton_stands_in_for_a_form_that_an_operation_does_not_have(monkeypatch):
@@ -59,20 +59,20 @@ def test_triton_stands_in_for_a_form_that_an_operation_does_not_have(monkeypatch
 
 def test_random_numbers_are_tritons_on_a_gpu():
     assert dispatch.choose("random", device=torch.device("cuda")) == "triton"
-    assert dispatch.choose("random", device=torch.device("cpu")) == "reference"
+    assert dispatch.choose("random", device=torch.device("cpu")) == "eager"
 
 
 def test_one_operation_is_taken_out_and_put_back():
     with dispatch.forced("triton"):
-        with dispatch.forced({"group_norm": "reference"}):
-            assert dispatch.choose("group_norm") == "reference"
+        with dispatch.forced({"group_norm": "eager"}):
+            assert dispatch.choose("group_norm") == "eager"
             assert dispatch.choose("attention") == "triton"
             assert dispatch.report() == (
-                "block triton, group_norm reference, attention triton, sid_loss triton, "
+                "block triton, group_norm eager, attention triton, sid_loss triton, "
                 "augment triton, random triton, adam_ema triton"
             )
         assert dispatch.report() == "triton"
-    assert dispatch.report() == "reference"
+    assert dispatch.report() == "eager"
 
 
 def test_an_operation_does_what_is_said_of_it_alone(monkeypatch):
@@ -82,7 +82,7 @@ def test_an_operation_does_what_is_said_of_it_alone(monkeypatch):
         ours = name.startswith("sid_fast.kernels.") and name != dispatch.__name__
         if ours and hasattr(module, "choose"):
             monkeypatch.setattr(
-                module, "choose", lambda op, device=None: asked.append(op) or "reference"
+                module, "choose", lambda op, device=None: asked.append(op) or "eager"
             )
     ones = torch.ones(1, 12, 4, 4)
     kernels.group_norm(ones, ones[0, :, 0, 0], ones[0, :, 0, 0], 4, 1e-5)
@@ -93,7 +93,7 @@ def test_an_operation_does_what_is_said_of_it_alone(monkeypatch):
     warp = augment.draw(RandomStream(torch.tensor([0, 0, 0]), "fake", 1), 0.5)
     kernels.augment(ones, warp)
     zero, lists = torch.zeros((), dtype=torch.float64), [[torch.ones(2)] for _ in range(3)]
-    update = {"apply": zero > 1, "lr": 1e-3, "beta1": 0.0, "beta2": 0.9, "eps": 1e-8}
+    update = {"enabled": zero > 1, "lr": 1e-3, "beta1": 0.0, "beta2": 0.9, "eps": 1e-8}
     kernels.adam_ema(*lists[:2], [], lists[2], [], step=zero, **update)
     losses, draws = ["sid_loss"] * 3, ["random"] * 2
     assert asked == ["group_norm", "attention", *losses, *draws, "augment", "adam_ema"]
@@ -109,11 +109,11 @@ def test_an_unknown_name_is_refused(names, packages):
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("auto", "reference"),
+        ("auto", "eager"),
         ("triton", "triton"),
-        ("triton,group_norm=reference", {"group_norm": "reference", "attention": "triton"}),
-        ("sid_loss=triton,augment=triton", {"group_norm": "reference", "sid_loss": "triton"}),
-        ("triton,attention=auto", {"attention": "reference", "augment": "triton"}),
+        ("triton,group_norm=eager", {"group_norm": "eager", "attention": "triton"}),
+        ("sid_loss=triton,augment=triton", {"group_norm": "eager", "sid_loss": "triton"}),
+        ("triton,attention=auto", {"attention": "eager", "augment": "triton"}),
     ],
 )
 def test_kernels_option(text, wanted, monkeypatch):
@@ -128,12 +128,12 @@ def test_kernels_option(text, wanted, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("cudnn", ["no 'cudnn'", "auto, cuda, triton, reference"]),
-        ("triton,softmax=reference", ["'softmax'", "group_norm, attention"]),
-        ("attention=cuda", ["no 'cuda' of attention", "auto, reference, triton"]),
+        ("cudnn", ["no 'cudnn'", "auto, cuda, triton, eager"]),
+        ("triton,softmax=eager", ["'softmax'", "group_norm, attention"]),
+        ("attention=cuda", ["no 'cuda' of attention", "auto, eager, triton"]),
         ("triton,", ["no ''", "auto"]),
-        ("group_norm=apex", ["NVIDIA's", "PyPI", "auto, reference, triton"]),
-        ("adam_ema=apex", ["apex", "auto, reference, triton, cuda"]),
+        ("group_norm=apex", ["NVIDIA's", "PyPI", "auto, eager, triton"]),
+        ("adam_ema=apex", ["apex", "auto, eager, triton, cuda"]),
     ],
 )
 def test_kernels_option_refuses(text, words, packages):
@@ -148,7 +148,7 @@ def test_triton_on_a_cpu_needs_its_interpreter(text, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UserError, match="TRITON_INTERPRET"):
         dispatch.configure(text, CPU)
-    assert dispatch.report() == "reference"
+    assert dispatch.report() == "eager"
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_triton_on_a_cpu_needs_its_interpreter(text, monkeypatch):
 def test_another_apex_is_neither_used_nor_run(files, packages):
     packages(*files)
     assert not _apex.installed()
-    assert "apex" not in dispatch.implementations()
+    assert "apex" not in dispatch.available_backends()
     with pytest.raises(RuntimeError, match="not installed"):
         _apex._module()
 
@@ -186,7 +186,7 @@ def test_nvidias_apex_is_offered_for_the_group_norm_alone(packages):
     with pytest.raises(UserError, match="NVIDIA GPUs only"):
         dispatch.configure("group_norm=apex", CPU)
     dispatch.configure("group_norm=apex", torch.device("cuda"))
-    assert dispatch.report().startswith("block reference, group_norm apex, attention")
+    assert dispatch.report().startswith("block eager, group_norm apex, attention")
 
 
 def test_apex_is_called_in_its_own_terms(packages):

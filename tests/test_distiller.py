@@ -236,14 +236,14 @@ def test_a_spoiled_draw_is_dropped_and_the_rest_of_the_step_is_that_without_it(f
 def test_a_step_without_a_finite_sample_changes_nothing():
     distiller = Distiller(small_teacher(), Settings(generator_beta1=0.9, **FAST))
     distiller.step()
-    before = {k: v.clone() for k, v in distiller.tensors().items()}
+    before = {k: v.clone() for k, v in distiller.state_dict().items()}
     draws = distiller.draw()
     for rounds in draws.values():
         rounds[0].z.fill_(torch.nan)
     metrics = distiller.step(draws)
     assert bool(metrics["fake/skipped"])
     assert bool(metrics["generator/skipped"])
-    assert all(torch.equal(v, before[k]) for k, v in distiller.tensors().items())
+    assert all(torch.equal(v, before[k]) for k, v in distiller.state_dict().items())
     assert not bool(distiller.step()["generator/skipped"])
 
 
@@ -255,7 +255,7 @@ def test_ema_follows_its_ramp_up():
 
 
 def test_no_first_moment_is_kept_when_beta1_is_zero():
-    names = Distiller(small_teacher(), Settings(generator_beta1=0.9, **FAST)).tensors()
+    names = Distiller(small_teacher(), Settings(generator_beta1=0.9, **FAST)).state_dict()
     assert any(".exp_avg." in n for n in names)
     assert not any(n.startswith("fake_score.exp_avg.") for n in names)
 

@@ -22,7 +22,7 @@ def test_the_kernel_drops_what_its_eager_twin_drops(device, shape, dtype, channe
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     grad, found = torch.randn_like(x), []
-    for backend in ("reference", "triton"):
+    for backend in ("eager", "triton"):
         y = x.clone().requires_grad_()
         with dispatch.forced(backend):
             out = dropout(y, 0.3, seed(device))
@@ -45,7 +45,7 @@ def test_the_group_norm_drops_the_same_elements_in_every_backend(device, form):
         more = {k: torch.randn(n, channels, device=device) for k in ("scale", "shift", "add")}
     ones, zeros = torch.ones(channels, device=device), torch.zeros(channels, device=device)
     found = []
-    for backend in ("reference", "triton"):
+    for backend in ("eager", "triton"):
         with dispatch.forced(backend):
             y = kernels.group_norm(x, ones, zeros, 16, 1e-5, dropout=0.4, seed=seed(device), **more)
         found.append(y.y)
@@ -53,7 +53,7 @@ def test_the_group_norm_drops_the_same_elements_in_every_backend(device, form):
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_a_mask_depends_on_the_global_index_of_the_sample(device, backend):
     x = torch.ones(4, 8, 4, 4, device=device)
     with dispatch.forced(backend):

@@ -17,7 +17,7 @@ from sid_fast.errors import UserError
 from sid_fast.evaluation import features, inception_score, moments, sample
 from sid_fast.evaluation.features import load_detector
 from sid_fast.evaluation.references import content_digest, measure, read_reference, reference_of
-from sid_fast.evaluation.sample import Clock
+from sid_fast.evaluation.sample import StageTimer
 from sid_fast.models.registry import load_network, save_network
 from sid_fast.performance import cuda_graphs
 from sid_fast.sampling import generate_images, group_size, seed_inputs
@@ -198,7 +198,7 @@ def test_statistics_are_measured_once_and_again_when_the_zip_changes(real, scrip
 
     measured = []
     monkeypatch.setattr(references, "measure", lambda *a: measured.append(a) or measure(*a))
-    detector, clock = load_detector("pixels", CPU), Clock(CPU)
+    detector, clock = load_detector("pixels", CPU), StageTimer(CPU)
 
     def look() -> float:
         return float(reference_of(ImageDataset(real), detector, clock).mean.sum())
@@ -256,7 +256,7 @@ def test_features_of_a_large_set_are_spread_over_it(tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "KEPT", 100)
     write_dataset(tmp_path / "large.zip", pictures(150))  # several batches
     data = ImageDataset(tmp_path / "large.zip")
-    found = measure(data, load_detector("pixels", CPU), Clock(CPU))
+    found = measure(data, load_detector("pixels", CPU), StageTimer(CPU))
     pixels = data.images().reshape(150, 64) / 127.5 - 1
     spread = [3 * i // 2 for i in range(100)]
     assert found.features.shape == (100, 64)

@@ -88,7 +88,7 @@ def test_auto_tries_a_whole_step_and_changes_nothing(monkeypatch, precision):
     teacher = small_teacher()
     before = [p.clone() for p in teacher.parameters()]
     config = train.TrainConfig(batch_size=8, dropout=0.2, augment_p=0.1, precision=precision)
-    counts = estimator.counts(teacher.config, part(config, Settings), form="reference")
+    counts = estimator.counts(teacher.config, part(config, Settings), backend="eager")
     room = (counts.memory(3).total() + counts.memory(4).total()) // 2
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (room, room))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -123,7 +123,7 @@ def test_recomputed_blocks_give_the_same_step():
 def test_recomputed_blocks_keep_less():
     config = small_teacher().config
     # In PyTorch's form, where frozen networks too keep all that their convolutions read.
-    of = config, Settings(), [64], "reference"
+    of = config, Settings(), [64], "eager"
     (plain,) = estimator.steps(*of)
     (recomputing,) = estimator.steps(*of, prepare=checkpoint_activations)
     kinds = ("activations", "workspace")

@@ -11,7 +11,7 @@ from benchmarks import passes
 from sid_fast import Distiller, Settings
 from sid_fast.kernels import dispatch
 from sid_fast.models import EDMNetwork, NetworkConfig
-from sid_fast.models.edm_unet.fused import Sum
+from sid_fast.models.edm_unet.fused import DeferredResidual
 from sid_fast.models.edm_unet.unet import Block
 from sid_fast.performance.ddp import DDPGradSync
 
@@ -32,14 +32,14 @@ def test_no_pass_is_idle(name):
     idle = [p for p in found if p.idle and not (p.name == "aten::sum" and p.backward)]
     assert not idle
     assert max((p.bytes for p in found if p.name == "aten::sum"), default=0) < 2**23
-    plain = passes.of_network(NETWORKS[name], "reference", torch.bfloat16)
+    plain = passes.of_network(NETWORKS[name], "eager", torch.bfloat16)
     assert sum(p.bytes for p in found) < 0.52 * sum(p.bytes for p in plain)
 
 
 def test_the_count_sees_an_idle_pass(monkeypatch):
     def halves(self, x, *others, **named):
-        x, fork = forward(self, x, *others, **named)
-        return x._replace(x=x.x * 0.5), fork
+        x, h_for_skip = forward(self, x, *others, **named)
+        return x._replace(x=x.x * 0.5), h_for_skip
 
     forward = Block.forward
     monkeypatch.setattr(Block, "forward", halves)
@@ -75,7 +75,7 @@ def outcome(net: EDMNetwork, form, **kwargs) -> list[torch.Tensor]:
 def test_equals_the_plain_form(architecture, frozen):
     """With PyTorch's own operations in both; golden data compare the kernels."""
     net = small(architecture).requires_grad_(not frozen)
-    pairs = zip(outcome(net, {"block": "triton"}), outcome(net, "reference"), strict=True)
+    pairs = zip(outcome(net, {"block": "triton"}), outcome(net, "eager"), strict=True)
     for found, expected in pairs:
         assert relative(found, expected) <= 1e-5 or not expected.any()
 
@@ -92,7 +92,7 @@ def test_sixteen_bit_stays_close_and_gradients_reach_the_float32_weights():
     assert sorted(errors)[len(errors) // 2] <= 5e-2
 
 
-@pytest.mark.parametrize("form", [{"block": "triton"}, {"block": "reference"}])
+@pytest.mark.parametrize("form", [{"block": "triton"}, {"block": "eager"}])
 @pytest.mark.parametrize("architecture", ["ddpmpp", "ncsnpp", "adm"])
 def test_copies_give_every_parameter_the_gradient_of_a_cast_at_every_use(architecture, form):
     """Over two rounds, in float32; but for roundings, as the copies hold sums of biases."""
@@ -116,7 +116,7 @@ def test_copies_give_every_parameter_the_gradient_of_a_cast_at_every_use(archite
                 if each is cast:
                     (loss.sum() * scale).backward()
                 else:
-                    gradients.backward(loss, scale, last=scale < 1)
+                    gradients.backward(loss, scale, sync_grads=scale < 1)
         for (name, p), q in zip(cast.named_parameters(), copied.parameters(), strict=True):
             assert q.grad.dtype == torch.float32
             assert q.grad.stride() == q.stride()
@@ -163,7 +163,7 @@ def test_copies_follow_their_parameters(architecture):
     with torch.no_grad():
         for p in net.parameters():
             p.mul_(2)
-    net.refresh()
+    net.update_compute_copies()
     for name, p in net.named_parameters():
         copy = written[name]
         assert copy is None or torch.equal(copy, p.to(torch.bfloat16)), name
@@ -195,7 +195,7 @@ def test_an_update_leaves_no_copy_behind():
     generator = distiller.generator
     found = [leaf.tensor.clone() for leaf in generator.copies]
     assert not torch.equal(generator.model.conditioning.conv_bias, before)
-    generator.refresh()
+    generator.update_compute_copies()
     assert all(map(torch.equal, found, (leaf.tensor for leaf in generator.copies)))
 
 
@@ -203,7 +203,7 @@ def test_every_block_drops_by_a_seed_of_its_own():
     """Read from the blocks: a row each of one tensor, which every micro-batch rewrites."""
     distiller, seeds = Distiller(small(), Settings(batch_size=2, dropout=0.5)), []
     for phase in distiller.method.phases:
-        distiller.accumulate(phase, first=True, last=True)
+        distiller.backward(phase, first=True, last=True)
         blocks = distiller.method.networks[phase.network].model.blocks()
         seeds += [tuple(block.dropout_seed.tolist()) for block in blocks]
     assert len(set(seeds)) == len(seeds) == 2 * len(blocks)
@@ -217,7 +217,7 @@ def test_a_frozen_network_keeps_no_float32_copy_of_what_it_computes_with():
     kinds = {p.dtype for n, p in net.model.enc.named_parameters() if p.dim() > 1}
     assert kinds == {torch.bfloat16}
     inputs = torch.randn(2, 3, 8, 8), torch.ones(2)
-    for form in ({"block": "triton"}, {"block": "reference"}):
+    for form in ({"block": "triton"}, {"block": "eager"}):
         with dispatch.forced(form):
             assert relative(net(*inputs), expected(*inputs)) <= 1e-2
 
@@ -237,8 +237,8 @@ def test_a_block_compiles_without_a_graph_break(architecture, device):
     bias, embedding = random(channels), random(2, net.config.model_channels * 4)
 
     def run(block):
-        out, fork = block(Sum(x, residual, bias, block.skip_scale), embedding)
-        ends = [out.x, out.residual, fork]
+        out, h_for_skip = block(DeferredResidual(x, residual, bias, block.skip_scale), embedding)
+        ends = [out.x, out.residual, h_for_skip]
         grads = torch.autograd.grad(
             ends, [x, residual, block.qkv.bias], [torch.ones_like(e) for e in ends]
         )

@@ -79,13 +79,13 @@ def test_recomputed_blocks_replay_too(stand_in, device):
 
 def test_a_rehearsal_is_two_rounds_of_a_phase(stand_in, monkeypatch):
     """Of 8 rounds: more would cost minutes of a published preset, and settle nothing else."""
-    calls, accumulate = [], Distiller.accumulate
+    calls, backward = [], Distiller.backward
 
     def counted(self, phase, inputs=None, *, first=False, last=False):
         calls.append((phase.name, last))
-        return accumulate(self, phase, inputs, first=first, last=last)
+        return backward(self, phase, inputs, first=first, last=last)
 
-    monkeypatch.setattr(Distiller, "accumulate", counted)
+    monkeypatch.setattr(Distiller, "backward", counted)
     for rounds, times in ((8, 1), (1, 2)):
         calls.clear()
         settings = Settings(**FAST | {"batch_size": 8}, micro_batch=8 // rounds)
@@ -145,11 +145,11 @@ class Sender:
 
 
 def state_of(distiller):
-    yield from (weights(distiller), distiller.live, torch.get_rng_state())
+    yield from (weights(distiller), distiller.enabled, torch.get_rng_state())
     for optimizer in distiller.optimizers.values():
         yield optimizer.totals
         yield from (p.grad for p in optimizer.params)
-        yield from (*optimizer.exp_avg, *optimizer.exp_avg_sq, optimizer.step)
+        yield from (*optimizer.exp_avg, *optimizer.exp_avg_sq, optimizer.step_count)
 
 
 @pytest.mark.parametrize(("micro_batch", "at"), [(None, 1), (1, 1), (1, 3), (1, 6)])
@@ -193,7 +193,7 @@ def test_where_graphs_are_required_a_failed_capture_says_why_and_the_way_out(fai
     distiller = Distiller(small_teacher(), Settings(**FAST), cuda_graph=True)
     with pytest.raises(UserError, match=r"\(operation .* capturing\); use --cuda-graph off"):
         distiller.step()
-    assert distiller.live
+    assert distiller.enabled
 
 
 def test_a_capture_that_runs_out_of_memory_is_told_by_its_kind(stand_in, monkeypatch):

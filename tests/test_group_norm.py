@@ -11,11 +11,11 @@ from sid_fast.kernels.dispatch import forced
 from sid_fast.kernels.dropout import philox_2x32
 from sid_fast.kernels.group_norm import (
     SPREAD,
-    Normed,
+    GroupNormOutput,
     bytes_moved,
     configurations,
     group_norm,
-    group_norm_ref,
+    group_norm_eager,
     launch,
 )
 
@@ -38,8 +38,8 @@ FORMS = {
     "film": {"film": True},
     "add-film": {"add": True, "film": True},
     "sum-add": {**SUM, "add": True},
-    "beside": {"beside": 7},
-    "sum-beside": {**SUM, "beside": 11, "add": True},
+    "skip": {"skip": 7},
+    "sum-skip": {**SUM, "skip": 11, "add": True},
     "down": {"resample": "down"},
     "up": {"resample": "up"},
     "sum-down": {**SUM, "resample": "down"},
@@ -85,10 +85,10 @@ def relative(out: torch.Tensor, ref: torch.Tensor) -> float:
 
 
 def draw(
-    shape, groups, dtype, device, add=False, film=False, residual=False, x_bias=False, beside=0,
+    shape, groups, dtype, device, add=False, film=False, residual=False, x_bias=False, skip=0,
     **options,
 ):  # fmt: skip
-    """Tensors and other arguments of group_norm. Means are not small. beside: its channels."""
+    """Tensors and other arguments of group_norm. Means are not small. skip: its channels."""
     torch.manual_seed(0)
     n, c = shape[:2]
 
@@ -96,14 +96,14 @@ def draw(
         return torch.randn(size).to(device, dtype)
 
     x = (torch.randn(shape) * 2 + 3 * torch.randn(1, c, 1, 1)).to(device, dtype)
-    x, right = (v.contiguous(memory_format=LAST) for v in x.split([c - beside, beside], dim=1))
+    x, right = (v.contiguous(memory_format=LAST) for v in x.split([c - skip, skip], dim=1))
     tensors = {
         "x": x,
         "weight": normal(c, dtype=torch.float32),
         "bias": normal(c, dtype=torch.float32),
     }
-    if beside:
-        tensors["beside"] = right
+    if skip:
+        tensors["skip"] = right
     if residual:
         tensors["residual"] = normal(*x.shape).contiguous(memory_format=LAST)
     if x_bias:
@@ -115,9 +115,9 @@ def draw(
     return tensors, options | {"groups": groups, "eps": EPS}
 
 
-def like(out: Normed) -> Normed:
+def like(out: GroupNormOutput) -> GroupNormOutput:
     """An incoming gradient for every output."""
-    return Normed(*(None if v is None else torch.randn(v.shape).to(v) for v in out))
+    return GroupNormOutput(*(None if v is None else torch.randn(v.shape).to(v) for v in out))
 
 
 def run(function, tensors, options, incoming=None, kept=None):
@@ -142,13 +142,13 @@ def check(tensors, options, dtype, kept=None):
     exact = {k: v for k, v in options.items() if k not in ("dropout", "seed")}
     with forced("triton"):
         outs, grads, incoming = run(group_norm, tensors, options)
-    h = group_norm_ref(**double, **exact).h
+    h = group_norm_eager(**double, **exact).h
     assert relative(outs.h, h) <= TOLERANCE[dtype]
     # The norm is of the sum as it was stored.
     double["x"] += (outs.h.detach() - h) / options.get("x_scale", 1)
-    refs, ref_grads, _ = run(group_norm_ref, double, exact, incoming, kept)
+    refs, ref_grads, _ = run(group_norm_eager, double, exact, incoming, kept)
     errors = {}
-    for name, out, ref in zip(Normed._fields, outs, refs, strict=True):
+    for name, out, ref in zip(GroupNormOutput._fields, outs, refs, strict=True):
         assert (out is None) == (ref is None), name
         if out is not None:
             assert out.dtype == dtype
@@ -177,8 +177,8 @@ def test_shapes_in_bfloat16(shape, device):
 @pytest.mark.parametrize("seam", SEAMS)
 def test_seams(seam, device):
     """Two tensors as one, the seam inside a group or between two."""
-    *shape, beside = SEAMS[seam]
-    check(*draw(*shape, torch.float32, device, beside=beside, **SUM), torch.float32)
+    *shape, skip = SEAMS[seam]
+    check(*draw(*shape, torch.float32, device, skip=skip, **SUM), torch.float32)
 
 
 @DTYPES
@@ -340,12 +340,12 @@ def test_dropout_out_of_range(dropout, device):
         ({"resample": "half"}, "resample='half': choose"),
         ({"resample": "down"}, "'down' of 6x5 pixels: sides must be even"),
         ({"resample": "up", "dropout": 0.1}, "resample='up' goes with neither"),
-        ({"resample": "up", "beside": torch.zeros(2, 8, 6, 5)}, "32 channels: weight has 24"),
+        ({"resample": "up", "skip": torch.zeros(2, 8, 6, 5)}, "32 channels: weight has 24"),
         ({"groups": 5}, "24 channels"),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("form", ["triton", "reference"])
+@pytest.mark.parametrize("form", ["triton", "eager"])
 def test_bad_arguments(form, bad, message):
     tensors, options = draw((2, 24, 6, 5), 6, torch.float32, "cpu")
     with forced(form), pytest.raises(ValueError, match=message):
@@ -353,13 +353,13 @@ def test_bad_arguments(form, bad, message):
 
 
 def test_parts_have_to_fit(device):
-    form = {**SUM, "add": True, "film": True, "beside": 8}
+    form = {**SUM, "add": True, "film": True, "skip": 8}
     tensors, options = draw((2, 24, 6, 4), 6, torch.float32, device, **form)
-    right = tensors["beside"]
+    right = tensors["skip"]
     for name, value, message in (
-        ("beside", right.half(), "beside is torch.float16: must be torch.float32"),
-        ("beside", right[..., :2], r"beside is \(2, 8, 6, 2\): must be \(2, 8, 6, 4\)"),
-        ("beside", right[:1], r"beside is \(1, 8, 6, 4\): must be"),
+        ("skip", right.half(), "skip is torch.float16: must be torch.float32"),
+        ("skip", right[..., :2], r"skip is \(2, 8, 6, 2\): must be \(2, 8, 6, 4\)"),
+        ("skip", right[:1], r"skip is \(1, 8, 6, 4\): must be"),
         ("residual", right, r"residual is \(2, 8, 6, 4\): must be \(2, 16, 6, 4\)"),
         ("x_bias", tensors["bias"], r"x_bias is \(24,\): must be \(16,\)"),
         ("add", tensors["add"][:1], r"add is \(1, 24\): must be \(2, 24\)"),
@@ -367,16 +367,16 @@ def test_parts_have_to_fit(device):
     ):
         with pytest.raises(ValueError, match=message):
             group_norm(**tensors | {name: value}, **options)
-    with pytest.raises(ValueError, match="neither dropout nor beside"):
+    with pytest.raises(ValueError, match="neither dropout nor skip"):
         group_norm(**tensors, **options, resample="up")
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "strided"])
 def test_layouts(layout, device):
     """Any input layout; channels-last out. The incoming gradients may have any layout too."""
-    form = {**SUM, "film": True, "beside": 9}
+    form = {**SUM, "film": True, "skip": 9}
     tensors, options = draw((2, 24, 6, 5), 6, torch.float32, device, **form)
-    for name in ("x", "residual", "beside"):
+    for name in ("x", "residual", "skip"):
         value = tensors[name].contiguous()
         if layout == "strided":
             value = torch.stack([value, value + 1], dim=-1)[..., 0]
@@ -394,11 +394,11 @@ def test_add_may_be_one_row_for_all(device):
 
 def test_large_mean(device):
     """A mean a thousand times the deviation costs no more digits than float32 has."""
-    for shape, form in itertools.product(("few-channels", "even-tiles"), ({}, {"beside": 7})):
+    for shape, form in itertools.product(("few-channels", "even-tiles"), ({}, {"skip": 7})):
         tensors, options = draw(*SHAPES[shape], torch.float32, device, **form)
-        for name in tensors.keys() & {"x", "beside"}:
+        for name in tensors.keys() & {"x", "skip"}:
             tensors[name] = torch.randn_like(tensors[name]) + 1000
-        ref = group_norm_ref(**{k: v.double() for k, v in tensors.items()}, **options)
+        ref = group_norm_eager(**{k: v.double() for k, v in tensors.items()}, **options)
         with forced("triton"):
             out = group_norm(**tensors, **options)
         assert relative(out.y, ref.y) < 1e-4
@@ -447,7 +447,7 @@ def test_the_sum_is_normalised_as_it_was_stored(shape, device):
 
 EVERYTHING = {
     "sum-film": {**SUM, "film": True, "add": True, "dropout": 0.2},
-    "sum-beside": {**SUM, "beside": 7},
+    "sum-skip": {**SUM, "skip": 7},
     "sum-down": {**SUM, "resample": "down"},
     "up": {"resample": "up"},
 }
@@ -462,7 +462,7 @@ def test_a_sample_does_not_depend_on_its_batch(form, device):
     with forced("triton"):
         out, grads, incoming = run(group_norm, tensors, options)
         again, grads_again, _ = run(group_norm, tensors, options)
-        incoming = Normed(*(None if g is None else g[:1] for g in incoming))
+        incoming = GroupNormOutput(*(None if g is None else g[:1] for g in incoming))
         alone, grads_alone, _ = run(group_norm, first, options, incoming)
     for a, b, c in zip(out, again, alone, strict=True):
         assert a is None or (torch.equal(a, b) and torch.equal(a[:1], c))
@@ -482,7 +482,7 @@ def test_a_nonfinite_sample_stays_alone(device):
     assert torch.equal(out[1, 4:], clean[1, 4:])
 
 
-@pytest.mark.parametrize("form", [{**SUM, "beside": 7}, {"resample": "down"}], ids=str)
+@pytest.mark.parametrize("form", [{**SUM, "skip": 7}, {"resample": "down"}], ids=str)
 def test_an_output_without_use(form, device):
     """Each output alone: those that nobody used bring no gradient."""
     tensors, options = draw((2, 24, 6, 4), 6, torch.float32, device, **form)
@@ -491,10 +491,10 @@ def test_an_output_without_use(form, device):
         incoming = like(group_norm(**tensors, **options))
     for used, grad in enumerate(incoming):
         if grad is not None:
-            alone = Normed(*(g if i == used else None for i, g in enumerate(incoming)))
+            alone = GroupNormOutput(*(g if i == used else None for i, g in enumerate(incoming)))
             with forced("triton"):
                 _, grads, _ = run(group_norm, tensors, options, alone)
-            _, refs, _ = run(group_norm_ref, double, options, alone)
+            _, refs, _ = run(group_norm_eager, double, options, alone)
             for name, found in grads.items():
                 ref = 0.0 if refs[name] is None else refs[name]
                 assert (found - ref).norm() <= 1e-5 * grad.norm(), (used, name)
@@ -552,7 +552,7 @@ def test_no_pass_but_the_kernels(form, device):
         ("plain", {}, (24, 6), 2),
         ("sum", SUM, (24, 6), 2),
         ("norm2", {"residual": True}, (24, 6), 1),
-        ("plain beside", {"beside": 7}, (17, 7, 6), 1),
+        ("plain skip", {"skip": 7}, (17, 7, 6), 1),
         ("sum down", {**SUM, "resample": "down"}, (24, 6), 1),
         ("plain up", {"resample": "up"}, (24, 6), 1),
     ],
@@ -570,9 +570,9 @@ def test_a_frozen_norm(device):
     form = {**SUM, "film": True, "add": True}
     parameters = ("weight", "bias", "x_bias", "add", "scale", "shift")
     for frozen, sizes in (((), [24, 48, 48, 48, 48]), (parameters, [0] * 5)):
-        ((_, _, (dx, dbeside, *rest)),) = seen(form, device, frozen)[1]
+        ((_, _, (dx, dskip, *rest)),) = seen(form, device, frozen)[1]
         assert dx.shape == (2, 24, 6, 6)
-        assert not len(dbeside)
+        assert not len(dskip)
         assert [v.numel() for v in rest] == sizes
 
 

@@ -14,7 +14,7 @@ from sid_fast.training.checkpoint import States, load_state
 
 
 def values(trainer):
-    return [v.clone() for v in trainer.tensors().values()]
+    return [v.clone() for v in trainer.state_dict().values()]
 
 
 def test_it_trains():
@@ -59,7 +59,7 @@ def test_a_sample_that_is_not_finite_is_masked():
     metrics = trainer.step(inputs)
     assert int(metrics["dropped"]) == 1
     assert not bool(metrics["failed"])
-    assert all(torch.isfinite(v).all() for v in trainer.tensors().values())
+    assert all(torch.isfinite(v).all() for v in trainer.state_dict().values())
 
 
 @pytest.mark.parametrize("augment_p", [0.0, 0.5])
@@ -89,7 +89,7 @@ def test_every_step_phase_and_block_drops_other_elements():
         distiller._count_step()
         for phase in distiller.method.phases:
             for first in (True, False):
-                distiller.accumulate(phase, first=first, last=not first)
+                distiller.backward(phase, first=first, last=not first)
                 for row in distiller.dropout_seeds[phase.name].tolist():
                     key, stream, sample = row
                     seen += [(key, stream, sample + i) for i in range(2)]

@@ -17,7 +17,7 @@ from sid_fast.evaluation import (
     precision_recall,
 )
 from sid_fast.evaluation.frechet import Moments
-from sid_fast.evaluation.sample import Sample
+from sid_fast.evaluation.sample import FeatureStats
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_moments_of_batches_are_those_of_the_whole(features):
 
 def test_a_sample_knows_its_covariance_over_n(features):
     real, _ = features
-    some = Sample(*moments(real), count=len(real))
+    some = FeatureStats(*moments(real), count=len(real))
     for correction in (0, 1):
         expected = np.cov(real.numpy().T, ddof=correction)
         assert np.allclose(some.moments(correction)[1].numpy(), expected, rtol=1e-12)

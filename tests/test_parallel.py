@@ -124,13 +124,13 @@ def test_buckets_are_sent_in_order_while_backward_goes_on(monkeypatch, dtype):
 
     monkeypatch.setattr(torch.distributed, "all_reduce", send)
 
-    def a_round(last):
+    def a_round(sync_grads):
         loss = net(torch.ones(2, 1, 8, 8), torch.ones(2)).square().sum((1, 2, 3))
-        gradients.backward(loss, 1.0, last)
+        gradients.backward(loss, 1.0, sync_grads)
 
-    a_round(last=False)
+    a_round(sync_grads=False)
     assert not sent
-    a_round(last=True)
+    a_round(sync_grads=True)
     assert [number for number, _, _ in sent] == list(range(count - 1))  # map_augment is in the last
     missing = [left for _, left, _ in sent]
     assert missing[0] >= count // 2
@@ -154,7 +154,7 @@ def test_gradients_of_float32_are_those_that_autograd_adds_up(monkeypatch):
             x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(3 * step + i))
             loss, same = (n(x, torch.ones(2)).square().sum((1, 2, 3)) for n in (plain, ours))
             (loss.sum() * 0.7).backward()
-            gradients.backward(same, 0.7, last=i == 2)
+            gradients.backward(same, 0.7, sync_grads=i == 2)
         for p, q, grad in zip(plain.parameters(), ours.parameters(), grads, strict=True):
             assert q.grad is grad
             assert torch.equal(p.grad, grad)
@@ -226,21 +226,21 @@ def test_running_out_of_memory_names_the_phase_and_the_next_micro_batch(
 def test_a_layout_that_cannot_be_is_refused():
     cpu = torch.device("cpu")
     with pytest.raises(UserError, match="shard_group=3"):
-        fsdp.plan("hsdp", cpu, lambda shards, gathered: 0, shard_group=3)
-    assert fsdp.plan("auto", cpu, lambda shards, gathered: 0).mesh is None
+        fsdp.plan("hsdp", cpu, lambda shards, reshard_after_forward: 0, shard_group=3)
+    assert fsdp.plan("auto", cpu, lambda shards, reshard_after_forward: 0).mesh is None
 
 
 @pytest.mark.parametrize(
-    ("memory", "node", "mesh", "gathered"),
+    ("memory", "node", "mesh", "reshard_after_forward"),
     [
-        (80.0, 8, None, True),  # half of it holds the whole state
-        (79.9, 8, (8,), True),  # 16 + 24/8 MB
-        (37.9, 8, (8,), False),
-        (44.1, 4, (2, 4), True),  # two nodes; 16 + 24/4 MB
-        (43.9, 4, (2, 4), False),
+        (80.0, 8, None, False),  # half of it holds the whole state
+        (79.9, 8, (8,), False),  # 16 + 24/8 MB
+        (37.9, 8, (8,), True),
+        (44.1, 4, (2, 4), False),  # two nodes; 16 + 24/4 MB
+        (43.9, 4, (2, 4), True),
     ],
 )
-def test_auto_goes_by_the_memory(monkeypatch, memory, node, mesh, gathered):
+def test_auto_goes_by_the_memory(monkeypatch, memory, node, mesh, reshard_after_forward):
     properties = SimpleNamespace(total_memory=memory * 1e6)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(process_group, "world_size", lambda: 8)
@@ -248,11 +248,11 @@ def test_auto_goes_by_the_memory(monkeypatch, memory, node, mesh, gathered):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(node))
     whole = 16e6  # of 40 MB of state, what every rank needs while weights stay gathered
 
-    def state_bytes(shards, gathered):
-        return int(whole * gathered + (40e6 - whole * gathered) / shards)
+    def state_bytes(shards, reshard_after_forward):
+        return int(40e6 / shards if reshard_after_forward else whole + (40e6 - whole) / shards)
 
     found = fsdp.plan("auto", torch.device("cuda"), state_bytes)
     assert found.mesh == (mesh and ("cuda", mesh))
-    assert found.gathered is gathered
+    assert found.reshard_after_forward is reshard_after_forward
     if mesh:
-        assert ("gathered block by block" in found.text) != gathered
+        assert ("gathered block by block" in found.text) == reshard_after_forward

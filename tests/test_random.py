@@ -11,7 +11,7 @@ from sid_fast import kernels
 from sid_fast.kernels import dispatch
 from sid_fast.kernels.random import philox_eager
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("eager", "triton")
 
 
 def draw(backend, kind, shape, device, key=7, step=3, first=0, stream=1):
@@ -59,17 +59,17 @@ def test_a_samples_numbers_depend_on_its_global_index_alone(device, backend):
 
 def test_every_part_of_the_counter_gives_other_numbers():
     base = {"key": 7, "step": 3, "first": 100, "stream": 1}
-    found = [draw("reference", "uniform", (2, 64), "cpu", **base)]
+    found = [draw("eager", "uniform", (2, 64), "cpu", **base)]
     for name, value in base.items():
         changed = base | {name: value + 2}
-        found.append(draw("reference", "uniform", (2, 64), "cpu", **changed))
+        found.append(draw("eager", "uniform", (2, 64), "cpu", **changed))
     for a, b in itertools.combinations(found, 2):
         assert not (a == b).any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_normals_and_uniforms_have_their_distributions(device, backend):
-    n = 400_000 if device.type == "cuda" or backend == "reference" else 40_000
+    n = 400_000 if device.type == "cuda" or backend == "eager" else 40_000
     x = draw(backend, "normal", (4, n // 4), device).double().flatten()
     error = 5 / math.sqrt(n)
     assert abs(float(x.mean())) < error
@@ -87,12 +87,12 @@ def test_normals_and_uniforms_have_their_distributions(device, backend):
 def test_neighbours_are_independent():
     """Elements, samples, steps and streams: no correlation beyond chance."""
     n = 200_000
-    x = draw("reference", "normal", (2, n), "cpu").double()
+    x = draw("eager", "normal", (2, n), "cpu").double()
     pairs = {
         "elements": (x[0, :-1], x[0, 1:]),
         "samples": (x[0], x[1]),
-        "steps": (x[0], draw("reference", "normal", (1, n), "cpu", step=4)[0].double()),
-        "streams": (x[0], draw("reference", "normal", (1, n), "cpu", stream=2)[0].double()),
+        "steps": (x[0], draw("eager", "normal", (1, n), "cpu", step=4)[0].double()),
+        "streams": (x[0], draw("eager", "normal", (1, n), "cpu", stream=2)[0].double()),
     }
     for name, (a, b) in pairs.items():
         assert abs(float((a * b).mean())) < 5 / math.sqrt(n), name
@@ -100,4 +100,4 @@ def test_neighbours_are_independent():
 
 def test_no_other_kind_is_drawn():
     with pytest.raises(ValueError, match="kind='cauchy'"):
-        draw("reference", "cauchy", (1, 1), "cpu")
+        draw("eager", "cauchy", (1, 1), "cpu")

@@ -207,7 +207,7 @@ def test_reading_a_state_executes_nothing(tmp_path):
 def test_what_is_written_is_the_state_at_the_step_it_was_asked_for(tmp_path):
     settings = Settings(batch_size=4, fake_lr=1e-2, generator_lr=1e-2)
     distiller = Distiller(small_teacher(), settings)
-    expected = {k: v.detach().clone() for k, v in distiller.tensors().items()}
+    expected = {k: v.detach().clone() for k, v in distiller.state_dict().items()}
     states = States(tmp_path, distiller, settings, 1)
     states.begin()
     distiller.step()

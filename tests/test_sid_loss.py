@@ -19,14 +19,14 @@ SHAPES = [(2, 3, 32, 32), (3, 3, 8, 8), (1, 1, 5, 7), (2, 4, 25, 27)]
 ALPHA, DATA = 1.2, 0.5
 
 
-@pytest.fixture(params=["triton", "reference"])
-def implementation(request):
+@pytest.fixture(params=["triton", "eager"])
+def backend(request):
     with dispatch.forced(request.param):
         yield request.param
 
 
-def tolerance(dtype, implementation, device):
-    if implementation == "triton" and device.type == "cpu":
+def tolerance(dtype, backend, device):
+    if backend == "triton" and device.type == "cpu":
         return INTERPRETED.get(dtype, TOLERANCE[dtype])
     return TOLERANCE[dtype]
 
@@ -100,11 +100,11 @@ def run(y, sigma, noise, teacher, fake_score, kept=None):
     + [(torch.bfloat16, "contiguous"), (torch.float32, "strided")],
 )
 @pytest.mark.parametrize("shape", SHAPES)
-def test_losses_and_gradients_match_float64(device, implementation, dtype, shape, layout):
+def test_losses_and_gradients_match_float64(device, backend, dtype, shape, layout):
     arguments = make(shape, device, dtype, layout)
     noised, found, grads, fake, fake_grad = run(*arguments)
     wanted = formulas(*arguments)
-    exact, rough = TOLERANCE[torch.float32], tolerance(dtype, implementation, device)
+    exact, rough = TOLERANCE[torch.float32], tolerance(dtype, backend, device)
     assert relative(noised.x_t, wanted["x_t"]) <= exact
     assert noised.network_input.dtype == dtype
     assert relative(noised.network_input, wanted["network_input"]) <= rough
@@ -113,7 +113,7 @@ def test_losses_and_gradients_match_float64(device, implementation, dtype, shape
         assert relative(getattr(found, name), wanted[name].detach()) <= exact, name
         assert relative(getattr(fake, name), wanted[f"fake_{name}"]) <= exact, name
         assert getattr(found, name).dtype == torch.float32
-    assert noised.kept.all()
+    assert noised.valid.all()
     assert found.kept.all()
     assert fake.kept.all()
     for grad, expected, to in zip(grads, wanted["grads"], ("F_φ", "F_ψ", "y"), strict=True):
@@ -125,7 +125,7 @@ def test_losses_and_gradients_match_float64(device, implementation, dtype, shape
             assert t.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_gradient_returns_through_the_networks(device, implementation):
+def test_the_gradient_returns_through_the_networks(device, backend):
     """One step of the generator with networks in between, against autograd through the formula."""
     y, sigma, noise, *_ = make((3, 3, 8, 8), device)
 
@@ -158,7 +158,7 @@ def test_the_gradient_returns_through_the_networks(device, implementation):
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf, 1e8])
 @pytest.mark.parametrize("spoil", ["y", "sigma", "noise", "teacher", "fake_score", "kept"])
 @pytest.mark.parametrize("shape", [(3, 3, 8, 8), (3, 4, 25, 27)])
-def test_a_bad_sample_leaves_the_others_to_the_bit(device, implementation, shape, spoil, value):
+def test_a_bad_sample_leaves_the_others_to_the_bit(device, backend, shape, spoil, value):
     arguments = make(shape, device)
     clean = run(*arguments)
     kept = torch.ones(3, dtype=torch.bool, device=device)
@@ -177,7 +177,7 @@ def test_a_bad_sample_leaves_the_others_to_the_bit(device, implementation, shape
     assert found.kept.tolist() == [True, False, True]
     assert not any(g[1].any() for g in grads)  # NaN would be one
     if spoil in ("y", "sigma", "noise", "kept"):
-        assert noised.kept.tolist() == [True, False, True]
+        assert noised.valid.tolist() == [True, False, True]
         assert not noised.network_input[1].any()
         assert not noised.x_t[1].any()
         assert float(noised.sigma[1]) == 1
@@ -188,21 +188,21 @@ def test_a_bad_sample_leaves_the_others_to_the_bit(device, implementation, shape
 
 
 @pytest.mark.parametrize("spoil", ["teacher", "fake_score"])
-def test_an_overflow_to_float16_drops_its_sample_alone(device, implementation, spoil):
+def test_an_overflow_to_float16_drops_its_sample_alone(device, backend, spoil):
     arguments = make((3, 3, 8, 8), device, torch.float16)
     clean = run(*arguments)
     arguments[3 + (spoil == "fake_score")][1, 0, 0, 0] = 1e5  # inf in float16
     noised, found, grads, fake, fake_grad = spoiled = run(*arguments)
     for a, b in zip(flattened(clean), flattened(spoiled), strict=True):
         assert torch.equal(a[[0, 2]], b[[0, 2]])
-    assert noised.kept.all()
+    assert noised.valid.all()
     assert found.kept.tolist() == [True, False, True]
     assert not any(g[1].any() for g in grads)
     assert fake.kept.tolist() == [True, spoil == "teacher", True]
     assert bool(fake_grad[1].any()) == (spoil == "teacher")
 
 
-def test_the_limit_is_the_training_steps(device, implementation):
+def test_the_limit_is_the_training_steps(device, backend):
     """The last value on either side of it, of every input and of a denoised image."""
     limit, least = (torch.tensor(v, device=device) for v in (1e6, 1e-6))
     zero = torch.zeros_like(limit)
@@ -217,7 +217,7 @@ def test_the_limit_is_the_training_steps(device, implementation):
     sigma[2 * len(inputs) :] = torch.stack(sigmas)
     wanted = [True, True, False, True, False] * 2 + [True, False, True, *[False] * 4]
     noised = kernels.noised(images, sigma, noise)
-    assert noised.kept.tolist() == wanted
+    assert noised.valid.tolist() == wanted
 
     # x_t = 0, so that r is c_out·F. At σ = 1, c_out = √0.2: r is 0.97 of the limit, then 1.03.
     zeros = torch.zeros(4, 2, 3, 3, device=device)
@@ -230,7 +230,7 @@ def test_the_limit_is_the_training_steps(device, implementation):
     assert kernels.fake_score_loss(raw, noised, zeros).kept.tolist() == wanted
 
 
-def test_an_overflow_inside_a_network_leaves_its_image_without_a_gradient(device, implementation):
+def test_an_overflow_inside_a_network_leaves_its_image_without_a_gradient(device, backend):
     """exp of a finite input is infinite, and its backward pass makes 0·inf = NaN of it."""
     y, sigma, noise, *_ = make((3, 3, 8, 8), device)
 
@@ -240,7 +240,7 @@ def test_an_overflow_inside_a_network_leaves_its_image_without_a_gradient(device
         raw = [v * noised.network_input + 1e-3 * noised.network_input.exp() for v in (1.0, 1.3)]
         found = kernels.generator_loss(*raw, noised, y, ALPHA)
         found.loss.sum().backward()
-        return y.grad, noised.kept, found.kept
+        return y.grad, noised.valid, found.kept
 
     clean, *_ = gradient(y)
     y[1, 0, 0, 0] = 1e5
@@ -259,7 +259,7 @@ def flattened(results):
             yield result
 
 
-def test_a_teacher_that_is_the_image_is_weighted_by_the_smallest_w(device, implementation):
+def test_a_teacher_that_is_the_image_is_weighted_by_the_smallest_w(device, backend):
     """r = y = 0: the mean is 0 and w is 1e-5."""
     zero = torch.zeros(2, 3, 8, 8, device=device)
     noised = kernels.noised(zero, torch.ones(2, device=device), zero)

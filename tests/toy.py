@@ -37,7 +37,7 @@ class FixedImage(Method):
 
     def loss(self, inputs):
         valid = losses.finite(inputs.noise)
-        noisy = self.image + inputs.sigma * losses.keep(valid, inputs.noise)
+        noisy = self.image + inputs.sigma * losses.mask_invalid(valid, inputs.noise)
         squares = (self.net(noisy, inputs.sigma) - self.image).square().flatten(1).sum(1)
         return Losses(squares, squares.detach(), torch.ones_like(squares), valid)
 

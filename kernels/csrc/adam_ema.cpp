@@ -4,10 +4,10 @@
 
 using namespace sid_fast;
 
-void sid_fast_adam_ema_host(const void* table, const double* step, const uint8_t* apply,
+void sid_fast_adam_ema_host(const void* table, const double* step, const uint8_t* enabled,
                             const double* lr, const double* ema_beta, int64_t* nonfinite,
                             int64_t rows, double beta1, double beta2, double eps,
-                            int shadow_type) {
+                            int compute_dtype) {
   const Coefficients c = coefficients(*step, *lr, *ema_beta, beta1, beta2, eps);
   for (int64_t r = 0; r < rows; ++r) {
     const Row& row = static_cast<const Row*>(table)[r];
@@ -17,14 +17,14 @@ void sid_fast_adam_ema_host(const void* table, const double* step, const uint8_t
         row.g[i] = g;
         ++*nonfinite;
       }
-      if (!*apply) continue;
+      if (!*enabled) continue;
       float first = g;
       if (row.first) first = row.first[i] = moment(c, g, row.first[i]);
       row.second[i] = square(c, g, row.second[i]);
       const float p = row.p[i] = descend(c, row.p[i], first, row.second[i]);
       if (row.ema) row.ema[i] = average(c, p, row.ema[i]);
-      if (row.shadow)
-        row.shadow[shadow_offset(row, i)] = shadow_type == 1 ? to_bfloat16(p) : to_float16(p);
+      if (row.compute_weight)
+        row.compute_weight[compute_weight_offset(row, i)] = compute_dtype == 1 ? to_bfloat16(p) : to_float16(p);
     }
   }
 }

@@ -18,15 +18,15 @@ namespace sid_fast {
 constexpr int kChunk = 1024;
 
 // One row of the table: a chunk of a parameter and of all that goes with it. first, ema and
-// shadow are null where there is none. shadow is the whole tensor; start is where the chunk begins
-// in it. taps > 1: the shadow of [outer, inner, taps] is ordered [outer, taps, inner].
+// compute_weight are null where there is none. compute_weight is the whole tensor; start is where the chunk begins
+// in it. taps > 1: the compute_weight of [outer, inner, taps] is ordered [outer, taps, inner].
 struct Row {
   float* p;
   float* g;
   float* first;
   float* second;
   float* ema;
-  uint16_t* shadow;
+  uint16_t* compute_weight;
   int64_t count, start, inner, taps, full;
 };
 static_assert(sizeof(Row) == 11 * sizeof(int64_t), "a row of the table is 11 int64");
@@ -89,7 +89,7 @@ SID_FAST_BOTH uint16_t to_float16(float x) {
   return uint16_t(sign | (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13);
 }
 
-SID_FAST_BOTH int64_t shadow_offset(const Row& row, int64_t i) {
+SID_FAST_BOTH int64_t compute_weight_offset(const Row& row, int64_t i) {
   const int64_t at = row.start + i;
   if (row.taps == 1) return at;
   const uint32_t taps = row.taps, inner = row.inner;  // 32 bits: division is slow in 64

@@ -11,7 +11,7 @@ normalisation; where they do not, the program goes over its tiles again in rever
 what it read last is still in the first-level cache and nothing is read from memory twice.
 """
 
-from sid_fast.kernels.group_norm.eager import Normed, group_norm_ref
+from sid_fast.kernels.group_norm.eager import GroupNormOutput, group_norm_eager
 from sid_fast.kernels.group_norm.launch import SPREAD, launch
 from sid_fast.kernels.group_norm.op import group_norm
 from sid_fast.kernels.group_norm.shapes import (
@@ -24,11 +24,11 @@ from sid_fast.kernels.group_norm.shapes import (
 __all__ = [
     "PLACES",
     "SPREAD",
-    "Normed",
+    "GroupNormOutput",
     "_arguments",
     "bytes_moved",
     "configurations",
     "group_norm",
-    "group_norm_ref",
+    "group_norm_eager",
     "launch",
 ]

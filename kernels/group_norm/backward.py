@@ -89,7 +89,7 @@ def _write_grad(
     slope,
     constant,
     h_grad_ptr,
-    fork_grad_ptr,
+    h_for_skip_grad_ptr,
     resampled_grad_ptr,
     dx_ptr,
     x_scale,
@@ -113,11 +113,11 @@ def _write_grad(
     offset = offsets(pixel, channel, LEFT, CHANNELS)
     if h_grad_ptr is not None:
         dx += load_rows(h_grad_ptr + step(first, channel, LEFT, CHANNELS), offset, exists)
-    if fork_grad_ptr is not None:
+    if h_for_skip_grad_ptr is not None:
         near = exists
         if LEFT < CHANNELS:
             near = exists & left
-        dx += load_rows(fork_grad_ptr + first * LEFT, pixel[:, None] * LEFT, near)
+        dx += load_rows(h_for_skip_grad_ptr + first * LEFT, pixel[:, None] * LEFT, near)
     if resampled_grad_ptr is not None:
         dx += load_resampled(
             resampled_grad_ptr, target_first, target, exists, WIDTH, LEFT, RESAMPLE
@@ -133,14 +133,14 @@ def _write_grad(
 @triton.jit
 def backward_kernel(
     h_ptr,
-    beside_ptr,
+    skip_ptr,
     y_grad_ptr,
     h_grad_ptr,
-    fork_grad_ptr,
-    beside_grad_ptr,
+    h_for_skip_grad_ptr,
+    skip_grad_ptr,
     resampled_grad_ptr,
     dx_ptr,
-    dbeside_ptr,
+    dskip_ptr,
     dx_bias_ptr,
     stats_ptr,
     weight_ptr,
@@ -185,12 +185,12 @@ def backward_kernel(
         CHANNELS, LEFT, GROUP, GROUPS_PER_BLOCK, BLOCKS, BLOCK_C, VECTOR
     )
     start = sample.to(tl.int64) * PIXELS
-    h_ptr = joined(h_ptr, beside_ptr, start, channel, LEFT, CHANNELS)
-    dx_ptr = joined(dx_ptr, dbeside_ptr, start, channel, LEFT, CHANNELS)
+    h_ptr = joined(h_ptr, skip_ptr, start, channel, LEFT, CHANNELS)
+    dx_ptr = joined(dx_ptr, dskip_ptr, start, channel, LEFT, CHANNELS)
     if h_grad_ptr is not None:
-        h_grad_ptr = joined(h_grad_ptr, beside_grad_ptr, start, channel, LEFT, CHANNELS)
-    if fork_grad_ptr is not None:
-        fork_grad_ptr += start * LEFT + channel
+        h_grad_ptr = joined(h_grad_ptr, skip_grad_ptr, start, channel, LEFT, CHANNELS)
+    if h_for_skip_grad_ptr is not None:
+        h_for_skip_grad_ptr += start * LEFT + channel
     y_grad_ptr += sample.to(tl.int64) * (TARGETS * CHANNELS) + channel
     if resampled_grad_ptr is not None:
         resampled_grad_ptr += sample.to(tl.int64) * (TARGETS * LEFT) + channel
@@ -281,8 +281,9 @@ def backward_kernel(
 
     if BLOCK_HW >= PIXELS:
         dh, dx = _write_grad(
-            h, grad, gain_after, slope, constant, h_grad_ptr, fork_grad_ptr, resampled_grad_ptr,
-            dx_ptr, x_scale, first, pixel, target_first, target, channel, exists,
+            h, grad, gain_after, slope, constant,
+            h_grad_ptr, h_for_skip_grad_ptr, resampled_grad_ptr, dx_ptr,
+            x_scale, first, pixel, target_first, target, channel, exists,
             owned[None, :], near[None, :], WIDTH, CHANNELS, LEFT, RESAMPLE,
         )  # fmt: skip
     else:
@@ -308,7 +309,7 @@ def backward_kernel(
                     target, channel, exists, BLOCK_HW, WIDTH, CHANNELS, SILU, RESAMPLE,
                 )  # fmt: skip
             dh_part, dx_part = _write_grad(
-                h, grad, gain_after, slope, constant, h_grad_ptr, fork_grad_ptr,
+                h, grad, gain_after, slope, constant, h_grad_ptr, h_for_skip_grad_ptr,
                 resampled_grad_ptr, dx_ptr, x_scale, first, pixel, target_first, target, channel,
                 exists, owned[None, :], near[None, :], WIDTH, CHANNELS, LEFT, RESAMPLE,
             )  # fmt: skip

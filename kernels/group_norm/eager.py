@@ -8,30 +8,30 @@ import torch.nn.functional as F
 from sid_fast.kernels.dropout import dropout as drop
 
 
-class Normed(NamedTuple):
+class GroupNormOutput(NamedTuple):
     """What a group norm gives; each output takes a gradient of its own.
 
     y is the result, [N, C, H', W']; h the sum that was normalised, [N, C1, H, W], x itself where
-    there was nothing to add; fork is h once more, for a second consumer; beside what was
+    there was nothing to add; h_for_skip is h once more, for a second consumer; skip what was
     normalised with h, passed through for its second consumer; resampled is h, resampled as y is.
     Adding up the gradients of several consumers thus takes no pass of its own.
     """
 
     y: torch.Tensor
     h: torch.Tensor
-    fork: torch.Tensor
-    beside: torch.Tensor | None
+    h_for_skip: torch.Tensor
+    skip: torch.Tensor | None
     resampled: torch.Tensor | None
 
 
-def group_norm_ref(
+def group_norm_eager(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
     groups: int,
     eps: float,
     *,
-    beside: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     x_bias: torch.Tensor | None = None,
     x_scale: float = 1.0,
@@ -42,14 +42,14 @@ def group_norm_ref(
     dropout: float = 0.0,
     seed: torch.Tensor | None = None,
     resample: str | None = None,
-) -> Normed:
+) -> GroupNormOutput:
     """group_norm in plain PyTorch; without a seed dropout draws from torch's generator."""
     h = x if residual is None else x + residual
     if x_bias is not None:
         h = h + x_bias[:, None, None].to(h.dtype)
     if x_scale != 1:
         h = h * x_scale
-    y = h if beside is None else torch.cat([h, beside], dim=1)
+    y = h if skip is None else torch.cat([h, skip], dim=1)
     if add is not None:
         y = y + add[:, :, None, None].to(y.dtype)
     y = F.group_norm(y, groups, weight.to(y.dtype), bias.to(y.dtype), eps)
@@ -61,9 +61,9 @@ def group_norm_ref(
     if dropout:
         y = F.dropout(y, dropout) if seed is None else drop(y, dropout, seed)
     if resample is None:
-        return Normed(y, h, h, beside, None)
+        return GroupNormOutput(y, h, h, skip, None)
     change = {"down": _halved, "up": _doubled}[resample]
-    return Normed(change(y), h, h, beside, change(h))
+    return GroupNormOutput(change(y), h, h, skip, change(h))
 
 
 def _halved(x: torch.Tensor) -> torch.Tensor:

@@ -45,9 +45,9 @@ def _read(
     LEFT: tl.constexpr,
     RESAMPLE: tl.constexpr,
 ):
-    """A tile of cat(h, beside), 0 where there is no pixel. Stores h unless it is x, and resampled.
+    """A tile of cat(h, skip), 0 where there is no pixel. Stores h unless it is x, and resampled.
 
-    x_ptr has x and beside.
+    x_ptr has x and skip.
     """
     x_ptr += step(first, channel, LEFT, CHANNELS)
     x = load_rows(x_ptr, offsets(pixel, channel, LEFT, CHANNELS), exists)
@@ -55,7 +55,7 @@ def _read(
         offset = pixel[:, None] * LEFT
         h_ptr += first * LEFT
         if residual_ptr is not None:
-            # Lanes of beside have none; those without a channel read what others read.
+            # Lanes of skip have none; those without a channel read what others read.
             near = exists
             if LEFT < CHANNELS:
                 near = exists & left
@@ -106,7 +106,7 @@ def _apply(
 @triton.jit
 def forward_kernel(
     x_ptr,
-    beside_ptr,
+    skip_ptr,
     residual_ptr,
     x_bias_ptr,
     h_ptr,
@@ -151,7 +151,7 @@ def forward_kernel(
         CHANNELS, LEFT, GROUP, GROUPS_PER_BLOCK, BLOCKS, BLOCK_C, VECTOR
     )
     start = sample.to(tl.int64) * PIXELS
-    x_ptr = joined(x_ptr, beside_ptr, start, channel, LEFT, CHANNELS)
+    x_ptr = joined(x_ptr, skip_ptr, start, channel, LEFT, CHANNELS)
     # The first pixel, near the mean, is subtracted before summing: a large mean costs no digits.
     origin = saturated(tl.load(x_ptr))
     x_gain = tl.where(near, x_scale, 1.0)

@@ -6,7 +6,7 @@ from sid_fast.kernels import _apex
 from sid_fast.kernels._operator import operator
 from sid_fast.kernels.dispatch import choose
 from sid_fast.kernels.group_norm.backward import backward_kernel
-from sid_fast.kernels.group_norm.eager import Normed, group_norm_ref
+from sid_fast.kernels.group_norm.eager import GroupNormOutput, group_norm_eager
 from sid_fast.kernels.group_norm.forward import forward_kernel
 from sid_fast.kernels.group_norm.launch import launch
 
@@ -35,7 +35,7 @@ def _empty(x: torch.Tensor, channels: int, size: list[int]) -> torch.Tensor:
 
 def _launch_forward(
     x: torch.Tensor,
-    beside: torch.Tensor | None,
+    skip: torch.Tensor | None,
     residual: torch.Tensor | None,
     x_bias: torch.Tensor | None,
     weight: torch.Tensor,
@@ -53,10 +53,10 @@ def _launch_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """y, h (empty where it is x), resampled h (empty without), [2, N, groups] statistics.
 
-    x, beside and residual are dense in channels-last order.
+    x, skip and residual are dense in channels-last order.
     """
     y, h, resampled, stats = out = _forward_fake(
-        x, beside, residual, x_bias, weight, bias, add, scale, shift, seed,
+        x, skip, residual, x_bias, weight, bias, add, scale, shift, seed,
         x_scale, groups, eps, silu, dropout, resample,
     )  # fmt: skip
     n, channels = y.shape[:2]
@@ -67,7 +67,7 @@ def _launch_forward(
     (scale, shift), film_stride = _rows(scale, shift)
     with torch.cuda.device_of(x):
         forward_kernel[(blocks * n,)](
-            x, beside, residual, x_bias, h if h.numel() else None, y,
+            x, skip, residual, x_bias, h if h.numel() else None, y,
             resampled if resample else None, stats, weight, bias, add, scale, shift, seed,
             n, add_stride, film_stride, eps, x_scale, round(dropout * 65536), tiles, **constants,
         )  # fmt: skip
@@ -75,7 +75,7 @@ def _launch_forward(
 
 
 def _forward_fake(
-    x, beside, residual, x_bias, weight, bias, add, scale, shift, seed,
+    x, skip, residual, x_bias, weight, bias, add, scale, shift, seed,
     x_scale, groups, eps, silu, dropout, resample,
 ):  # fmt: skip
     size = _resampled_size(x, resample)
@@ -91,11 +91,11 @@ def _forward_fake(
 def _launch_backward(
     y_grad: torch.Tensor,
     h_grad: torch.Tensor | None,
-    fork_grad: torch.Tensor | None,
-    beside_grad: torch.Tensor | None,
+    h_for_skip_grad: torch.Tensor | None,
+    skip_grad: torch.Tensor | None,
     resampled_grad: torch.Tensor | None,
     h: torch.Tensor,
-    beside: torch.Tensor | None,
+    skip: torch.Tensor | None,
     stats: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
@@ -117,13 +117,13 @@ def _launch_backward(
     torch.Tensor,
     torch.Tensor,
 ]:
-    """Gradients of x, beside, x_bias, (weight, bias) as [2, C], add, scale and shift.
+    """Gradients of x, skip, x_bias, (weight, bias) as [2, C], add, scale and shift.
 
     wanted says which of x_bias, weight or bias, add, scale or shift to find; what is not wanted or
-    not there is empty. h_grad and beside_grad come together if there is a beside.
+    not there is empty. h_grad and skip_grad come together if there is a skip.
     """
-    dx, dbeside, dx_bias, dparam, dadd, dscale, dshift = out = _backward_fake(
-        y_grad, h_grad, fork_grad, beside_grad, resampled_grad, h, beside, stats, weight, bias,
+    dx, dskip, dx_bias, dparam, dadd, dscale, dshift = out = _backward_fake(
+        y_grad, h_grad, h_for_skip_grad, skip_grad, resampled_grad, h, skip, stats, weight, bias,
         add, scale, shift, seed, x_scale, silu, dropout, resample, wanted,
     )  # fmt: skip
     n, channels, groups = len(h), len(weight), stats.shape[2]
@@ -137,8 +137,8 @@ def _launch_backward(
     (scale, shift), film_stride = _rows(scale, shift)
     with torch.cuda.device_of(h):
         backward_kernel[(blocks * n,)](
-            h, beside, y_grad, h_grad, fork_grad, beside_grad, resampled_grad,
-            dx, None if beside is None else dbeside, x_bias_sums, stats, weight, bias, param_sums,
+            h, skip, y_grad, h_grad, h_for_skip_grad, skip_grad, resampled_grad,
+            dx, None if skip is None else dskip, x_bias_sums, stats, weight, bias, param_sums,
             add, dadd if has_add else None, scale, shift,
             *((dscale, dshift) if has_film else (None, None)), seed,
             n, add_stride, film_stride, None if x_scale == 1 else x_scale,
@@ -152,13 +152,13 @@ def _launch_backward(
 
 
 def _backward_fake(
-    y_grad, h_grad, fork_grad, beside_grad, resampled_grad, h, beside, stats, weight, bias,
+    y_grad, h_grad, h_for_skip_grad, skip_grad, resampled_grad, h, skip, stats, weight, bias,
     add, scale, shift, seed, x_scale, silu, dropout, resample, wanted,
 ):  # fmt: skip
     has_x_bias, has_param, has_add, has_film = wanted
     return (
         torch.empty_like(h),
-        h.new_empty(0) if beside is None else torch.empty_like(beside),
+        h.new_empty(0) if skip is None else torch.empty_like(skip),
         stats.new_empty(h.shape[1] if has_x_bias else 0),
         stats.new_empty((2, len(weight)) if has_param else 0),
         add.new_empty(add.shape) if has_add else h.new_empty(0),
@@ -178,43 +178,43 @@ class _GroupNorm(torch.autograd.Function):
     """The two kernels; every output is a tensor of its own, so that each brings its gradient."""
 
     @staticmethod
-    def forward(ctx, x, beside, residual, x_bias, weight, bias, add, scale, shift, seed, *options):
+    def forward(ctx, x, skip, residual, x_bias, weight, bias, add, scale, shift, seed, *options):
         y, h, resampled, stats = _forward(
-            x, beside, residual, x_bias, weight, bias, add, scale, shift, seed, *options
+            x, skip, residual, x_bias, weight, bias, add, scale, shift, seed, *options
         )
         if not h.numel():
             h = x.view_as(x)
-        ctx.save_for_backward(h, beside, stats, weight, bias, add, scale, shift, seed)
+        ctx.save_for_backward(h, skip, stats, weight, bias, add, scale, shift, seed)
         ctx.options = options
         ctx.set_materialize_grads(False)
         return (
             y,
             h,
             h.view_as(h),
-            None if beside is None else beside.view_as(beside),
+            None if skip is None else skip.view_as(skip),
             resampled if resampled.numel() else None,
         )
 
     @staticmethod
     def backward(ctx, *grads):
-        h, beside, stats, weight, bias, add, scale, shift, seed = ctx.saved_tensors
+        h, skip, stats, weight, bias, add, scale, shift, seed = ctx.saved_tensors
         x_scale, _, _, silu, dropout, resample = ctx.options
-        y_grad, h_grad, fork_grad, beside_grad, resampled_grad = map(_dense, grads)
+        y_grad, h_grad, h_for_skip_grad, skip_grad, resampled_grad = map(_dense, grads)
         if y_grad is None:
             y_grad = _empty(h, len(weight), _resampled_size(h, resample)).zero_()
-        if (h_grad is None) != (beside_grad is None) and beside is not None:
+        if (h_grad is None) != (skip_grad is None) and skip is not None:
             h_grad = torch.zeros_like(h) if h_grad is None else h_grad
-            beside_grad = torch.zeros_like(beside) if beside_grad is None else beside_grad
+            skip_grad = torch.zeros_like(skip) if skip_grad is None else skip_grad
         needs = ctx.needs_input_grad
         wanted = [needs[3], needs[4] or needs[5], needs[6], needs[7] or needs[8]]
-        dx, dbeside, dx_bias, dparam, dadd, dscale, dshift = _backward(
-            y_grad, h_grad, fork_grad, beside_grad, resampled_grad, h, beside, stats, weight, bias,
-            add, scale, shift, seed, x_scale, silu, dropout, resample, wanted,
+        dx, dskip, dx_bias, dparam, dadd, dscale, dshift = _backward(
+            y_grad, h_grad, h_for_skip_grad, skip_grad, resampled_grad, h, skip, stats,
+            weight, bias, add, scale, shift, seed, x_scale, silu, dropout, resample, wanted,
         )  # fmt: skip
         has_x_bias, has_param, has_add, has_film = wanted
         return (
             dx,
-            None if beside is None else dbeside,
+            None if skip is None else dskip,
             dx if needs[2] else None,
             dx_bias if has_x_bias else None,
             *(dparam.to(weight.dtype).unbind() if has_param else (None, None)),
@@ -231,7 +231,7 @@ def group_norm(
     groups: int,
     eps: float,
     *,
-    beside: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     x_bias: torch.Tensor | None = None,
     x_scale: float = 1.0,
@@ -242,11 +242,11 @@ def group_norm(
     dropout: float = 0.0,
     seed: torch.Tensor | None = None,
     resample: str | None = None,
-) -> Normed:
-    """resample(dropout(silu(norm(cat(h, beside) + add)·(scale + 1) + shift))), and h.
+) -> GroupNormOutput:
+    """resample(dropout(silu(norm(cat(h, skip) + add)·(scale + 1) + shift))), and h.
 
     h = (x + residual + x_bias)·x_scale. Every part but the norm (Wu and He, arXiv 1803.08494) is
-    optional. x and residual are [N, C1, H, W], float32 or 16 bit; beside is [N, C2, H, W] of the
+    optional. x and residual are [N, C1, H, W], float32 or 16 bit; skip is [N, C2, H, W] of the
     dtype of x; C = C1 + C2. weight and bias are [C]; x_bias is [C1], float32; add, scale and shift
     are [N, C], scale and shift together. resample is None, "down" (the mean of 2x2 pixels) or "up"
     (every pixel becomes 2x2). dropout is the probability of a zero, 0 ≤ dropout < 1, 0 outside
@@ -256,55 +256,55 @@ def group_norm(
     not on groups, dtype, batch size, backend or launch configuration.
 
     Outputs have the dtype of x, in channels-last order from the Triton kernel. ValueError for a
-    combination that has no kernel (resample with dropout or beside) or for shapes that do not fit.
+    combination that has no kernel (resample with dropout or skip) or for shapes that do not fit.
     """
     parts = {
         "residual": residual, "x_bias": x_bias, "add": add, "scale": scale, "shift": shift,
     }  # fmt: skip
-    _check(x, weight, groups, beside, dropout, resample, parts)
-    implementation = choose("group_norm")
-    if implementation == "apex" and _apex.takes(x, groups):
-        alone = beside is None and all(part is None for part in parts.values())
+    _check(x, weight, groups, skip, dropout, resample, parts)
+    backend = choose("group_norm")
+    if backend == "apex" and _apex.takes(x, groups):
+        alone = skip is None and all(part is None for part in parts.values())
         if alone and x_scale == 1 and not dropout and resample is None:
             y = _apex.group_norm(x, weight, bias, groups, eps, silu)
-            return Normed(y, x, x, None, None)
-    if implementation == "reference":
-        return group_norm_ref(
-            x, weight, bias, groups, eps, beside=beside, x_scale=x_scale, silu=silu,
+            return GroupNormOutput(y, x, x, None, None)
+    if backend == "eager":
+        return group_norm_eager(
+            x, weight, bias, groups, eps, skip=skip, x_scale=x_scale, silu=silu,
             dropout=dropout, seed=seed, resample=resample, **parts,
         )  # fmt: skip
     if dropout and seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (3,), device=x.device)
     out = _GroupNorm.apply(
-        *map(_dense, (x, beside, residual)), x_bias, weight, bias, add, scale, shift,
+        *map(_dense, (x, skip, residual)), x_bias, weight, bias, add, scale, shift,
         seed if dropout else None, x_scale, groups, eps, silu, dropout, resample,
     )  # fmt: skip
-    return Normed(*out)
+    return GroupNormOutput(*out)
 
 
-def _check(x, weight, groups, beside, dropout, resample, parts) -> None:
+def _check(x, weight, groups, skip, dropout, resample, parts) -> None:
     n, left, *size = x.shape
-    right = 0 if beside is None else beside.shape[1]
+    right = 0 if skip is None else skip.shape[1]
     channels = left + right
     if channels != len(weight) or channels % groups:
         raise ValueError(
             f"{channels} channels: weight has {len(weight)}, and they must divide into "
             f"groups={groups}"
         )
-    shapes = {"residual": (n, left, *size), "beside": (n, right, *size), "x_bias": (left,)}
-    for name, value in {"beside": beside, **parts}.items():
+    shapes = {"residual": (n, left, *size), "skip": (n, right, *size), "x_bias": (left,)}
+    for name, value in {"skip": skip, **parts}.items():
         shape = shapes.get(name, (n, channels))
         if value is not None and value.shape != shape:
             raise ValueError(f"{name} is {tuple(value.shape)}: must be {shape}")
-    if beside is not None and beside.dtype != x.dtype:
-        raise ValueError(f"beside is {beside.dtype}: must be {x.dtype} as x is")
+    if skip is not None and skip.dtype != x.dtype:
+        raise ValueError(f"skip is {skip.dtype}: must be {x.dtype} as x is")
     if (parts["scale"] is None) != (parts["shift"] is None):
         raise ValueError("scale and shift come together: only one is given")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout}: must be at least 0 and less than 1")
     if resample not in (None, "down", "up"):
         raise ValueError(f"resample={resample!r}: choose from None, 'down', 'up'")
-    if resample and (dropout or beside is not None):
-        raise ValueError(f"resample={resample!r} goes with neither dropout nor beside")
+    if resample and (dropout or skip is not None):
+        raise ValueError(f"resample={resample!r} goes with neither dropout nor skip")
     if resample == "down" and any(side % 2 for side in size):
         raise ValueError(f"resample='down' of {size[0]}x{size[1]} pixels: sides must be even")

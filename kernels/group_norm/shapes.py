@@ -12,14 +12,14 @@ from sid_fast.kernels.group_norm.launch import launch
 
 # Where the published networks normalise: form -> (channels, side). norm0 of a block normalises what
 # the block before gave it: all of it ("plain", after attention), or convolution, bias and residual
-# ("sum"), with a skip connection beside it in the decoder: (of x, of the connection, side). norm1
+# ("sum"), with a skip connection in the decoder: (of x, of the connection, side). norm1
 # has the embedding added (DDPM++), or scale and shift besides the bias of the convolution (ADM).
 # norm2, before attention, has no activation.
 PLACES = {
     "plain": ((384, 32), (576, 16), (256, 16), (256, 8), (768, 8)),
     "plain down": ((384, 32), (256, 16), (576, 16)),
     "plain up": ((384, 32), (256, 16), (576, 16), (768, 8)),
-    "plain beside": (
+    "plain skip": (
         *((384, 192, 32), (384, 384, 32), (576, 384, 16), (576, 576, 16)),
         *((768, 576, 8), (768, 768, 8)),
     ),
@@ -29,7 +29,7 @@ PLACES = {
     ),
     "sum down": ((128, 64), (192, 64), (256, 32)),
     "sum up": ((256, 32), (256, 8)),
-    "sum beside": (
+    "sum skip": (
         *((128, 128, 64), (256, 128, 64), (192, 192, 64), (384, 192, 64)),
         *((256, 128, 32), (256, 256, 32), (576, 384, 32), (256, 256, 16), (768, 576, 16)),
         *((256, 256, 8), (768, 768, 8)),
@@ -46,18 +46,18 @@ PLACES = {
 # Which arguments a part of a form brings, forward and backward.
 _ALWAYS = "x y stats weight bias", "h y_grad dx stats weight bias dparam"
 _ARGUMENTS = {
-    "plain": ("", "h_grad fork_grad"),
-    "sum": ("residual x_bias h", "h_grad fork_grad dx_bias"),
+    "plain": ("", "h_grad h_for_skip_grad"),
+    "sum": ("residual x_bias h", "h_grad h_for_skip_grad dx_bias"),
     "norm1": ("seed", "seed"),
     "norm2": ("residual x_bias h", "h_grad dx_bias"),
     "add": ("add", "add dadd"),
     "film": ("add scale shift", "add dadd scale shift dscale dshift"),
-    "beside": ("beside", "beside beside_grad dbeside"),
+    "skip": ("skip", "skip skip_grad dskip"),
     "down": ("resampled", "resampled_grad"),
     "up": ("resampled", "resampled_grad"),
 }
 # Outputs that a part leaves without a consumer: h is used resampled, and the encoder alone forks.
-_UNUSED = {"down": {"h_grad"}, "up": {"h_grad", "fork_grad"}, "beside": {"fork_grad"}}
+_UNUSED = {"down": {"h_grad"}, "up": {"h_grad", "h_for_skip_grad"}, "skip": {"h_for_skip_grad"}}
 
 
 def _arguments(form: str, backward: bool) -> set[str]:
@@ -82,8 +82,8 @@ def bytes_moved(
     left, total = channels[0], sum(channels)
     width = {"down": side // 2, "up": side * 2, None: side}[_resample_of(form)]
     elements = {
-        **dict.fromkeys(("x", "residual", "h", "h_grad", "fork_grad", "dx"), left * side**2),
-        **dict.fromkeys(("beside", "beside_grad", "dbeside"), (total - left) * side**2),
+        **dict.fromkeys(("x", "residual", "h", "h_grad", "h_for_skip_grad", "dx"), left * side**2),
+        **dict.fromkeys(("skip", "skip_grad", "dskip"), (total - left) * side**2),
         **dict.fromkeys(("y", "y_grad"), total * width**2),
         **dict.fromkeys(("resampled", "resampled_grad"), left * width**2),
     }

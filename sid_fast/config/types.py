@@ -182,8 +182,8 @@ class RunOptions:
     device: str = _machine("auto", "auto, cpu or cuda; auto takes a GPU where there is one")
     kernels: str = _machine(
         "auto",
-        "auto, reference (PyTorch), triton or cuda, and OPERATION=NAME for single operations "
-        "(triton,group_norm=reference); auto is reference, and triton for random numbers on a GPU",
+        "auto, eager (PyTorch), triton or cuda, and OPERATION=NAME for single operations "
+        "(triton,group_norm=eager); auto is eager, and triton for random numbers on a GPU",
     )
     parallel: Parallel = _machine(
         "auto",

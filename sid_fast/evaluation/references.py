@@ -12,14 +12,14 @@ from sid_fast.data.datasets import ImageDataset
 from sid_fast.data.readers import read
 from sid_fast.errors import UserError
 from sid_fast.evaluation.features import Detector, Pixels
-from sid_fast.evaluation.sample import KEPT, Clock, Sample, look, share
+from sid_fast.evaluation.sample import KEPT, FeatureStats, StageTimer, look, shard_by_rank
 from sid_fast.io.atomic import atomic_path
 from sid_fast.io.download import cache_folder, fetch, file_sha256
 from sid_fast.io.safetensors import read_snapshot, write_snapshot
 from sid_fast.performance import process_group
 
 
-def write_reference(path: str | Path, sample: Sample, detector: Detector | Pixels) -> None:
+def write_reference(path: str | Path, sample: FeatureStats, detector: Detector | Pixels) -> None:
     """Write statistics in the published layout, `mu` and `sigma` (over N − 1) in float64.
 
     Beside them: `images`, their number, and `detector`, the sha256 of its file.
@@ -34,7 +34,7 @@ def write_reference(path: str | Path, sample: Sample, detector: Detector | Pixel
         )
 
 
-def read_reference(source: str, detector: Detector | Pixels) -> Sample:
+def read_reference(source: str, detector: Detector | Pixels) -> FeatureStats:
     """Statistics from an npz file or URL with `mu` [D] and `sigma` [D, D]; nothing in it is run."""
     path = fetch(source)
     try:
@@ -57,23 +57,23 @@ def read_reference(source: str, detector: Detector | Pixels) -> Sample:
             f"{path} was made by another detector ({made_by}) than {detector.name} "
             f"({detector.key}): give --detector, or another reference"
         )
-    return Sample(mean, covariance, count)
+    return FeatureStats(mean, covariance, count)
 
 
 def measure(
-    data: ImageDataset, detector: Detector | Pixels, clock: Clock, reader: str = "plain"
-) -> Sample:
+    data: ImageDataset, detector: Detector | Pixels, clock: StageTimer, reader: str = "plain"
+) -> FeatureStats:
     """The statistics of all images of a data set, and features of up to KEPT spread over it."""
     total, kept = len(data), min(len(data), KEPT)
     first = [i * total // kept for i in range(kept)]
     order = first + sorted(set(range(total)) - set(first))
-    batches = read(data, share(order), clock.device, reader)
+    batches = read(data, shard_by_rank(order), clock.device, reader)
     return look(batches, total, detector, clock, f"reading {data.path.name}")
 
 
 def reference_of(
-    data: ImageDataset, detector: Detector | Pixels, clock: Clock, reader: str = "plain"
-) -> Sample:
+    data: ImageDataset, detector: Detector | Pixels, clock: StageTimer, reader: str = "plain"
+) -> FeatureStats:
     """`measure`, or what it gave for the same images and detector before, from the cache."""
     with process_group.main_process_first():  # one process of a node reads the files
         content = content_digest(data)
@@ -87,16 +87,16 @@ def reference_of(
             write_snapshot(cached, values | {"features": sample.features}, {"count": sample.count})
         return sample
     values, header = read_snapshot(cached)
-    return Sample(**values, count=header["count"])
+    return FeatureStats(**values, count=header["count"])
 
 
 def real_sample(
     ref: str | None,
     data: ImageDataset | None,
     detector: Detector | Pixels,
-    clock: Clock,
+    clock: StageTimer,
     reader: str = "plain",
-) -> Sample:
+) -> FeatureStats:
     """Real images to compare with: statistics from a file if there is one, features from data."""
     measured = reference_of(data, detector, clock, reader) if data else None
     if ref is None:

@@ -23,7 +23,7 @@ GENERATED = 512  # images made at a time
 METRICS = ("fid", "is", "kid", "pr")
 
 
-class Clock:
+class StageTimer:
     """Seconds by stage, the device's work included."""
 
     def __init__(self, device: torch.device):
@@ -40,7 +40,7 @@ class Clock:
 
 
 @dataclasses.dataclass
-class Sample:
+class FeatureStats:
     """What a pass over images leaves: moments of all, features [≤ KEPT, D] of the first of them.
 
     A sample from a file of statistics has no features, and may not know its count.
@@ -57,7 +57,7 @@ class Sample:
         return self.mean, self.covariance * factor
 
 
-def share(items: Sequence) -> Sequence:
+def shard_by_rank(items: Sequence) -> Sequence:
     """What is this process's work: the items in turn, to rank after rank."""
     return items[process_group.rank() :: process_group.world_size()]
 
@@ -73,7 +73,7 @@ def generated(
 
     cuda_graph: the network's launches are replayed from a graph.
     """
-    mine = list(share(seeds))
+    mine = list(shard_by_rank(seeds))
     # Captured anew for every pass, which costs two calls more. A graph kept for the next one would
     # hold the activations of a group of images while the training in between needs the memory,
     # and the whole copy of a sharded network is another each time.
@@ -87,16 +87,16 @@ def look(
     batches: Iterable[torch.Tensor],
     total: int,
     detector: Detector | Pixels,
-    clock: Clock,
+    clock: StageTimer,
     title: str,
-) -> Sample:
+) -> FeatureStats:
     """Look at `total` images, of which each process has its `share` in batches, uint8 NCHW.
 
     The same from any number of processes, to the rounding of float64.
     """
     if total < max(process_group.world_size(), 2):
         raise UserError(f"{total} images are too few: it takes 2, and 1 on every process")
-    mine, keep = len(share(range(total))), len(share(range(min(total, KEPT))))
+    mine, keep = len(shard_by_rank(range(total))), len(shard_by_rank(range(min(total, KEPT))))
     sums, kept = Moments(), []
     hide = True if process_group.rank() else None
     with tqdm(total=mine, desc=title, unit="img", disable=hide, leave=False) as bar:
@@ -116,14 +116,14 @@ def look(
         sums.reduce()
         features = process_group.gather(torch.cat(kept), min(total, KEPT))
     assert sums.count == total, f"{sums.count} images were looked at, not {total}"
-    return Sample(*sums.moments(), total, features)
+    return FeatureStats(*sums.moments(), total, features)
 
 
 def compare(
-    real: Sample,
-    generated: Sample,
+    real: FeatureStats,
+    generated: FeatureStats,
     detector: Detector | Pixels,
-    clock: Clock,
+    clock: StageTimer,
     metrics: Iterable[str] = METRICS,
     correction: int = 1,
 ) -> dict[str, float]:

@@ -106,8 +106,8 @@ class SiD(Method):
         The NaN is put behind the network, so that no gradient inside it ever meets one.
         """
         finite = losses.finite(draw.z, draw.class_labels)
-        z = losses.keep(finite, draw.z)
-        labels = losses.keep(finite, draw.class_labels)
+        z = losses.mask_invalid(finite, draw.z)
+        labels = losses.mask_invalid(finite, draw.class_labels)
         y = sampling.one_step(self.generator, z, labels, self.settings.init_sigma)
         return torch.where(finite.reshape(-1, 1, 1, 1), y, torch.nan)
 

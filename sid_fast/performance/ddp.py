@@ -76,9 +76,9 @@ class DDPGradSync:
     def zero(self) -> None:
         self.first = True  # the next round overwrites
 
-    def backward(self, loss: torch.Tensor, scale: float, last: bool) -> None:
+    def backward(self, loss: torch.Tensor, scale: float, sync_grads: bool) -> None:
         """Accumulate the gradients of scale·Σ loss [N]; the last round starts the averaging."""
-        self.sending, self.works = last and self.ranks > 1, []
+        self.sending, self.works = sync_grads and self.ranks > 1, []
         self.missing = [set(members) for members in self.members]
         self.taken: list[list[tuple[nn.Parameter, torch.Tensor]]] = [[] for _ in self.buckets]
         for p in self.params:

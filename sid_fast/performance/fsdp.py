@@ -27,20 +27,21 @@ if TYPE_CHECKING:
 class ShardingPlan:
     """How networks and their optimisers lie over the processes; see plan().
 
-    ranks: how many take part, and which of them this is. mesh: [shards] or [copies, shards]; None:
-    whole networks everywhere.
-    gathered: weights stay whole on the device between their uses in a step, and only gradients,
-    moments, masters and the average are in parts.
+    ranks: how many take part, and which of them this is. mesh: [dp_shard] or [dp_replicate,
+    dp_shard]; None: whole networks everywhere.
+    reshard_after_forward: free gathered weights after each use. Otherwise they stay gathered
+    within a step, and only gradients, moments, float32 weights and the average are sharded.
     """
 
     mesh: DeviceMesh | None = None
-    gathered: bool = True
+    reshard_after_forward: bool = False
     text: str = "one process"  # what it is, for people
     ranks: int = 1
     rank: int = 0
 
     @property
-    def shards(self) -> int:
+    def dp_shard(self) -> int:
+        """Ranks that share one copy of the networks."""
         return 1 if self.mesh is None else self.mesh.size(self.mesh.ndim - 1)
 
     def shard(self, net: EDMNetwork, dtype: torch.dtype = torch.float32) -> None:
@@ -61,9 +62,12 @@ class ShardingPlan:
         )
         for module in (*(m for m in net.modules() if isinstance(m, Block)), net):
             sharded = fully_shard(
-                module, mesh=self.mesh, reshard_after_forward=not self.gathered, mp_policy=types
+                module,
+                mesh=self.mesh,
+                reshard_after_forward=self.reshard_after_forward,
+                mp_policy=types,
             )
-            sharded.set_reshard_after_backward(not self.gathered)
+            sharded.set_reshard_after_backward(self.reshard_after_forward)
         for name in net.forward_methods:
             register_fsdp_forward_method(net, name)
 
@@ -96,10 +100,10 @@ def plan(
     """The layout that --parallel means.
 
     auto takes ddp where the state fits beside the activations, and always on a CPU; then hsdp on
-    several nodes and fsdp on one. state_bytes(shards, gathered): what networks and optimisers take
-    of one GPU. shard_group: ranks of an hsdp group, a node's by default. Sharded weights stay
-    gathered between their uses where memory allows. UserError for a group size that does not
-    divide the ranks.
+    several nodes and fsdp on one. state_bytes(dp_shard, reshard_after_forward): what networks and
+    optimisers take of one GPU. shard_group: ranks of an hsdp group, a node's by default. Sharded
+    weights stay gathered between their uses where memory allows. UserError for a group size that
+    does not divide the ranks.
     """
     ranks = process_group.world_size()
     group = shard_group or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -109,16 +113,16 @@ def plan(
     if ranks == 1 and mode in ("auto", "ddp"):
         return WHOLE
     if mode == "auto":
-        if device.type == "cpu" or state_bytes(1, True) <= room:
+        if device.type == "cpu" or state_bytes(1, False) <= room:
             mode = "ddp"
         else:
             mode = "hsdp" if ranks > group else "fsdp"
     if mode == "ddp":
-        size = state_bytes(1, True)
+        size = state_bytes(1, False)
         text = f"whole on each of {ranks} processes: {size / 1e9:.2g} GB of state"
         return replicated(text)
     shape: tuple[int, ...] = (ranks,)
-    names: tuple[str, ...] = ("shards",)
+    names: tuple[str, ...] = ("dp_shard",)
     if mode == "fsdp":
         group = ranks
     else:
@@ -127,15 +131,15 @@ def plan(
                 f"shard_group={group} does not divide {ranks} processes; choose a divisor, "
                 "or --parallel fsdp"
             )
-        shape, names = (ranks // group, group), ("copies", "shards")
-    gathered = (size := state_bytes(group, True)) <= room
-    size = size if gathered else state_bytes(group, False)
+        shape, names = (ranks // group, group), ("dp_replicate", "dp_shard")
+    reshard_after_forward = (size := state_bytes(group, False)) > room
+    size = state_bytes(group, True) if reshard_after_forward else size
     text = f"{mode}: state in {group} parts"
     text += f", {ranks // group} copies" if mode == "hsdp" else ""
-    text += ", weights gathered" if gathered else ", weights gathered block by block"
+    text += ", weights gathered block by block" if reshard_after_forward else ", weights gathered"
     return ShardingPlan(
         init_device_mesh(device.type, shape, mesh_dim_names=names),
-        gathered,
+        reshard_after_forward,
         f"{text}: {size / 1e9:.2g} GB a process",
         ranks,
         process_group.rank(),
@@ -150,7 +154,7 @@ class FSDPGradSync(DDPGradSync):
         for p in self.params:
             p.grad = torch.zeros_like(p)
         self.modules = sharded_modules(net)
-        self.shards = mesh.get_group(mesh.ndim - 1)
+        self.shard_group = mesh.get_group(mesh.ndim - 1)
 
     def zero(self) -> None:
         torch._foreach_zero_(self.local())
@@ -158,9 +162,9 @@ class FSDPGradSync(DDPGradSync):
     def local(self) -> list[torch.Tensor]:
         return local([p.grad for p in self.params if p.grad is not None])
 
-    def backward(self, loss: torch.Tensor, scale: float, last: bool) -> None:
+    def backward(self, loss: torch.Tensor, scale: float, sync_grads: bool) -> None:
         for module in self.modules:
-            module.set_requires_gradient_sync(last, recurse=False)
+            module.set_requires_gradient_sync(sync_grads, recurse=False)
         loss.backward(torch.full_like(loss, scale))
 
     def wait(self) -> None:
@@ -171,7 +175,7 @@ class FSDPGradSync(DDPGradSync):
             module.reshard()
 
     def total(self, count: torch.Tensor) -> torch.Tensor:
-        dist.all_reduce(count, group=self.shards)
+        dist.all_reduce(count, group=self.shard_group)
         return count
 
 

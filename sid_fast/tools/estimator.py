@@ -41,16 +41,16 @@ def steps(
     network: NetworkConfig,
     settings: Settings,
     rounds: Iterable[int],
-    form: str = "triton",
+    backend: str = "triton",
     prepare: Callable[..., None] = lambda *nets: None,
 ) -> list[Step]:
     """Count a step of SiD for every number of images a round.
 
-    settings: their batch and micro-batch do not matter. form: of the kernels, "triton" or
-    "reference". prepare: called with teacher, generator and fake score before the first step.
+    settings: their batch and micro-batch do not matter. backend: of the kernels, "triton" or
+    "eager". prepare: called with teacher, generator and fake score before the first step.
     """
     found = []
-    with fake(form), Count() as count:
+    with fake(backend), Count() as count:
         trainer = _trainer(lambda s: SiD(EDMNetwork(network), s), settings)
         prepare(*trainer.method.frozen.values(), *trainer.method.networks.values())
         gc.collect()  # the float32 teacher, where a copy in another type has taken its place
@@ -105,12 +105,12 @@ class State:
     make: the method for given settings, called on tensors without values.
     """
 
-    def __init__(self, make: Callable[[Any], Method], settings: Any, form: str = "triton"):
-        self.make, self.settings, self.form = make, settings, form
+    def __init__(self, make: Callable[[Any], Method], settings: Any, backend: str = "triton"):
+        self.make, self.settings, self.backend = make, settings, backend
 
     @functools.cached_property
     def stays(self) -> Counter[str]:
-        with fake(self.form):
+        with fake(self.backend):
             found = _resident(_trainer(self.make, self.settings))
         sizes: Counter[str] = Counter()
         seen = set()
@@ -121,23 +121,23 @@ class State:
                     sizes[kind] += storage.nbytes()
         return sizes
 
-    def nbytes(self, shards: int = 1, gathered: bool = True) -> int:
+    def nbytes(self, shards: int = 1, reshard_after_forward: bool = False) -> int:
         """In so many shards; see sharded()."""
-        return sharded(self.stays, shards, gathered).total()
+        return sharded(self.stays, shards, reshard_after_forward).total()
 
 
-def sharded(stays: Counter[str], shards: int, gathered: bool = True) -> Counter[str]:
+def sharded(stays: Counter[str], shards: int, reshard_after_forward: bool = False) -> Counter[str]:
     """What of it a GPU keeps in so many shards.
 
-    gathered: it keeps the whole weights that it computes with, of the teacher too; otherwise they
-    are gathered block by block.
+    reshard_after_forward: weights are gathered block by block. Otherwise each GPU keeps all of the
+    weights that it computes with, the teacher's too.
     """
     found = Counter(stays)
-    if shards == 1 and gathered:
+    if shards == 1 and not reshard_after_forward:
         return found
     for kind in SHARDED:
         found[kind] //= shards
-    if not gathered:
+    if reshard_after_forward:
         found["teacher"] //= shards
         found["copies"] = 0
     elif not stays["copies"]:
@@ -149,8 +149,8 @@ def sharded(stays: Counter[str], shards: int, gathered: bool = True) -> Counter[
 class Counts:
     """What is counted of a step: bytes that stay and that an image adds, by kind; FLOP an image.
 
-    forward: FLOP of one forward of one image; parameters: of one network; form: of the kernels,
-    "triton" or "reference".
+    forward: FLOP of one forward of one image; parameters: of one network; backend: of the kernels,
+    "triton" or "eager".
     """
 
     stays: Counter[str]
@@ -158,16 +158,16 @@ class Counts:
     flop: float
     forward: float
     parameters: int
-    form: str = "triton"
+    backend: str = "triton"
 
     def memory(
-        self, images: int, gpus: int = 1, shards: int = 1, gathered: bool = True
+        self, images: int, gpus: int = 1, shards: int = 1, reshard_after_forward: bool = False
     ) -> Counter[str]:
         """Bytes by kind on one of so many GPUs, at the peak of a micro-batch of `images`.
 
-        shards, gathered: see sharded().
+        shards, reshard_after_forward: see sharded().
         """
-        found = sharded(self.stays, shards, gathered)
+        found = sharded(self.stays, shards, reshard_after_forward)
         for kind, nbytes in self.image.items():
             found[kind] += images * nbytes
         if gpus > 1:
@@ -177,15 +177,15 @@ class Counts:
 
 
 def counts(
-    network: NetworkConfig, settings: Settings, recompute: bool = False, form: str = "triton"
+    network: NetworkConfig, settings: Settings, recompute: bool = False, backend: str = "triton"
 ) -> Counts:
     """Count a step at one image and at two; memory is linear in them.
 
-    recompute: with --checkpoint-activations; form: of the kernels, "triton" or "reference".
+    recompute: with --checkpoint-activations; backend: of the kernels, "triton" or "eager".
     """
     prepare = {"prepare": checkpoint_activations} if recompute else {}
     forwards = FORWARDS + 4 * recompute  # of ψ, and of G, φ and ψ, once more
-    one, two = steps(network, settings, [1, 2], form, **prepare)
+    one, two = steps(network, settings, [1, 2], backend, **prepare)
     kinds = {*one.peak, *two.peak}
     image = Counter({kind: two.peak[kind] - one.peak[kind] for kind in kinds})
     with torch.device("meta"):
@@ -196,17 +196,22 @@ def counts(
         flop=(flop := sum(op.flops for op in two.ops) / 2),
         forward=flop / forwards,
         parameters=parameters,
-        form=form,
+        backend=backend,
     )
 
 
 def estimated_micro_batch(
-    found: Counts, batch: int, room: float, gpus: int, shards: int, gathered: bool = True
+    found: Counts,
+    batch: int,
+    room: float,
+    gpus: int,
+    shards: int,
+    reshard_after_forward: bool = False,
 ) -> int:
     """The largest divisor of `batch`, images a GPU, that fits into room bytes; 0: not even one."""
 
     def fits(n: int) -> bool:
-        return found.memory(n, gpus, shards, gathered).total() <= room
+        return found.memory(n, gpus, shards, reshard_after_forward).total() <= room
 
     fitting = filter(fits, divisors(batch))
     return next(fitting, 0)

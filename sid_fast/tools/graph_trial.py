@@ -52,7 +52,7 @@ def job(config: NetworkConfig, settings: Settings, device: torch.device) -> dict
         settings, batch_size=IMAGES * rounds, micro_batch=IMAGES, eps=1.0, fake_lr=1e-2,
         generator_lr=1e-2,
     )  # fmt: skip
-    backends = {name: dispatch.choose(name, device=device) for name in dispatch.FORMS}
+    backends = {name: dispatch.choose(name, device=device) for name in dispatch.OPERATIONS}
     return {
         "network": dataclasses.replace(config, num_blocks=1).to_dict(),
         "settings": dataclasses.asdict(settings),

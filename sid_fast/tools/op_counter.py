@@ -248,20 +248,20 @@ class _Fake(FakeTensorMode):
 
 
 @contextlib.contextmanager
-def fake(form: str = "triton") -> Iterator[None]:
+def fake(backend: str = "triton") -> Iterator[None]:
     """Tensors made in the block have no values; form: which form of the kernels is counted."""
     random = dict.fromkeys(kernels.dispatch.TRITON_ON_GPU, "triton")  # as on a GPU by default
     forced = kernels.dispatch.forced
-    with warnings.catch_warnings(), _Fake(), forced(form), forced(random):
+    with warnings.catch_warnings(), _Fake(), forced(backend), forced(random):
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         yield
 
 
 def forward(
-    config: NetworkConfig, precision: str = "bf16", form: str = "triton", images: int = 1
+    config: NetworkConfig, precision: str = "bf16", backend: str = "triton", images: int = 1
 ) -> list[Op]:
     """The operations of a forward of so many images, with the layers they are in."""
-    with fake(form), torch.no_grad():
+    with fake(backend), torch.no_grad():
         net = EDMNetwork(config).eval().requires_grad_(False)
         net.compute_in(TYPES[precision])
         x = torch.empty(images, config.channels, config.resolution, config.resolution)

@@ -118,7 +118,7 @@ def text(
     tb_s = f"{options.mfu:.0%} of {tflops_of(settings, options):.0f} TFLOP/s a GPU"
     lines = [
         f"{name}: {network}, {million:.1f} M parameters, {precision_of(settings)}, "
-        f"{found.form} kernels",
+        f"{found.backend} kernels",
         f"on {gpus} x {options.card}, {memory:g} GiB each; estimates, nothing here is measured",
         "",
         f"memory of a GPU, GiB{''.join(f'{way:>10}' for way in p.memory)}",

@@ -13,7 +13,7 @@ from sid_fast.data.readers import choose
 from sid_fast.evaluation.curve import save_curve
 from sid_fast.evaluation.features import label, load_detector
 from sid_fast.evaluation.references import real_sample
-from sid_fast.evaluation.sample import Clock, compare, generated, look
+from sid_fast.evaluation.sample import StageTimer, compare, generated, look
 from sid_fast.models import EDMNetwork
 from sid_fast.models.registry import save_network
 from sid_fast.performance import fsdp, process_group
@@ -81,7 +81,7 @@ class Evaluations:
         self.count = options.eval_images
         device = next(net.parameters()).device
         self.cuda_graph, _ = usable(cuda_graph, device)
-        self.clock = Clock(device)
+        self.clock = StageTimer(device)
         with process_group.main_process_first():  # it may download
             self.detector = load_detector(options.detector, device, options.trust)
         self.name = label("frechet_distance", self.detector)

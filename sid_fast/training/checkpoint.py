@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -36,16 +37,16 @@ class Trainer(Protocol):
 
     device: torch.device
     settings: Any
-    identity: dict[str, Any]  # what must be the same for a state to fit
+    resume_fingerprint: dict[str, Any]  # what must be the same for a state to fit
     method: Any  # with progress: metrics of the progress line, and their labels
     steps: int
     images: int
 
     def step(self) -> dict[str, torch.Tensor]: ...
 
-    def tensors(self) -> dict[str, torch.Tensor]: ...
+    def state_dict(self) -> dict[str, torch.Tensor]: ...
 
-    def refresh(self) -> None: ...
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None: ...
 
 
 class States:
@@ -72,7 +73,7 @@ class States:
         self.temporary = self.path.with_name(f"{self.path.name}.tmp")
         self.header = {
             "kind": type(self.options).__name__,
-            "identity": self.trainer.identity,
+            "identity": self.trainer.resume_fingerprint,
             "steps": self.trainer.steps,
             "images": self.trainer.images,
             "processes": process_group.world_size(),
@@ -80,14 +81,14 @@ class States:
         }
         if process_group.rank() == 0:
             _remove(self.temporary)
-        tensors = self.trainer.tensors()
+        state_dict = self.trainer.state_dict()
         # A file holds a part of the tensors only: one at a time is doubled in memory to be written.
-        files = {f"state.{n}": 1 + i * FILES // len(tensors) for i, n in enumerate(tensors)}
+        files = {f"state.{n}": 1 + i * FILES // len(state_dict) for i, n in enumerate(state_dict)}
         writer = HuggingFaceStorageWriter(
             str(self.temporary), fqn_to_index_mapping=files, save_distributed=True
         )
         written = async_save(
-            {"state": tensors},
+            {"state": state_dict},
             storage_writer=writer,
             process_group=process_group.checkpoint_group(),
         )
@@ -243,15 +244,17 @@ def load_state(path: Path, trainer: Trainer) -> dict[str, Any]:
     from torch.distributed.checkpoint.api import CheckpointException
 
     header = read_header(path)
-    for name, value in json.loads(json.dumps(trainer.identity)).items():  # as a state has it
+    fingerprint = json.loads(json.dumps(trainer.resume_fingerprint))  # as a state has it
+    for name, value in fingerprint.items():
         if (saved := header["identity"].get(name)) != value:
             raise UserError(
                 f"{path} was written with {name}={saved}, this run has {name}={value}: resume "
                 "with the same settings, or start a new run"
             )
+    state = trainer.state_dict()
     try:
-        load(
-            {"state": trainer.tensors()},
+        load(  # in place
+            {"state": state},
             storage_reader=HuggingFaceStorageReader(str(path)),
             process_group=process_group.checkpoint_group(),
         )
@@ -259,6 +262,6 @@ def load_state(path: Path, trainer: Trainer) -> dict[str, Any]:
         raise UserError(
             f"{path} is damaged ({_reason(error)}): resume from another state"
         ) from error
-    trainer.refresh()
+    trainer.load_state_dict(state)
     trainer.steps, trainer.images = header["steps"], header["images"]
     return header

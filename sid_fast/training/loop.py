@@ -90,7 +90,7 @@ def signals(nothing_to_save: Callable[[], bool]) -> Iterator[list[signal.Signals
         restore()
 
 
-class Meter:
+class Throughput:
     """Steps a second since the last reading, with what was paused left out."""
 
     def __init__(self) -> None:
@@ -131,7 +131,7 @@ class Loop:
         self.snapshot, self.evaluate = snapshot, evaluate
         self.name, self.headline = name, headline
         self.end = round(options.kimg * 1000)
-        self.meter = Meter()
+        self.meter = Throughput()
         self.pace = process_group.host_throttle(trainer.device)
 
     def run(self, resume: Path | None = None) -> None:
@@ -203,7 +203,7 @@ class Loop:
 
     def _steps(self, caught: list[signal.Signals]) -> None:
         trainer, options = self.trainer, self.options
-        self.meter = Meter()
+        self.meter = Throughput()
         failures: torch.Tensor | int = 0
         faults: dict[str, torch.Tensor] = {}
         stop = False
@@ -237,7 +237,7 @@ class Loop:
             elif trainer.steps == self.started + 2:  # an early word on how long it will take
                 self._report(metrics, keep=False)
             if first:  # it compiles
-                self.meter = Meter()
+                self.meter = Throughput()
             self._warn(self.states.poll())
             unwritten = []
             looking = end or self._crossed(before, options.snapshot_every)

@@ -21,7 +21,7 @@ def ema_beta(images: int, batch: int, halflife_kimg: float, rampup_ratio: float)
     return 0.5 ** (batch / max(halflife, 1e-8))
 
 
-class Optimizer:
+class AdamWithEMA:
     """Holds the gradients, moments and average of a network; every tensor keeps its address.
 
     dtype is what the network computes in; its parameters stay float32, and have 16-bit copies that
@@ -46,10 +46,10 @@ class Optimizer:
         for each in filter(None, (self.net, self.ema)):
             each.compute_dtype = dtype
             sharding.shard(each, dtype)
-        self.copies: list[torch.Tensor | None] | None = None
+        self.compute_weights: list[torch.Tensor | None] | None = None
         if sharding.mesh is None and dtype != torch.float32:
             self.net.compute_in(dtype)
-            self.copies = self.net.written_copies()
+            self.compute_weights = self.net.written_copies()
         # While weights are gathered the modules hold those: the parts have to be kept by name.
         self.named = dict(net.named_parameters())
         self.named_ema = dict(self.ema.named_parameters()) if self.ema else {}
@@ -63,28 +63,28 @@ class Optimizer:
         lists = self.exp_avg, self.exp_avg_sq, list(self.named_ema.values())
         self.local_state = [fsdp.local(tensors) for tensors in lists]
         device = self.params[0].device
-        self.step = torch.zeros((), dtype=torch.float64, device=device)
+        self.step_count = torch.zeros((), dtype=torch.float64, device=device)
         # loss, distance, kept and seen of the rounds so far
         self.totals = torch.zeros(4, dtype=torch.float64, device=device)
 
-    def accumulate(self, losses: Losses, scale: float, last: bool = True) -> None:
+    def backward(self, losses: Losses, scale: float, sync_grads: bool = True) -> None:
         """Add a round's gradients of scale·loss, summed over its samples and all processes.
 
         In the last round before an update the processes begin to average.
         """
         # The processes' gradients are averaged, their losses are to be summed.
-        self.gradients.backward(losses.loss, scale * self.gradients.ranks, last)
+        self.gradients.backward(losses.loss, scale * self.gradients.ranks, sync_grads)
         loss, distance, kept = losses.loss.detach(), losses.distance, losses.kept
         values = torch.stack([loss, distance, kept.to(loss.dtype), torch.ones_like(loss)])
         self.totals += values.sum(1, dtype=torch.float64)
 
-    def update(
+    def step(
         self,
         lr: float | torch.Tensor,
         ema_beta: float | torch.Tensor = 0.0,
-        apply: bool | torch.Tensor = True,
+        enabled: bool | torch.Tensor = True,
     ) -> dict[str, torch.Tensor]:
-        """Update once from the rounds since the last update; without `apply`, forget them.
+        """Update once from the rounds since the last update; unless `enabled`, forget them.
 
         Returns scalars over all processes, left on the device so that nothing waits for them:
         loss and distance (see kernels.Losses; means over the kept samples), dropped samples,
@@ -97,9 +97,9 @@ class Optimizer:
             self.local_params,
             self.gradients.local(),
             *self.local_state,
-            shadow=self.copies,
-            step=self.step,
-            apply=(kept > 0) & apply,
+            compute_weights=self.compute_weights,
+            step=self.step_count,
+            enabled=(kept > 0) & enabled,
             lr=lr,
             beta1=self.beta1,
             beta2=self.beta2,
@@ -121,13 +121,13 @@ class Optimizer:
             "failed": skipped | (nonfinite > self.size // 2),
         }
 
-    def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
+    def state_dict(self, prefix: str) -> dict[str, torch.Tensor]:
         """Everything that makes up the state, by name; copying into them restores it.
 
         Sharded tensors are DTensors. Copies are made anew from the parameters
-        (EDMNetwork.refresh); buffers are constants.
+        (EDMNetwork.update_compute_copies); buffers are constants.
         """
-        found = {f"{prefix}.step": self.step}
+        found = {f"{prefix}.step": self.step_count}
         found |= {f"{prefix}.net.{name}": p for name, p in self.named.items()}
         found |= {f"{prefix}.ema.{name}": p for name, p in self.named_ema.items()}
         for kind, values in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):

@@ -13,7 +13,7 @@ from sid_fast.methods.base import Method, Phase, RandomStream, stream_number
 from sid_fast.performance import fsdp, mixed_precision
 from sid_fast.performance.compile import compile_blocks
 from sid_fast.performance.cuda_graphs import FEW, GraphedStep
-from sid_fast.training.optimizer import Optimizer, ema_beta
+from sid_fast.training.optimizer import AdamWithEMA, ema_beta
 from sid_fast.training.random_streams import counter_of
 
 # What a state of another way of drawing would not go on with.
@@ -60,8 +60,8 @@ class Trainer:
         self.grad_accum_steps = grad_accum_steps(s, self.ranks)
         self.samples = s.batch_size // self.ranks  # of this rank
         self.method, self.seed = method, seed
-        self.identity = resume_fingerprint(s) | {"seed": seed, "random numbers": RANDOM_NUMBERS}
-        self.identity |= fingerprint or {}
+        run = {"seed": seed, "random numbers": RANDOM_NUMBERS}
+        self.resume_fingerprint = resume_fingerprint(s) | run | dict(fingerprint or {})
         self.steps = self.images = 0
 
         # What changes from step to step lies on the device, where a CUDA graph can read it.
@@ -70,7 +70,7 @@ class Trainer:
         scalar: dict[str, Any] = {"dtype": torch.float64, "device": self.device}
         self.ema_beta = torch.zeros((), **scalar)
         self.lr = {phase.network: torch.zeros((), **scalar) for phase in method.phases}
-        self.live = torch.ones((), dtype=torch.bool, device=self.device)  # False: a rehearsal
+        self.enabled = torch.ones((), dtype=torch.bool, device=self.device)  # False: a rehearsal
 
         dtype = mixed_precision.TYPES[s.precision]
         if self.device.type == "cuda" and sharding.mesh is None:
@@ -91,13 +91,13 @@ class Trainer:
         if compile:  # before the blocks are sharded
             compile_blocks(*networks, *frozen)
         for net in frozen:
-            if sharding.gathered:  # whole: shards would only cost an all-gather
+            if not sharding.reshard_after_forward:  # shards would only cost an all-gather
                 net.compute_in(dtype, frozen=True)
             else:
                 net.compute_dtype = dtype
                 sharding.shard(net, dtype)
         self.optimizers = {
-            phase.network: Optimizer(
+            phase.network: AdamWithEMA(
                 method.networks[phase.network], phase.beta1, s.beta2, s.eps, dtype, sharding,
                 ema=phase.network == method.averaged,
             )
@@ -117,7 +117,7 @@ class Trainer:
         """Update every network once, in the order of the phases.
 
         inputs: of every phase by name, one a micro-batch; without them they are sampled. Returns
-        what Optimizer.update says of each phase, as PHASE/NAME.
+        what AdamWithEMA.step says of each phase, as PHASE/NAME.
         """
         self._count_step()
         for phase in self.method.phases:
@@ -139,7 +139,7 @@ class Trainer:
                 name = f"{phase.name} step".strip()
                 with annotate_oom(f"{name}, round {i + 1} of {self.grad_accum_steps}"):
                     given = inputs and inputs[phase.name][i]
-                    self.accumulate(phase, given, first=i == 0, last=i == last)
+                    self.backward(phase, given, first=i == 0, last=i == last)
             metrics |= self.update(phase)
         return metrics
 
@@ -152,7 +152,7 @@ class Trainer:
             return [(self.run, 1)]
         found: list[tuple[Callable[[], Any], int]] = []
         for phase in self.method.phases:
-            each = partial(self.accumulate, phase)
+            each = partial(self.backward, phase)
             found += [
                 (partial(each, first=True), 1),
                 (each, self.grad_accum_steps - 2),
@@ -161,10 +161,10 @@ class Trainer:
         return found
 
     def _last(self, phase: Phase) -> dict[str, torch.Tensor]:
-        self.accumulate(phase, last=True)
+        self.backward(phase, last=True)
         return self.update(phase)
 
-    def accumulate(
+    def backward(
         self, phase: Phase, inputs: Any = None, *, first: bool = False, last: bool = False
     ) -> None:
         """A micro-batch of a phase: sample, forward, backward; ranks exchange in the last one."""
@@ -180,7 +180,7 @@ class Trainer:
         losses = phase.loss(inputs)
         losses = losses._replace(loss=torch.where(losses.kept, losses.loss, 0.0))
         scale = phase.loss_scale / self.settings.batch_size
-        optimizer.accumulate(losses, scale, last)
+        optimizer.backward(losses, scale, last)
         self.counter[2].add_(n)
         self.host_counter[2].add_(n)
 
@@ -204,7 +204,7 @@ class Trainer:
     def update(self, phase: Phase) -> dict[str, torch.Tensor]:
         """The end of a phase: average over ranks, clean up, Adam, moving average."""
         optimizer = self.optimizers[phase.network]
-        metrics = optimizer.update(self.lr[phase.network], self.ema_beta, self.live)
+        metrics = optimizer.step(self.lr[phase.network], self.ema_beta, self.enabled)
         if phase is self.method.phases[-1]:
             # A step ends as it began, as its graphs need it: all networks in shards again.
             for each in self.optimizers.values():
@@ -229,18 +229,18 @@ class Trainer:
         for _ in range(2 if self.grad_accum_steps == 1 else 1):
             for phase in self.method.phases:
                 if self.grad_accum_steps > 1:
-                    self.accumulate(phase, first=True)
-                self.accumulate(phase, first=self.grad_accum_steps == 1, last=True)
+                    self.backward(phase, first=True)
+                self.backward(phase, first=self.grad_accum_steps == 1, last=True)
                 self.update(phase)
 
     @contextlib.contextmanager
     def changing_nothing(self) -> Iterator[None]:
         """Updates inside the block leave no trace."""
-        self.live.fill_(False)
+        self.enabled.fill_(False)
         try:
             yield
         finally:
-            self.live.fill_(True)
+            self.enabled.fill_(True)
 
     def clear(self) -> None:
         """Forget gradients and sums of micro-batches."""
@@ -248,20 +248,27 @@ class Trainer:
             optimizer.totals.zero_()
             optimizer.gradients.zero()
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors of the training state, by name. Copying into them restores it, together
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The live tensors of the training state, by name; sharded ones are DTensors.
 
-        with steps and images; random numbers are functions of (seed, steps) and need no keeping.
+        `steps` and `images` complete the state. Random numbers are functions of (seed, steps).
         """
         found: dict[str, torch.Tensor] = {}
         for name, optimizer in self.optimizers.items():
-            found |= optimizer.tensors(name)
+            found |= optimizer.state_dict(name)
         return found
 
-    def refresh(self) -> None:
-        """Rebuild the low-precision weight copies after loading a state."""
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Load tensors in place and rebuild the low-precision weight copies.
+
+        Tensors of `state_dict()` itself, already loaded into, are taken as they are.
+        """
+        for name, tensor in self.state_dict().items():
+            if state[name] is not tensor:
+                tensor.copy_(state[name])
         for net in self.method.networks.values():
-            net.refresh()
+            net.update_compute_copies()
 
 
 @contextlib.contextmanager

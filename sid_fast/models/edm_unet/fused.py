@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # it imports this module
     from sid_fast.models.edm_unet.unet import Block, UNet
 
 
-class Sum(NamedTuple):
+class DeferredResidual(NamedTuple):
     """(x + residual + bias)·scale, still to be added up; x and residual [N, C, H, W], bias [C]."""
 
     x: torch.Tensor
@@ -43,50 +43,50 @@ def unet(net: "UNet", image: torch.Tensor, embedding: torch.Tensor) -> torch.Ten
     bottom, *decoder = decoder
     image = image.contiguous(memory_format=torch.channels_last)  # and so all that is made of it
     conditions = iter(net.conditions(embedding, with_conv_bias=True))
-    x, skips = Sum(convolve(first, image), bias=first.bias), []
+    x, skips = DeferredResidual(convolve(first, image), bias=first.bias), []
     for layer in (*encoder, bottom):
-        x, fork = layer(x, next(conditions))
-        skips.append(fork)
+        x, h_for_skip = layer(x, next(conditions))
+        skips.append(h_for_skip)
     for layer in decoder:
-        beside = skips.pop() if x.x.shape[1] < layer.fan_in else None
-        x, _ = layer(x, next(conditions), beside)
+        skip = skips.pop() if x.x.shape[1] < layer.fan_in else None
+        x, _ = layer(x, next(conditions), skip)
     norm, last = net.tail()
     return convolve(last, normalise(norm, x).y) + bias_of(last, image.dtype)[:, None, None]
 
 
 def block(
     layer: "Block",
-    x: Sum,
+    x: DeferredResidual,
     embedding: torch.Tensor | dict[str, torch.Tensor],
-    beside: torch.Tensor | None = None,
-) -> tuple[Sum, torch.Tensor]:
-    """A Block of cat(x, beside), and x added up, for the decoder to read.
+    skip: torch.Tensor | None = None,
+) -> tuple[DeferredResidual, torch.Tensor]:
+    """A Block of cat(x, skip), and x added up, for the decoder to read.
 
     embedding may be norm1's conditioning, conv0's bias included.
     """
-    start = normalise(layer.norm0, x, beside=beside, resample=layer.conv0.resample)
+    start = normalise(layer.norm0, x, skip=skip, resample=layer.conv0.resample)
     h = convolve(layer.conv0, start.y)
     around = embedding if isinstance(embedding, dict) else condition(layer, embedding)
     around = around | layer.active_dropout()
-    h = convolve(layer.conv1, normalise(layer.norm1, Sum(h), **around).y)
+    h = convolve(layer.conv1, normalise(layer.norm1, DeferredResidual(h), **around).y)
 
     residual = start.resampled if layer.conv0.resample else start.h
     assert residual is not None
     bias: torch.Tensor = layer.conv1.bias
     if layer.skip is not None and layer.skip.weight is not None:
-        residual = product(weight_of(layer.skip, residual.dtype), residual, start.beside)
+        residual = product(weight_of(layer.skip, residual.dtype), residual, start.skip)
         bias = bias + layer.skip.bias if layer.tail_bias is None else layer.tail_bias
-    x = Sum(h, residual, bias, layer.skip_scale)
+    x = DeferredResidual(h, residual, bias, layer.skip_scale)
     if layer.heads:
         middle = normalise(layer.norm2, x, silu=False)
         qkv = product(weight_of(layer.qkv, h.dtype), middle.y)
         attended = kernels.attention(qkv, layer.heads, bias=layer.qkv.bias)
         h = product(weight_of(layer.proj, h.dtype), attended)
-        x = Sum(h, middle.h, layer.proj.bias, layer.skip_scale)
-    return x, start.fork
+        x = DeferredResidual(h, middle.h, layer.proj.bias, layer.skip_scale)
+    return x, start.h_for_skip
 
 
-def normalise(norm: GroupNorm, x: Sum, **around) -> kernels.Normed:
+def normalise(norm: GroupNorm, x: DeferredResidual, **around) -> kernels.GroupNormOutput:
     return norm(x.x, residual=x.residual, x_bias=x.bias, x_scale=x.scale, **around)
 
 
@@ -121,15 +121,15 @@ def condition(layer: "Block", embedding: torch.Tensor) -> dict[str, torch.Tensor
 
 
 def product(
-    weight: torch.Tensor, x: torch.Tensor, beside: torch.Tensor | None = None
+    weight: torch.Tensor, x: torch.Tensor, skip: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """A 1x1 convolution [C', C, 1, 1] of cat(x, beside): one product, or two that add up."""
+    """A 1x1 convolution [C', C, 1, 1] of cat(x, skip): one product, or two that add up."""
     n, _, height, width = x.shape
     weight = weight.flatten(1)
-    if beside is None:
+    if skip is None:
         out = _pixels(x) @ weight.t()
     else:
-        out = _Joined.apply(_pixels(x), _pixels(beside), weight)
+        out = _Joined.apply(_pixels(x), _pixels(skip), weight)
     return out.reshape(n, height, width, -1).permute(0, 3, 1, 2)
 
 

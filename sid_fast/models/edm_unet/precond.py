@@ -155,7 +155,7 @@ class EDMNetwork(nn.Module):
             torch._foreach_copy_(copies, totals)
 
     @torch.no_grad()
-    def refresh(self) -> None:
+    def update_compute_copies(self) -> None:
         """Recompute all copies from their parameters."""
         for p, copy in zip(self.parameters(), self.written_copies(), strict=True):
             if copy is not None:

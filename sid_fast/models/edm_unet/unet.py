@@ -109,11 +109,11 @@ class Block(nn.Module):
         self,
         x,
         embedding: torch.Tensor | Condition,
-        beside: torch.Tensor | None = None,
+        skip: torch.Tensor | None = None,
     ):
         """x is a feature map; or a fused.Sum, and then so is the result (see fused.block)."""
-        if isinstance(x, fused.Sum):
-            return fused.block(self, x, embedding, beside)
+        if isinstance(x, fused.DeferredResidual):
+            return fused.block(self, x, embedding, skip)
         h = self.conv0(self.norm0(x).y)
         condition = embedding if isinstance(embedding, dict) else self.condition(embedding)
         h = self.norm1(h, **self.active_dropout(), **condition).y
@@ -243,7 +243,7 @@ class UNet(nn.Module):
     ) -> torch.Tensor:
         embedding = self.embed(c_noise, labels, augment_labels).to(x.dtype)
         # A resampling filter longer than [1, 1] does not fit into a norm's write.
-        if choose("block") != "reference" and self.kind.filter == (1, 1):
+        if choose("block") != "eager" and self.kind.filter == (1, 1):
             return fused.unet(self, x, embedding)
         conditions = iter(self.conditions(embedding))
         skips: list[torch.Tensor] = []
