@@ -1,5 +1,6 @@
 """Triton, or a stand-in with which the kernels' modules import where it is not built."""
 
+AVAILABLE = True
 try:
     import triton
     import triton.language as tl
@@ -10,6 +11,6 @@ except ImportError:
 
     triton = SimpleNamespace(jit=lambda function=None, **_: function or (lambda f: f))
     tl = SimpleNamespace(constexpr=None)
-    INTERPRETED = False
+    INTERPRETED = AVAILABLE = False
 
-__all__ = ["INTERPRETED", "tl", "triton"]
+__all__ = ["AVAILABLE", "INTERPRETED", "tl", "triton"]

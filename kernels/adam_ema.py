@@ -87,7 +87,7 @@ def _run_adam_ema(
     ema_beta: torch.Tensor,
 ) -> torch.Tensor:
     lists = params, grads, exp_avg, exp_avg_sq, ema, compute_weights
-    backend = choose("adam_ema")
+    backend = choose("adam_ema", step.device)
     if backend == "eager":
         return adam_ema_eager(*lists, step, enabled, lr, beta1, beta2, eps, ema_beta)
 
@@ -147,49 +147,62 @@ def adam_ema_eager(
     eps,
     ema_beta,
 ) -> torch.Tensor:
-    """adam_ema in plain PyTorch, for float32 and float64 lists; lr and ema_beta are tensors."""
-    # Without values that are not finite, 0·g is 0 everywhere. One flat copy takes a few launches,
-    # counting tensor by tensor some of each.
-    nonfinite = torch.cat([_flat(g) for g in grads]).mul_(0).count_nonzero()
-    for grad in grads:
-        torch.nan_to_num_(grad, nan=0.0, posinf=1e5, neginf=-1e5)
+    """adam_ema in plain PyTorch, for float32 and float64 lists; lr and ema_beta are tensors.
 
+    Walks whole lists: a few dozen launches, whatever the number of tensors.
+    """
+    flat = torch.cat([_flat(g) for g in grads])
+    nonfinite = (flat - flat).count_nonzero()  # NaN where a value is not finite, else 0
+    flat.nan_to_num_(nan=0.0, posinf=1e5, neginf=-1e5)
+    pieces = flat.split([g.numel() for g in grads])
+    torch._foreach_copy_([_flat(g) for g in grads], pieces)
+
+    # 0-dim tensors in the lists' dtype: `_foreach` on CUDA launches a kernel per tensor otherwise.
+    dtype = params[0].dtype
     step += enabled
     first = grads
     if exp_avg:
         first = torch._foreach_lerp(exp_avg, grads, 1 - beta1)
-        _write(enabled, exp_avg, first)
         lr = lr / (1 - beta1**step)
     squares = torch._foreach_mul(exp_avg_sq, beta2)
     torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-    _write(enabled, exp_avg_sq, squares)
-
-    # _foreach on CUDA launches a kernel per tensor if a scalar tensor is of another dtype.
-    dtype = params[0].dtype
     change = torch._foreach_sqrt(squares)
+    _write(enabled, exp_avg_sq, squares)
     torch._foreach_div_(change, (1 - beta2**step).sqrt().to(dtype))
     torch._foreach_add_(change, eps)
     change = torch._foreach_div(first, change)
+    if exp_avg:
+        _write(enabled, exp_avg, first)
     torch._foreach_mul_(change, (-lr).to(dtype))
     moved = torch._foreach_add(params, change)
-    _write(enabled, params, moved)
     if ema:
         distance = torch._foreach_sub(moved, ema)
         torch._foreach_mul_(distance, (1 - ema_beta).to(dtype))
         _write(enabled, ema, torch._foreach_add(ema, distance))
-    copied = [i for i, t in enumerate(compute_weights) if t is not None]
-    if copied:
-        copies = [torch.empty_like(compute_weights[i]) for i in copied]
-        torch._foreach_copy_(copies, [moved[i] for i in copied])
-        _write(enabled, [compute_weights[i] for i in copied], copies)
+    if copied := [i for i, t in enumerate(compute_weights) if t is not None]:
+        targets = [compute_weights[i] for i in copied]
+        rounded = [torch.empty_like(t) for t in targets]
+        torch._foreach_copy_(rounded, [moved[i] for i in copied])
+        _write(enabled, targets, rounded)
+    _write(enabled, params, moved)
     return nonfinite
+
+
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _write(
     enabled: torch.Tensor, tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
 ) -> None:
-    for t, value in zip(tensors, values, strict=True):
-        torch.where(enabled, value, t, out=t)
+    """Overwrite tensors with values where enabled; values are spent.
+
+    There is no list form of `where`; integer arithmetic selects without touching NaN or -0.
+    """
+    bits = BITS[tensors[0].element_size()]
+    old, new = ([t.view(bits) for t in each] for each in (tensors, values))
+    torch._foreach_mul_(new, enabled.to(bits))
+    torch._foreach_mul_(old, (~enabled).to(bits))
+    torch._foreach_add_(old, new)
 
 
 def _flat(t: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 
 from sid_fast.kernels._operator import differentiate, operator
 from sid_fast.kernels._triton import INTERPRETED, tl, triton
@@ -64,7 +65,7 @@ def attention(qkv: torch.Tensor, heads: int, bias: torch.Tensor | None = None) -
         raise ValueError(f"attention: {qkv.shape[1]} channels do not divide into {heads} heads")
     if bias is not None and bias.shape != qkv.shape[1:2]:
         raise ValueError(f"attention: a bias {tuple(bias.shape)} for {qkv.shape[1]} channels")
-    if choose("attention") == "eager" or qkv.shape[1] // (3 * heads) > MAX_SIZE:
+    if choose("attention", qkv.device) == "eager" or qkv.shape[1] // (3 * heads) > MAX_SIZE:
         return attention_eager(qkv, heads, bias)
     return _attention(qkv, heads, bias)[0]
 
@@ -72,15 +73,36 @@ def attention(qkv: torch.Tensor, heads: int, bias: torch.Tensor | None = None) -
 def attention_eager(
     qkv: torch.Tensor, heads: int, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """attention in plain PyTorch, on any device and also in float64; N×N weights in memory."""
+    """`attention` by PyTorch's scaled_dot_product_attention, which keeps no N×N matrix."""
+    n, _, height, width = qkv.shape
+    if qkv.dtype == torch.float64:  # no fused kernel of PyTorch's takes it
+        return attention_explicit(qkv, heads, bias)
+    q, k, v = (t.transpose(-1, -2) for t in _split_heads(qkv, heads, bias))
+    # The fused kernels want channels adjacent, as they are in a channels-last qkv.
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v)
+    return out.transpose(1, 2).reshape(n, height, width, -1).permute(0, 3, 1, 2)
+
+
+def attention_explicit(
+    qkv: torch.Tensor, heads: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`attention` as its formula, in any dtype; N×N weights in memory."""
+    n, c3, height, width = qkv.shape
+    q, k, v = _split_heads(qkv, heads, bias)
+    logits = (q.transpose(-1, -2) @ k).to(torch.promote_types(qkv.dtype, torch.float32))
+    weights = (logits / math.sqrt(q.shape[2])).softmax(-1).to(qkv.dtype)
+    return (v @ weights.transpose(-1, -2)).reshape(n, c3 // 3, height, width)
+
+
+def _split_heads(
+    qkv: torch.Tensor, heads: int, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """q, k and v, each [N, heads, channels per head, pixels]."""
     if bias is not None:
         qkv = qkv + bias.to(qkv.dtype)[:, None, None]
     n, c3, height, width = qkv.shape
-    size = c3 // 3 // heads
-    q, k, v = qkv.reshape(n, 3, heads, size, height * width).unbind(1)
-    logits = (q.transpose(-1, -2) @ k).to(torch.promote_types(qkv.dtype, torch.float32))
-    weights = (logits / math.sqrt(size)).softmax(-1).to(qkv.dtype)
-    return (v @ weights.transpose(-1, -2)).reshape(n, c3 // 3, height, width)
+    return qkv.reshape(n, 3, heads, c3 // 3 // heads, height * width).unbind(1)
 
 
 def blocked_order(channels: int, heads: int) -> torch.Tensor:

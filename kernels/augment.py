@@ -49,7 +49,7 @@ def _run_augment(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     values = xflip, yflip, scale, rotate, aniso, aniso_rotate, translate
     out = _augment_like(images, *values)
-    if choose("augment") == "eager":
+    if choose("augment", images.device) == "eager":
         warped, labels = augment_eager(images, dict(zip(PARAMETERS, values, strict=True)))
         out[0].copy_(warped)
         return out[0], labels

@@ -8,6 +8,7 @@ import torch
 
 from sid_fast.errors import UserError
 from sid_fast.kernels import _apex, _cuda
+from sid_fast.kernels._triton import AVAILABLE
 
 # What each operation has beside plain PyTorch, "eager". `block` is how the others are put
 # together: the reference is edm_unet/unet.py, its other form edm_unet/fused.py.
@@ -29,40 +30,50 @@ def available_backends() -> list[str]:
     return [name for name in BACKENDS if name != "apex" or _apex.installed()]
 
 
-def choose(operation: str, device: torch.device | None = None) -> str:
-    """The implementation of an operation, which is called as its module.
+# The backend of an operation by device type, where --kernels says nothing; eager for the rest.
+# Counted bytes and launches decide (GroupNorm 203 GiB -> 119 a CIFAR-10 step of 64 images, Adam
+# 13,000 launches -> 2); `python -m sid_fast.tune` times all backends on the machine itself.
+DEFAULTS = {
+    "cuda": dict.fromkeys(("group_norm", "sid_loss", "random", "adam_ema"), "triton"),
+    "cpu": {"adam_ema": "cuda"},  # the host build of the same C++
+}
 
-    Triton stands in for a form that an operation does not have, or that was not built. device:
-    where it runs, for an operation whose default depends on it.
+
+def choose(operation: str, device: torch.device) -> str:
+    """The backend that runs an operation on tensors of a device.
+
+    A forced backend that the operation lacks, or that was not built, falls back to Triton; a
+    default that was not built falls back to eager.
     """
     return _resolve(_forced, operation, device)
 
 
-# Triton by default on a GPU: a hundred passes of integer arithmetic in plain PyTorch.
-TRITON_ON_GPU = ("random",)
-
-
-def _resolve(forced: Mapping[str, str], operation: str, device: torch.device | None = None) -> str:
-    # PyTorch's own wherever nothing else is asked for: the kernels are proven by interpreter and
-    # compiler, and become a GPU's default with their figures measured on one.
-    on_gpu = device is not None and device.type == "cuda"
-    default = "triton" if on_gpu and operation in TRITON_ON_GPU else "eager"
+def _resolve(forced: Mapping[str, str], operation: str, device: torch.device) -> str:
+    default = DEFAULTS.get(device.type, {}).get(operation, "eager")
     name = forced.get(operation, default)
     missing = name not in ("eager", *OPERATIONS[operation])
     missing |= name == "cuda" and _cuda.library() is None
-    return "triton" if missing else name
+    missing |= name == "triton" and not AVAILABLE
+    if not missing:
+        return name
+    return "triton" if operation in forced and AVAILABLE else "eager"
 
 
-def _runs(forced: Mapping[str, str], device: torch.device | None) -> dict[str, str]:
+def runs(device: torch.device) -> dict[str, str]:
+    """The backend of every operation on a device."""
+    return _runs(_forced, device)
+
+
+def _runs(forced: Mapping[str, str], device: torch.device) -> dict[str, str]:
     return {name: _resolve(forced, name, device) for name in OPERATIONS}
 
 
-def report(device: torch.device | None = None) -> str:
+def report(device: torch.device) -> str:
     """What runs on a device, in a line: one name, or one for each operation if they differ."""
-    runs = _runs(_forced, device)
-    if len(set(runs.values())) == 1:
-        return runs["group_norm"]
-    return ", ".join(f"{operation} {name}" for operation, name in runs.items())
+    found = runs(device)
+    if len(set(found.values())) == 1:
+        return found["group_norm"]
+    return ", ".join(f"{operation} {name}" for operation, name in found.items())
 
 
 def force(names: str | Mapping[str, str] | None) -> None:

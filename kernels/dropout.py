@@ -22,7 +22,7 @@ def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
     x is float32 or 16 bit, 0 ≤ p < 1; seed is int64 [3] on its device: key, stream and index of
     the first sample. The result has the type and the memory order of x.
     """
-    if choose("random", device=x.device) == "eager":
+    if choose("random", x.device) == "eager":
         return dropout_eager(x, p, seed)
     return _dropout(x, seed, round(p * KEEP_ALL))
 

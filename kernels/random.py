@@ -34,7 +34,7 @@ def random(counter: torch.Tensor, stream: int, shape: tuple[int, ...], kind: str
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r}: choose from {', '.join(KINDS)}")
     n, elements = shape[0], math.prod(shape[1:])
-    function = random_eager if choose("random", device=counter.device) == "eager" else _random
+    function = random_eager if choose("random", counter.device) == "eager" else _random
     return function(counter, stream, n, elements, kind == "normal").reshape(shape)
 
 

@@ -135,7 +135,7 @@ def _run_noised(
     dtype: torch.dtype,
     sigma_data: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    if choose("sid_loss") == "eager":
+    if choose("sid_loss", images.device) == "eager":
         return noised_eager(images, sigma, noise, valid, dtype, sigma_data)
     out = _noised_like(images, sigma, noise, valid, dtype, sigma_data)
     _noised_kernel[(len(images),)](
@@ -205,7 +205,7 @@ def _run_generator_loss(
     torch.Tensor,
 ]:
     arguments = teacher, fake_score, x_t, images, sigma, valid, alpha, sigma_data
-    if choose("sid_loss") == "eager":
+    if choose("sid_loss", images.device) == "eager":
         return generator_loss_eager(*arguments)
     out = _generator_loss_like(*arguments)
     _generator_loss_kernel[(len(teacher),)](
@@ -274,7 +274,7 @@ def _run_fake_score_loss(
     sigma_data: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     arguments = fake_score, x_t, images, sigma, valid, sigma_data
-    if choose("sid_loss") == "eager":
+    if choose("sid_loss", images.device) == "eager":
         return fake_score_loss_eager(*arguments)
     out = _fake_score_loss_like(*arguments)
     _fake_score_loss_kernel[(len(images),)](*arguments[:5], *out, sigma_data, **_launch(images))

@@ -345,6 +345,9 @@ def test_a_table_is_never_used_for_other_memory(device, what):
             assert same(t[6:], rest[name]), name
 
 
+VIEWS = ("aten::permute", "aten::view", "aten::empty", "aten::detach")
+
+
 class Operations(TorchDispatchMode):
     """Counts what is computed, apart from views; refuses foreach scalars of another dtype."""
 
@@ -352,27 +355,36 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.name()
-        self.count += not name.startswith(("aten::permute", "aten::view", "aten::empty"))
+        self.count += not name.startswith(VIEWS)
         if "_foreach" in name and isinstance(args[-1], torch.Tensor):
             assert args[-1].dtype == args[0][0].dtype, name
             self.scalars += 1
         return function(*args, **(kwargs or {}))
 
 
-def test_the_eager_form_takes_five_operations_per_parameter(device):
-    """One cleans the gradient, four write; and CUDA has no fused foreach for other dtypes."""
-    lists = make(device, [(8, 4, 3, 3)] * 50, channels_last=True, compute_weights=torch.bfloat16)
-    lists["exp_avg"] = []
+def test_eager_walks_whole_lists(device):
+    """As many operations for 50 tensors as for five, and no foreach scalar of another dtype."""
+    counts = set()
+    for tensors in (5, 50):
+        lists = make(
+            device, [(8, 4, 3, 3)] * tensors, channels_last=True, compute_weights=torch.bfloat16
+        )
+        counts.add(_operations(lists, device))
+    assert len(counts) == 1
+    assert counts.pop() < 80
+
+
+def _operations(lists, device) -> int:
     scalars = [torch.tensor(x, dtype=torch.float64, device=device) for x in (3.0, 1e-3, 0.97)]
     step, lr, ema_beta = scalars
     enabled = torch.tensor(True, device=device)
     names = ("params", "grads", "exp_avg", "exp_avg_sq", "ema", "compute_weights")
     with Operations() as seen:
         module.adam_ema_eager(
-            *(lists[n] for n in names), step, enabled, lr, 0.0, 0.999, 1e-8, ema_beta
+            *(lists[n] for n in names), step, enabled, lr, 0.9, 0.999, 1e-8, ema_beta
         )
-    assert seen.count <= 5 * 50 + 40
-    assert seen.scalars == 3
+    assert seen.scalars > 2
+    return seen.count
 
 
 def test_traced_without_a_break(device, backend):

@@ -7,9 +7,16 @@ import torch
 import torch.nn.functional as F
 from golden import relative
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sid_fast import kernels
-from sid_fast.kernels.attention import attention_eager, blocked_order, bytes_moved, flop
+from sid_fast.kernels.attention import (
+    attention_eager,
+    attention_explicit,
+    blocked_order,
+    bytes_moved,
+    flop,
+)
 from sid_fast.kernels.dispatch import forced
 
 module = importlib.import_module("sid_fast.kernels.attention")
@@ -89,6 +96,36 @@ def test_reference_is_softmax_attention():
     q, k, v = parts(qkv, 3)
     expected = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(2, 24, 4, 5)
     assert relative(attention_eager(qkv, 3), expected) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_eager_is_its_formula_without_the_matrix(dtype, channels_last):
+    """Both layouts; PyTorch's fused kernels keep no [pixels, pixels] weights."""
+    qkv, grad = tensors((2, 3, 8, 4, 5), dtype, "cpu")
+    if channels_last:
+        qkv, grad = (t.to(memory_format=torch.channels_last) for t in (qkv, grad))
+    bias = random_bias(qkv)
+    found = differentiate(attention_eager, qkv, grad, 3, bias=bias)
+    wanted = differentiate(attention_explicit, qkv.double(), grad.double(), 3, bias=bias.double())
+    for a, b in zip(found, wanted, strict=True):
+        assert relative(a, b) <= BIASED[dtype]
+    with Shapes() as seen:
+        attention_eager(qkv, 3)
+    assert not any(shape[-2:] == (20, 20) for shape in seen.shapes)
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the shape of every tensor made."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.shapes += [tuple(t.shape) for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        return out
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -16,7 +16,8 @@ NVIDIA = [*(f"apex/{file}" for file in _apex.FILES), f"{_apex.EXTENSION}.py"]
 
 
 @pytest.fixture(autouse=True)
-def unforced():
+def unforced(monkeypatch):
+    monkeypatch.setattr(dispatch._cuda, "library", lambda: None)
     dispatch.force(None)
     yield
     dispatch.force(None)
@@ -43,36 +44,50 @@ def packages(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-def test_everything_is_pytorchs_unless_asked_for():
-    assert {dispatch.choose(operation) for operation in dispatch.OPERATIONS} == {"eager"}
-    assert dispatch.report() == "eager"
+GPU = torch.device("cuda")
+
+
+def test_defaults_of_a_gpu():
+    """The Triton kernels that move less at a known cost; PyTorch's elsewhere."""
+    triton = {name for name, backend in dispatch.runs(GPU).items() if backend == "triton"}
+    assert triton == {"group_norm", "sid_loss", "random", "adam_ema"}
+    assert set(dispatch.runs(GPU).values()) == {"triton", "eager"}
+
+
+def test_defaults_of_a_cpu(monkeypatch):
+    """Eager, and the C++ update where it was built."""
+    monkeypatch.setattr(dispatch._cuda, "library", object)
+    eager = dict.fromkeys(dispatch.OPERATIONS, "eager")
+    assert dispatch.runs(CPU) == eager | {"adam_ema": "cuda"}
+    monkeypatch.setattr(dispatch._cuda, "library", lambda: None)
+    assert dispatch.runs(CPU) == eager
+
+
+def test_defaults_without_triton(monkeypatch):
+    monkeypatch.setattr(dispatch, "AVAILABLE", False)
+    assert set(dispatch.runs(GPU).values()) == {"eager"}
 
 
 def test_triton_stands_in_for_a_form_that_an_operation_does_not_have(monkeypatch):
     with dispatch.forced("cuda"):
         monkeypatch.setattr(dispatch._cuda, "library", object)
-        assert dispatch.choose("adam_ema") == "cuda"
-        assert dispatch.choose("attention") == "triton"
+        assert dispatch.choose("adam_ema", CPU) == "cuda"
+        assert dispatch.choose("attention", CPU) == "triton"
         monkeypatch.setattr(dispatch._cuda, "library", lambda: None)
-        assert dispatch.choose("adam_ema") == "triton"
-
-
-def test_random_numbers_are_tritons_on_a_gpu():
-    assert dispatch.choose("random", device=torch.device("cuda")) == "triton"
-    assert dispatch.choose("random", device=torch.device("cpu")) == "eager"
+        assert dispatch.choose("adam_ema", CPU) == "triton"
 
 
 def test_one_operation_is_taken_out_and_put_back():
     with dispatch.forced("triton"):
         with dispatch.forced({"group_norm": "eager"}):
-            assert dispatch.choose("group_norm") == "eager"
-            assert dispatch.choose("attention") == "triton"
-            assert dispatch.report() == (
+            assert dispatch.choose("group_norm", CPU) == "eager"
+            assert dispatch.choose("attention", CPU) == "triton"
+            assert dispatch.report(CPU) == (
                 "block triton, group_norm eager, attention triton, sid_loss triton, "
                 "augment triton, random triton, adam_ema triton"
             )
-        assert dispatch.report() == "triton"
-    assert dispatch.report() == "eager"
+        assert dispatch.report(CPU) == "triton"
+    assert dispatch.report(CPU) == "eager"
 
 
 def test_an_operation_does_what_is_said_of_it_alone(monkeypatch):
@@ -120,9 +135,9 @@ def test_kernels_option(text, wanted, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     dispatch.configure(text, CPU)
     if isinstance(wanted, str):
-        assert dispatch.report() == wanted
+        assert dispatch.report(CPU) == wanted
     else:
-        assert {operation: dispatch.choose(operation) for operation in wanted} == wanted
+        assert {operation: dispatch.choose(operation, CPU) for operation in wanted} == wanted
 
 
 @pytest.mark.parametrize(
@@ -148,7 +163,7 @@ def test_triton_on_a_cpu_needs_its_interpreter(text, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UserError, match="TRITON_INTERPRET"):
         dispatch.configure(text, CPU)
-    assert dispatch.report() == "eager"
+    assert dispatch.report(CPU) == "eager"
 
 
 @pytest.mark.parametrize(
@@ -181,12 +196,12 @@ def test_an_apex_already_imported_decides(packages, monkeypatch):
 def test_nvidias_apex_is_offered_for_the_group_norm_alone(packages):
     packages("apex/__init__.py", *NVIDIA)
     with dispatch.forced("apex"):
-        assert dispatch.choose("group_norm") == "apex"
-        assert dispatch.choose("adam_ema") == "triton"
+        assert dispatch.choose("group_norm", CPU) == "apex"
+        assert dispatch.choose("adam_ema", CPU) == "triton"
     with pytest.raises(UserError, match="NVIDIA GPUs only"):
         dispatch.configure("group_norm=apex", CPU)
-    dispatch.configure("group_norm=apex", torch.device("cuda"))
-    assert dispatch.report().startswith("block eager, group_norm apex, attention")
+    dispatch.configure("group_norm=apex", GPU)
+    assert dispatch.report(GPU).startswith("block eager, group_norm apex, attention")
 
 
 def test_apex_is_called_in_its_own_terms(packages):

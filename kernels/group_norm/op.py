@@ -262,7 +262,7 @@ def group_norm(
         "residual": residual, "x_bias": x_bias, "add": add, "scale": scale, "shift": shift,
     }  # fmt: skip
     _check(x, weight, groups, skip, dropout, resample, parts)
-    backend = choose("group_norm")
+    backend = choose("group_norm", x.device)
     if backend == "apex" and _apex.takes(x, groups):
         alone = skip is None and all(part is None for part in parts.values())
         if alone and x_scale == 1 and not dropout and resample is None:

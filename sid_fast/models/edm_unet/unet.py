@@ -243,7 +243,7 @@ class UNet(nn.Module):
     ) -> torch.Tensor:
         embedding = self.embed(c_noise, labels, augment_labels).to(x.dtype)
         # A resampling filter longer than [1, 1] does not fit into a norm's write.
-        if choose("block") != "eager" and self.kind.filter == (1, 1):
+        if choose("block", x.device) != "eager" and self.kind.filter == (1, 1):
             return fused.unet(self, x, embedding)
         conditions = iter(self.conditions(embedding))
         skips: list[torch.Tensor] = []
