@@ -18,7 +18,7 @@ from sid_fast.methods.sid import SiD
 from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.performance import fsdp
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
-from sid_fast.tools.op_counter import Count, Op, fake
+from sid_fast.tools.op_counter import Backends, Count, Op, fake
 from sid_fast.training.step import Trainer
 
 GIB = 2**30
@@ -41,7 +41,7 @@ def steps(
     network: NetworkConfig,
     settings: Settings,
     rounds: Iterable[int],
-    backend: str = "triton",
+    backends: Backends = "triton",
     prepare: Callable[..., None] = lambda *nets: None,
 ) -> list[Step]:
     """Count a step of SiD for every number of images a round.
@@ -50,7 +50,7 @@ def steps(
     "eager". prepare: called with teacher, generator and fake score before the first step.
     """
     found = []
-    with fake(backend), Count() as count:
+    with fake(backends), Count() as count:
         trainer = _trainer(lambda s: SiD(EDMNetwork(network), s), settings)
         prepare(*trainer.method.frozen.values(), *trainer.method.networks.values())
         gc.collect()  # the float32 teacher, where a copy in another type has taken its place
@@ -105,12 +105,12 @@ class State:
     make: the method for given settings, called on tensors without values.
     """
 
-    def __init__(self, make: Callable[[Any], Method], settings: Any, backend: str = "triton"):
-        self.make, self.settings, self.backend = make, settings, backend
+    def __init__(self, make: Callable[[Any], Method], settings: Any, backends: Backends = "triton"):
+        self.make, self.settings, self.backends = make, settings, backends
 
     @functools.cached_property
     def stays(self) -> Counter[str]:
-        with fake(self.backend):
+        with fake(self.backends):
             found = _resident(_trainer(self.make, self.settings))
         sizes: Counter[str] = Counter()
         seen = set()
@@ -149,8 +149,7 @@ def sharded(stays: Counter[str], shards: int, reshard_after_forward: bool = Fals
 class Counts:
     """What is counted of a step: bytes that stay and that an image adds, by kind; FLOP an image.
 
-    forward: FLOP of one forward of one image; parameters: of one network; backend: of the kernels,
-    "triton" or "eager".
+    forward: FLOP of one forward of one image; parameters: of one network; backends: see op_counter.fake.
     """
 
     stays: Counter[str]
@@ -158,7 +157,7 @@ class Counts:
     flop: float
     forward: float
     parameters: int
-    backend: str = "triton"
+    backends: Backends = "triton"
 
     def memory(
         self, images: int, gpus: int = 1, shards: int = 1, reshard_after_forward: bool = False
@@ -177,15 +176,15 @@ class Counts:
 
 
 def counts(
-    network: NetworkConfig, settings: Settings, recompute: bool = False, backend: str = "triton"
+    network: NetworkConfig, settings: Settings, recompute: bool = False, backends: Backends = "triton"
 ) -> Counts:
     """Count a step at one image and at two; memory is linear in them.
 
-    recompute: with --checkpoint-activations; backend: of the kernels, "triton" or "eager".
+    recompute: with --checkpoint-activations; backends: see op_counter.fake.
     """
     prepare = {"prepare": checkpoint_activations} if recompute else {}
     forwards = FORWARDS + 4 * recompute  # of ψ, and of G, φ and ψ, once more
-    one, two = steps(network, settings, [1, 2], backend, **prepare)
+    one, two = steps(network, settings, [1, 2], backends, **prepare)
     kinds = {*one.peak, *two.peak}
     image = Counter({kind: two.peak[kind] - one.peak[kind] for kind in kinds})
     with torch.device("meta"):
@@ -196,7 +195,7 @@ def counts(
         flop=(flop := sum(op.flops for op in two.ops) / 2),
         forward=flop / forwards,
         parameters=parameters,
-        backend=backend,
+        backends=backends,
     )
 
 

@@ -11,7 +11,7 @@ import math
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,6 +24,7 @@ from sid_fast import kernels
 from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.performance.mixed_precision import TYPES
 
+Backends = str | Mapping[str, str]  # one for all operations, or by operation
 ALLOCATION = 512  # bytes that torch's allocator rounds to
 
 
@@ -75,6 +76,8 @@ KINDS = {
     "_softmax": "attention",
     "_softmax_backward_data": "attention",
     "attention": "attention",
+    "_scaled_dot_product_flash_attention_for_cpu": "attention",
+    "_scaled_dot_product_flash_attention_for_cpu_backward": "attention",
     "attention_backward": "attention",
     "native_group_norm": "group norm",
     "native_group_norm_backward": "group norm",
@@ -248,20 +251,31 @@ class _Fake(FakeTensorMode):
 
 
 @contextlib.contextmanager
-def fake(backend: str = "triton") -> Iterator[None]:
-    """Tensors made in the block have no values; form: which form of the kernels is counted."""
-    random = dict.fromkeys(kernels.dispatch.TRITON_ON_GPU, "triton")  # as on a GPU by default
+def fake(backends: Backends = "triton") -> Iterator[None]:
+    """Tensors made in the block have no values.
+
+    Args:
+        backends: the backend to count, or one per operation; "default" for a GPU's defaults.
+            Random numbers are always counted as the Triton kernel draws them.
+    """
+    if backends == "default":
+        backends = kernels.dispatch.DEFAULTS["cuda"]
+    if isinstance(backends, Mapping):
+        backends = dict.fromkeys(kernels.dispatch.OPERATIONS, "eager") | dict(backends)
     forced = kernels.dispatch.forced
-    with warnings.catch_warnings(), _Fake(), forced(backend), forced(random):
+    with warnings.catch_warnings(), _Fake(), forced(backends), forced({"random": "triton"}):
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         yield
 
 
 def forward(
-    config: NetworkConfig, precision: str = "bf16", backend: str = "triton", images: int = 1
+    config: NetworkConfig,
+    precision: str = "bf16",
+    backends: Backends = "triton",
+    images: int = 1,
 ) -> list[Op]:
     """The operations of a forward of so many images, with the layers they are in."""
-    with fake(backend), torch.no_grad():
+    with fake(backends), torch.no_grad():
         net = EDMNetwork(config).eval().requires_grad_(False)
         net.compute_in(TYPES[precision])
         x = torch.empty(images, config.channels, config.resolution, config.resolution)
