@@ -127,7 +127,7 @@ def flat(tensors) -> torch.Tensor:
 
 def weights(distiller: Distiller) -> torch.Tensor:
     nets = distiller.fake_score, distiller.generator, distiller.ema
-    return flat(fsdp.local([p for net in nets for p in net.parameters()]))
+    return flat(fsdp.local_shards([p for net in nets for p in net.parameters()]))
 
 
 def apart(found: Distiller, expected: Distiller, start: torch.Tensor) -> float:
@@ -444,7 +444,7 @@ def deterministic() -> Iterator[None]:
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False
-    mixed_precision.pick("fp32", torch.device("cpu"))
+    mixed_precision.set_precision("fp32", torch.device("cpu"))
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ from sid_fast.config.toml import loads
 from sid_fast.config.types import members
 from sid_fast.errors import Fallback, RunFailed, UserError
 from sid_fast.performance import failure
-from sid_fast.training.checkpoint import PATTERN, find_state, read_header, restarted
+from sid_fast.training.checkpoint import PATTERN, find_restarted_run, find_state, read_header
 
 
 def presets(kind: str) -> dict[str, dict[str, Any]]:
@@ -220,7 +220,7 @@ MACHINE = {"resume", "device", "parallel", "shard_group", "timeout"}
 
 def resume(config: Any, given: set[str]) -> Path | None:
     """The state to resume, if any; what was not given anew is then as in the run it is of."""
-    if folder := restarted(config.out):
+    if folder := find_restarted_run(config.out):
         config.out = str(folder)
         if any(folder.glob(PATTERN)):
             config.resume = str(folder)
@@ -271,7 +271,7 @@ def main(command: click.Command, module: str) -> None:
     except (click.Abort, KeyboardInterrupt):
         message, status = "interrupted", 130
     except Exception:
-        if not failure.abandoned:
+        if not failure.unclean_exit:
             raise
         traceback.print_exc()
         status = 1
@@ -281,7 +281,9 @@ def main(command: click.Command, module: str) -> None:
         rank = os.environ.get("RANK", "0")
         prefix = "error: " if rank == "0" else f"error on process {rank}: "
         print(prefix + " ".join(message.split()), file=sys.stderr)
-    if failure.abandoned:  # an end in good order would wait: for a device, or a thread that saves
+    if (
+        failure.unclean_exit
+    ):  # an end in good order would wait: for a device, or a thread that saves
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):  # its disk may be full
                 stream.flush()

@@ -80,7 +80,7 @@ def run(config: PretrainConfig, given: set[str]) -> None:
         settings, images = part(config, PretrainSettings), data.images()
         state = estimator.State(
             lambda s: EDM(EDMNetwork(network), s, images[:1], None),
-            mixed_precision.settle(settings, device),
+            mixed_precision.resolve_precision(settings, device),
             kernels.dispatch.choose("block"),
         )
         sharding = fsdp.plan(config.parallel, device, state.nbytes, config.shard_group)

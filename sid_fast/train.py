@@ -28,7 +28,7 @@ from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.models.registry import load_network
 from sid_fast.performance import fsdp, mixed_precision, process_group
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
-from sid_fast.performance.cuda_graphs import usable
+from sid_fast.performance.cuda_graphs import resolve_cuda_graph
 from sid_fast.sampling import one_step
 from sid_fast.tools import estimator, graph_trial
 from sid_fast.tools.micro_batch import largest_micro_batch
@@ -113,7 +113,7 @@ def run(config: TrainConfig, given: set[str]) -> None:
         network, backend = teacher.config, kernels.dispatch.choose("block")
         state = estimator.State(
             lambda settings: SiD(EDMNetwork(network), settings),
-            mixed_precision.settle(part(config, Settings), device),
+            mixed_precision.resolve_precision(part(config, Settings), device),
             backend,
         )
         sharding = fsdp.plan(config.parallel, device, state.nbytes, config.shard_group)
@@ -122,7 +122,7 @@ def run(config: TrainConfig, given: set[str]) -> None:
             config.micro_batch = micro_batch_that_fits(teacher, config, device, sharding)
         settings = part(config, Settings)
         mode = config.cuda_graph
-        graphs, note = usable(mode, device, sharded)
+        graphs, note = resolve_cuda_graph(mode, device, sharded)
         prove = mode == "auto"
         if graphs and prove and (reason := graph_trial.refused(teacher.config, settings, device)):
             mode, graphs, note = "off", False, f"CUDA graphs are off: {reason}"
@@ -184,7 +184,7 @@ def micro_batch_that_fits(
     def estimate() -> int:
         recompute = config.checkpoint_activations
         backend = kernels.dispatch.choose("block")
-        settled = mixed_precision.settle(settings, device)
+        settled = mixed_precision.resolve_precision(settings, device)
         found = estimator.counts(teacher.config, settled, recompute, backend)
         room = torch.cuda.mem_get_info()[0]
         return estimator.estimated_micro_batch(
@@ -195,10 +195,10 @@ def micro_batch_that_fits(
         if sharded:
             return
         alone = dataclasses.replace(settings, batch_size=n, micro_batch=n)
-        trainer = Distiller(teacher, alone, sharding=fsdp.WHOLE)
+        trainer = Distiller(teacher, alone, sharding=fsdp.SINGLE_PROCESS)
         prepare(trainer, config)
-        with trainer.changing_nothing():
-            trainer.rehearse()
+        with trainer.updates_disabled():
+            trainer.dry_run()
 
     def say(line: str) -> None:
         if first:

@@ -214,7 +214,7 @@ class Crowded:
     def __init__(self, variant, *_):
         need = {"large": 2, "too large": 3}.get(variant.kernels, 1)
         if Crowded.alive + need > 2:
-            with annotate_oom("fake step, round 1 of 1"):  # as a Distiller says it
+            with annotate_oom("fake step, micro-batch 1 of 1"):  # as a Distiller says it
                 raise torch.OutOfMemoryError("no room")
         Crowded.alive += need
         self.need, self.peak = need, [0.0, 0.0]
@@ -245,7 +245,7 @@ def test_what_does_not_fit_beside_the_others_has_its_turn_after_them(monkeypatch
 def test_one_that_runs_out_of_memory_in_its_turn_ends_no_other(monkeypatch, small, tmp_path):
     class Growing(Crowded):
         def __call__(self):
-            with annotate_oom("fake step, round 1 of 1"):
+            with annotate_oom("fake step, micro-batch 1 of 1"):
                 raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(train, "Running", Growing)

@@ -76,7 +76,7 @@ def _trainer(make: Callable[[Any], Method], settings: Any) -> Trainer:
         for p in net.parameters():
             if p.dim() == 4:  # as Trainer lays out weights on a GPU
                 p.data = p.data.contiguous(memory_format=torch.channels_last)
-    return Trainer(method, settings, sharding=fsdp.WHOLE)
+    return Trainer(method, settings, sharding=fsdp.SINGLE_PROCESS)
 
 
 def _resident(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
@@ -90,12 +90,13 @@ def _resident(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
 
     optimizers, frozen = trainer.optimizers.values(), trainer.method.frozen.values()
     return {
-        "teacher": tensors(*frozen) + [leaf.tensor for net in frozen for leaf in net.copies],
+        "teacher": tensors(*frozen)
+        + [leaf.tensor for net in frozen for leaf in net.compute_copies],
         "weights": tensors(*(o.net for o in optimizers)),
         "gradients": [p.grad for o in optimizers for p in o.params if p.grad is not None],
         "optimiser": [v for o in optimizers for v in (*o.exp_avg, *o.exp_avg_sq)],
         "average": tensors(trainer.ema),
-        "copies": [leaf.tensor for o in optimizers for leaf in o.net.copies],
+        "copies": [leaf.tensor for o in optimizers for leaf in o.net.compute_copies],
     }
 
 

@@ -46,7 +46,10 @@ def refused(
 
 def job(config: NetworkConfig, settings: Settings, device: torch.device) -> dict:
     """What a trial is told: the same blocks, one a level, and a step of the same parts."""
-    rounds = min(grad_accum_steps(settings, process_group.world_size()), cuda_graphs.FEW + 1)
+    rounds = min(
+        grad_accum_steps(settings, process_group.world_size()),
+        cuda_graphs.MAX_SINGLE_GRAPH_MICRO_BATCHES + 1,
+    )
     # Large updates in proportion to their gradients: what is compared is how far they go.
     settings = dataclasses.replace(
         settings, batch_size=IMAGES * rounds, micro_batch=IMAGES, eps=1.0, fake_lr=1e-2,
