@@ -50,7 +50,7 @@ class PretrainConfig(RunOptions, PretrainSettings):
         None,
         "the learning rate rises linearly over so many; default: a 20th of the run",
         0,
-        heading="Optimizer and average",
+        heading="Optimizer and EMA",
     )
 
 
@@ -78,7 +78,7 @@ def run(config: PretrainConfig, given: set[str]) -> None:
     )
     with process_group.joined(device, config.parallel, config.timeout):
         settings, images = part(config, PretrainSettings), data.images()
-        state = estimator.State(
+        state = estimator.StateMemory(
             lambda s: EDM(EDMNetwork(network), s, images[:1], None),
             mixed_precision.resolve_precision(settings, device),
             kernels.dispatch.choose("block"),

@@ -245,7 +245,7 @@ def test_a_run_goes_on_without_graphs_and_says_so_in_a_line(
 ):
     """After a trial that failed, or a capture of its own, to the bits of --cuda-graph off."""
     monkeypatch.setattr(train, "resolve_cuda_graph", lambda choice, *_: (choice != "off", ""))
-    monkeypatch.setattr(train.graph_trial, "refused", lambda *_: refused)
+    monkeypatch.setattr(train.graph_trial, "failure_reason", lambda *_: refused)
     made = failing(1)
     save_network(tmp_path / "teacher.safetensors", small_teacher())
     arguments = ["--teacher", tmp_path / "teacher.safetensors", "--batch-size", 4, "--kimg", 0.008]
@@ -267,7 +267,7 @@ def test_a_refused_trial_is_noted_in_the_headline(monkeypatch, tmp_path, run_com
     monkeypatch.setattr(train, "Loop", loop := Mock())
     save_network(tmp_path / "teacher.safetensors", small_teacher())
     for reason, required in (("a trial failed: x", None), ("", False)):
-        monkeypatch.setattr(train.graph_trial, "refused", lambda *_, reason=reason: reason)
+        monkeypatch.setattr(train.graph_trial, "failure_reason", lambda *_, reason=reason: reason)
         assert run_command("train", "--teacher", tmp_path / "teacher.safetensors")[0] == 0
         trainer, headline = (loop.call_args.args[i] for i in (0, 4))
         assert ("\nnote: CUDA graphs are off: a trial failed: x" in headline) == bool(reason)

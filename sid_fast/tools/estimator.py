@@ -100,7 +100,7 @@ def _resident(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
     }
 
 
-class State:
+class StateMemory:
     """What the training of a method keeps of one GPU from step to step, counted once.
 
     make: the method for given settings, called on tensors without values.

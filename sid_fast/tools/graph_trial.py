@@ -29,7 +29,7 @@ IMAGES = 2  # a round
 BOUND = 1e-2
 
 
-def refused(
+def failure_reason(
     config: NetworkConfig, settings: Settings, device: torch.device, limit: int = LIMIT
 ) -> str:
     """Why graphs do not work for steps of such a network on this device; "" if they do.
