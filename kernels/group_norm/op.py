@@ -263,7 +263,7 @@ def group_norm(
     }  # fmt: skip
     _check(x, weight, groups, skip, dropout, resample, parts)
     backend = choose("group_norm")
-    if backend == "apex" and _apex.takes(x, groups):
+    if backend == "apex" and _apex.is_supported(x, groups):
         alone = skip is None and all(part is None for part in parts.values())
         if alone and x_scale == 1 and not dropout and resample is None:
             y = _apex.group_norm(x, weight, bias, groups, eps, silu)
