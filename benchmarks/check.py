@@ -89,7 +89,7 @@ class Here:
     def forced(self) -> Iterator[None]:
         """This backend in the block, which takes steps."""
         with dispatch.forced(BACKENDS[self.backend]):
-            if not self.cuda and "triton" in map(dispatch.choose, dispatch.OPERATIONS):
+            if not self.cuda and "triton" in dispatch.runs(self.device).values():
                 raise Skipped("needs a GPU: a step takes minutes in the interpreter")
             yield
 
@@ -127,7 +127,7 @@ def flat(tensors) -> torch.Tensor:
 
 def weights(distiller: Distiller) -> torch.Tensor:
     nets = distiller.fake_score, distiller.generator, distiller.ema
-    return flat(fsdp.local([p for net in nets for p in net.parameters()]))
+    return flat(fsdp.local_shards([p for net in nets for p in net.parameters()]))
 
 
 def apart(found: Distiller, expected: Distiller, start: torch.Tensor) -> float:
@@ -422,7 +422,7 @@ def estimates_memory(here: Here, teacher: str, images: int) -> tuple[float, floa
     config = TEACHERS[teacher].network
     settings = dataclasses.replace(SETTINGS, batch_size=images, precision="bf16")
     with here.forced():
-        (step,) = estimator.steps(config, settings, [images], dispatch.choose("block"))
+        (step,) = estimator.steps(config, settings, [images], dispatch.runs(here.device))
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -444,7 +444,7 @@ def deterministic() -> Iterator[None]:
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False
-    mixed_precision.pick("fp32", torch.device("cpu"))
+    mixed_precision.set_precision("fp32", torch.device("cpu"))
     try:
         yield
     finally:
@@ -462,7 +462,7 @@ def backends() -> dict[str, str | None]:
     """What dispatch.forced is told, by name: what a user gets first, then what that is not."""
     found: dict[str, str | None] = {"default": None}
     with dispatch.forced(None):
-        usual = {dispatch.choose(name) for name in dispatch.OPERATIONS}
+        usual = set(dispatch.runs(torch.device("cuda")).values())
     others = {"eager": "eager", "triton": "triton"}
     return found | {name: backend for name, backend in others.items() if usual != {backend}}
 

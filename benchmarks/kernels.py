@@ -124,7 +124,7 @@ def channels_last(*shape: int, device: torch.device, dtype: torch.dtype) -> torc
 
 
 def group_norm_case(form: str, place: tuple[int, ...], dtype: str, fill: bool, device) -> Case:
-    """A norm as it stands in a network; form and place as in group_norm.PLACES."""
+    """A norm as it stands in a network; form and place as in group_norm.NORM_SHAPES."""
     *channels, side = place
     total, kind, parts = sum(channels), DTYPES[dtype], form.split()
     resolution = 64 if side == 64 or total % 192 == 0 else 32
@@ -137,10 +137,10 @@ def group_norm_case(form: str, place: tuple[int, ...], dtype: str, fill: bool, d
         makers["skip"] = (n, channels[1], side, side)
     if parts[0] in ("sum", "norm2"):
         makers["residual"], makers["x_bias"] = makers["x"], (channels[0],)
-    for name in {"add": ("add",), "film": ("add", "scale", "shift")}.get(parts[-1], ()):
+    for name in {"add": ("add",), "scale_shift": ("add", "scale", "shift")}.get(parts[-1], ()):
         makers[name] = (n, total)
     names = (*makers, "weight", "bias")
-    arriving = group_norm._arguments(form, backward=True)
+    arriving = group_norm.kernel_arguments(form, backward=True)
 
     def inputs():
         found = []
@@ -176,8 +176,8 @@ def group_norm_case(form: str, place: tuple[int, ...], dtype: str, fill: bool, d
 
 
 def group_norm_cases(dtypes, fill, device) -> Iterator[Case]:
-    for dtype, form in itertools.product(dtypes, group_norm.PLACES):
-        for place in group_norm.PLACES[form]:
+    for dtype, form in itertools.product(dtypes, group_norm.NORM_SHAPES):
+        for place in group_norm.NORM_SHAPES[form]:
             yield group_norm_case(form, place, dtype, fill, device)
 
 

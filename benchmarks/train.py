@@ -170,7 +170,7 @@ class Running:
                 raise RuntimeError("the CUDA kernels are not built")
             graph = v.graphed and self.device.type == "cuda"
             settings = dataclasses.replace(settings, precision=v.precision)
-            sharding = fsdp.WHOLE
+            sharding = fsdp.SINGLE_PROCESS
             if v.sharded:
                 one_process(self.device)
                 sharding = fsdp.plan("fsdp", self.device, lambda shards, reshard_after_forward: 0)
@@ -195,7 +195,7 @@ class Running:
                 stack.enter_context(patch)
             cudnn.benchmark = self.variant.benchmark
             cudnn.deterministic = self.variant.deterministic
-            mixed_precision.pick(self.variant.precision, self.device)
+            mixed_precision.set_precision(self.variant.precision, self.device)
             yield
 
     def __call__(self) -> None:

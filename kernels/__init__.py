@@ -1,7 +1,6 @@
-"""The hot operations of the networks and of the step, each in a module of its own.
+"""Fused operations of the networks and the training step, one module each.
 
-The functions exported here are what the rest of sid_fast calls; which implementation runs is
-decided behind them and nowhere else.
+The rest of sid_fast calls the functions exported here; `kernels.dispatch` picks their backend.
 """
 
 from sid_fast.kernels.adam_ema import adam_ema

@@ -1,11 +1,11 @@
-"""NVIDIA's apex, where it is installed: its group norm, in the forms that it has.
+"""The group norm of NVIDIA's apex, an optional backend.
 
-PyPI's `apex` is an unrelated package. It is told apart by what NVIDIA's is made of, and nothing
-of it is imported to find out: `import apex` would already run a stranger's code.
+PyPI's `apex` is an unrelated package. NVIDIA's is recognised by its files, without importing it:
+`import apex` would run the other package's code.
 
-Its FusedAdam does not stand in for adam_ema: it neither cleans gradients nor keeps the average,
-writes no channels-last copy, and skips an update by a loss scaler's flag only, so that four more
-passes over the weights would surround it; and it wants a first moment even where β1 = 0.
+apex's FusedAdam is no backend of adam_ema: it neither cleans gradients nor updates an EMA, writes
+no channels-last copy, and skips an update only on a loss scaler's flag. Adding those would take
+four more passes over the weights. It also needs a first moment when β1 = 0.
 """
 
 import functools
@@ -16,14 +16,14 @@ from types import ModuleType
 import torch
 
 FILES = ("contrib/group_norm/group_norm.py", "optimizers/fused_adam.py")
-EXTENSION = "group_norm_cuda"  # compiled beside the package, only where its build was asked to
+EXTENSION = "group_norm_cuda"  # optional in apex's build; a top-level module next to the package
 
 
 def installed() -> bool:
-    """Whether `import apex` would find NVIDIA's, built with its group norm."""
-    try:  # the spec of a name without a dot is found without importing anything
+    """Return whether `import apex` would find NVIDIA's, built with its group norm."""
+    try:  # find_spec imports nothing for a top-level name
         package, extension = map(importlib.util.find_spec, ("apex", EXTENSION))
-    except ValueError:  # something else already poses as one of them in sys.modules
+    except ValueError:  # sys.modules holds a module of that name without a spec
         return False
     folders = package and package.submodule_search_locations
     if not folders or extension is None:
@@ -34,12 +34,12 @@ def installed() -> bool:
 @functools.cache
 def _module() -> ModuleType:
     if not installed():
-        raise RuntimeError("apex: NVIDIA's, built with its group norm, is not installed")
+        raise RuntimeError("apex: NVIDIA's apex with its group norm is not installed")
     return importlib.import_module("apex.contrib.group_norm.group_norm")
 
 
-def takes(x: torch.Tensor, groups: int) -> bool:
-    """Whether apex's kernels have been made for these channels, on a GPU and channels-last."""
+def is_supported(x: torch.Tensor, groups: int) -> bool:
+    """Return whether apex has a kernel for x: on a GPU, channels-last, known channel count."""
     known = _module().GroupNorm
     return (
         x.is_cuda
@@ -52,10 +52,18 @@ def takes(x: torch.Tensor, groups: int) -> bool:
 def group_norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float, silu: bool
 ) -> torch.Tensor:
-    """norm(x) or silu(norm(x)) of what `takes` says; nothing may be added, scaled or resampled.
+    """Return norm(x) or silu(norm(x)), differentiable, without any other fused operation.
 
-    x is [N, C, H, W], float32 or 16 bit; its gradient must come back channels-last.
+    Args:
+        x: [N, C, H, W], float32 or 16 bit, that `is_supported`; its incoming gradient must be
+            channels-last.
+        weight: [C].
+        bias: [C].
+        groups: number of groups.
+        eps: added to the variance.
+        silu: apply SiLU after the norm.
     """
-    passes = "one" if x.shape[2] * x.shape[3] <= 1024 else "two"  # apex's own rule, from an A100 on
+    # apex's own rule since the A100.
+    passes = "one" if x.shape[2] * x.shape[3] <= 1024 else "two"
     function = getattr(_module(), f"cuda_group_norm_nhwc_{passes}_pass")
     return function(x, groups, weight, bias, eps, "silu" if silu else "")

@@ -1,4 +1,4 @@
-"""The library of CUDA C++ kernels in csrc, where CMake has built one."""
+"""Load the CUDA C++ kernels of csrc, if CMake has built them."""
 
 import ctypes
 import functools
@@ -7,22 +7,22 @@ from pathlib import Path
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """The library at `path`, with the types of its functions declared."""
-    found = ctypes.CDLL(str(path))
+    """Load the library at `path` and declare its functions' argument types."""
+    lib = ctypes.CDLL(str(path))
     arguments: list[type[ctypes._SimpleCData]] = [ctypes.c_void_p] * 6
     arguments += [ctypes.c_int64, *[ctypes.c_double] * 3, ctypes.c_int]
-    found.sid_fast_adam_ema_host.argtypes = arguments
-    found.sid_fast_adam_ema_host.restype = None
-    if hasattr(found, "sid_fast_adam_ema_cuda"):
-        found.sid_fast_adam_ema_cuda.argtypes = [*arguments, ctypes.c_int, ctypes.c_void_p]
-        found.sid_fast_adam_ema_cuda.restype = ctypes.c_int
-    return found
+    lib.sid_fast_adam_ema_host.argtypes = arguments
+    lib.sid_fast_adam_ema_host.restype = None
+    if hasattr(lib, "sid_fast_adam_ema_cuda"):
+        lib.sid_fast_adam_ema_cuda.argtypes = [*arguments, ctypes.c_int, ctypes.c_void_p]
+        lib.sid_fast_adam_ema_cuda.restype = ctypes.c_int
+    return lib
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """What CMake built of csrc and installed beside this package; None where it built nothing."""
-    # An editable install keeps what was built in site-packages, away from the sources.
+    """Load the library installed with this package; None if CMake did not build it."""
+    # An editable install leaves the library in site-packages, away from the sources.
     folders = [Path(__file__).parent, *(Path(p, "sid_fast", "kernels") for p in sys.path)]
     paths = (path for folder in folders for path in folder.glob("libsid_fast_kernels.*"))
     path = next(paths, None)

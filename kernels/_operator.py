@@ -1,4 +1,4 @@
-"""One way to register torch operators."""
+"""Register torch operators."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,9 +12,13 @@ def operator(
 ) -> Callable:
     """Register torch.ops.sid_fast.NAME and return it.
 
-    function's annotations are the schema, as for torch.library.custom_op, which would cost 10 us
-    of Python more a call. fake: its outputs' shapes and types, without values. mutates_args: the
-    arguments it writes.
+    torch.library.custom_op would add 10 µs of Python to every call.
+
+    Args:
+        name: the operator's name.
+        function: its implementation on CPU and CUDA; the annotations are the schema.
+        fake: takes the same arguments and returns outputs of the right shape and dtype.
+        mutates_args: names of the arguments that `function` writes to.
     """
     _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=mutates_args))
     for key in ("CPU", "CUDA"):
@@ -24,5 +28,5 @@ def operator(
 
 
 def differentiate(name: str, backward: Callable, save: Callable) -> None:
-    """Give an operator its gradient; see torch.library.register_autograd."""
+    """Register an operator's gradient, as torch.library.register_autograd does."""
     torch.library.register_autograd(f"sid_fast::{name}", backward, setup_context=save, lib=_LIBRARY)

@@ -1,4 +1,4 @@
-"""Triton, or a stand-in with which the kernels' modules import where it is not built."""
+"""Import Triton, or a stub that lets the kernels' modules be imported without it."""
 
 AVAILABLE = True
 try:

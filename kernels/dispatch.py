@@ -1,4 +1,4 @@
-"""Which implementation of each operation runs: decided here and nowhere else."""
+"""Choose the backend of each operation: `--kernels`, and overrides for tests and benchmarks."""
 
 import contextlib
 import os
@@ -10,8 +10,8 @@ from sid_fast.errors import UserError
 from sid_fast.kernels import _apex, _cuda
 from sid_fast.kernels._triton import AVAILABLE
 
-# What each operation has beside plain PyTorch, "eager". `block` is how the others are put
-# together: the reference is edm_unet/unet.py, its other form edm_unet/fused.py.
+# Backends of each operation besides "eager" (plain PyTorch). `block` is the U-Net's residual block:
+# eager in edm_unet/unet.py, composed of the fused operations in edm_unet/fused.py.
 OPERATIONS = {
     "block": ("triton",),
     "group_norm": ("triton", "apex"),
@@ -26,7 +26,7 @@ _forced: dict[str, str] = {}
 
 
 def available_backends() -> list[str]:
-    """The names that can be asked for here."""
+    """Return the backends that --kernels accepts on this machine."""
     return [name for name in BACKENDS if name != "apex" or _apex.installed()]
 
 
@@ -40,7 +40,7 @@ DEFAULTS = {
 
 
 def choose(operation: str, device: torch.device) -> str:
-    """The backend that runs an operation on tensors of a device.
+    """Return the backend that runs an operation on tensors of a device.
 
     A forced backend that the operation lacks, or that was not built, falls back to Triton; a
     default that was not built falls back to eager.
@@ -60,28 +60,40 @@ def _resolve(forced: Mapping[str, str], operation: str, device: torch.device) ->
 
 
 def runs(device: torch.device) -> dict[str, str]:
-    """The backend of every operation on a device."""
-    return _runs(_forced, device)
+    """Return the backend of every operation on a device."""
+    return _resolve_all(_forced, device)
 
 
-def _runs(forced: Mapping[str, str], device: torch.device) -> dict[str, str]:
+def _resolve_all(forced: Mapping[str, str], device: torch.device) -> dict[str, str]:
     return {name: _resolve(forced, name, device) for name in OPERATIONS}
 
 
 def report(device: torch.device) -> str:
-    """What runs on a device, in a line: one name, or one for each operation if they differ."""
-    found = runs(device)
-    if len(set(found.values())) == 1:
-        return found["group_norm"]
-    return ", ".join(f"{operation} {name}" for operation, name in found.items())
+    """Summarise the backends on a device: one name, or "OPERATION NAME, …" if they differ."""
+    return describe(runs(device))
+
+
+def describe(backends: str | Mapping[str, str]) -> str:
+    """Summarise the backends of all operations as `report` does."""
+    if isinstance(backends, str):
+        return backends
+    if len(set(backends.values())) == 1:
+        return backends["group_norm"]
+    return ", ".join(f"{operation} {name}" for operation, name in backends.items())
 
 
 def force(names: str | Mapping[str, str] | None) -> None:
-    """Run one implementation from here on, wherever the tensors are; None: as `choose` says.
+    """Set the backend of all operations, or of some, on every device.
 
-    A mapping of operations to names leaves the other operations as they are. Triton on a CPU
-    needs TRITON_INTERPRET=1 in the environment before triton is imported; CUDA on a CPU runs
-    the host build of the same arithmetic. Raises ValueError for an unknown name or operation.
+    "triton" on a CPU needs TRITON_INTERPRET=1 in the environment before triton is imported; "cuda"
+    on a CPU runs the host build of the same arithmetic.
+
+    Args:
+        names: a backend for all operations; a mapping from operations to backends, which leaves
+            the other operations unchanged; or None to restore the defaults.
+
+    Raises:
+        ValueError: if an operation or a backend is unknown.
     """
     global _forced
     if isinstance(names, Mapping):
@@ -99,7 +111,7 @@ def force(names: str | Mapping[str, str] | None) -> None:
 
 @contextlib.contextmanager
 def forced(names: str | Mapping[str, str] | None) -> Iterator[None]:
-    """`force` for the length of the block."""
+    """Apply `force` within a `with` block."""
     global _forced
     before = _forced
     force(names)
@@ -110,41 +122,47 @@ def forced(names: str | Mapping[str, str] | None) -> Iterator[None]:
 
 
 def configure(text: str, device: torch.device) -> None:
-    """What --kernels asks for on a device; UserError for what cannot run there.
+    """Apply the value of --kernels for runs on a device.
 
-    A name for all operations, OPERATION=NAME for single ones, or both, with commas between.
+    Args:
+        text: comma-separated backends: NAME for all operations, OPERATION=NAME for one.
+        device: where the operations will run.
+
+    Raises:
+        UserError: if an operation or backend is unknown, or cannot run on the device.
     """
     global _forced
     names: dict[str, str] = {}
     for part in text.split(","):
         operation, _, name = part.rpartition("=")
-        names |= dict.fromkeys(
-            [operation] if operation else OPERATIONS, _known(text, operation, name)
-        )
+        _check_backend(text, operation, name)
+        names |= dict.fromkeys([operation] if operation else OPERATIONS, name)
     names = {operation: name for operation, name in names.items() if name != "auto"}
-    runs = _runs(names, device).values()
-    if device.type == "cpu" and "apex" in runs:
+    backends = _resolve_all(names, device).values()
+    if device.type == "cpu" and "apex" in backends:
         raise UserError(f"kernels={text}: apex runs on NVIDIA GPUs only, not on {device}")
-    if device.type == "cpu" and "triton" in runs and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type == "cpu" and "triton" in backends and os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError(
-            f"kernels={text}: Triton on a CPU is for tests: set TRITON_INTERPRET=1 (slow)"
+            f"kernels={text}: Triton runs on a CPU only in its interpreter, for tests; "
+            "set TRITON_INTERPRET=1 (slow)"
         )
     _forced = names
 
 
-def _known(text: str, operation: str, name: str) -> str:
-    """The name, if the operation (any, where it is empty) can be run by it here."""
+def _check_backend(text: str, operation: str, name: str) -> None:
+    """Raise UserError unless the operation, or any if it is empty, has the backend here."""
     if name == "reference":
-        raise UserError(f"kernels={text}: `reference` is called `eager` now")
+        raise UserError(f"kernels={text}: the backend `reference` is now called `eager`")
     if operation and operation not in OPERATIONS:
         raise UserError(
-            f"kernels={text}: {operation!r} is no operation: choose {', '.join(OPERATIONS)}"
+            f"kernels={text}: unknown operation {operation!r}: choose {', '.join(OPERATIONS)}"
         )
-    forms = ["eager", *OPERATIONS[operation]] if operation else BACKENDS
-    forms = ["auto", *(form for form in forms if form in available_backends())]
-    if name not in forms:
-        what = repr(name) + (f" of {operation}" if operation else "")
+    backends = ["eager", *OPERATIONS[operation]] if operation else BACKENDS
+    backends = ["auto", *(backend for backend in backends if backend in available_backends())]
+    if name not in backends:
+        problem = f"no backend {name!r}" + (f" for {operation}" if operation else "")
         if name == "apex" and not _apex.installed():
-            what = "NVIDIA's apex with its group norm (PyPI's apex is another package)"
-        raise UserError(f"kernels={text}: there is no {what}: choose {', '.join(forms)}")
-    return name
+            problem = (
+                "NVIDIA's apex with its group norm is not installed (PyPI's apex is unrelated)"
+            )
+        raise UserError(f"kernels={text}: {problem}: choose {', '.join(backends)}")

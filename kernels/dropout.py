@@ -1,8 +1,8 @@
-"""Dropout whose mask is a function of (seed, sample, channel, pixel) alone.
+"""Dropout whose mask depends only on (seed, sample, channel, pixel).
 
-Pixels of the same place in the image's four quarters share a Philox block and take 16 bits of it
-each. The group norm kernels draw the same mask where they apply dropout themselves (keep_mask), so
-that all backends drop the same elements.
+The image's pixels, in row-major order, form four quarters. Pixels at the same position in the four
+quarters share a Philox block and take 16 bits of it each. The fused dropout of the group norm
+kernels draws the same mask (keep_mask), so all backends drop the same elements.
 """
 
 import torch
@@ -12,36 +12,41 @@ from sid_fast.kernels._triton import INTERPRETED, tl, triton
 from sid_fast.kernels.dispatch import choose
 from sid_fast.kernels.random import MASK
 
-KEEP_ALL = 65536  # a probability is a whole number of 65,536ths
+DENOMINATOR = 65536  # of the drop probability, which is drop/65536 with an integer `drop`
 BLOCK = 1024
 
 
 def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
-    """x [N, C, H, W] with elements zeroed with probability p and the rest scaled by 1/(1 − p).
+    """Zero elements with probability p and scale the others by 1/(1 − p).
 
-    x is float32 or 16 bit, 0 ≤ p < 1; seed is int64 [3] on its device: key, stream and index of
-    the first sample. The result has the type and the memory order of x.
+    Args:
+        x: [N, C, H, W], float32 or 16 bit.
+        p: 0 ≤ p < 1, rounded to a multiple of 1/65536.
+        seed: int64 [3] on the device of x: key, stream, index of the first sample.
+
+    Returns:
+        A tensor of the shape, dtype and memory order of x.
     """
     if choose("random", x.device) == "eager":
         return dropout_eager(x, p, seed)
-    return _dropout(x, seed, round(p * KEEP_ALL))
+    return _dropout(x, seed, round(p * DENOMINATOR))
 
 
 def dropout_eager(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
-    """dropout in plain PyTorch."""
-    drop = round(p * KEEP_ALL)
+    """Apply `dropout` in plain PyTorch."""
+    drop = round(p * DENOMINATOR)
     n, channels, height, width = x.shape
     keep = keep_mask_eager(seed, drop, n, channels, height * width)
     keep = keep.reshape(n, height, width, channels).permute(0, 3, 1, 2)
-    if x.is_contiguous():  # the order of the result
+    if x.is_contiguous():  # torch.where returns the memory order of `keep`
         keep = keep.contiguous()
-    return torch.where(keep, x * (KEEP_ALL / (KEEP_ALL - drop)), 0.0)
+    return torch.where(keep, x * (DENOMINATOR / (DENOMINATOR - drop)), 0.0)
 
 
 def keep_mask_eager(
     seed: torch.Tensor, drop: int, n: int, channels: int, pixels: int
 ) -> torch.Tensor:
-    """bool [N, pixels, C]: False with probability drop/65536."""
+    """Return the mask, bool [N, pixels, C]: False with probability drop/65536."""
     key, stream, first = seed.unbind()
     low = (key & MASK) ^ (((stream >> 32) & MASK) * 0x85EBCA6B & MASK)
     high = (((key >> 32) & MASK) * 0xC2B2AE35 & MASK) ^ ((stream & MASK) * 0x9E3779B1 & MASK)
@@ -57,7 +62,7 @@ def keep_mask_eager(
 def philox_2x32_eager(
     counter: torch.Tensor, high: torch.Tensor, key: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Philox 2x32-10 (Salmon et al., SC 2011): two 32-bit words, each in an int64."""
+    """Return the two 32-bit words of Philox 2x32-10 (Salmon et al., SC 2011), in int64."""
     for _ in range(10):
         product = counter * 0xD256D193
         counter, high = ((product >> 32) & MASK) ^ key ^ high, product & MASK
@@ -67,7 +72,7 @@ def philox_2x32_eager(
 
 @triton.jit
 def philox_product(x):
-    """Upper and lower word of x·0xD256D193: one instruction, and two without the PTX."""
+    """Return the upper and lower word of x·0xD256D193; one instruction, two without the PTX."""
     if INTERPRETED:
         product = x.to(tl.uint64) * 0xD256D193
         words = (product >> 32).to(tl.uint32), product.to(tl.uint32)
@@ -81,7 +86,7 @@ def philox_product(x):
 
 @triton.jit
 def philox_2x32(counter, high, key):
-    """Philox 2x32-10 (Salmon et al., SC 2011): two random words of (counter, high) under a key."""
+    """Return two words of Philox 2x32-10 (Salmon et al., SC 2011): counter (counter, high), key."""
     for _ in tl.static_range(10):
         upper, lower = philox_product(counter)
         counter = upper ^ key ^ high
@@ -92,7 +97,7 @@ def philox_2x32(counter, high, key):
 
 @triton.jit
 def dropout_key(seed_ptr, sample):
-    """The key and the upper half of the counter of a sample's random numbers."""
+    """Return a sample's Philox key and the upper word of its counter."""
     seed = tl.load(seed_ptr).to(tl.uint64)
     stream = tl.load(seed_ptr + 1).to(tl.uint64)
     sample += tl.load(seed_ptr + 2)
@@ -105,6 +110,7 @@ def dropout_key(seed_ptr, sample):
 
 @triton.jit
 def wrapping_product(x, FACTOR: tl.constexpr):
+    """Return x·FACTOR modulo 2^32."""
     return (x.to(tl.uint64) * FACTOR).to(tl.uint32)
 
 
@@ -112,23 +118,24 @@ def wrapping_product(x, FACTOR: tl.constexpr):
 def keep_mask(
     key, high, drop, t, channel, BLOCK_HW: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
-    """The mask of tile t of a group norm kernel, whose rows are a strip of each quarter.
+    """Return the mask of tile t of a group norm kernel: a strip of rows from each quarter.
 
-    Every element computes its own block; the compiler finds that a thread's four are one.
+    Each element computes its Philox block; the compiler merges the four equal ones of a thread.
     """
     row = tl.arange(0, BLOCK_HW)
     STRIP: tl.constexpr = BLOCK_HW // 4
-    part = (row // STRIP)[:, None]
+    quarter = (row // STRIP)[:, None]
     block = ((t * STRIP + row % STRIP) * CHANNELS)[:, None] + channel[None, :]
-    return _kept(block, part, key, high, drop)
+    return _block_mask(block, quarter, key, high, drop)
 
 
 @triton.jit
-def _kept(block, part, key, high, drop):
+def _block_mask(block, quarter, key, high, drop):
     a, b = philox_2x32(block.to(tl.uint32), high, key)
-    word = tl.where(part < 2, a, b)
-    # The lower 16 bits moved up; of the upper 16 the rest breaks ties only.
-    word = tl.where(part % 2 == 0, word, word << 16)
+    word = tl.where(quarter < 2, a, b)
+    # Compare the upper or the lower 16 bits, as the upper ones of `word`: `drop << 16` has zeros in
+    # its lower half, so the lower half of `word` never decides.
+    word = tl.where(quarter % 2 == 0, word, word << 16)
     return word >= (drop.to(tl.uint32) << 16)
 
 
@@ -143,7 +150,7 @@ def _kernel(
     CHANNELS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program takes BLOCK elements of one sample."""
+    """Process BLOCK elements of one sample per program."""
     sample = tl.program_id(0)
     key, high = dropout_key(seed_ptr, sample)
     element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -151,7 +158,7 @@ def _kernel(
     if CHANNELS_LAST:
         pixel, channel = element // CHANNELS, element % CHANNELS
     QUARTER: tl.constexpr = (PIXELS + 3) // 4
-    keep = _kept(pixel % QUARTER * CHANNELS + channel, pixel // QUARTER, key, high, drop)
+    keep = _block_mask(pixel % QUARTER * CHANNELS + channel, pixel // QUARTER, key, high, drop)
     exists = element < PIXELS * CHANNELS
     start = sample.to(tl.int64) * (PIXELS * CHANNELS)
     x = tl.load(x_ptr + start + element, mask=exists).to(tl.float32)
@@ -192,7 +199,7 @@ differentiate("dropout", _backward, _save)
 
 
 def configurations():
-    """(label, kernel, signature, constants, warps, stages); see kernels.compile."""
+    """Yield (label, kernel, signature, constants, warps, stages); see kernels.compile."""
     signature = {"seed_ptr": "*i64", "drop": "i32"}
     for dtype in ("bf16", "fp16", "fp32"):
         for channels, side in ((256, 32), (192, 64)):

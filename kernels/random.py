@@ -1,10 +1,10 @@
-"""Counter-based random numbers: each one is a function of (seed, step, stream, sample, element).
+"""Counter-based random numbers: a pure function of (seed, step, stream, sample, element).
 
 Philox 4x32-10 (Salmon et al., SC 2011) maps a 64-bit key and a 128-bit counter to four 32-bit
-words. The key is the run's seed; the counter is (block of four elements, global index of the
-sample, step, stream). No generator state is carried along, so a sample's numbers do not depend on
-the micro-batch, the number of ranks or the steps before, and a CUDA graph replays with new numbers
-once `counter`, a tensor, has changed.
+words. The key is the run's seed; the counter is (block of four elements, global sample index,
+step, stream). There is no generator state, so a sample's numbers do not depend on the micro-batch,
+the number of ranks or earlier steps, and a CUDA graph draws new numbers when the tensor `counter`
+changes.
 """
 
 import math
@@ -24,12 +24,21 @@ KINDS = ("uniform", "normal")
 
 
 def random(counter: torch.Tensor, stream: int, shape: tuple[int, ...], kind: str) -> torch.Tensor:
-    """Random numbers of consecutive samples: float32 of `shape`, samples first.
+    """Draw random numbers for consecutive samples.
 
-    counter is int64 [3] on the device to draw on: the key, the step (taken modulo 2^32) and the
-    global index of the first sample. stream (below 2^32) tells apart what is drawn for the same
-    sample and step. kind is "uniform", in [0, 1) with 24 bits, or "normal", by Box and Muller's
-    transform of 32-bit uniforms (at most 6.7 σ). ValueError for another kind.
+    Args:
+        counter: int64 [3], on the device to draw on: key, step (taken modulo 2^32), global index
+            of the first sample.
+        stream: below 2^32; distinguishes the draws of the same sample and step.
+        shape: of the result; dimension 0 counts samples.
+        kind: "uniform" in [0, 1), with 24 bits, or "normal", by the Box-Muller transform of 32-bit
+            uniforms (at most 6.7 σ).
+
+    Returns:
+        float32 of `shape`.
+
+    Raises:
+        ValueError: if `kind` is unknown.
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r}: choose from {', '.join(KINDS)}")
@@ -41,7 +50,7 @@ def random(counter: torch.Tensor, stream: int, shape: tuple[int, ...], kind: str
 def random_eager(
     counter: torch.Tensor, stream: int, n: int, elements: int, normal: bool
 ) -> torch.Tensor:
-    """`random` in plain PyTorch: float32 [n, elements]."""
+    """Draw the numbers of `random` in plain PyTorch: float32 [n, elements]."""
     blocks = torch.arange(-(-elements // 4), device=counter.device)
     samples = (counter[2] + torch.arange(n, device=counter.device))[:, None]
     words = philox_eager(counter[0], blocks, samples, counter[1], stream)
@@ -58,12 +67,13 @@ def random_eager(
 def philox_eager(
     key: torch.Tensor, *counter: torch.Tensor | int, rounds: int = ROUNDS
 ) -> tuple[torch.Tensor, ...]:
-    """The four words of a Philox block, each in an int64; key and counters broadcast, int64."""
-    words: list[Any] = [c & MASK for c in counter]  # tensors, once a round has mixed the key in
+    """Return the four 32-bit words of a Philox block, in int64; key and counters broadcast."""
+    words: list[Any] = [c & MASK for c in counter]  # ints or tensors; tensors after a round
     c0, c1, c2, c3 = words
     k0, k1 = key & MASK, (key >> 32) & MASK
     for _ in range(rounds):
-        # An int64 product keeps all 64 bits of the unsigned one; its high word is shifted in place.
+        # An int64 product has the bits of the unsigned one. The shift extends its sign; & MASK
+        # drops the extension.
         a, b = ROUND_CONSTANTS[0] * c0, ROUND_CONSTANTS[1] * c2
         c0, c2 = ((b >> 32) & MASK) ^ c1 ^ k0, ((a >> 32) & MASK) ^ c3 ^ k1
         c1, c3 = b & MASK, a & MASK
@@ -72,25 +82,25 @@ def philox_eager(
 
 
 @triton.jit
-def _sine(x, ASM: tl.constexpr):
-    """`sin.approx` or `cos.approx` of |x| ≤ π, to 2^-20; library functions would spill."""
+def _approx(x, ASM: tl.constexpr):
+    """Run `sin.approx` or `cos.approx`: within 2^-20 for |x| ≤ π; library functions would spill."""
     return tl.inline_asm_elementwise(ASM, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
 def _normal_pair(radius, angle):
     radius = tl.sqrt(-2.0 * tl.log(radius.to(tl.float32) * 2.0**-32 + 2.0**-33))
-    # As a signed word the angle is in [-π, π).
+    # Read as a signed word, the angle is in [-π, π).
     angle = angle.to(tl.int32, bitcast=True).to(tl.float32) * (6.283185307179586 * 2.0**-32)
     if INTERPRETED:
         return radius * tl.cos(angle), radius * tl.sin(angle)
-    cos = _sine(angle, "cos.approx.ftz.f32 $0, $1;")
-    return radius * cos, radius * _sine(angle, "sin.approx.ftz.f32 $0, $1;")
+    cos = _approx(angle, "cos.approx.ftz.f32 $0, $1;")
+    return radius * cos, radius * _approx(angle, "sin.approx.ftz.f32 $0, $1;")
 
 
 @triton.jit(do_not_specialize=["stream", "elements"])
 def _kernel(counter_ptr, out_ptr, stream, elements, NORMAL: tl.constexpr, BLOCK: tl.constexpr):
-    """One program draws up to 4·BLOCK elements of one sample."""
+    """Draw up to 4·BLOCK elements of one sample per program."""
     sample = tl.program_id(0)
     block = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     zero = block * 0
@@ -127,8 +137,8 @@ def _run_random(
     constants = _constants(elements)
     grid = n, -(-elements // (4 * constants["BLOCK"]))
     with torch.cuda.device_of(counter):
-        word = stream - 2**32 if stream >= 2**31 else stream  # a launch takes it as a signed word
-        _kernel[grid](counter, out, word, elements, NORMAL=normal, **constants)
+        signed = stream - 2**32 if stream >= 2**31 else stream  # the kernel takes an i32
+        _kernel[grid](counter, out, signed, elements, NORMAL=normal, **constants)
     return out
 
 
@@ -139,12 +149,12 @@ def _random_fake(counter, stream, n, elements, normal):
 _random = operator("random", _run_random, _random_fake)
 
 
-# Elements a sample: latents and noise of the presets' images, and a number of its own.
+# Elements per sample: latents and noise of the presets' images, and one number (such as σ).
 SIZES = (3 * 32**2, 3 * 64**2, 1)
 
 
 def configurations():
-    """(label, kernel, signature, constants, warps, stages); see kernels.compile."""
+    """Yield (label, kernel, signature, constants, warps, stages); see kernels.compile."""
     signature = {
         "counter_ptr": "*i64", "out_ptr": "*fp32", "stream": "i32", "elements": "i32",
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""A command line from a dataclass: every field is an option, its preset the default."""
+"""Command lines made from dataclasses: each field is an option, a preset replaces its default."""
 
 import contextlib
 import dataclasses
@@ -21,11 +21,11 @@ from sid_fast.config.toml import loads
 from sid_fast.config.types import members
 from sid_fast.errors import Fallback, RunFailed, UserError
 from sid_fast.performance import failure
-from sid_fast.training.checkpoint import PATTERN, find_state, read_header, restarted
+from sid_fast.training.checkpoint import PATTERN, find_restarted_run, find_state, read_header
 
 
 def presets(kind: str) -> dict[str, dict[str, Any]]:
-    """The presets of a command ("train" or "pretrain") by name; each is a TOML file of fields."""
+    """Read the presets of a command ("train" or "pretrain"): name -> {field: value}."""
     folder = resources.files("sid_fast.config") / "presets" / kind
     files = sorted(folder.iterdir(), key=lambda f: f.name)
     return {
@@ -36,56 +36,59 @@ def presets(kind: str) -> dict[str, dict[str, Any]]:
 
 
 class NumberList(click.ParamType):
-    """Whole numbers separated by commas."""
+    """Integers separated by commas."""
 
     name = "n,n,…"
 
     def convert(self, value, param, ctx):
+        """Parse "1,2,2" into (1, 2, 2)."""
         if isinstance(value, list | tuple):
             return tuple(value)
         try:
             return tuple(int(v) for v in value.split(",") if v.strip())
         except ValueError:
-            self.fail(f"{value!r} is not a list of whole numbers such as 1,2,2", param, ctx)
+            self.fail(f"{value!r} is not a list of integers such as 1,2,2", param, ctx)
 
 
 class NumberOr(click.ParamType):
-    """A whole number, or one of a few words."""
+    """An integer or one of a few words."""
 
     def __init__(self, words: tuple[str, ...]):
         self.words = words
         self.name = "|".join(("n", *words))
 
     def convert(self, value, param, ctx):
+        """Return one of the words unchanged, anything else as an integer."""
         if value in self.words or isinstance(value, int):
             return value
         try:
             return int(value)
         except ValueError:
             words = " or ".join(self.words)
-            self.fail(f"{value!r} is neither a whole number nor {words}", param, ctx)
+            self.fail(f"{value!r} is neither an integer nor {words}", param, ctx)
 
 
 class Option(click.Option):
-    """One that --help lists under a heading of its own."""
+    """An option that --help lists under the given heading."""
 
     def __init__(self, *args: Any, heading: str = "Options", **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.heading = heading
 
 
-# In the order of --help.
+# Sections of --help, in this order.
 HEADINGS = (
     "Preset", "Teacher and data", "Data", "Network", "Cluster", "Run", "Run and output", "Method",
-    "Optimizer and average", "Batch and precision", "Evaluation during the run", "Machine",
+    "Optimizer and EMA", "Batch and precision", "Evaluation during the run", "Machine",
     "Options", "Help",
 )  # fmt: skip
 
 
 class Command(click.Command):
-    """A command whose --help lists its options under their headings."""
+    """A command whose --help groups its options by heading."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a section for each heading, in the order of HEADINGS."""
         rows: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             if record := param.get_help_record(ctx):
@@ -121,13 +124,13 @@ def _option(f: dataclasses.Field, hint: Any) -> click.Option:
     return Option(names, type=kind, metavar=metavar, **common)
 
 
-def _moved(name: str, place: str) -> click.Option:
-    """An option of before: whoever gives it reads where it is now."""
+def _moved_option(name: str, module: str) -> click.Option:
+    """A hidden option that fails and names the command, `module`, that it moved to."""
 
     def callback(ctx: click.Context, param: click.Parameter, value: Any) -> None:
         if value:
-            what = "a command of its own" if name == "plan" else f"an option of {place}"
-            raise UserError(f"--{name} is {what} now: {place} --help")
+            what = "a command of its own:" if name == "plan" else "an option of"
+            raise UserError(f"--{name} is now {what} python -m {module} (--help lists its options)")
 
     return click.Option(
         [f"--{name}"], hidden=True, expose_value=False, callback=callback, is_flag=name == "plan"
@@ -154,11 +157,15 @@ def command(
     moved: Mapping[str, str] = types.MappingProxyType({}),
     **subcommands: click.Command,
 ) -> click.Command:
-    """A click command that fills dataclass `config` and calls run(config, given).
+    """Make a click command that fills dataclass `config` and calls run(config, given).
 
-    given: the fields named on the command line. kind: which presets --preset offers. moved:
-    options of before, and the command that has them now. subcommands: run in its place where one
-    is named.
+    Args:
+        config: the dataclass whose fields are the options.
+        run: called with the filled dataclass and the names of the fields that the command line set.
+        kind: folder of the presets that --preset offers, "train" or "pretrain"; None: no presets.
+        help: text above the options in --help.
+        moved: former options and the module of the command that has each of them now.
+        subcommands: commands that run instead of this one when named.
     """
     hints = typing.get_type_hints(config)
     fields = {f.name: f for f in dataclasses.fields(config)}
@@ -176,11 +183,11 @@ def command(
                 is_eager=True,
                 callback=_choose_preset(kind),
                 metavar="NAME",
-                help=f"a named set of defaults for all that follows: {known}",
+                help=f"a named set of defaults, which other options override: {known}",
             ),
         )
 
-    params += [_moved(name, place) for name, place in moved.items()]
+    params += [_moved_option(name, module) for name, module in moved.items()]
 
     def body(**values: Any) -> None:
         if click.get_current_context().invoked_subcommand:
@@ -192,7 +199,7 @@ def command(
     common: dict[str, Any] = {
         "params": params,
         "callback": body,
-        "help": help.replace("\n\npython", "\n\n\b\npython"),  # lines of their own
+        "help": help.replace("\n\npython", "\n\n\b\npython"),  # click keeps these line breaks
         "context_settings": {"max_content_width": 100, "help_option_names": ["-h", "--help"]},
     }
     if not subcommands:
@@ -201,26 +208,39 @@ def command(
 
 
 def parse_seeds(text: str) -> list[int]:
-    """[0, 1, 2, 7] from "0-2,7"; UserError for anything else."""
+    """Parse a seed list: "0-2,7" gives [0, 1, 2, 7]; UserError for anything else."""
     seeds: list[int] = []
     for entry in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,19})(?:-(\d{1,19}))?\s*", entry)
         if not match:
-            raise UserError(f"seeds={text!r}: {entry!r} is not a number or a range such as 0-63")
+            raise UserError(f"seeds={text!r}: {entry!r} is not a seed or a range such as 0-63")
         first, last = int(match[1]), int(match[2] or match[1])
         if not first <= last < 2**63 or last - first >= 10**8:
-            raise UserError(f"seeds={text!r}: {entry!r} runs backwards or too far")
+            raise UserError(
+                f"seeds={text!r}: {entry!r} is a descending range, too long, or above 2^63 - 1"
+            )
         seeds.extend(range(first, last + 1))
     return seeds
 
 
-# Options that belong to a machine rather than to a run.
-MACHINE = {"resume", "device", "parallel", "shard_group", "timeout"}
+# A resumed run takes these from its own command line, never from the checkpoint.
+NOT_RESUMED = {"resume", "device", "parallel", "shard_group", "timeout"}
 
 
 def resume(config: Any, given: set[str]) -> Path | None:
-    """The state to resume, if any; what was not given anew is then as in the run it is of."""
-    if folder := restarted(config.out):
+    """Find the checkpoint to resume and fill `config` from it; None for a new run.
+
+    Options that the command line does not set take the saved run's values, except NOT_RESUMED.
+    A run that torchrun restarted resumes its own newest checkpoint.
+
+    Args:
+        config: the command's dataclass; modified in place.
+        given: names of the fields that the command line set.
+
+    Raises:
+        UserError: there is no such checkpoint, or another command or preset wrote it.
+    """
+    if folder := find_restarted_run(config.out):
         config.out = str(folder)
         if any(folder.glob(PATTERN)):
             config.resume = str(folder)
@@ -232,10 +252,10 @@ def resume(config: Any, given: set[str]) -> Path | None:
     saved = header["options"]
     if header["kind"] != kind:
         other = header["kind"].removesuffix("Config").lower()
-        raise UserError(f"{state} is of another command: resume it with python -m sid_fast.{other}")
+        raise UserError(f"{state} was written by another command: python -m sid_fast.{other}")
     if config.preset and config.preset != saved["preset"]:
         raise UserError(f"{state} was written with preset={saved['preset']}, not {config.preset}")
-    for name in {f.name for f in dataclasses.fields(config)} - given - MACHINE:
+    for name in {f.name for f in dataclasses.fields(config)} - given - NOT_RESUMED:
         if name in saved:
             value = saved[name]
             setattr(config, name, tuple(value) if isinstance(value, list) else value)
@@ -244,16 +264,16 @@ def resume(config: Any, given: set[str]) -> Path | None:
 
 
 def main(command: click.Command, module: str) -> None:
-    """Run a command: bad input is one line on stderr and exit status 2, a failed run 1."""
-    status: Any = 2  # what sys.exit takes
+    """Run a command and exit: status 2 and one line on stderr for bad input, 1 for a failed run."""
+    status: Any = 2  # for sys.exit
     message = ""
-    usual = warnings.showwarning
+    default_showwarning = warnings.showwarning
 
     def show(message, category, *where, **more) -> None:
         if issubclass(category, Fallback):
             print(f"warning: {message}", file=sys.stderr, flush=True)
         else:
-            usual(message, category, *where, **more)
+            default_showwarning(message, category, *where, **more)
 
     warnings.showwarning = show
     try:
@@ -266,24 +286,24 @@ def main(command: click.Command, module: str) -> None:
         message, status = str(error), 1
     except click.ClickException as error:
         message = f"{error.format_message()} (python -m {module} --help lists the options)"
-    except OSError as error:  # a path too long, a file that has gone: the system's word on it
+    except OSError as error:  # such as a path that is too long or a file that disappeared
         message = f"{error.filename or module}: {error.strerror or error}"
     except (click.Abort, KeyboardInterrupt):
         message, status = "interrupted", 130
     except Exception:
-        if not failure.abandoned:
+        if not failure.unclean_exit:
             raise
         traceback.print_exc()
         status = 1
     finally:
-        warnings.showwarning = usual
+        warnings.showwarning = default_showwarning
     if message:
         rank = os.environ.get("RANK", "0")
         prefix = "error: " if rank == "0" else f"error on process {rank}: "
         print(prefix + " ".join(message.split()), file=sys.stderr)
-    if failure.abandoned:  # an end in good order would wait: for a device, or a thread that saves
+    if failure.unclean_exit:  # a normal exit would wait for the device or for a checkpoint thread
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):  # its disk may be full
+            with contextlib.suppress(OSError):  # the disk may be full
                 stream.flush()
         os._exit(status or 0)
     sys.exit(status)

@@ -36,7 +36,7 @@ class Distiller(Trainer):
     ):
         check(settings)
         device = next(teacher.parameters()).device
-        settings = mixed_precision.settle(settings, device)
+        settings = mixed_precision.resolve_precision(settings, device)
         fingerprint = {
             "teacher": digest(teacher.state_dict().values()),
             "label weights": None if label_weights is None else digest([label_weights]),

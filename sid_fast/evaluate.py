@@ -31,7 +31,7 @@ from sid_fast.evaluation.sample import (
 from sid_fast.io.atomic import atomic_path, open_target
 from sid_fast.models.registry import load_network
 from sid_fast.performance import process_group
-from sid_fast.performance.cuda_graphs import usable
+from sid_fast.performance.cuda_graphs import resolve_cuda_graph
 
 NUM = 50_000
 # Draws, and what is subtracted from the number of images under a covariance.
@@ -160,7 +160,7 @@ def by_network(config: EvaluateConfig, device: torch.device) -> list[Draw]:
     with process_group.main_process_first():  # it may download
         net = load_network(config.network).to(device)
     sigma = config.init_sigma or net.config.init_sigma or Settings.init_sigma
-    graph, _ = usable("auto", device)
+    graph, _ = resolve_cuda_graph("auto", device)
     return [(seeds, generated(net, seeds, sigma, config.steps, graph)) for seeds in draws]
 
 

@@ -1,8 +1,8 @@
 """The two losses of Score identity Distillation (arXiv 2404.04057).
 
-A sample with a value that is not finite is dropped: its loss is 0, and the gradients of the others
-are those of the batch without it. That is done with fixed shapes: kernels.noised puts 0 in its
-place before a network sees it, and no 0·NaN can reach a sum over the batch.
+A sample with a non-finite value is dropped: its loss is 0, and the other samples get the gradients
+of a batch without it. Shapes stay fixed: kernels.noised zeroes the sample before the networks, so
+no 0·NaN enters a sum over the batch.
 """
 
 import functools
@@ -17,7 +17,7 @@ from sid_fast.models import EDMNetwork
 
 
 def finite(*tensors: torch.Tensor | None) -> torch.Tensor:
-    """[N] bool: every value of the sample is finite, and within LIMIT, in every tensor."""
+    """Return a mask [N]: all values of the sample, in every tensor, are at most LIMIT in size."""
     checks = [
         (t.detach().abs() <= LIMIT).reshape(len(t), -1).all(1) for t in tensors if t is not None
     ]
@@ -29,7 +29,7 @@ def mask_invalid(valid: torch.Tensor, x: torch.Tensor) -> torch.Tensor: ...
 @overload
 def mask_invalid(valid: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor | None: ...
 def mask_invalid(valid: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor | None:
-    """x with its dropped samples set to 0, and their gradient too."""
+    """Set the invalid samples of x [N, …] to 0, and their gradients too."""
     if x is None:
         return None
     return torch.where(valid.reshape(-1, *[1] * (x.dim() - 1)), x, 0.0)
@@ -44,12 +44,22 @@ def generator_loss(
     alpha: float,
     class_labels: torch.Tensor | None = None,
 ) -> Losses:
-    """ℓ = d·((r − y) − α·d) / w of every sample, summed over its pixels.
+    """Compute SiD's generator loss ℓ = d·((r − y) − α·d)/w per sample (SiD, equation 23).
 
-    images y = G(z) and noise ε ~ N(0, I) are [N, C, R, R], sigma [N] or [N, 1, 1, 1],
-    class_labels one-hot [N, label_dim]. With x_t = y + σε, r = f_φ(x_t) the teacher's, f = f_ψ(x_t)
-    the fake score's and d = r − f; w = max(mean|y − r|, 1e-5) is held constant. Gradients reach y
-    directly and through both networks.
+    x_t = y + σε, r = f_φ(x_t), d = r − f_ψ(x_t); the weight w = max(mean|y − r|, 1e-5) is held
+    constant. Gradients reach y directly and through both networks.
+
+    Args:
+        teacher: f_φ.
+        fake_score: f_ψ.
+        images: The generator's images y, [N, C, R, R].
+        sigma: Noise levels σ, [N] or [N, 1, 1, 1].
+        noise: ε ~ N(0, I), [N, C, R, R].
+        alpha: α.
+        class_labels: One-hot [N, label_dim], or None.
+
+    Returns:
+        Losses summed over the pixels of each sample, [N].
     """
     x_t, labels = _noised(teacher, images, sigma, noise, class_labels)
     raw_r, raw_f = (
@@ -66,10 +76,10 @@ def fake_score_loss(
     class_labels: torch.Tensor | None = None,
     augment_labels: torch.Tensor | None = None,
 ) -> Losses:
-    """λ(σ)·(f_ψ(y + σε) − y)² of every sample, summed over its pixels.
+    """Compute the denoising loss λ(σ)·‖f_ψ(y + σε) − y‖² per sample (EDM, table 1).
 
-    λ = (σ² + σ_data²)/(σ·σ_data)² (EDM, table 1). Arguments as for generator_loss; images are
-    already augmented where augment_labels [N, 9] say so, and take no gradient.
+    λ = (σ² + σ_data²)/(σ·σ_data)². Arguments are those of generator_loss; images get no gradient.
+    augment_labels [N, 9] describe the augmentation already applied to the images.
     """
     images = images.detach()
     x_t, labels = _noised(fake_score, images, sigma, noise, class_labels, augment_labels)
@@ -78,7 +88,7 @@ def fake_score_loss(
 
 
 def _noised(net: EDMNetwork, images, sigma, noise, *labels):
-    """What the networks read of noised images, and of labels; 0 in what is not finite."""
+    """Noise the images and mask invalid samples in the images and labels."""
     valid = finite(*labels) if any(v is not None for v in labels) else None
     images = images.float()
     x_t = kernels.noised(images, sigma, noise, valid, net.compute_dtype, net.config.sigma_data)

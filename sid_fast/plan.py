@@ -33,10 +33,11 @@ def run(config: PlanConfig, given: set[str]) -> None:
     settings, cluster = part(config, Settings), part(config, planner.Cluster)
     planner.check_batch(settings, cluster.gpus)
     network = network_config(config.teacher)
-    kernels.dispatch.configure(config.kernels, torch.device("cuda"))  # wherever this runs
-    backend = kernels.dispatch.choose("block")
+    gpu = torch.device("cuda")  # wherever this runs
+    kernels.dispatch.configure(config.kernels, gpu)
+    backends = kernels.dispatch.runs(gpu)
     print("counting a step: takes about a minute …", file=sys.stderr, flush=True)
-    found = estimator.counts(network, settings, config.checkpoint_activations, backend)
+    found = estimator.counts(network, settings, config.checkpoint_activations, backends)
     name = config.preset or config.teacher
     print(planner.text(name, network, found, settings, config.kimg, cluster))
 

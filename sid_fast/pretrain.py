@@ -50,7 +50,7 @@ class PretrainConfig(RunOptions, PretrainSettings):
         None,
         "the learning rate rises linearly over so many; default: a 20th of the run",
         0,
-        heading="Optimizer and average",
+        heading="Optimizer and EMA",
     )
 
 
@@ -78,10 +78,10 @@ def run(config: PretrainConfig, given: set[str]) -> None:
     )
     with process_group.joined(device, config.parallel, config.timeout):
         settings, images = part(config, PretrainSettings), data.images()
-        state = estimator.State(
+        state = estimator.StateMemory(
             lambda s: EDM(EDMNetwork(network), s, images[:1], None),
-            mixed_precision.settle(settings, device),
-            kernels.dispatch.choose("block"),
+            mixed_precision.resolve_precision(settings, device),
+            kernels.dispatch.runs(device),
         )
         sharding = fsdp.plan(config.parallel, device, state.nbytes, config.shard_group)
         torch.manual_seed(seed_of(config.seed, "weights"))

@@ -77,7 +77,7 @@ def trajectory(name: str, mode: str, state: str = "") -> None:
         (distiller.generator, "G"),
         (distiller.ema, "G_ema"),
     ):
-        if (found := fsdp.whole(net)) is not None:
+        if (found := fsdp.gather_full(net)) is not None:
             error = trajectory_error(data, start, found, key)
             print(f"{mode} {name} {key} {error:.2e}", flush=True)
             assert error <= TRAJECTORY_TOLERANCE
@@ -96,8 +96,8 @@ def faults(mode: str) -> None:
     same_everywhere(distiller, metrics)
 
     optimizer = distiller.optimizers["generator"]
-    planted, real = optimizer.named["model.map_layer0.weight"], optimizer.gradients.wait
-    optimizer.gradients.wait = lambda: (real(), planted.grad.fill_(torch.nan))
+    planted, real = optimizer.named["model.map_layer0.weight"], optimizer.grad_sync.wait
+    optimizer.grad_sync.wait = lambda: (real(), planted.grad.fill_(torch.nan))
     metrics = distiller.step()
     assert int(metrics["generator/nonfinite"]) == planted.numel()
     same_everywhere(distiller, metrics)
@@ -105,11 +105,11 @@ def faults(mode: str) -> None:
     draws = distiller.draw()
     for rounds in draws.values():
         rounds[0].z.fill_(torch.nan)
-    before = [p.clone() for p in fsdp.local(optimizer.params)]
+    before = [p.clone() for p in fsdp.local_shards(optimizer.params)]
     metrics = distiller.step(draws)
     assert bool(metrics["fake/skipped"])
     assert bool(metrics["generator/skipped"])
-    assert all(map(torch.equal, fsdp.local(optimizer.params), before))
+    assert all(map(torch.equal, fsdp.local_shards(optimizer.params), before))
     if rank == 0:
         print(f"{mode} faults")
 
@@ -124,9 +124,9 @@ def replays(mode: str, rounds: str) -> None:
     for graph in (False, True):
         distiller = distiller_of(small_teacher(), mode, settings, cuda_graph=graph)
         distiller.step()
-        fsdp.whole(distiller.generator)  # as a snapshot gathers its network
+        fsdp.gather_full(distiller.generator)  # as a snapshot gathers its network
         metrics = distiller.step()
-        found.append(fsdp.local([*distiller.state_dict().values(), *metrics.values()]))
+        found.append(fsdp.local_shards([*distiller.state_dict().values(), *metrics.values()]))
     assert len(distiller.graphs.graphs) == (1 if rounds == "1" else 6)
     assert all(map(torch.equal, *found))
     if rank == 0:
@@ -145,14 +145,14 @@ def cut(mode: str) -> None:
         "toy": lambda plan, s: toy.trainer(plan),
         "two forwards": lambda plan, s: toy.trainer(plan, method=toy.TwoForwards),
     }.items():
-        expected = make(fsdp.WHOLE, dataclasses.replace(settings, micro_batch=None))
+        expected = make(fsdp.SINGLE_PROCESS, dataclasses.replace(settings, micro_batch=None))
         start = flat(expected.ema)
         for _ in range(3):
             expected.step()
         found = make(plan, settings)
         for _ in range(3):
             found.step()
-        if (net := fsdp.whole(found.ema)) is not None:
+        if (net := fsdp.gather_full(found.ema)) is not None:
             error = float(
                 (flat(net) - flat(expected.ema)).norm() / (flat(expected.ema) - start).norm()
             )
@@ -213,7 +213,7 @@ def gathers_buffers() -> None:
     net = EDMNetwork(config)
     expected = {k: v.clone() for k, v in net.state_dict().items()}
     fsdp.plan("fsdp", cpu, lambda *_: 0).shard(net)
-    found = fsdp.whole(net, everywhere=True).state_dict()
+    found = fsdp.gather_full(net, everywhere=True).state_dict()
     assert all(torch.equal(found[k], v) for k, v in expected.items())
 
 
@@ -229,7 +229,7 @@ def same_everywhere(distiller: sid_fast.Distiller, metrics: dict[str, torch.Tens
     values = [float(v) for v in metrics.values()]
     optimizers = distiller.optimizers.values()
     for p in (p for optimizer in optimizers for p in optimizer.params):
-        assert all(torch.isfinite(v).all() for v in fsdp.local([p]))
+        assert all(torch.isfinite(v).all() for v in fsdp.local_shards([p]))
         if not hasattr(p, "to_local"):
             values.append(float(p.detach().double().sum()))
     everyone = [None] * world

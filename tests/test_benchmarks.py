@@ -214,7 +214,7 @@ class Crowded:
     def __init__(self, variant, *_):
         need = {"large": 2, "too large": 3}.get(variant.kernels, 1)
         if Crowded.alive + need > 2:
-            with annotate_oom("fake step, round 1 of 1"):  # as a Distiller says it
+            with annotate_oom("fake step, micro-batch 1 of 1"):  # as a Distiller says it
                 raise torch.OutOfMemoryError("no room")
         Crowded.alive += need
         self.need, self.peak = need, [0.0, 0.0]
@@ -245,7 +245,7 @@ def test_what_does_not_fit_beside_the_others_has_its_turn_after_them(monkeypatch
 def test_one_that_runs_out_of_memory_in_its_turn_ends_no_other(monkeypatch, small, tmp_path):
     class Growing(Crowded):
         def __call__(self):
-            with annotate_oom("fake step, round 1 of 1"):
+            with annotate_oom("fake step, micro-batch 1 of 1"):
                 raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(train, "Running", Growing)
@@ -288,7 +288,9 @@ def test_a_variant_differs_in_what_its_name_says(name, backend, tuned, determini
     running = object.__new__(train.Running)
     running.variant, running.device = train.VARIANTS[name], torch.device("cuda")
     with train.kernels.dispatch.forced("triton"), running.around():
-        assert {choose(operation) for operation in train.kernels.dispatch.OPERATIONS} == {backend}
+        assert (
+            train.kernels.dispatch.describe(train.kernels.dispatch.runs(running.device)) == backend
+        )
         cudnn = torch.backends.cudnn
         assert (cudnn.benchmark, cudnn.deterministic) == (tuned, deterministic)
     assert running.variant.graphed == (name != "published")
@@ -415,7 +417,7 @@ def test_the_check_of_a_network_sees_norms_that_are_off(smaller, monkeypatch, ki
     def off(*args, **more):
         out = original(*args, **more)
         by = torch.tensor(factors).repeat(out.y.shape[1] // 2)[:, None, None].to(out.y.dtype)
-        return out._replace(y=out.y * by) if choose("group_norm") == "triton" else out
+        return out._replace(y=out.y * by) if choose("group_norm", CPU) == "triton" else out
 
     original = layers.kernels.group_norm
     monkeypatch.setattr(layers.kernels, "group_norm", off)

@@ -95,7 +95,7 @@ from sid_fast.errors import RunFailed
 def command():
     threading.Thread(target=time.sleep, args=(3600,)).start()
     print("a line that does not fit")
-    failure.abandoned = True
+    failure.unclean_exit = True
     raise RunFailed("process 1 was lost")
 
 cli.main(command, "x")

@@ -1,4 +1,4 @@
-"""Which implementation runs: forced, asked for by --kernels, or NVIDIA's apex; and its report."""
+"""Choosing backends: overrides, --kernels, NVIDIA's apex, and the report of what runs."""
 
 import sys
 from pathlib import Path
@@ -25,7 +25,7 @@ def unforced(monkeypatch):
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
-    """packages(*files) puts a folder with these Python files first on sys.path; all raise."""
+    """Return make(*files), which puts a folder of these files, all raising, first on sys.path."""
     _apex._module.cache_clear()
     for name in [name for name in sys.modules if name.split(".")[0] in ("apex", _apex.EXTENSION)]:
         monkeypatch.delitem(sys.modules, name)
@@ -34,7 +34,7 @@ def packages(tmp_path, monkeypatch):
         for file in files:
             path = tmp_path / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("raise AssertionError('a package was run only to know what it is')")
+            path.write_text("raise AssertionError('a package was imported to identify it')")
         monkeypatch.syspath_prepend(str(tmp_path))
         return tmp_path
 
@@ -68,7 +68,7 @@ def test_defaults_without_triton(monkeypatch):
     assert set(dispatch.runs(GPU).values()) == {"eager"}
 
 
-def test_triton_stands_in_for_a_form_that_an_operation_does_not_have(monkeypatch):
+def test_triton_replaces_a_backend_that_an_operation_lacks(monkeypatch):
     with dispatch.forced("cuda"):
         monkeypatch.setattr(dispatch._cuda, "library", object)
         assert dispatch.choose("adam_ema", CPU) == "cuda"
@@ -77,7 +77,7 @@ def test_triton_stands_in_for_a_form_that_an_operation_does_not_have(monkeypatch
         assert dispatch.choose("adam_ema", CPU) == "triton"
 
 
-def test_one_operation_is_taken_out_and_put_back():
+def test_one_operation_is_overridden_and_restored():
     with dispatch.forced("triton"):
         with dispatch.forced({"group_norm": "eager"}):
             assert dispatch.choose("group_norm", CPU) == "eager"
@@ -90,8 +90,8 @@ def test_one_operation_is_taken_out_and_put_back():
     assert dispatch.report(CPU) == "eager"
 
 
-def test_an_operation_does_what_is_said_of_it_alone(monkeypatch):
-    """Every public function asks for itself by its own name."""
+def test_every_public_function_chooses_its_own_backend(monkeypatch):
+    """Each function passes its own operation's name to `choose`."""
     asked = []
     for name, module in list(sys.modules.items()):
         ours = name.startswith("sid_fast.kernels.") and name != dispatch.__name__
@@ -105,8 +105,8 @@ def test_an_operation_does_what_is_said_of_it_alone(monkeypatch):
     noised = kernels.noised(ones, torch.ones(1), ones)
     kernels.generator_loss(ones, ones, noised, ones, 1.2)
     kernels.fake_score_loss(ones, noised, ones)
-    warp = augment.draw(RandomStream(torch.tensor([0, 0, 0]), "fake", 1), 0.5)
-    kernels.augment(ones, warp)
+    parameters = augment.draw(RandomStream(torch.tensor([0, 0, 0]), "fake", 1), 0.5)
+    kernels.augment(ones, parameters)
     zero, lists = torch.zeros((), dtype=torch.float64), [[torch.ones(2)] for _ in range(3)]
     update = {"enabled": zero > 1, "lr": 1e-3, "beta1": 0.0, "beta2": 0.9, "eps": 1e-8}
     kernels.adam_ema(*lists[:2], [], lists[2], [], step=zero, **update)
@@ -143,10 +143,10 @@ def test_kernels_option(text, wanted, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("cudnn", ["no 'cudnn'", "auto, cuda, triton, eager"]),
-        ("triton,softmax=eager", ["'softmax'", "group_norm, attention"]),
-        ("attention=cuda", ["no 'cuda' of attention", "auto, eager, triton"]),
-        ("triton,", ["no ''", "auto"]),
+        ("cudnn", ["no backend 'cudnn'", "auto, cuda, triton, eager"]),
+        ("triton,softmax=eager", ["operation 'softmax'", "group_norm, attention"]),
+        ("attention=cuda", ["no backend 'cuda' for attention", "auto, eager, triton"]),
+        ("triton,", ["no backend ''", "auto"]),
         ("group_norm=apex", ["NVIDIA's", "PyPI", "auto, eager, triton"]),
         ("adam_ema=apex", ["apex", "auto, eager, triton, cuda"]),
     ],
@@ -177,7 +177,7 @@ def test_triton_on_a_cpu_needs_its_interpreter(text, monkeypatch):
         ["apex/__init__.py", NVIDIA[1], NVIDIA[-1]],
     ],
 )
-def test_another_apex_is_neither_used_nor_run(files, packages):
+def test_another_apex_is_neither_used_nor_imported(files, packages):
     packages(*files)
     assert not _apex.installed()
     assert "apex" not in dispatch.available_backends()
@@ -185,15 +185,15 @@ def test_another_apex_is_neither_used_nor_run(files, packages):
         _apex._module()
 
 
-def test_an_apex_already_imported_decides(packages, monkeypatch):
-    """It is what `import apex` would give, whatever lies on the path."""
+def test_an_apex_in_sys_modules_takes_precedence(packages, monkeypatch):
+    """`import apex` would return it, regardless of sys.path."""
     packages("apex/__init__.py", *NVIDIA)
     assert _apex.installed()
     monkeypatch.setitem(sys.modules, "apex", type(sys)("apex"))
     assert not _apex.installed()
 
 
-def test_nvidias_apex_is_offered_for_the_group_norm_alone(packages):
+def test_nvidias_apex_is_a_backend_of_group_norm_only(packages):
     packages("apex/__init__.py", *NVIDIA)
     with dispatch.forced("apex"):
         assert dispatch.choose("group_norm", CPU) == "apex"
@@ -204,8 +204,8 @@ def test_nvidias_apex_is_offered_for_the_group_norm_alone(packages):
     assert dispatch.report(GPU).startswith("block eager, group_norm apex, attention")
 
 
-def test_apex_is_called_in_its_own_terms(packages):
-    """Two passes above 1024 pixels, and its name for the activation."""
+def test_apex_gets_the_pass_count_and_activation_name_it_expects(packages):
+    """Two passes above 1024 pixels; "silu" or an empty string."""
     folder = packages("apex/__init__.py", *NVIDIA)
     (folder / "apex/__init__.py").write_text("")
     (folder / NVIDIA[0]).write_text(
@@ -219,18 +219,18 @@ def test_apex_is_called_in_its_own_terms(packages):
     assert _apex.group_norm(x, 1, 2, 32, 1e-6, True)[2:] == (32, 1, 2, 1e-6, "silu")
     assert _apex.group_norm(x, 1, 2, 32, 1e-6, False)[-1] == ""
     assert _apex.group_norm(torch.zeros(1, 128, 33, 32), 1, 2, 32, 1e-6, True)[0] == "two"
-    assert not _apex.takes(x, 32)  # on a CPU
+    assert not _apex.is_supported(x, 32)  # on a CPU
 
 
-def test_apex_serves_what_is_a_norm_and_no_more(packages, monkeypatch):
-    """Whatever is added, scaled or resampled goes to Triton's kernel."""
+def test_apex_runs_plain_norms_only(packages, monkeypatch):
+    """A norm with any other fused operation runs Triton's kernel."""
     packages("apex/__init__.py", *NVIDIA)
-    monkeypatch.setattr(_apex, "takes", lambda x, groups: True)
+    monkeypatch.setattr(_apex, "is_supported", lambda x, groups: True)
     monkeypatch.setattr(_apex, "group_norm", lambda x, *rest: x + 5)
     x, weight = torch.zeros(1, 8, 2, 2), torch.ones(8)
     with dispatch.forced("apex"):
-        found = kernels.group_norm(x, weight, weight, 2, 1e-6)
-        assert torch.equal(found.y, x + 5)
-        assert torch.equal(found.h, x)
-        found = kernels.group_norm(x, weight, weight, 2, 1e-6, add=torch.zeros(1, 8))
-        assert not torch.equal(found.y, x + 5)
+        out = kernels.group_norm(x, weight, weight, 2, 1e-6)
+        assert torch.equal(out.y, x + 5)
+        assert torch.equal(out.h, x)
+        out = kernels.group_norm(x, weight, weight, 2, 1e-6, add=torch.zeros(1, 8))
+        assert not torch.equal(out.y, x + 5)

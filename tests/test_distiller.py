@@ -270,7 +270,7 @@ def test_settings_out_of_range_are_refused_by_name(field, value):
 
 
 def test_a_batch_that_does_not_divide_names_the_nearest_that_does():
-    with pytest.raises(UserError, match="nearest that does is 96"):
+    with pytest.raises(UserError, match="nearest multiple is 96"):
         grad_accum_steps(Settings(batch_size=100, micro_batch=32))
     assert grad_accum_steps(Settings(batch_size=96, micro_batch=16), ranks=2) == 3
 

@@ -1,4 +1,4 @@
-"""Dropout: the same elements from every backend, however the batch is cut."""
+"""Dropout zeroes the same elements in every backend and for every split of the batch."""
 
 import pytest
 import torch
@@ -17,11 +17,11 @@ def seed(device, first=SEED[2]):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("shape", [(3, 8, 4, 4), (2, 20, 5, 3), (1, 1, 1, 1), (2, 64, 8, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_kernel_drops_what_its_eager_twin_drops(device, shape, dtype, channels_last):
+def test_triton_and_eager_drop_the_same_elements(device, shape, dtype, channels_last):
     x = torch.randn(shape, device=device).to(dtype)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    grad, found = torch.randn_like(x), []
+    grad, results = torch.randn_like(x), []
     for backend in ("eager", "triton"):
         y = x.clone().requires_grad_()
         with dispatch.forced(backend):
@@ -29,34 +29,34 @@ def test_the_kernel_drops_what_its_eager_twin_drops(device, shape, dtype, channe
             out.backward(grad)
         assert out.dtype == dtype
         assert out.stride() == x.stride()
-        found.append((out.detach(), y.grad))
-    for eager, triton in zip(*found, strict=True):
+        results.append((out.detach(), y.grad))
+    for eager, triton in zip(*results, strict=True):
         torch.testing.assert_close(triton, eager, rtol=1e-2 if dtype != torch.float32 else 1e-6,
                                    atol=0)  # fmt: skip
         assert torch.equal(triton == 0, eager == 0)
 
 
-@pytest.mark.parametrize("form", ["plain", "film"])
-def test_the_group_norm_drops_the_same_elements_in_every_backend(device, form):
+@pytest.mark.parametrize("fusion", ["plain", "scale_shift"])
+def test_the_group_norm_drops_the_same_elements_in_every_backend(device, fusion):
     n, channels, side = 2, 64, 8
     x = torch.randn(n, channels, side, side, device=device)
     more = {}
-    if form == "film":
+    if fusion == "scale_shift":
         more = {k: torch.randn(n, channels, device=device) for k in ("scale", "shift", "add")}
     ones, zeros = torch.ones(channels, device=device), torch.zeros(channels, device=device)
-    found = []
+    outputs = []
     for backend in ("eager", "triton"):
         with dispatch.forced(backend):
             y = kernels.group_norm(x, ones, zeros, 16, 1e-5, dropout=0.4, seed=seed(device), **more)
-        found.append(y.y)
-    assert torch.equal(found[0] == 0, found[1] == 0)
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+        outputs.append(y.y)
+    assert torch.equal(outputs[0] == 0, outputs[1] == 0)
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_a_mask_depends_on_the_global_index_of_the_sample(device, backend):
     x = torch.ones(4, 8, 4, 4, device=device)
     with dispatch.forced(backend):
-        whole = dropout(x, 0.5, seed(device, 10))
-        parts = [dropout(x[:2], 0.5, seed(device, first)) for first in (10, 12)]
-    assert torch.equal(whole, torch.cat(parts))
+        full = dropout(x, 0.5, seed(device, 10))
+        halves = [dropout(x[:2], 0.5, seed(device, first)) for first in (10, 12)]
+    assert torch.equal(full, torch.cat(halves))

@@ -93,10 +93,10 @@ def test_auto_tries_a_whole_step_and_changes_nothing(monkeypatch, precision):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (room, room))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     steps = []
-    rehearse = Distiller.rehearse
-    monkeypatch.setattr(Distiller, "rehearse", lambda self: steps.append(self) or rehearse(self))
+    dry_run = Distiller.dry_run
+    monkeypatch.setattr(Distiller, "dry_run", lambda self: steps.append(self) or dry_run(self))
     cpu = torch.device("cpu")
-    assert train.micro_batch_that_fits(teacher, config, cpu, fsdp.WHOLE) == 2
+    assert train.micro_batch_that_fits(teacher, config, cpu, fsdp.SINGLE_PROCESS) == 2
     assert len(steps) == 1
     assert steps[0].samples == 2
     assert all(map(torch.equal, before, teacher.parameters()))

@@ -152,7 +152,7 @@ def test_float16_loses_no_gradient_to_an_overflow(device):
 def test_copies_follow_their_parameters(architecture):
     net = small(architecture)
     net.compute_in(torch.bfloat16)
-    written = dict(zip((n for n, _ in net.named_parameters()), net.written_copies(), strict=True))
+    written = dict(zip((n for n, _ in net.named_parameters()), net.cast_copies(), strict=True))
     assert {n for n, copy in written.items() if copy is None} == {
         f"model.{layer}" for layer in (
             "map_layer0.weight", "map_layer0.bias", "map_layer1.weight", "map_layer1.bias",
@@ -168,7 +168,7 @@ def test_copies_follow_their_parameters(architecture):
         copy = written[name]
         assert copy is None or torch.equal(copy, p.to(torch.bfloat16)), name
     block = net.model.dec["8x8_block0"]
-    assert torch.equal(block.tail_bias, block.conv1.bias + block.skip.bias)
+    assert torch.equal(block.residual_bias, block.conv1.bias + block.skip.bias)
     rows = net.model.conditioning.conv_bias.split(net.model.conditioning.widths)
     first = net.model.enc["8x8_block0"]
     if architecture == "ddpmpp":
@@ -181,7 +181,7 @@ def test_copies_follow_their_parameters(architecture):
 def test_copies_take_gradients_when_their_network_does():
     net = small()
     net.compute_in(torch.bfloat16)
-    assert all(leaf.tensor.requires_grad for leaf in net.copies)
+    assert all(leaf.tensor.requires_grad for leaf in net.compute_copies)
     net.requires_grad_(False)
     with dispatch.forced({"block": "triton"}):
         assert not net(torch.randn(2, 3, 8, 8), torch.ones(2)).requires_grad
@@ -193,10 +193,10 @@ def test_an_update_leaves_no_copy_behind():
     before = distiller.generator.model.conditioning.conv_bias.clone()
     distiller.step()
     generator = distiller.generator
-    found = [leaf.tensor.clone() for leaf in generator.copies]
+    found = [leaf.tensor.clone() for leaf in generator.compute_copies]
     assert not torch.equal(generator.model.conditioning.conv_bias, before)
     generator.update_compute_copies()
-    assert all(map(torch.equal, found, (leaf.tensor for leaf in generator.copies)))
+    assert all(map(torch.equal, found, (leaf.tensor for leaf in generator.compute_copies)))
 
 
 def test_every_block_drops_by_a_seed_of_its_own():

@@ -24,16 +24,16 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def test_what_the_option_comes_to():
-    assert cuda_graphs.usable("auto", CUDA) == (True, "")
-    assert cuda_graphs.usable("on", CUDA) == (True, "")
-    assert cuda_graphs.usable("off", CUDA) == (False, "")
-    assert cuda_graphs.usable("auto", CPU) == (False, "")
-    used, note = cuda_graphs.usable("auto", CUDA, sharded=True)
+    assert cuda_graphs.resolve_cuda_graph("auto", CUDA) == (True, "")
+    assert cuda_graphs.resolve_cuda_graph("on", CUDA) == (True, "")
+    assert cuda_graphs.resolve_cuda_graph("off", CUDA) == (False, "")
+    assert cuda_graphs.resolve_cuda_graph("auto", CPU) == (False, "")
+    used, note = cuda_graphs.resolve_cuda_graph("auto", CUDA, sharded=True)
     assert not used
     assert "--cuda-graph on" in note
-    assert cuda_graphs.usable("on", CUDA, sharded=True) == (True, "")
+    assert cuda_graphs.resolve_cuda_graph("on", CUDA, sharded=True) == (True, "")
     with pytest.raises(UserError, match="none on cpu"):
-        cuda_graphs.usable("on", CPU)
+        cuda_graphs.resolve_cuda_graph("on", CPU)
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_replayed_run_is_the_eager_one(stand_in, device, micro_batch):
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
     expected = [1, 6, 1, 1, 6, 1] if micro_batch == 1 else [1]
-    assert [times for _, times in distiller.graphs.parts] == expected
+    assert [times for _, times in distiller.graphs.segments] == expected
 
 
 def test_recomputed_blocks_replay_too(stand_in, device):
@@ -161,7 +161,7 @@ def test_under_auto_a_failed_capture_leaves_the_eager_run(failing, micro_batch, 
     expected = Distiller(small_teacher(), settings)
     distiller = Distiller(small_teacher(), settings, cuda_graph="auto")
     sender = Sender()
-    cuda_graphs.failure.senders.add(sender)
+    cuda_graphs.failure.grad_syncs.add(sender)
 
     def leaves():
         torch.manual_seed(9)
@@ -230,13 +230,13 @@ def test_a_device_that_a_capture_has_broken_is_not_gone_on_with(failing, monkeyp
     distiller = Distiller(small_teacher(), Settings(**FAST), cuda_graph="auto")
     with pytest.raises(UserError, match=r"does not compute any more; use --cuda-graph off"):
         distiller.step()
-    replayed = cuda_graphs.Replayed(lambda x: x + 1)
+    replayed = cuda_graphs.GraphedFunction(lambda x: x + 1)
     assert replayed(torch.ones(1)) == 2
     assert len(made) == 1, "no capture after one that failed"
     monkeypatch.setattr(cuda_graphs, "_failed", "")
     failing(1)
     with pytest.raises(RunFailed, match=r"capturing.*does not compute any more"):
-        cuda_graphs.Replayed(lambda x: x + 1)(torch.ones(1))
+        cuda_graphs.GraphedFunction(lambda x: x + 1)(torch.ones(1))
 
 
 @pytest.mark.parametrize("refused", ["", "a trial was ended by SIGABRT"])
@@ -244,8 +244,8 @@ def test_a_run_goes_on_without_graphs_and_says_so_in_a_line(
     failing, refused, monkeypatch, tmp_path, run_command
 ):
     """After a trial that failed, or a capture of its own, to the bits of --cuda-graph off."""
-    monkeypatch.setattr(train, "usable", lambda choice, *_: (choice != "off", ""))
-    monkeypatch.setattr(train.graph_trial, "refused", lambda *_: refused)
+    monkeypatch.setattr(train, "resolve_cuda_graph", lambda choice, *_: (choice != "off", ""))
+    monkeypatch.setattr(train.graph_trial, "failure_reason", lambda *_: refused)
     made = failing(1)
     save_network(tmp_path / "teacher.safetensors", small_teacher())
     arguments = ["--teacher", tmp_path / "teacher.safetensors", "--batch-size", 4, "--kimg", 0.008]
@@ -263,11 +263,11 @@ def test_a_run_goes_on_without_graphs_and_says_so_in_a_line(
 
 
 def test_a_refused_trial_is_noted_in_the_headline(monkeypatch, tmp_path, run_command):
-    monkeypatch.setattr(train, "usable", lambda *_: (True, ""))
+    monkeypatch.setattr(train, "resolve_cuda_graph", lambda *_: (True, ""))
     monkeypatch.setattr(train, "Loop", loop := Mock())
     save_network(tmp_path / "teacher.safetensors", small_teacher())
     for reason, required in (("a trial failed: x", None), ("", False)):
-        monkeypatch.setattr(train.graph_trial, "refused", lambda *_, reason=reason: reason)
+        monkeypatch.setattr(train.graph_trial, "failure_reason", lambda *_, reason=reason: reason)
         assert run_command("train", "--teacher", tmp_path / "teacher.safetensors")[0] == 0
         trainer, headline = (loop.call_args.args[i] for i in (0, 4))
         assert ("\nnote: CUDA graphs are off: a trial failed: x" in headline) == bool(reason)
@@ -316,7 +316,7 @@ def test_what_torch_leaves_behind_a_failed_capture_is_cleaned_up(monkeypatch):
     ended = [(name, 0, (0, 7)) for name in ("_cuda_endAllocateToPool", "_cuda_releasePool")]
     assert calls == ["mine", *ended, "reset"]
     assert not default.capturing
-    assert not cuda_graphs.failure.captured
+    assert not cuda_graphs.failure.captured_graphs
 
 
 def test_a_warm_up_leaves_no_garbage_for_the_capture(monkeypatch):

@@ -10,7 +10,7 @@ from sid_fast.kernels._triton import tl, triton
 from sid_fast.kernels.dispatch import forced
 from sid_fast.kernels.dropout import philox_2x32
 from sid_fast.kernels.group_norm import (
-    SPREAD,
+    FEWER_PER_THREAD,
     GroupNormOutput,
     bytes_moved,
     configurations,
@@ -19,24 +19,24 @@ from sid_fast.kernels.group_norm import (
     launch,
 )
 
-# Largest ‖out − ref‖/‖ref‖, the reference in float64 on the same rounded inputs. Rounding to
+# Bounds on ‖out − ref‖/‖ref‖; ref is computed in float64 from the same rounded inputs. Rounding to
 # nearest costs 0.0017 in bfloat16, and dropout's backward over tiles rounds twice.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
 EPS = 1e-5
 LAST = torch.channels_last
 
-# What surrounds the norm, as the networks combine it.
+# Operations fused with the norm, in the networks' combinations.
 SUM = {"residual": True, "x_bias": True, "x_scale": 0.5**0.5}
-FORMS = {
+FUSIONS = {
     "silu": {},
     "plain": {"silu": False},
     "x_bias": {"x_bias": True},
     "x_scale": {"x_scale": 0.5},
     "residual": {"residual": True, "silu": False},
     "add": {"add": True},
-    "film": {"film": True},
-    "add-film": {"add": True, "film": True},
+    "scale_shift": {"scale_shift": True},
+    "add-scale_shift": {"add": True, "scale_shift": True},
     "sum-add": {**SUM, "add": True},
     "skip": {"skip": 7},
     "sum-skip": {**SUM, "skip": 11, "add": True},
@@ -45,7 +45,7 @@ FORMS = {
     "sum-down": {**SUM, "resample": "down"},
     "sum-up": {**SUM, "resample": "up", "add": True},
 }
-# [N, C, H, W] and groups: sizes that stay on chip, sizes that take several tiles, awkward ones.
+# ([N, C, H, W], groups): images that fit one tile, images that take several, and awkward sizes.
 SHAPES = {
     "4-a-group": ((1, 128, 4, 4), 32),
     "6-a-group": ((1, 192, 4, 4), 32),
@@ -66,8 +66,8 @@ SHAPES = {
     "even-tiles": ((2, 20, 18, 16), 5),
     "odd-tiles": ((2, 20, 17, 17), 5),
 }
-# The same for two tensors that are normalised as one, with the second one's channels.
-SEAMS = {
+# ([N, C, H, W], groups, channels of skip) of two concatenated inputs.
+CONCATENATED = {
     "384=256+128": ((1, 384, 3, 5), 32, 128),
     "512=256+256": ((1, 512, 2, 2), 32, 256),
     "576=384+192": ((1, 576, 4, 3), 32, 192),
@@ -85,10 +85,10 @@ def relative(out: torch.Tensor, ref: torch.Tensor) -> float:
 
 
 def draw(
-    shape, groups, dtype, device, add=False, film=False, residual=False, x_bias=False, skip=0,
-    **options,
+    shape, groups, dtype, device, add=False, scale_shift=False, residual=False, x_bias=False,
+    skip=0, **options,
 ):  # fmt: skip
-    """Tensors and other arguments of group_norm. Means are not small. skip: its channels."""
+    """Return the tensors and the options of group_norm, x with large means; skip: its channels."""
     torch.manual_seed(0)
     n, c = shape[:2]
 
@@ -110,25 +110,30 @@ def draw(
         tensors["x_bias"] = normal(len(x[0]), dtype=torch.float32)
     if add:
         tensors["add"] = normal(n, c)
-    if film:
+    if scale_shift:
         tensors["scale"], tensors["shift"] = normal(n, 2 * c).chunk(2, dim=1)
     return tensors, options | {"groups": groups, "eps": EPS}
 
 
 def like(out: GroupNormOutput) -> GroupNormOutput:
-    """An incoming gradient for every output."""
+    """Draw an incoming gradient for every output."""
     return GroupNormOutput(*(None if v is None else torch.randn(v.shape).to(v) for v in out))
 
 
-def run(function, tensors, options, incoming=None, kept=None):
-    """Outputs, and the gradients that incoming ones (by default of every output, drawn) make.
+def run(function, tensors, options, incoming=None, mask=None):
+    """Return the outputs, the gradients of the tensors, and the incoming gradients.
 
-    kept: a dropout mask, already scaled.
+    Args:
+        function: group_norm or group_norm_eager.
+        tensors: its tensor arguments.
+        options: its other arguments.
+        incoming: gradients of the outputs; by default they are drawn for every output.
+        mask: a scaled dropout mask to apply to y.
     """
     tensors = {k: v.detach().requires_grad_() for k, v in tensors.items()}
     out = function(**tensors, **options)
-    if kept is not None:
-        out = out._replace(y=out.y * kept)
+    if mask is not None:
+        out = out._replace(y=out.y * mask)
     torch.manual_seed(1)
     incoming = incoming or like(out)
     pairs = [(o, g.to(o.dtype)) for o, g in zip(out, incoming, strict=True) if g is not None]
@@ -136,17 +141,17 @@ def run(function, tensors, options, incoming=None, kept=None):
     return out, {k: v.grad for k, v in tensors.items()}, incoming
 
 
-def check(tensors, options, dtype, kept=None):
-    """Kernel and float64 reference agree in every output and gradient."""
+def check(tensors, options, dtype, mask=None):
+    """Compare every output and gradient of the kernel with the float64 reference."""
     double = {k: v.double() for k, v in tensors.items()}
     exact = {k: v for k, v in options.items() if k not in ("dropout", "seed")}
     with forced("triton"):
         outs, grads, incoming = run(group_norm, tensors, options)
     h = group_norm_eager(**double, **exact).h
     assert relative(outs.h, h) <= TOLERANCE[dtype]
-    # The norm is of the sum as it was stored.
+    # The kernel normalises h as stored, that is, rounded.
     double["x"] += (outs.h.detach() - h) / options.get("x_scale", 1)
-    refs, ref_grads, _ = run(group_norm_eager, double, exact, incoming, kept)
+    refs, ref_grads, _ = run(group_norm_eager, double, exact, incoming, mask)
     errors = {}
     for name, out, ref in zip(GroupNormOutput._fields, outs, refs, strict=True):
         assert (out is None) == (ref is None), name
@@ -163,35 +168,35 @@ def check(tensors, options, dtype, kept=None):
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "top-of-64"])
 def test_shapes(shape, device):
-    """Every group size and image size, with everything around the norm."""
-    film = {"film": True} if shape.endswith("a-group") else {"add": True}
-    check(*draw(*SHAPES[shape], torch.float32, device, **SUM, **film), torch.float32)
+    """Every group size and image size, fused with a sum and conditioning."""
+    conditioning = {"scale_shift": True} if shape.endswith("a-group") else {"add": True}
+    check(*draw(*SHAPES[shape], torch.float32, device, **SUM, **conditioning), torch.float32)
 
 
 @pytest.mark.parametrize("shape", ["top-of-64", "6-a-group", "odd-group", "odd-tiles"])
 def test_shapes_in_bfloat16(shape, device):
-    """Sizes of a tile go by the type."""
+    """Tile sizes depend on the dtype."""
     check(*draw(*SHAPES[shape], torch.bfloat16, device, **SUM), torch.bfloat16)
 
 
-@pytest.mark.parametrize("seam", SEAMS)
-def test_seams(seam, device):
-    """Two tensors as one, the seam inside a group or between two."""
-    *shape, skip = SEAMS[seam]
+@pytest.mark.parametrize("case", CONCATENATED)
+def test_concatenated_inputs(case, device):
+    """The boundary between h and skip falls inside a group or between two groups."""
+    *shape, skip = CONCATENATED[case]
     check(*draw(*shape, torch.float32, device, skip=skip, **SUM), torch.float32)
 
 
 @DTYPES
-@pytest.mark.parametrize("form", FORMS)
-def test_forms(form, dtype, device):
-    """Everything that may surround the norm, on chip."""
-    check(*draw(*SHAPES["few-channels"], dtype, device, **FORMS[form]), dtype)
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_fusions(fusion, dtype, device):
+    """Everything that may be fused with the norm, in one tile."""
+    check(*draw(*SHAPES["few-channels"], dtype, device, **FUSIONS[fusion]), dtype)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_forms_over_tiles(form, device):
-    """The same over several tiles, in the type that hides least."""
-    check(*draw(*SHAPES["even-tiles"], torch.float32, device, **FORMS[form]), torch.float32)
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_fusions_over_tiles(fusion, device):
+    """The same over several tiles, in the most precise dtype."""
+    check(*draw(*SHAPES["even-tiles"], torch.float32, device, **FUSIONS[fusion]), torch.float32)
 
 
 @pytest.mark.parametrize("resample", ["down", "up"])
@@ -201,12 +206,12 @@ def test_forms_over_tiles(form, device):
     ids=["one-block", "upright", "six-wide", "long"],
 )
 def test_resampling(shape, resample, device):
-    """Sides that are no power of two, and as few blocks of pixels as there can be."""
+    """Sides that are not powers of two, and the fewest blocks of pixels possible."""
     check(*draw(*shape, torch.float32, device, **SUM, resample=resample), torch.float32)
 
 
-def mask(shape, groups, dropout, seed, device):
-    """0 or 1/(1 − dropout): the output where weight is 0 and bias is 1."""
+def dropout_mask(shape, groups, dropout, seed, device):
+    """Return a mask of 0 and 1/(1 − dropout): the output for weight 0 and bias 1."""
     zeros = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
     flat = zeros[0, :, 0, 0]
     with forced("triton"):
@@ -218,11 +223,13 @@ def mask(shape, groups, dropout, seed, device):
 @pytest.mark.parametrize("shape", ["few-channels", "odd-tiles"])
 @pytest.mark.parametrize("silu", [True, False], ids=["silu", "plain"])
 def test_dropout(shape, silu, dtype, device):
-    """Backward has the mask of forward: recomputed, or kept in what the first pass wrote."""
+    """Backward uses the mask of forward: recomputed, or from the gradient its first pass stored."""
     seed = torch.tensor([-(2**62) - 5, 2**40 + 3, 7], device=device)
-    tensors, options = draw(*SHAPES[shape], dtype, device, **SUM, add=True, film=True, silu=silu)
-    kept = mask(*SHAPES[shape], 0.3, seed, device).double()
-    check(tensors, options | {"dropout": 0.3, "seed": seed}, dtype, kept)
+    tensors, options = draw(
+        *SHAPES[shape], dtype, device, **SUM, add=True, scale_shift=True, silu=silu
+    )
+    mask = dropout_mask(*SHAPES[shape], 0.3, seed, device).double()
+    check(tensors, options | {"dropout": 0.3, "seed": seed}, dtype, mask)
 
 
 @triton.jit
@@ -243,7 +250,7 @@ def philox(low: int, high: int, key: int) -> tuple[int, int]:
 
 
 def test_random_numbers_are_philox(device):
-    """Known answers of the Random123 library for philox2x32-10, and one more."""
+    """The known answers of the Random123 library for philox2x32-10, and one more."""
     ones = 2**32 - 1
     counters = [(0, 0), (ones, ones), (0x243F6A88, 0x85A308D3), (1, 2)]
     keys = [0, ones, 0x13198A2E, 3]
@@ -257,61 +264,61 @@ def test_random_numbers_are_philox(device):
 
 
 @pytest.mark.parametrize("p", [0.05, 0.13, 0.5])
-def test_dropout_zeroes_the_share_and_scales_the_rest(p, device):
+def test_dropout_zeroes_a_fraction_p_and_scales_the_rest(p, device):
     shape, groups = (2, 64, 16, 16), 8
-    kept = mask(shape, groups, p, torch.tensor([5, 6, 0], device=device), device)
-    values = kept.unique()
+    mask = dropout_mask(shape, groups, p, torch.tensor([5, 6, 0], device=device), device)
+    values = mask.unique()
     assert len(values) == 2
     assert values[0] == 0
     assert values[1] == pytest.approx(1 / (1 - p), rel=1e-4)
-    for part in (kept, *kept, *kept.split(16, dim=1), *kept.split(4, dim=2)):
-        spread = (p / (1 - p) / part.numel()) ** 0.5
-        assert part.mean().item() == pytest.approx(1, abs=4.5 * spread)
+    for part in (mask, *mask, *mask.split(16, dim=1), *mask.split(4, dim=2)):
+        deviation = (p / (1 - p) / part.numel()) ** 0.5
+        assert part.mean().item() == pytest.approx(1, abs=4.5 * deviation)
 
 
 def uncorrelated(a, b, p):
-    """Whether two masks, less their mean of 1, are independent."""
+    """Return whether two masks, minus their mean of 1, are uncorrelated up to chance."""
     product = (a - 1) * (b - 1)
     return abs(product.mean().item()) < 5 * p / (1 - p) / product.numel() ** 0.5
 
 
 def test_dropout_of_elements_is_independent(device):
-    """Of neighbours in every dimension, and of pixels that share a block of random numbers."""
+    """Neighbours in every dimension and pixels that share a Philox block are uncorrelated."""
     p = 0.13
-    kept = mask((2, 64, 16, 16), 8, p, torch.tensor([1, 0, 0], device=device), device)
-    quarters = [(kept, kept.roll(4 * i, 2)) for i in (1, 2, 3)]
-    near = [(kept, kept.roll(n, d)) for d in range(4) for n in range(1, min(4, kept.shape[d]))]
-    for pair in (*near, *quarters, (kept, kept.roll(8, 1)), (kept, kept.roll((4, 1), (2, 1)))):
+    mask = dropout_mask((2, 64, 16, 16), 8, p, torch.tensor([1, 0, 0], device=device), device)
+    quarters = [(mask, mask.roll(4 * i, 2)) for i in (1, 2, 3)]
+    near = [(mask, mask.roll(n, d)) for d in range(4) for n in range(1, min(4, mask.shape[d]))]
+    for pair in (*near, *quarters, (mask, mask.roll(8, 1)), (mask, mask.roll((4, 1), (2, 1)))):
         assert uncorrelated(*pair, p)
 
 
 def test_dropout_of_samples_layers_and_steps_is_independent(device):
-    """seed is (of the step, of the layer): neither half of either is lost."""
+    """seed is (step's, layer's, first sample): both 32-bit halves of the first two matter."""
     p, masks = 0.13, []
     for seed in [(1, 0), (2, 0), (1, 1), (1, 2), (1, 2**32), (1 + 2**32, 0), (-1, 0), (1, -1)]:
-        masks += mask((2, 64, 8, 8), 8, p, torch.tensor([*seed, 0], device=device), device)
+        masks += dropout_mask((2, 64, 8, 8), 8, p, torch.tensor([*seed, 0], device=device), device)
     assert all(uncorrelated(a, b, p) for a, b in itertools.combinations(masks, 2))
 
 
 @pytest.mark.parametrize("shape", [(2, 24, 18, 16), (1, 64, 17, 17)], ids=str)
-def test_dropout_depends_on_the_seed_alone(shape, device, monkeypatch):
-    """Whatever the groups, the tiles and the type; and runs do not differ."""
+def test_dropout_depends_on_the_seed_only(shape, device, monkeypatch):
+    """Not on groups, tiles or dtype; repeated runs are identical."""
     seed = torch.tensor([3, 4, 0], device=device)
-    kept = mask(shape, 8, 0.3, seed, device)
-    assert torch.equal(kept, mask(shape, 8, 0.3, seed, device))
-    assert torch.equal(kept, mask(shape, 2, 0.3, seed, device))
-    plan = launch((*shape[1:],), shape[1], torch.float32, 8, False, None, False)
-    monkeypatch.setitem(SPREAD, (shape[1], shape[3], torch.float32, None, False), 2)
+    mask = dropout_mask(shape, 8, 0.3, seed, device)
+    assert torch.equal(mask, dropout_mask(shape, 8, 0.3, seed, device))
+    assert torch.equal(mask, dropout_mask(shape, 2, 0.3, seed, device))
+    default = launch((*shape[1:],), shape[1], torch.float32, 8, False, None, False)
+    monkeypatch.setitem(FEWER_PER_THREAD, (shape[1], shape[3], torch.float32, None, False), 2)
     launch.cache_clear()
-    thinner = launch((*shape[1:],), shape[1], torch.float32, 8, False, None, False)
-    assert plan != thinner
-    assert torch.equal(kept, mask(shape, 8, 0.3, seed, device))
+    fewer = launch((*shape[1:],), shape[1], torch.float32, 8, False, None, False)
+    assert default != fewer
+    assert torch.equal(mask, dropout_mask(shape, 8, 0.3, seed, device))
     launch.cache_clear()
     x = torch.zeros(shape, device=device, dtype=torch.bfloat16)
     flat = torch.zeros(shape[1], device=device)
     with forced("triton"):
         y = group_norm(x, flat, flat + 1, 8, EPS, silu=False, dropout=0.3, seed=seed).y
-    assert torch.equal(y > 0, kept > 0)
+    assert torch.equal(y > 0, mask > 0)
 
 
 def test_dropout_draws_its_seed_from_torch(device):
@@ -339,22 +346,22 @@ def test_dropout_out_of_range(dropout, device):
         ({"dropout": 1.0}, "dropout=1.0: must"),
         ({"resample": "half"}, "resample='half': choose"),
         ({"resample": "down"}, "'down' of 6x5 pixels: sides must be even"),
-        ({"resample": "up", "dropout": 0.1}, "resample='up' goes with neither"),
+        ({"resample": "up", "dropout": 0.1}, "resample='up' cannot be combined"),
         ({"resample": "up", "skip": torch.zeros(2, 8, 6, 5)}, "32 channels: weight has 24"),
         ({"groups": 5}, "24 channels"),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("form", ["triton", "eager"])
-def test_bad_arguments(form, bad, message):
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+def test_bad_arguments(backend, bad, message):
     tensors, options = draw((2, 24, 6, 5), 6, torch.float32, "cpu")
-    with forced(form), pytest.raises(ValueError, match=message):
+    with forced(backend), pytest.raises(ValueError, match=message):
         group_norm(**tensors, **options | bad)
 
 
-def test_parts_have_to_fit(device):
-    form = {**SUM, "add": True, "film": True, "skip": 8}
-    tensors, options = draw((2, 24, 6, 4), 6, torch.float32, device, **form)
+def test_mismatched_shapes_are_refused(device):
+    fusion = {**SUM, "add": True, "scale_shift": True, "skip": 8}
+    tensors, options = draw((2, 24, 6, 4), 6, torch.float32, device, **fusion)
     right = tensors["skip"]
     for name, value, message in (
         ("skip", right.half(), "skip is torch.float16: must be torch.float32"),
@@ -363,19 +370,19 @@ def test_parts_have_to_fit(device):
         ("residual", right, r"residual is \(2, 8, 6, 4\): must be \(2, 16, 6, 4\)"),
         ("x_bias", tensors["bias"], r"x_bias is \(24,\): must be \(16,\)"),
         ("add", tensors["add"][:1], r"add is \(1, 24\): must be \(2, 24\)"),
-        ("shift", None, "scale and shift come together"),
+        ("shift", None, "only one of scale and shift is given"),
     ):
         with pytest.raises(ValueError, match=message):
             group_norm(**tensors | {name: value}, **options)
-    with pytest.raises(ValueError, match="neither dropout nor skip"):
+    with pytest.raises(ValueError, match="cannot be combined with dropout or skip"):
         group_norm(**tensors, **options, resample="up")
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "strided"])
 def test_layouts(layout, device):
-    """Any input layout; channels-last out. The incoming gradients may have any layout too."""
-    form = {**SUM, "film": True, "skip": 9}
-    tensors, options = draw((2, 24, 6, 5), 6, torch.float32, device, **form)
+    """Inputs and incoming gradients may have any layout; outputs are channels-last."""
+    fusion = {**SUM, "scale_shift": True, "skip": 9}
+    tensors, options = draw((2, 24, 6, 5), 6, torch.float32, device, **fusion)
     for name in ("x", "residual", "skip"):
         value = tensors[name].contiguous()
         if layout == "strided":
@@ -386,16 +393,16 @@ def test_layouts(layout, device):
 
 
 def test_add_may_be_one_row_for_all(device):
-    """As the bias of a convolution is, expanded to [N, C]."""
-    tensors, options = draw((2, 24, 6, 5), 6, torch.float32, device, film=True, add=True)
+    """Like a convolution's bias, expanded to [N, C]."""
+    tensors, options = draw((2, 24, 6, 5), 6, torch.float32, device, scale_shift=True, add=True)
     tensors["add"] = tensors["add"][:1].expand(2, -1)
     check(tensors, options, torch.float32)
 
 
 def test_large_mean(device):
-    """A mean a thousand times the deviation costs no more digits than float32 has."""
-    for shape, form in itertools.product(("few-channels", "even-tiles"), ({}, {"skip": 7})):
-        tensors, options = draw(*SHAPES[shape], torch.float32, device, **form)
+    """With a mean of 1000 standard deviations, the error stays within float32's precision."""
+    for shape, fusion in itertools.product(("few-channels", "even-tiles"), ({}, {"skip": 7})):
+        tensors, options = draw(*SHAPES[shape], torch.float32, device, **fusion)
         for name in tensors.keys() & {"x", "skip"}:
             tensors[name] = torch.randn_like(tensors[name]) + 1000
         ref = group_norm_eager(**{k: v.double() for k, v in tensors.items()}, **options)
@@ -406,7 +413,7 @@ def test_large_mean(device):
 
 @pytest.mark.parametrize("shape", ["few-channels", "even-tiles"])
 def test_float32_subtracts_the_mean_first(shape, device):
-    """Where the mean is a float32, a large one costs no digits at all."""
+    """A large mean that float32 represents exactly costs no precision."""
     tensors, options = draw(*SHAPES[shape], torch.float32, device)
     height, width = tensors["x"].shape[2:]
     signs = 1 - 2 * ((torch.arange(height)[:, None] + torch.arange(width)) % 2)
@@ -417,15 +424,15 @@ def test_float32_subtracts_the_mean_first(shape, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", ["few-channels", "even-tiles"])
 def test_large_mean_in_16_bits(shape, dtype, device):
-    """The mean is subtracted within one product; that costs less than the type's rounding."""
-    tensors, options = draw(*SHAPES[shape], dtype, device, film=True)
+    """Folding the mean into the shift costs less than the rounding of the dtype."""
+    tensors, options = draw(*SHAPES[shape], dtype, device, scale_shift=True)
     tensors["x"] = (torch.randn_like(tensors["x"].float()) + 100).to(dtype)
     check(tensors, options, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_sum_is_rounded_to_nearest(dtype, device):
-    """As PyTorch rounds it; a NaN stays one."""
+    """It is rounded as PyTorch does; NaN is preserved."""
     tensors, options = draw(*SHAPES["few-channels"], dtype, device, residual=True)
     tensors["x"][0, 0, 0, 0] = float("nan")
     with forced("triton"):
@@ -435,7 +442,7 @@ def test_the_sum_is_rounded_to_nearest(dtype, device):
 
 @pytest.mark.parametrize("shape", ["few-channels", "even-tiles"])
 def test_the_sum_is_normalised_as_it_was_stored(shape, device):
-    """Rounded: or backward, which has nothing else, would take another input than forward."""
+    """Forward normalises the rounded h, because backward only has that."""
     tensors, options = draw(*SHAPES[shape], torch.bfloat16, device, residual=True)
     tensors["x"] += 100
     with forced("triton"):
@@ -445,18 +452,18 @@ def test_the_sum_is_normalised_as_it_was_stored(shape, device):
     assert torch.equal(out.y, again.y)
 
 
-EVERYTHING = {
-    "sum-film": {**SUM, "film": True, "add": True, "dropout": 0.2},
+COMBINATIONS = {
+    "sum-scale_shift": {**SUM, "scale_shift": True, "add": True, "dropout": 0.2},
     "sum-skip": {**SUM, "skip": 7},
     "sum-down": {**SUM, "resample": "down"},
     "up": {"resample": "up"},
 }
 
 
-@pytest.mark.parametrize("form", EVERYTHING)
-def test_a_sample_does_not_depend_on_its_batch(form, device):
-    """Not its output, its dropout or its gradient, to the bit; nor do runs differ."""
-    tensors, options = draw(*SHAPES["even-tiles"], torch.float32, device, **EVERYTHING[form])
+@pytest.mark.parametrize("fusion", COMBINATIONS)
+def test_a_sample_does_not_depend_on_its_batch(fusion, device):
+    """Its output, dropout and gradient are bit-exact alone, in a batch, and in repeated runs."""
+    tensors, options = draw(*SHAPES["even-tiles"], torch.float32, device, **COMBINATIONS[fusion])
     options["seed"] = torch.tensor([3, 4, 0], device=device)
     first = {k: v if v.dim() == 1 else v[:1] for k, v in tensors.items()}
     with forced("triton"):
@@ -471,8 +478,8 @@ def test_a_sample_does_not_depend_on_its_batch(form, device):
         assert grad.dim() == 1 or torch.equal(grad[:1], grads_alone[name]), name
 
 
-def test_a_nonfinite_sample_stays_alone(device):
-    tensors, options = draw((3, 24, 6, 5), 6, torch.float32, device, film=True)
+def test_a_nan_stays_in_its_sample_and_group(device):
+    tensors, options = draw((3, 24, 6, 5), 6, torch.float32, device, scale_shift=True)
     with forced("triton"):
         clean = group_norm(**tensors, **options).y
         tensors["x"][1, 3, 2, 2] = float("nan")
@@ -482,10 +489,10 @@ def test_a_nonfinite_sample_stays_alone(device):
     assert torch.equal(out[1, 4:], clean[1, 4:])
 
 
-@pytest.mark.parametrize("form", [{**SUM, "skip": 7}, {"resample": "down"}], ids=str)
-def test_an_output_without_use(form, device):
-    """Each output alone: those that nobody used bring no gradient."""
-    tensors, options = draw((2, 24, 6, 4), 6, torch.float32, device, **form)
+@pytest.mark.parametrize("fusion", [{**SUM, "skip": 7}, {"resample": "down"}], ids=str)
+def test_one_output_used_at_a_time(fusion, device):
+    """Unused outputs contribute no gradient."""
+    tensors, options = draw((2, 24, 6, 4), 6, torch.float32, device, **fusion)
     double = {k: v.double() for k, v in tensors.items()}
     with forced("triton"):
         incoming = like(group_norm(**tensors, **options))
@@ -495,13 +502,13 @@ def test_an_output_without_use(form, device):
             with forced("triton"):
                 _, grads, _ = run(group_norm, tensors, options, alone)
             _, refs, _ = run(group_norm_eager, double, options, alone)
-            for name, found in grads.items():
+            for name, result in grads.items():
                 ref = 0.0 if refs[name] is None else refs[name]
-                assert (found - ref).norm() <= 1e-5 * grad.norm(), (used, name)
+                assert (result - ref).norm() <= 1e-5 * grad.norm(), (used, name)
 
 
-class Seen(TorchDispatchMode):
-    """Operators that read or write an activation, as called: with arguments and results."""
+class ActivationCalls(TorchDispatchMode):
+    """Record (operator, arguments, results) of all calls that read or write an activation."""
 
     def __init__(self):
         super().__init__()
@@ -516,28 +523,25 @@ class Seen(TorchDispatchMode):
         return out
 
 
-def seen(form, device, frozen=()):
-    """The calls that forward makes, those that backward makes, and what backward takes and gives.
-
-    Every output has an incoming gradient.
-    """
-    tensors, options = draw((2, 24, 6, 6), 6, torch.float32, device, **form)
+def recorded_calls(fusion, device, frozen=()):
+    """Return the calls of forward and those of backward, with a gradient for every output."""
+    tensors, options = draw((2, 24, 6, 6), 6, torch.float32, device, **fusion)
     options["seed"] = torch.tensor([3, 4, 0], device=device)
     leaves = {k: v.requires_grad_(k not in frozen) for k, v in tensors.items()}
-    with forced("triton"), Seen() as forward:
+    with forced("triton"), ActivationCalls() as forward:
         out = group_norm(**leaves, **options)
     outs = [v for v in out if v is not None]
     ins = [torch.randn_like(v) for v in outs]
-    with Seen() as backward:
+    with ActivationCalls() as backward:
         torch.autograd.grad(outs, [v for v in leaves.values() if v.requires_grad], ins)
     return forward.calls, backward.calls
 
 
-@pytest.mark.parametrize("form", EVERYTHING)
-def test_no_pass_but_the_kernels(form, device):
-    """Neither way calls anything else on an activation; and the two operators are well-behaved."""
+@pytest.mark.parametrize("fusion", COMBINATIONS)
+def test_the_kernels_are_the_only_passes(fusion, device):
+    """Each direction makes one call on activations, to an operator that passes opcheck."""
     for calls, operator in zip(
-        seen(EVERYTHING[form], device),
+        recorded_calls(COMBINATIONS[fusion], device),
         (torch.ops.sid_fast.group_norm, torch.ops.sid_fast.group_norm_backward),
         strict=True,
     ):
@@ -547,7 +551,7 @@ def test_no_pass_but_the_kernels(form, device):
 
 
 @pytest.mark.parametrize(
-    ("form", "around", "place", "ways"),
+    ("fusion", "fused", "shape", "directions"),
     [
         ("plain", {}, (24, 6), 2),
         ("sum", SUM, (24, 6), 2),
@@ -557,27 +561,26 @@ def test_no_pass_but_the_kernels(form, device):
         ("plain up", {"resample": "up"}, (24, 6), 1),
     ],
 )
-def test_bytes_moved(form, around, place, ways, device):
-    """All the activations that an operator takes and gives, once."""
-    for backward, ((_, args, outs),) in enumerate(seen(around, device)[:ways]):
+def test_bytes_moved(fusion, fused, shape, directions, device):
+    """Every activation that an operator reads or writes counts once."""
+    for backward, ((_, args, outs),) in enumerate(recorded_calls(fused, device)[:directions]):
         activations = [v for v in (*args, *outs) if isinstance(v, torch.Tensor) and v.dim() == 4]
-        moved = bytes_moved(form, place, 2, 4, bool(backward))
+        moved = bytes_moved(fusion, shape, 2, 4, bool(backward))
         assert moved == sum(v.numel() * 4 for v in activations)
 
 
-def test_a_frozen_norm(device):
-    """Does no work for the gradients of its parameters."""
-    form = {**SUM, "film": True, "add": True}
+def test_a_frozen_norm_computes_no_parameter_gradients(device):
+    fusion = {**SUM, "scale_shift": True, "add": True}
     parameters = ("weight", "bias", "x_bias", "add", "scale", "shift")
     for frozen, sizes in (((), [24, 48, 48, 48, 48]), (parameters, [0] * 5)):
-        ((_, _, (dx, dskip, *rest)),) = seen(form, device, frozen)[1]
+        ((_, _, (dx, dskip, *rest)),) = recorded_calls(fusion, device, frozen)[1]
         assert dx.shape == (2, 24, 6, 6)
         assert not len(dskip)
         assert [v.numel() for v in rest] == sizes
 
 
-def test_reference_is_unchanged_on_a_cpu():
-    """A CPU runs plain PyTorch, dropout from torch's generator."""
+def test_eager_on_a_cpu_equals_pytorchs_own_operations():
+    """Without a seed, dropout draws from torch's generator."""
     tensors, options = draw((2, 32, 4, 4), 8, torch.float32, "cpu")
     torch.manual_seed(5)
     out = group_norm(**tensors, **options, dropout=0.5).y
@@ -587,9 +590,9 @@ def test_reference_is_unchanged_on_a_cpu():
     assert torch.equal(out, torch.nn.functional.dropout(norm, 0.5))
 
 
-@pytest.mark.parametrize("form", EVERYTHING)
-def test_compiles_without_a_graph_break(form, device):
-    tensors, options = draw((2, 24, 6, 4), 6, torch.float32, device, **EVERYTHING[form])
+@pytest.mark.parametrize("fusion", COMBINATIONS)
+def test_compiles_without_a_graph_break(fusion, device):
+    tensors, options = draw((2, 24, 6, 4), 6, torch.float32, device, **COMBINATIONS[fusion])
     options["seed"] = torch.tensor([3, 4, 0], device=device)
     with forced("triton"):
         incoming = like(group_norm(**tensors, **options))
@@ -602,14 +605,16 @@ def test_compiles_without_a_graph_break(form, device):
     leaves = {k: v.requires_grad_() for k, v in tensors.items()}
     with forced("triton"):
         plain, traced = loss(**leaves), compiled(**leaves)
-        grads, same = (torch.autograd.grad(v, list(leaves.values())) for v in (plain, traced))
+        grads, traced_grads = (
+            torch.autograd.grad(v, list(leaves.values())) for v in (plain, traced)
+        )
     assert torch.equal(plain, traced)
-    for name, grad, other in zip(leaves, grads, same, strict=True):
+    for name, grad, other in zip(leaves, grads, traced_grads, strict=True):
         assert torch.equal(grad, other), name
 
 
-def test_float16_has_no_infinity(device):
-    """What overflows is the largest number, in and out, there and back; a NaN is not hidden."""
+def test_float16_saturates(device):
+    """Inputs, outputs and gradients that overflow become ±65504; NaN is preserved."""
     x = torch.randn(2, 32, 4, 4, device=device).half()
     x[0, 3, 1, 1], x[1, 5, 2, 2] = torch.inf, torch.nan
     x = x.to(memory_format=torch.channels_last).requires_grad_()
@@ -625,12 +630,14 @@ def test_float16_has_no_infinity(device):
     assert out.h[0, 3, 1, 1] == out.y[0].abs().max() == x.grad[0].abs().max() == 65504
 
 
-@pytest.mark.parametrize("spread", sorted(SPREAD, key=str), ids=str)
-def test_shapes_that_are_spread_thinner(spread, device, monkeypatch):
-    """4 of the 32 groups: the programs are the same, and an eighth of them."""
-    channels, side, dtype, resample, backward = spread
+@pytest.mark.parametrize("key", sorted(FEWER_PER_THREAD, key=str), ids=str)
+def test_launches_with_fewer_elements_per_thread(key, device, monkeypatch):
+    """Use 4 of the 32 groups: the same program, but an eighth as many."""
+    channels, side, dtype, resample, backward = key
     few = channels // 8
-    monkeypatch.setitem(SPREAD, (few, side, dtype, resample, backward), SPREAD[spread])
+    monkeypatch.setitem(
+        FEWER_PER_THREAD, (few, side, dtype, resample, backward), FEWER_PER_THREAD[key]
+    )
     launch.cache_clear()
     real, small = (
         launch((c, side, side), c, dtype, groups, True, resample, backward).constants
@@ -642,13 +649,13 @@ def test_shapes_that_are_spread_thinner(spread, device, monkeypatch):
 
 
 def test_configurations_cover_what_a_step_launches():
-    """norm1 with dropout and without, backward of a frozen network too; labels are unique."""
-    found = {label: constants for label, _, _, constants, _, _ in configurations()}
-    assert len(found) == len(list(configurations()))
-    place = "256@32x32 bf16"
-    assert found[f"forward norm1 add {place}"]["seed_ptr"] is None
-    assert "seed_ptr" not in found[f"forward norm1 add dropout {place}"]
-    trained, frozen = (found[f"backward sum{kind} {place}"] for kind in ("", " frozen"))
-    none = {"dparam_ptr", "dx_bias_ptr"}
-    assert none <= frozen.keys()
-    assert not none & trained.keys()
+    """norm1 with and without dropout, backward with and without frozen weights, unique labels."""
+    constants_of = {label: constants for label, _, _, constants, _, _ in configurations()}
+    assert len(constants_of) == len(list(configurations()))
+    shape = "256@32x32 bf16"
+    assert constants_of[f"forward norm1 add {shape}"]["seed_ptr"] is None
+    assert "seed_ptr" not in constants_of[f"forward norm1 add dropout {shape}"]
+    trained, frozen = (constants_of[f"backward sum{end} {shape}"] for end in ("", " frozen"))
+    parameter_gradients = {"dparam_ptr", "dx_bias_ptr"}
+    assert parameter_gradients <= frozen.keys()
+    assert not parameter_gradients & trained.keys()

@@ -180,7 +180,7 @@ def test_a_signal_within_the_first_step_ends_it_at_once(tmp_path, run_command, m
 
     monkeypatch.setattr(Distiller, "step", compiling)
     seen = []
-    monkeypatch.setattr(loop.Loop, "_say", lambda self, line: seen.append(line))
+    monkeypatch.setattr(loop.Loop, "_print", lambda self, line: seen.append(line))
     save_network(tmp_path / "teacher.safetensors", small_teacher())
     out = tmp_path / "run"
     status, _ = run_command("train", "--teacher", tmp_path / "teacher.safetensors", "--out", out)
@@ -233,7 +233,7 @@ def test_nohup_is_heeded():
 
 
 def test_what_takes_long_says_so(monkeypatch):
-    monkeypatch.setattr(compile, "PERIOD", 0.001)
+    monkeypatch.setattr(compile, "HEARTBEAT_SECONDS", 0.001)
     lines = queue.Queue()
-    with compile.shown("first step", lines.put):
+    with compile.heartbeat("first step", lines.put):
         assert re.match(r"first step: \d+ s so far", lines.get(timeout=60))

@@ -121,5 +121,5 @@ def test_every_network_takes_one_phase():
             super().__init__(image)
             self.phases = (*self.phases, *self.phases)
 
-    with pytest.raises(ValueError, match="Twice: every network that learns takes one phase"):
+    with pytest.raises(ValueError, match="Twice: every trained network needs exactly one phase"):
         toy.trainer(method=Twice)

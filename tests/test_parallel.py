@@ -196,11 +196,11 @@ def test_connections_between_devices_are_left_open_where_one_may_still_wait(monk
     group = SimpleNamespace(hosts="hosts", patient="patient", saving="saving")
     monkeypatch.setattr(process_group, "world_size", lambda: 2)
     monkeypatch.setattr(process_group, "_group", group)
-    monkeypatch.setattr(failure, "abandoned", False)
+    monkeypatch.setattr(failure, "unclean_exit", False)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", closed.append)
     process_group._leave(torch.device("cuda", 0), orderly=False)
     assert closed == ["hosts", "patient", "saving"]
-    assert failure.abandoned
+    assert failure.unclean_exit
     assert process_group._group is None
 
 
@@ -214,7 +214,7 @@ def test_running_out_of_memory_names_the_phase_and_the_next_micro_batch(
     status, error = run_command("train", *command[2:], "--kimg", 0.02, "--out", tmp_path / "run")
     assert status == 2
     assert error.strip().count("\n") == 0
-    for words in ("generator step, round 1 of 1", "2.00 GiB", "--micro-batch 2"):
+    for words in ("generator step, micro-batch 1 of 1", "2.00 GiB", "--micro-batch 2"):
         assert words in error
     assert "GPU 0" not in error
     with pytest.raises(OutOfMemory):

@@ -1,4 +1,4 @@
-"""Counter-based random numbers: known answers, statistics, and independence of how they are cut."""
+"""Counter-based random numbers: known answers, statistics, independence of the batch's split."""
 
 import itertools
 import math
@@ -40,7 +40,7 @@ def test_philox_gives_the_known_answers(key, counter, expected):
 
 @pytest.mark.parametrize("shape", [(3, 5), (2, 1), (5, 3, 8, 8), (1, 4099), (2,)])
 @pytest.mark.parametrize("kind", ["uniform", "normal"])
-def test_the_kernel_draws_what_its_eager_twin_draws(device, kind, shape):
+def test_triton_and_eager_draw_the_same_numbers(device, kind, shape):
     values = {"key": -(2**62) + 12345, "step": 2**33 + 5, "first": 2**31 - 1, "stream": 2**32 - 2}
     eager, triton = (draw(backend, kind, shape, device, **values) for backend in BACKENDS)
     assert eager.shape == triton.shape == shape
@@ -51,19 +51,19 @@ def test_the_kernel_draws_what_its_eager_twin_draws(device, kind, shape):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_samples_numbers_depend_on_its_global_index_alone(device, backend):
-    whole = draw(backend, "normal", (6, 3, 4, 4), device)
+def test_a_samples_numbers_depend_on_its_global_index_only(device, backend):
+    full = draw(backend, "normal", (6, 3, 4, 4), device)
     parts = [draw(backend, "normal", (2, 3, 4, 4), device, first=i) for i in (0, 2, 4)]
-    assert torch.equal(whole, torch.cat(parts))
+    assert torch.equal(full, torch.cat(parts))
 
 
-def test_every_part_of_the_counter_gives_other_numbers():
+def test_changing_any_counter_field_changes_every_number():
     base = {"key": 7, "step": 3, "first": 100, "stream": 1}
-    found = [draw("eager", "uniform", (2, 64), "cpu", **base)]
+    draws = [draw("eager", "uniform", (2, 64), "cpu", **base)]
     for name, value in base.items():
         changed = base | {name: value + 2}
-        found.append(draw("eager", "uniform", (2, 64), "cpu", **changed))
-    for a, b in itertools.combinations(found, 2):
+        draws.append(draw("eager", "uniform", (2, 64), "cpu", **changed))
+    for a, b in itertools.combinations(draws, 2):
         assert not (a == b).any()
 
 
@@ -85,7 +85,7 @@ def test_normals_and_uniforms_have_their_distributions(device, backend):
 
 
 def test_neighbours_are_independent():
-    """Elements, samples, steps and streams: no correlation beyond chance."""
+    """Adjacent elements, samples, steps and streams correlate no more than by chance."""
     n = 200_000
     x = draw("eager", "normal", (2, n), "cpu").double()
     pairs = {
@@ -98,6 +98,6 @@ def test_neighbours_are_independent():
         assert abs(float((a * b).mean())) < 5 / math.sqrt(n), name
 
 
-def test_no_other_kind_is_drawn():
+def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="kind='cauchy'"):
         draw("eager", "cauchy", (1, 1), "cpu")

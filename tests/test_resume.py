@@ -23,10 +23,10 @@ from sid_fast.models.registry import save_network
 from sid_fast.training.checkpoint import (
     HEADER,
     States,
+    find_restarted_run,
     find_state,
     load_state,
     read_header,
-    restarted,
 )
 from sid_fast.training.loop import Loop
 
@@ -239,8 +239,8 @@ def test_a_full_disk_does_not_stop_a_run_that_can_write_its_last_state(
         "--kimg", 0.032, "--state-every", 0.008, "--out", tmp_path / "run",
     ]  # fmt: skip
     seen = []
-    real = Loop._say
-    monkeypatch.setattr(Loop, "_say", lambda self, line: (seen.append(line), real(self, line)))
+    real = Loop._print
+    monkeypatch.setattr(Loop, "_print", lambda self, line: (seen.append(line), real(self, line)))
     full_disk_at(monkeypatch, 4, 6)
     status, error = run_command(*arguments)
     assert status == 0, error
@@ -320,5 +320,5 @@ def test_a_restart_without_a_name_takes_up_no_other_run(tmp_path, monkeypatch):
     (tmp_path / "runs" / "003-other" / "config.json").write_text('{"launch": "none"}')
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert restarted(None) is None
-    assert restarted("runs/003-other") == Path("runs/003-other")
+    assert find_restarted_run(None) is None
+    assert find_restarted_run("runs/003-other") == Path("runs/003-other")

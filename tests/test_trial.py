@@ -81,9 +81,9 @@ def test_a_trial_may_end_as_it_likes(tmp_path, monkeypatch, end, reason):
 def test_the_first_process_of_a_node_makes_the_trial_for_all(monkeypatch):
     monkeypatch.setattr(graph_trial, "attempt", lambda *_: "it broke")
     arguments = small_teacher().config, Settings(**FAST), CPU
-    assert graph_trial.refused(*arguments) == "it broke"
+    assert graph_trial.failure_reason(*arguments) == "it broke"
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert graph_trial.refused(*arguments) == ""
+    assert graph_trial.failure_reason(*arguments) == ""
     monkeypatch.setattr(graph_trial.process_group, "all_reduce_any", lambda flag: True)
     monkeypatch.setattr(graph_trial.process_group, "first_text", lambda text: "process 0: it broke")
-    assert graph_trial.refused(*arguments) == "process 0: it broke"
+    assert graph_trial.failure_reason(*arguments) == "process 0: it broke"

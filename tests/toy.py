@@ -53,6 +53,6 @@ class TwoForwards(FixedImage):
         return first._replace(loss=first.loss + more)
 
 
-def trainer(plan=fsdp.WHOLE, settings=SETTINGS, seed=0, method=FixedImage, **options):
+def trainer(plan=fsdp.SINGLE_PROCESS, settings=SETTINGS, seed=0, method=FixedImage, **options):
     image = torch.linspace(-1, 1, 64).reshape(1, 8, 8)
     return Trainer(method(image), settings, seed, plan, **options)

@@ -1,34 +1,35 @@
-"""Group normalisation with everything the EDM U-Net does around it, one pass over memory.
+"""Group normalisation fused with its neighbours in the EDM U-Net, in one pass over memory.
 
-Before the norm: the end of the previous block (bias of its convolution, residual, scale), the
-decoder's concatenation, conditioning; after it: conditioning, activation, dropout, resampling by
-two. Two tensors are normalised as one where they lie; a group may straddle the seam.
+Fused before the norm: the previous block's epilogue (convolution bias, residual, scale), the
+decoder's concatenation, added conditioning. Fused after it: scale-shift conditioning, SiLU,
+dropout, resampling by two. Concatenated inputs are normalised without copying them together; a
+group may contain channels of both.
 
-A channels-last group is a narrow column: C/groups channels (8 to 96 bytes in 16 bit) of every
-pixel. A program therefore takes a block of adjacent groups of one sample, so that it reads whole
-sectors, and all of its pixels. Where they fit, they stay in registers between statistics and
-normalisation; where they do not, the program goes over its tiles again in reverse order, so that
-what it read last is still in the first-level cache and nothing is read from memory twice.
+In channels-last order, a group is a narrow column: C/groups channels (8 to 96 bytes in 16 bit) of
+every pixel. A program therefore owns several adjacent groups of one sample, to read full memory
+sectors, and all pixels. If they fit, they stay in registers between statistics and normalisation.
+Otherwise the program makes a second pass over its tiles in reverse order: those read last are
+still in the L1 cache.
 """
 
 from sid_fast.kernels.group_norm.eager import GroupNormOutput, group_norm_eager
-from sid_fast.kernels.group_norm.launch import SPREAD, launch
+from sid_fast.kernels.group_norm.launch import FEWER_PER_THREAD, launch
 from sid_fast.kernels.group_norm.op import group_norm
 from sid_fast.kernels.group_norm.shapes import (
-    PLACES,
-    _arguments,
+    NORM_SHAPES,
     bytes_moved,
     configurations,
+    kernel_arguments,
 )
 
 __all__ = [
-    "PLACES",
-    "SPREAD",
+    "FEWER_PER_THREAD",
+    "NORM_SHAPES",
     "GroupNormOutput",
-    "_arguments",
     "bytes_moved",
     "configurations",
     "group_norm",
     "group_norm_eager",
+    "kernel_arguments",
     "launch",
 ]

@@ -1,9 +1,8 @@
 """The backward kernel.
 
-Forward keeps the norm's input and its statistics; the rest is recomputed. Every incoming gradient
-of the input is an argument, and the kernel adds them up. The sums over pixels that make up the
-gradients of weight, bias and x_bias are stored per sample; a second, deterministic step adds up the
-samples.
+Forward saves the norm's input and statistics; backward recomputes the rest. It takes every incoming
+gradient of the input and adds them up. For the gradients of weight, bias and x_bias it stores one
+sum over pixels per sample; a second, deterministic reduction adds up the samples.
 """
 
 from sid_fast.kernels._triton import tl, triton
@@ -11,18 +10,18 @@ from sid_fast.kernels.dropout import dropout_key, keep_mask
 from sid_fast.kernels.group_norm.device import (
     affine,
     block_of_program,
+    concat_ptr,
     fold,
     group_sums,
-    joined,
     load_channels,
     load_resampled,
     load_rows,
-    offsets,
+    pixel_offsets,
     pixels_of_tile,
     saturating_cast,
     sigmoid,
-    step,
     sum_pair,
+    tile_offset,
 )
 
 
@@ -36,12 +35,12 @@ def _centred(
     exists,
     CHANNELS: tl.constexpr,
     LEFT: tl.constexpr,
-    FOLDED: tl.constexpr,
+    MEAN_IN_SHIFT: tl.constexpr,
 ):
-    """A tile of the norm's input, less its mean unless FOLDED."""
-    h_ptr += step(first, channel, LEFT, CHANNELS)
-    h = load_rows(h_ptr, offsets(pixel, channel, LEFT, CHANNELS), exists)
-    if not FOLDED:
+    """Load a tile of the norm's input and, unless MEAN_IN_SHIFT, subtract the mean."""
+    h_ptr += tile_offset(first, channel, LEFT, CHANNELS)
+    h = load_rows(h_ptr, pixel_offsets(pixel, channel, LEFT, CHANNELS), exists)
+    if not MEAN_IN_SHIFT:
         h -= centre[None, :]
     return h
 
@@ -66,9 +65,9 @@ def _activation_grad(
     SILU: tl.constexpr,
     RESAMPLE: tl.constexpr,
 ):
-    """The gradient of the activation's input, 0 where there is no pixel.
+    """Return the gradient of the activation's input without dropout's scale; 0 beyond the image.
 
-    Dropout's scale is left out: it is in the gain and the sums.
+    The caller applies the scale to the gain and the sums.
     """
     grad = load_resampled(y_grad_ptr, target_first, target, exists, WIDTH, CHANNELS, RESAMPLE)
     if SILU:
@@ -106,25 +105,28 @@ def _write_grad(
     LEFT: tl.constexpr,
     RESAMPLE: tl.constexpr,
 ):
-    """The gradients of the norm's input and, with all that came in, of x; 0 where no pixel is."""
+    """Store the gradient of x; return the norm's input gradient and that of x, 0 beyond the image.
+
+    The gradient of x adds h_grad, h_for_skip_grad and resampled_grad to the norm's, times x_scale.
+    """
     dh = grad * gain[None, :] - (h * slope[None, :] + constant[None, :])
     dh = tl.where(exists, dh, 0.0)
     dx = dh
-    offset = offsets(pixel, channel, LEFT, CHANNELS)
+    offset = pixel_offsets(pixel, channel, LEFT, CHANNELS)
     if h_grad_ptr is not None:
-        dx += load_rows(h_grad_ptr + step(first, channel, LEFT, CHANNELS), offset, exists)
+        dx += load_rows(h_grad_ptr + tile_offset(first, channel, LEFT, CHANNELS), offset, exists)
     if h_for_skip_grad_ptr is not None:
-        near = exists
+        mask = exists
         if LEFT < CHANNELS:
-            near = exists & left
-        dx += load_rows(h_for_skip_grad_ptr + first * LEFT, pixel[:, None] * LEFT, near)
+            mask = exists & left
+        dx += load_rows(h_for_skip_grad_ptr + first * LEFT, pixel[:, None] * LEFT, mask)
     if resampled_grad_ptr is not None:
         dx += load_resampled(
             resampled_grad_ptr, target_first, target, exists, WIDTH, LEFT, RESAMPLE
         )
     if x_scale is not None:
         dx *= x_scale[None, :]
-    dx_ptr += step(first, channel, LEFT, CHANNELS)
+    dx_ptr += tile_offset(first, channel, LEFT, CHANNELS)
     value = saturating_cast(dx, dx_ptr.dtype.element_ty)
     tl.store(dx_ptr[None, :] + offset, value, mask=exists & owned)
     return dh, dx
@@ -155,7 +157,7 @@ def backward_kernel(
     seed_ptr,
     samples,
     add_stride,
-    film_stride,
+    scale_shift_stride,
     x_scale,
     drop,
     tiles,
@@ -178,24 +180,25 @@ def backward_kernel(
     TARGETS: tl.constexpr = (
         PIXELS * 4 if RESAMPLE == "up" else PIXELS // 4 if RESAMPLE == "down" else PIXELS
     )
-    FOLDED: tl.constexpr = h_ptr.dtype.element_ty.primitive_bitwidth == 16  # as in forward
-    # Drawing twice costs more than memory: the first pass over tiles leaves its gradient in dx.
-    KEPT: tl.constexpr = seed_ptr is not None and SILU
-    sample, channel, owned, near = block_of_program(
+    MEAN_IN_SHIFT: tl.constexpr = h_ptr.dtype.element_ty.primitive_bitwidth == 16  # as in forward
+    # Drawing the mask twice costs more than memory traffic, so the first pass over tiles stores the
+    # activation's gradient in dx for the second.
+    CACHE_GRAD: tl.constexpr = seed_ptr is not None and SILU
+    sample, channel, owned, left = block_of_program(
         CHANNELS, LEFT, GROUP, GROUPS_PER_BLOCK, BLOCKS, BLOCK_C, VECTOR
     )
     start = sample.to(tl.int64) * PIXELS
-    h_ptr = joined(h_ptr, skip_ptr, start, channel, LEFT, CHANNELS)
-    dx_ptr = joined(dx_ptr, dskip_ptr, start, channel, LEFT, CHANNELS)
+    h_ptr = concat_ptr(h_ptr, skip_ptr, start, channel, LEFT, CHANNELS)
+    dx_ptr = concat_ptr(dx_ptr, dskip_ptr, start, channel, LEFT, CHANNELS)
     if h_grad_ptr is not None:
-        h_grad_ptr = joined(h_grad_ptr, skip_grad_ptr, start, channel, LEFT, CHANNELS)
+        h_grad_ptr = concat_ptr(h_grad_ptr, skip_grad_ptr, start, channel, LEFT, CHANNELS)
     if h_for_skip_grad_ptr is not None:
         h_for_skip_grad_ptr += start * LEFT + channel
     y_grad_ptr += sample.to(tl.int64) * (TARGETS * CHANNELS) + channel
     if resampled_grad_ptr is not None:
         resampled_grad_ptr += sample.to(tl.int64) * (TARGETS * LEFT) + channel
     if x_scale is not None:
-        x_scale = tl.where(near, x_scale, 1.0)
+        x_scale = tl.where(left, x_scale, 1.0)
     key = None
     high = None
     if seed_ptr is not None:
@@ -206,17 +209,17 @@ def backward_kernel(
     rstd = load_channels(stats_ptr + (samples + sample) * GROUPS, group)
     if add_ptr is not None:
         centre -= load_channels(add_ptr + sample * add_stride, channel)
-    film = sample * film_stride
-    gain, shift = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, film, channel)
+    scale_shift_row = sample * scale_shift_stride
+    gain, shift = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_shift_row, channel)
     gain *= rstd
-    if FOLDED:
+    if MEAN_IN_SHIFT:
         shift -= centre * gain
 
     if BLOCK_HW >= PIXELS:
         first, pixel, target_first, target, exists = pixels_of_tile(
             0, PIXELS, WIDTH, BLOCK_HW, RESAMPLE
         )
-        h = _centred(h_ptr, centre, first, pixel, channel, exists, CHANNELS, LEFT, FOLDED)
+        h = _centred(h_ptr, centre, first, pixel, channel, exists, CHANNELS, LEFT, MEAN_IN_SHIFT)
         grad = _activation_grad(
             h, y_grad_ptr, gain, shift, key, high, drop, 0, target_first, target,
             channel, exists, BLOCK_HW, WIDTH, CHANNELS, SILU, RESAMPLE,
@@ -229,34 +232,36 @@ def backward_kernel(
             first, pixel, target_first, target, exists = pixels_of_tile(
                 t, PIXELS, WIDTH, BLOCK_HW, RESAMPLE
             )
-            h = _centred(h_ptr, centre, first, pixel, channel, exists, CHANNELS, LEFT, FOLDED)
+            h = _centred(
+                h_ptr, centre, first, pixel, channel, exists, CHANNELS, LEFT, MEAN_IN_SHIFT
+            )
             grad = _activation_grad(
                 h, y_grad_ptr, gain, shift, key, high, drop, t, target_first, target,
                 channel, exists, BLOCK_HW, WIDTH, CHANNELS, SILU, RESAMPLE,
             )  # fmt: skip
             grads += fold(grad, FOLD)
             products += fold(grad * h, FOLD)
-            if KEPT:
+            if CACHE_GRAD:
                 tl.store(
-                    (dx_ptr + step(first, channel, LEFT, CHANNELS))[None, :]
-                    + offsets(pixel, channel, LEFT, CHANNELS),
+                    (dx_ptr + tile_offset(first, channel, LEFT, CHANNELS))[None, :]
+                    + pixel_offsets(pixel, channel, LEFT, CHANNELS),
                     saturating_cast(grad, dx_ptr.dtype.element_ty),
                     mask=exists & owned[None, :],
                 )
         dshift, dgain = sum_pair(grads, products, 0)
-    if FOLDED:
+    if MEAN_IN_SHIFT:
         dgain -= centre * dshift
     if seed_ptr is not None:
         scale = 1.0 / (1.0 - drop * (1.0 / 65536))
         dshift *= scale
         dgain *= scale
-    # dh = gain·grad less its parts along 1 and along the normalised values, in every group.
+    # dh = gain·grad minus its projections, per group, onto 1 and onto the normalised input.
     constant, slope = group_sums(
         tl.where(owned, gain * dshift, 0.0), tl.where(owned, gain * dgain, 0.0), GROUP, GROUPS_POW2
     )
     constant *= 1.0 / (GROUP * PIXELS)
     slope *= rstd * rstd * (1.0 / (GROUP * PIXELS))
-    if FOLDED:
+    if MEAN_IN_SHIFT:
         constant -= centre * slope
     gain_after = gain * scale if seed_ptr is not None else gain
 
@@ -272,7 +277,7 @@ def backward_kernel(
             tl.store(
                 dshift_ptr + row, saturating_cast(dshift, dshift_ptr.dtype.element_ty), mask=owned
             )
-        factor = 1.0 + load_channels(scale_ptr, film + channel)
+        factor = 1.0 + load_channels(scale_ptr, scale_shift_row + channel)
         dgain *= factor
         dshift *= factor
     if dparam_ptr is not None:
@@ -284,23 +289,25 @@ def backward_kernel(
             h, grad, gain_after, slope, constant,
             h_grad_ptr, h_for_skip_grad_ptr, resampled_grad_ptr, dx_ptr,
             x_scale, first, pixel, target_first, target, channel, exists,
-            owned[None, :], near[None, :], WIDTH, CHANNELS, LEFT, RESAMPLE,
+            owned[None, :], left[None, :], WIDTH, CHANNELS, LEFT, RESAMPLE,
         )  # fmt: skip
     else:
         dh = tl.zeros([BLOCK_HW // FOLD, BLOCK_C], tl.float32)
         dx = tl.zeros([BLOCK_HW // FOLD, BLOCK_C], tl.float32)
-        if KEPT:
-            tl.debug_barrier()  # what the other threads have stored
+        if CACHE_GRAD:
+            tl.debug_barrier()  # wait for the other threads' stores to dx
         for i in range(tiles):
             t = tiles - 1 - i
             first, pixel, target_first, target, exists = pixels_of_tile(
                 t, PIXELS, WIDTH, BLOCK_HW, RESAMPLE
             )
-            h = _centred(h_ptr, centre, first, pixel, channel, exists, CHANNELS, LEFT, FOLDED)
-            if KEPT:
+            h = _centred(
+                h_ptr, centre, first, pixel, channel, exists, CHANNELS, LEFT, MEAN_IN_SHIFT
+            )
+            if CACHE_GRAD:
                 grad = load_rows(
-                    dx_ptr + step(first, channel, LEFT, CHANNELS),
-                    offsets(pixel, channel, LEFT, CHANNELS),
+                    dx_ptr + tile_offset(first, channel, LEFT, CHANNELS),
+                    pixel_offsets(pixel, channel, LEFT, CHANNELS),
                     exists,
                 )
             else:
@@ -311,7 +318,7 @@ def backward_kernel(
             dh_part, dx_part = _write_grad(
                 h, grad, gain_after, slope, constant, h_grad_ptr, h_for_skip_grad_ptr,
                 resampled_grad_ptr, dx_ptr, x_scale, first, pixel, target_first, target, channel,
-                exists, owned[None, :], near[None, :], WIDTH, CHANNELS, LEFT, RESAMPLE,
+                exists, owned[None, :], left[None, :], WIDTH, CHANNELS, LEFT, RESAMPLE,
             )  # fmt: skip
             if dadd_ptr is not None:
                 dh += fold(dh_part, FOLD)
@@ -322,4 +329,4 @@ def backward_kernel(
         dadd = saturating_cast(tl.sum(dh, 0), dadd_ptr.dtype.element_ty)
         tl.store(dadd_ptr + row, dadd, mask=owned)
     if dx_bias_ptr is not None:
-        tl.store(dx_bias_ptr + sample * LEFT + channel, tl.sum(dx, 0), mask=near)
+        tl.store(dx_bias_ptr + sample * LEFT + channel, tl.sum(dx, 0), mask=left)

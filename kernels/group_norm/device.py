@@ -1,10 +1,12 @@
-"""Device functions that the forward and the backward kernel share.
+"""Device functions shared by the forward and the backward kernel.
 
-A program normalises `GROUPS_PER_BLOCK` adjacent groups of one sample. Tensors are channels-last, so
-its elements form a matrix [pixels, channels]; it works on tiles [BLOCK_HW, BLOCK_C] of it.
+A program normalises `GROUPS_PER_BLOCK` adjacent groups of one sample. Its elements form a matrix
+[pixels, channels], because tensors are channels-last; it processes tiles [BLOCK_HW, BLOCK_C] of
+that matrix. A column of a tile is called a lane. LEFT is the number of channels of h, the left part
+of cat(h, skip); CHANNELS counts both.
 
-The functions with inline PTX hold one instruction each and, for Triton's interpreter, its plain
-form; everything else is the same code on both.
+Functions with inline PTX also have a Triton version of that instruction for the interpreter; all
+other code is the same in both.
 """
 
 from sid_fast.kernels._triton import INTERPRETED, tl, triton
@@ -14,7 +16,7 @@ from sid_fast.kernels._triton import INTERPRETED, tl, triton
 
 @triton.jit
 def exp2(x):
-    """2^x to 2 ulp. Results below 2^-126 are 0: tl.exp2 spends three instructions on those."""
+    """Return 2^x to 2 ulp, 0 below 2^-126: tl.exp2 spends three more instructions on those."""
     if INTERPRETED:
         y = tl.exp2(x)
     else:
@@ -26,7 +28,7 @@ def exp2(x):
 
 @triton.jit
 def reciprocal(x):
-    """1/x to 1 ulp for |x| < 2^126, 0 beyond: a division spends four instructions on range."""
+    """Return 1/x to 1 ulp, 0 for |x| ≥ 2^126: a division spends four more instructions on those."""
     if INTERPRETED:
         y = 1.0 / x
     else:
@@ -38,13 +40,13 @@ def reciprocal(x):
 
 @triton.jit
 def sigmoid(x, keep):
-    """sigmoid(x)/keep in four instructions: both fold into one product and one sum."""
+    """Return sigmoid(x)/keep in four instructions; `keep` adds none."""
     return reciprocal(exp2(x * -1.4426950408889634) * keep + keep)
 
 
 @triton.jit
 def widen(x):
-    """To float32, exactly. A pair of bfloat16 takes two instructions, and three without the PTX."""
+    """Convert to float32, exactly; two instructions per pair of bfloat16, three without the PTX."""
     if tl.constexpr(x.dtype != tl.bfloat16) or INTERPRETED:
         y = x.to(tl.float32)
     else:
@@ -57,8 +59,8 @@ def widen(x):
 
 @triton.jit
 def round_to_bfloat16(x):
-    """To nearest, ties to even. Pairs, because a lone conversion runs at a quarter of the rate."""
-    if INTERPRETED:  # whose own conversion truncates
+    """Round to nearest even, in pairs: a single conversion runs at a quarter of the rate."""
+    if INTERPRETED:  # the interpreter's conversion truncates
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + (((bits >> 16) & 1) + 0x7FFF)) & -0x10000
         y = tl.where(x == x, bits.to(tl.float32, bitcast=True), x).to(tl.bfloat16)
@@ -87,7 +89,7 @@ def saturating_cast(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def saturated(x):
-    """To float32, inf in fp16 read as ±65504."""
+    """Convert to float32; an fp16 inf becomes ±65504."""
     y = widen(x)
     if tl.constexpr(x.dtype == tl.float16):
         y = tl.clamp(y, -65504.0, 65504.0, tl.PropagateNan.ALL)
@@ -104,20 +106,20 @@ def _add_pairs(a, b, c, d):
 
 @triton.jit
 def sum_pair(a, b, AXIS: tl.constexpr):
-    """Both sums in one reduction: one pass through shared memory and half the barriers."""
+    """Sum a and b in one reduction: one pass through shared memory and half the barriers."""
     return tl.reduce((a, b), AXIS, _add_pairs)
 
 
 @triton.jit
 def fold(tile, FOLD: tl.constexpr):
-    """[BLOCK_HW, BLOCK_C] -> [BLOCK_HW/FOLD, BLOCK_C]: sums of rows that one thread holds."""
+    """Add up rows of the same thread: [BLOCK_HW, BLOCK_C] -> [BLOCK_HW/FOLD, BLOCK_C]."""
     rows: tl.constexpr = tile.shape[0] // FOLD
     return tl.sum(tl.reshape(tile, [FOLD, rows, tile.shape[1]]), 0)
 
 
 @triton.jit
 def group_sums(a, b, GROUP: tl.constexpr, GROUPS_POW2: tl.constexpr):
-    """[BLOCK_C] twice: to every lane the sums of its group, both at once."""
+    """Sum a and b, [BLOCK_C] each, over the groups; each lane gets the sums of its group."""
     BLOCK_C: tl.constexpr = a.shape[0]
     if GROUP & (GROUP - 1) == 0:  # a group is a few adjacent threads: no barrier
         shape: tl.constexpr = [BLOCK_C // GROUP, GROUP]
@@ -144,10 +146,11 @@ def block_of_program(
     BLOCK_C: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Sample, the channel of each lane, which lanes the program owns, and which of those are h's.
+    """Return (sample, channel of each lane, owned, left): the program's part of the tensor.
 
-    Lanes beyond those channels repeat the first ones, so that no load needs a mask; sums and stores
-    leave them out. VECTOR adjacent channels are loaded together.
+    `owned` marks the lanes with a channel of their own, `left` those of them with a channel of h.
+    The other lanes repeat the first channels, so that loads need no mask; sums and stores mask
+    them. VECTOR adjacent channels are loaded together.
     """
     sample = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
@@ -158,15 +161,15 @@ def block_of_program(
         owned = (lane < GROUPS_PER_BLOCK * GROUP) & (start + lane < CHANNELS)
     channel = start + tl.where(owned, lane, lane % VECTOR)
     channel = tl.multiple_of(tl.max_contiguous(channel, VECTOR), VECTOR)
-    near = owned
+    left = owned
     if LEFT < CHANNELS:
-        near = owned & (channel < LEFT)
-    return sample, channel, owned, near
+        left = owned & (channel < LEFT)
+    return sample, channel, owned, left
 
 
 @triton.jit
-def joined(left_ptr, right_ptr, start, channel, LEFT: tl.constexpr, CHANNELS: tl.constexpr):
-    """Address of every channel of pixel `start` in cat(left, right)."""
+def concat_ptr(left_ptr, right_ptr, start, channel, LEFT: tl.constexpr, CHANNELS: tl.constexpr):
+    """Return the addresses of the channels of pixel `start` in cat(left, right): [BLOCK_C]."""
     ptr = left_ptr + (start * LEFT + channel)
     if right_ptr is not None:
         right = right_ptr + (start * (CHANNELS - LEFT) + (channel - LEFT))
@@ -175,8 +178,8 @@ def joined(left_ptr, right_ptr, start, channel, LEFT: tl.constexpr, CHANNELS: tl
 
 
 @triton.jit
-def offsets(pixel, channel, LEFT: tl.constexpr, CHANNELS: tl.constexpr):
-    """[rows, 1 or BLOCK_C]: from the first pixel to others of cat(left, right)."""
+def pixel_offsets(pixel, channel, LEFT: tl.constexpr, CHANNELS: tl.constexpr):
+    """Return the offsets of pixels from pixel 0 in cat(left, right): [rows, 1 or BLOCK_C]."""
     if LEFT == CHANNELS or 2 * LEFT == CHANNELS:
         offset = pixel[:, None] * LEFT
     else:
@@ -185,8 +188,8 @@ def offsets(pixel, channel, LEFT: tl.constexpr, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def step(first, channel, LEFT: tl.constexpr, CHANNELS: tl.constexpr):
-    """The same for the one pixel `first`: a number, or one a channel."""
+def tile_offset(first, channel, LEFT: tl.constexpr, CHANNELS: tl.constexpr):
+    """Return the offset of pixel `first` from pixel 0 in cat(left, right): scalar or [BLOCK_C]."""
     if LEFT == CHANNELS or 2 * LEFT == CHANNELS:
         offset = first * LEFT
     else:
@@ -196,7 +199,7 @@ def step(first, channel, LEFT: tl.constexpr, CHANNELS: tl.constexpr):
 
 @triton.jit
 def first_of_four(pixel, WIDTH: tl.constexpr):
-    """A pixel's upper left one of four at twice the resolution; WIDTH is the coarse one's."""
+    """Return the upper left of the 2x2 pixels that a pixel of an image of WIDTH is upsampled to."""
     return 2 * (pixel + pixel // WIDTH * WIDTH)
 
 
@@ -204,18 +207,19 @@ def first_of_four(pixel, WIDTH: tl.constexpr):
 def pixels_of_tile(
     t, PIXELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_HW: tl.constexpr, RESAMPLE: tl.constexpr
 ):
-    """(first, pixel) of the input, (first, pixel) of the output, which of them exist.
+    """Return (first, pixel, target_first, target, exists) of a tile's rows.
 
-    A row's pixel is first + pixel: the second does not depend on the tile, so that the addresses
-    of a thread's rows differ by constants. Of the output it is the first of four for "up". A tile
-    is a strip of each quarter of the image, so that a thread holds all four elements that share
-    random numbers (see keep_mask). A mask that excludes nothing is a constant, which costs nothing.
+    A row is pixel first + pixel of the input and target_first + target of the output (for "up", the
+    upper left of its 2x2 pixels). `pixel` and `target` do not depend on the tile, so the addresses
+    of a thread's rows differ by constants. A tile is a strip of each quarter of the image, so a
+    thread holds the four elements that share random numbers (see keep_mask). `exists` masks rows
+    beyond the image; if there are none it is a constant, which costs nothing.
     """
     row = tl.arange(0, BLOCK_HW)
     STRIP: tl.constexpr = BLOCK_HW // 4
     QUARTER: tl.constexpr = (PIXELS + 3) // 4
     if RESAMPLE == "down":
-        # Rows a quarter of the tile apart are 2x2 pixels, so that one thread averages them.
+        # Rows a quarter of the tile apart form 2x2 pixels, so that one thread averages them.
         first = 0
         target_first = 0
         target = t * STRIP + row % STRIP
@@ -240,13 +244,13 @@ def pixels_of_tile(
 
 @triton.jit
 def load_rows(ptr, offset, mask):
-    """A tile in float32, 0 where the mask excludes it; ptr is [BLOCK_C]."""
+    """Load a tile as float32, 0 where masked; ptr is [BLOCK_C]."""
     return saturated(tl.load(ptr[None, :] + offset, mask=mask, other=0.0))
 
 
 @triton.jit
 def load_channels(ptr, channel):
-    """A value of every lane's channel, float32."""
+    """Load one value per lane's channel as float32."""
     return saturated(tl.load(ptr + channel))
 
 
@@ -264,7 +268,7 @@ def store_resampled(
     CHANNELS: tl.constexpr,
     RESAMPLE: tl.constexpr,
 ):
-    """Stores a tile, resampled."""
+    """Resample a tile and store it."""
     if RESAMPLE == "down":
         rows: tl.constexpr = value.shape[0] // 4
         pixel = t * rows + tl.arange(0, rows)
@@ -286,7 +290,7 @@ def store_resampled(
 def load_resampled(
     ptr, first, target, exists, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, RESAMPLE: tl.constexpr
 ):
-    """The transpose of store_resampled: the gradient of a tile from that of what was stored."""
+    """Load a tile's gradient from the resampled output's: the transpose of store_resampled."""
     ptr += first * CHANNELS
     value = load_rows(ptr, target[:, None] * CHANNELS, exists)
     if RESAMPLE == "down":
@@ -300,7 +304,7 @@ def load_resampled(
 
 @triton.jit
 def affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, row, channel):
-    """norm·weight + bias, times (scale + 1), plus shift: as one gain and one shift a channel."""
+    """Return (norm·weight + bias)·(scale + 1) + shift as one gain and one shift per channel."""
     gain = load_channels(weight_ptr, channel)
     shift = load_channels(bias_ptr, channel)
     if scale_ptr is not None:

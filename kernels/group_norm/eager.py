@@ -1,4 +1,4 @@
-"""The group norm in plain PyTorch: what the kernels are tested against, and what a CPU runs."""
+"""The group norm in plain PyTorch: the kernels' reference in tests, and the backend on a CPU."""
 
 from typing import NamedTuple
 
@@ -9,12 +9,17 @@ from sid_fast.kernels.dropout import dropout as drop
 
 
 class GroupNormOutput(NamedTuple):
-    """What a group norm gives; each output takes a gradient of its own.
+    """Outputs of a group norm.
 
-    y is the result, [N, C, H', W']; h the sum that was normalised, [N, C1, H, W], x itself where
-    there was nothing to add; h_for_skip is h once more, for a second consumer; skip what was
-    normalised with h, passed through for its second consumer; resampled is h, resampled as y is.
-    Adding up the gradients of several consumers thus takes no pass of its own.
+    Each consumer of h and skip gets a separate output, so the backward kernel receives every
+    incoming gradient and adds them up itself, without another pass over memory.
+
+    Attributes:
+        y: the result, [N, C, H', W'].
+        h: the pre-norm activation, [N, C1, H, W]; x itself if nothing was added or scaled.
+        h_for_skip: alias of h for a second consumer, the skip connection.
+        skip: the skip tensor, passed through; None without one.
+        resampled: h, resampled like y; None without resampling.
     """
 
     y: torch.Tensor
@@ -43,7 +48,7 @@ def group_norm_eager(
     seed: torch.Tensor | None = None,
     resample: str | None = None,
 ) -> GroupNormOutput:
-    """group_norm in plain PyTorch; without a seed dropout draws from torch's generator."""
+    """Apply `group_norm` in plain PyTorch; dropout without a seed uses torch's generator."""
     h = x if residual is None else x + residual
     if x_bias is not None:
         h = h + x_bias[:, None, None].to(h.dtype)
@@ -62,13 +67,13 @@ def group_norm_eager(
         y = F.dropout(y, dropout) if seed is None else drop(y, dropout, seed)
     if resample is None:
         return GroupNormOutput(y, h, h, skip, None)
-    change = {"down": _halved, "up": _doubled}[resample]
-    return GroupNormOutput(change(y), h, h, skip, change(h))
+    resampled = {"down": _downsample, "up": _upsample}[resample]
+    return GroupNormOutput(resampled(y), h, h, skip, resampled(h))
 
 
-def _halved(x: torch.Tensor) -> torch.Tensor:
+def _downsample(x: torch.Tensor) -> torch.Tensor:
     return F.avg_pool2d(x, 2)
 
 
-def _doubled(x: torch.Tensor) -> torch.Tensor:
+def _upsample(x: torch.Tensor) -> torch.Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest")

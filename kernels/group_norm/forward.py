@@ -5,19 +5,19 @@ from sid_fast.kernels.dropout import dropout_key, keep_mask
 from sid_fast.kernels.group_norm.device import (
     affine,
     block_of_program,
+    concat_ptr,
     fold,
     group_sums,
-    joined,
     load_channels,
     load_rows,
-    offsets,
+    pixel_offsets,
     pixels_of_tile,
     saturated,
     saturating_cast,
     sigmoid,
-    step,
     store_resampled,
     sum_pair,
+    tile_offset,
     widen,
 )
 
@@ -45,23 +45,23 @@ def _read(
     LEFT: tl.constexpr,
     RESAMPLE: tl.constexpr,
 ):
-    """A tile of cat(h, skip), 0 where there is no pixel. Stores h unless it is x, and resampled.
+    """Return a tile of cat(h, skip), 0 beyond the image; store h, unless it is x, and resampled.
 
-    x_ptr has x and skip.
+    x_ptr holds the addresses of cat(x, skip).
     """
-    x_ptr += step(first, channel, LEFT, CHANNELS)
-    x = load_rows(x_ptr, offsets(pixel, channel, LEFT, CHANNELS), exists)
+    x_ptr += tile_offset(first, channel, LEFT, CHANNELS)
+    x = load_rows(x_ptr, pixel_offsets(pixel, channel, LEFT, CHANNELS), exists)
     if h_ptr is not None:
         offset = pixel[:, None] * LEFT
         h_ptr += first * LEFT
         if residual_ptr is not None:
-            # Lanes of skip have none; those without a channel read what others read.
-            near = exists
+            # Lanes of skip have no residual; lanes that are not owned load another lane's.
+            mask = exists
             if LEFT < CHANNELS:
-                near = exists & left
-            x += load_rows(residual_ptr + first * LEFT, offset, near)
+                mask = exists & left
+            x += load_rows(residual_ptr + first * LEFT, offset, mask)
         x = x * x_gain[None, :] + x_shift[None, :]
-        # Rounded as it is stored: backward sees the stored sum and nothing else.
+        # Normalise the rounded h: backward only has the stored one.
         rounded = saturating_cast(x, h_ptr.dtype.element_ty)
         tl.store(h_ptr[None, :] + offset, rounded, mask=exists & left)
         x = widen(rounded)
@@ -87,15 +87,15 @@ def _apply(
     BLOCK_HW: tl.constexpr,
     CHANNELS: tl.constexpr,
     SILU: tl.constexpr,
-    FOLDED: tl.constexpr,
+    MEAN_IN_SHIFT: tl.constexpr,
 ):
-    """dropout(silu((x - centre)·gain + shift)); FOLDED: shift contains the centre."""
-    if not FOLDED:
+    """Return dropout(silu((x - centre)·gain + shift)); MEAN_IN_SHIFT: shift has -centre·gain."""
+    if not MEAN_IN_SHIFT:
         x -= centre[None, :]
     y = x * gain[None, :] + shift[None, :]
     if key is not None:
         keep = 1.0 - drop * (1.0 / 65536)
-        # The scale of what is kept costs nothing: it is in the sigmoid.
+        # Dropout's scale costs nothing: the sigmoid includes it.
         y *= sigmoid(y, keep) if SILU else 1.0 / keep
         y = tl.where(keep_mask(key, high, drop, t, channel, BLOCK_HW, CHANNELS), y, 0.0)
     elif SILU:
@@ -121,7 +121,7 @@ def forward_kernel(
     seed_ptr,
     samples,
     add_stride,
-    film_stride,
+    scale_shift_stride,
     eps,
     x_scale,
     drop,
@@ -145,24 +145,25 @@ def forward_kernel(
     TARGETS: tl.constexpr = (
         PIXELS * 4 if RESAMPLE == "up" else PIXELS // 4 if RESAMPLE == "down" else PIXELS
     )
-    # 16-bit inputs are coarser than the rounding that (x - mean)·gain + shift in one product costs.
-    FOLDED: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
-    sample, channel, owned, near = block_of_program(
+    # Fold the mean into the shift for 16-bit inputs: the rounding error of x·gain + (shift -
+    # mean·gain) is below the resolution of x.
+    MEAN_IN_SHIFT: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    sample, channel, owned, left = block_of_program(
         CHANNELS, LEFT, GROUP, GROUPS_PER_BLOCK, BLOCKS, BLOCK_C, VECTOR
     )
     start = sample.to(tl.int64) * PIXELS
-    x_ptr = joined(x_ptr, skip_ptr, start, channel, LEFT, CHANNELS)
-    # The first pixel, near the mean, is subtracted before summing: a large mean costs no digits.
+    x_ptr = concat_ptr(x_ptr, skip_ptr, start, channel, LEFT, CHANNELS)
+    # Subtract each channel's first pixel before summing, so that a large mean costs no precision.
     origin = saturated(tl.load(x_ptr))
-    x_gain = tl.where(near, x_scale, 1.0)
+    x_gain = tl.where(left, x_scale, 1.0)
     x_shift = tl.zeros([BLOCK_C], tl.float32)
     if residual_ptr is not None:
         residual_ptr += start * LEFT + channel
-        origin += saturated(tl.load(residual_ptr, mask=near, other=0.0))
+        origin += saturated(tl.load(residual_ptr, mask=left, other=0.0))
     if h_ptr is not None:
         h_ptr += start * LEFT + channel
         if x_bias_ptr is not None:
-            x_shift = saturated(tl.load(x_bias_ptr + channel, mask=near, other=0.0)) * x_gain
+            x_shift = saturated(tl.load(x_bias_ptr + channel, mask=left, other=0.0)) * x_gain
         origin = widen(saturating_cast(origin * x_gain + x_shift, h_ptr.dtype.element_ty))
     y_ptr += sample.to(tl.int64) * (TARGETS * CHANNELS) + channel
     if resampled_ptr is not None:
@@ -172,7 +173,8 @@ def forward_kernel(
         add = load_channels(add_ptr + sample * add_stride, channel)
     key = None
     high = None
-    # Loaded before they are needed, except that film's many would take the tile's registers.
+    # Load parameters early, unless scale and shift are among them: those would take the tile's
+    # registers.
     EARLY: tl.constexpr = scale_ptr is None
     if EARLY:
         gain, shift = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, 0, channel)
@@ -185,11 +187,11 @@ def forward_kernel(
         )
         x = _read(
             x_ptr, residual_ptr, h_ptr, resampled_ptr, x_gain, x_shift, 0, first, pixel,
-            target_first, target, exists, channel, owned[None, :], near[None, :],
+            target_first, target, exists, channel, owned[None, :], left[None, :],
             PIXELS, WIDTH, CHANNELS, LEFT, RESAMPLE,
         )  # fmt: skip
-        moved = tl.where(exists, x - origin[None, :], 0.0)
-        sums, squares = sum_pair(moved, moved * moved, 0)
+        shifted = tl.where(exists, x - origin[None, :], 0.0)
+        sums, squares = sum_pair(shifted, shifted * shifted, 0)
     else:
         sums = tl.zeros([BLOCK_HW // FOLD, BLOCK_C], tl.float32)
         squares = tl.zeros([BLOCK_HW // FOLD, BLOCK_C], tl.float32)
@@ -199,15 +201,15 @@ def forward_kernel(
             )
             x = _read(
                 x_ptr, residual_ptr, h_ptr, resampled_ptr, x_gain, x_shift, t, first, pixel,
-                target_first, target, exists, channel, owned[None, :], near[None, :],
+                target_first, target, exists, channel, owned[None, :], left[None, :],
                 PIXELS, WIDTH, CHANNELS, LEFT, RESAMPLE,
             )  # fmt: skip
-            moved = tl.where(exists, x - origin[None, :], 0.0)
-            sums += fold(moved, FOLD)
-            squares += fold(moved * moved, FOLD)
+            shifted = tl.where(exists, x - origin[None, :], 0.0)
+            sums += fold(shifted, FOLD)
+            squares += fold(shifted * shifted, FOLD)
         sums, squares = sum_pair(sums, squares, 0)
 
-    # The channels' means and squared deviations from them make up those of a group.
+    # Combine the channels' means and squared deviations into those of the groups.
     means = origin + sums * (1.0 / PIXELS) + add
     squares -= sums * sums * (1.0 / PIXELS)
     mean, squares = group_sums(
@@ -215,22 +217,22 @@ def forward_kernel(
     )
     mean *= 1.0 / GROUP
     means = tl.where(owned, means - mean, 0.0)
-    spread, _ = group_sums(means * means, means, GROUP, GROUPS_POW2)
-    var = (squares * (1.0 / PIXELS) + spread) * (1.0 / GROUP)
+    between, _ = group_sums(means * means, means, GROUP, GROUPS_POW2)
+    var = (squares * (1.0 / PIXELS) + between) * (1.0 / GROUP)
     rstd = tl.rsqrt(var + eps)
     if not EARLY:
-        film = sample * film_stride
-        gain, shift = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, film, channel)
+        scale_shift_row = sample * scale_shift_stride
+        gain, shift = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_shift_row, channel)
         if seed_ptr is not None:
             key, high = dropout_key(seed_ptr, sample)
     gain *= rstd
     centre = mean - add
-    if FOLDED:
+    if MEAN_IN_SHIFT:
         shift -= centre * gain
     if BLOCK_HW >= PIXELS:
         y = _apply(
             x, centre, gain, shift, key, high, drop, 0, channel,
-            BLOCK_HW, CHANNELS, SILU, FOLDED,
+            BLOCK_HW, CHANNELS, SILU, MEAN_IN_SHIFT,
         )  # fmt: skip
         store_resampled(
             y_ptr, y, 0, target_first, target, exists, owned[None, :],
@@ -239,28 +241,28 @@ def forward_kernel(
     else:
         if h_ptr is not None:
             x_ptr = tl.where(channel < LEFT, h_ptr, x_ptr)
-            tl.debug_barrier()  # what the other threads have stored
+            tl.debug_barrier()  # wait for the other threads' stores of h
         for i in range(tiles):
             t = tiles - 1 - i
             first, pixel, target_first, target, exists = pixels_of_tile(
                 t, PIXELS, WIDTH, BLOCK_HW, RESAMPLE
             )
             x = load_rows(
-                x_ptr + step(first, channel, LEFT, CHANNELS),
-                offsets(pixel, channel, LEFT, CHANNELS),
+                x_ptr + tile_offset(first, channel, LEFT, CHANNELS),
+                pixel_offsets(pixel, channel, LEFT, CHANNELS),
                 exists,
             )
             y = _apply(
                 x, centre, gain, shift, key, high, drop, t, channel,
-                BLOCK_HW, CHANNELS, SILU, FOLDED,
+                BLOCK_HW, CHANNELS, SILU, MEAN_IN_SHIFT,
             )  # fmt: skip
             store_resampled(
                 y_ptr, y, t, target_first, target, exists, owned[None, :],
                 PIXELS, WIDTH, CHANNELS, RESAMPLE,
             )  # fmt: skip
 
-    # Last, where no thread waits for it.
+    # Last, because nothing in this kernel depends on it.
     stats_ptr += sample * GROUPS + channel // GROUP
-    one = owned & (channel % GROUP == 0)
-    tl.store(stats_ptr, mean, mask=one)
-    tl.store(stats_ptr + samples * GROUPS, rstd, mask=one)
+    writes_stats = owned & (channel % GROUP == 0)
+    tl.store(stats_ptr, mean, mask=writes_stats)
+    tl.store(stats_ptr + samples * GROUPS, rstd, mask=writes_stats)

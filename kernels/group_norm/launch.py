@@ -1,4 +1,4 @@
-"""How the kernels are launched for a shape."""
+"""Launch configurations of the kernels, by shape."""
 
 import functools
 import math
@@ -8,16 +8,16 @@ import torch
 
 
 def _power_of_two(n: int) -> int:
-    """The least power of two ≥ n."""
+    """Return the smallest power of two ≥ n."""
     return 1 << (n - 1).bit_length()
 
 
 def _groups_per_block(channels: int, groups: int, pixels: int) -> tuple[int, int]:
-    """GROUPS_PER_BLOCK, and BLOCK_C, the lanes (a power of two) over which they lie.
+    """Return GROUPS_PER_BLOCK and BLOCK_C, the number of lanes (a power of two) that holds them.
 
-    32 lanes are 64 bytes in 16 bit. Small images take more, so that a program has enough to do;
-    so do groups that would leave over a quarter of the lanes idle. Among the numbers that fill
-    the lanes, whole 16-byte pieces come first, then blocks of equal size.
+    BLOCK_C is 32 (64 bytes in 16 bit), more for small images, to give a program enough work, and
+    for group sizes that would leave over a quarter of the lanes idle; fewer for few channels.
+    GROUPS_PER_BLOCK then prefers multiples of 16 bytes, then programs of equal size.
     """
     group = channels // groups
     lanes = max(32, min(128, 4096 // _power_of_two(pixels)))
@@ -29,12 +29,12 @@ def _groups_per_block(channels: int, groups: int, pixels: int) -> tuple[int, int
     return groups, max(8, _power_of_two(channels))
 
 
-# Launches whose threads hold less than the usual share, by this factor, and why:
-# (channels, side, type, resample, backward).
-SPREAD = {
-    # 172 registers: one program of 8 warps would have a multiprocessor to itself.
+# Launches with fewer elements per thread, and the factor, by (channels, side, dtype, resample,
+# backward).
+FEWER_PER_THREAD = {
+    # At 172 registers only one program of 8 warps would fit a multiprocessor.
     (576, 16, torch.bfloat16, "up", False): 2,
-    # ptxas would rather keep a word in memory than give up a program.
+    # ptxas would spill a register to keep the occupancy.
     (576, 16, torch.float32, "up", True): 2,
     (1536, 8, torch.float32, None, False): 2,
     (256, 64, torch.float16, None, False): 2,
@@ -44,10 +44,10 @@ SPREAD = {
 
 
 class Launch(NamedTuple):
-    """What does not change between the launches of a kernel for one shape."""
+    """The launch configuration of a kernel for one shape."""
 
-    blocks: int  # programs a sample
-    tiles: int
+    blocks: int  # programs per sample
+    tiles: int  # tiles per program
     constants: dict[str, Any]  # compile-time constants, warps and stages
 
 
@@ -61,29 +61,38 @@ def launch(
     resample: str | None,
     backward: bool,
 ) -> Launch:
-    """For the norm of [C, H, W], `left` of whose channels are those of h.
+    """Return the launch configuration of a norm.
 
-    A program's block of up to 8192 elements stays in registers, 32 of them a thread; 16 in the
-    backward of float32, where 32 spilled on sm_100. A larger block goes over its tiles twice with 8
-    warps, 64 bytes a thread at a time (of two tensors in backward), and keeps 8 elements of every
-    running sum. 16 warps for images of 64x64 would leave one program a multiprocessor, which
-    cannot compute while it waits for memory.
+    A program's block of up to 8192 elements stays in registers: 32 elements per thread, or 16 in
+    the backward of float32, where 32 spilled on sm_100. A larger block takes two passes over its
+    tiles, with 8 warps; a thread loads 64 bytes of a tile (in backward, of two tensors together)
+    and holds 8 elements of each running sum. With 16 warps, for images of 64x64, only one program
+    would fit a multiprocessor, and nothing would compute while it waits for memory.
+
+    Args:
+        shape: (C, H, W) of cat(h, skip).
+        left: channels of h.
+        dtype: of the activations.
+        groups: number of groups.
+        silu: whether SiLU follows the norm.
+        resample: None, "down" or "up".
+        backward: whether to launch the backward kernel.
     """
     channels, height, width = shape
     pixels = height * width
     per_block, block_c = _groups_per_block(channels, groups, pixels)
     block_hw, fold = max(4, _power_of_two(pixels)), 1
-    held = 16 if backward and dtype == torch.float32 else 32
-    warps = max(1, block_hw * block_c // (32 * held))
+    per_thread = 16 if backward and dtype == torch.float32 else 32
+    warps = max(1, block_hw * block_c // (32 * per_thread))
     if block_hw * block_c > 8192:
         warps = 8
         fold = (4 if backward else 8) // dtype.itemsize
         block_hw = warps * 32 * 8 * fold // block_c
-    less = SPREAD.get((channels, width, dtype, resample, backward), 1)
+    fewer = FEWER_PER_THREAD.get((channels, width, dtype, resample, backward), 1)
     if block_hw >= pixels:
-        warps *= less
+        warps *= fewer
     else:
-        block_hw //= less
+        block_hw //= fewer
     constants = {
         "PIXELS": pixels,
         "WIDTH": width,

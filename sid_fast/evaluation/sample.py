@@ -15,7 +15,7 @@ from sid_fast.evaluation.frechet import Moments, frechet_distance
 from sid_fast.evaluation.metrics import inception_score, kernel_distance, precision_recall
 from sid_fast.models import EDMNetwork
 from sid_fast.performance import process_group
-from sid_fast.performance.cuda_graphs import Replayed
+from sid_fast.performance.cuda_graphs import GraphedFunction
 from sid_fast.sampling import generate_images, seed_inputs
 
 KEPT = 50_000  # images whose features are kept: 0.4 GB of the Inception network's
@@ -77,7 +77,7 @@ def generated(
     # Captured anew for every pass, which costs two calls more. A graph kept for the next one would
     # hold the activations of a group of images while the training in between needs the memory,
     # and the whole copy of a sharded network is another each time.
-    call = Replayed(net) if cuda_graph else net
+    call = GraphedFunction(net) if cuda_graph else net
     for i in range(0, len(mine), GENERATED):
         latents, classes = seed_inputs(mine[i : i + GENERATED], net.config, None)
         yield generate_images(net, latents, classes, init_sigma, steps, call)

@@ -1,1 +1,1 @@
-"""What is trained, one file a method: networks, phases, inputs and losses, and nothing else."""
+"""Training methods, one file each: networks, phases, inputs and losses."""

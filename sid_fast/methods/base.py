@@ -1,7 +1,7 @@
-"""What a method consists of: networks, and phases that each update one of them.
+"""The interface of a training method: networks, and phases that each update one of them.
 
-`training.step` turns any method into a training step. A method says nothing about devices, ranks,
-graphs, precision or optimisers.
+`training.step` turns any method into a training step. Methods contain no code for devices, ranks,
+CUDA graphs, precision or optimisers.
 """
 
 import dataclasses
@@ -17,12 +17,19 @@ from sid_fast.models import EDMNetwork
 
 
 class RandomStream:
-    """The random numbers of n consecutive samples in one phase of one step.
+    """Random numbers for n consecutive samples in one phase of one step.
 
-    Every number is a function of (seed, step, phase, name, global index of the sample), so the same
-    sample gets the same numbers whatever the micro-batch and the number of ranks. counter: see
-    kernels.random; host_counter: the same on the CPU. ValueError for a name that is drawn twice,
-    which would give the same numbers again.
+    Every number is a pure function of (seed, step, phase, name, global sample index), so a sample's
+    numbers do not depend on the micro-batch or the number of ranks.
+
+    Args:
+        counter: int64 [3] on the device, see kernels.random.
+        phase: Name of the phase.
+        n: Number of samples.
+        host_counter: The same counter on the CPU.
+
+    Raises:
+        ValueError: A name is drawn twice, which would repeat the same numbers.
     """
 
     def __init__(
@@ -36,42 +43,47 @@ class RandomStream:
         self.drawn: set[int] = set()
 
     def on_host(self) -> "RandomStream":
-        """The same numbers on the CPU, for what the host has to know, without a wait."""
+        """Return this stream on the CPU: the same numbers, without a host-device sync."""
         counter = self.counter if self.host_counter is None else self.host_counter
         return RandomStream(counter.cpu(), self.phase, self.n)
 
     def uniform(self, name: str, *shape: int) -> torch.Tensor:
-        """U[0, 1), float32 [n, *shape]."""
+        """Draw from U[0, 1): float32 [n, *shape]."""
         return self._draw("uniform", name, shape)
 
     def normal(self, name: str, *shape: int) -> torch.Tensor:
-        """N(0, 1), float32 [n, *shape]."""
+        """Draw from N(0, 1): float32 [n, *shape]."""
         return self._draw("normal", name, shape)
 
     def _draw(self, kind: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         stream = stream_number(self.phase, kind, name)
         if stream in self.drawn:
-            raise ValueError(f"{name} is drawn twice in phase {self.phase!r}: give it another name")
+            raise ValueError(f"{name} is drawn twice in phase {self.phase!r}: use another name")
         self.drawn.add(stream)
         return kernels.random(self.counter, stream, (self.n, *shape), kind)
 
 
 def stream_number(*names: str) -> int:
-    """A 32-bit number for what random numbers are used for."""
+    """Hash the names that identify a random stream to 32 bits."""
     return zlib.crc32("/".join(names).encode())
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """The part of a step that updates one network.
+    """One part of a step: minimises a loss over one network.
 
-    name: prefix of its metrics, or "" in a method of a single phase. network: the key of the one
-    that learns, in training mode; all others are frozen and in eval mode meanwhile.
-    sample_inputs(rng) draws the inputs of rng.n samples. loss(inputs) gives each sample's loss, and
-    which samples are valid; a loss keeps what is not finite out of the networks (losses.finite,
-    losses.keep), where it would reach every weight's gradient. The sum over the valid samples,
-    times loss_scale / batch size, is minimised. lr(images) is the learning rate after so many
-    images; beta1 is Adam's.
+    The objective is loss_scale / batch_size · Σ loss over the valid samples of the batch.
+
+    Attributes:
+        name: Prefix of the phase's metrics; "" for the only phase of a method.
+        network: Key of the trained network. All others are frozen and in eval mode meanwhile.
+        sample_inputs: Samples the inputs of rng.n samples.
+        loss: Computes each sample's loss and validity from these inputs. It must mask non-finite
+            samples before any network (losses.finite, losses.mask_invalid): inside one they would
+            reach the gradient of every weight.
+        lr: Learning rate as a function of the images seen so far.
+        beta1: Adam's β₁.
+        loss_scale: Constant factor of the loss.
     """
 
     name: str
@@ -84,11 +96,16 @@ class Phase:
 
 
 class Method:
-    """networks: those that learn, by name. frozen: those that do not. averaged: the name of the
+    """Base class of training methods.
 
-    network whose moving average is the result. phases: in the order in which a step takes them.
-    progress: metrics of the progress line, and their labels there. fingerprint: what must be equal
-    for a training state to fit, besides settings and seed.
+    Attributes:
+        networks: The trained networks, by name.
+        frozen: Networks that are used but not trained, by name.
+        averaged: Name of the network whose EMA is the result.
+        phases: One per trained network, in the order in which a step runs them.
+        progress: Metrics shown in the progress line, with their labels.
+        fingerprint: Values that must match for a checkpoint to be resumed, besides settings and
+            seed.
     """
 
     networks: Mapping[str, EDMNetwork]
@@ -102,9 +119,9 @@ class Method:
 def one_hot_labels(
     rng: RandomStream, label_dim: int, weights: torch.Tensor | None = None
 ) -> torch.Tensor | None:
-    """Class labels, uniform or in proportion to weights [label_dim]: float32 [n, label_dim].
+    """Sample one-hot class labels, float32 [n, label_dim]; None if label_dim is 0.
 
-    None where label_dim is 0.
+    weights [label_dim]: relative class frequencies; uniform if None.
     """
     if not label_dim:
         return None
@@ -112,6 +129,6 @@ def one_hot_labels(
     if weights is None:
         classes = (u * label_dim).long().clamp_(max=label_dim - 1)
     else:
-        shares = weights.double().cumsum(0)
-        classes = torch.searchsorted(shares[:-1], u * shares[-1], right=True)
+        cumulative = weights.double().cumsum(0)
+        classes = torch.searchsorted(cumulative[:-1], u * cumulative[-1], right=True)
     return torch.zeros(rng.n, label_dim, device=u.device).scatter_(1, classes[:, None], 1.0)

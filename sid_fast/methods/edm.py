@@ -1,8 +1,8 @@
-"""Training of an EDM teacher on real images (Karras et al., 2022, arXiv 2206.00364).
+"""EDM: a teacher trained on real images (Karras et al., 2022, arXiv 2206.00364).
 
     λ(σ)·‖D(y + σ·ε) − y‖²          λ = (σ² + σ_data²)/(σ·σ_data)²,  ln σ ~ N(−1.2, 1.2²)
 
-with y an augmented image of the data set: the loss of SiD's fake score, on real images.
+y is an augmented training image. SiD's fake score minimises the same loss on generated images.
 """
 
 import dataclasses
@@ -20,7 +20,15 @@ from sid_fast.models import EDMNetwork
 
 @dataclasses.dataclass(frozen=True)
 class RealImages:
-    """n images y in [−1, 1], float32 [n, C, R, R]; sigma [n, 1, 1, 1]; noise like y; labels."""
+    """Inputs of n samples.
+
+    Attributes:
+        y: Augmented images in [−1, 1], float32 [n, C, R, R].
+        sigma: Noise levels σ, [n, 1, 1, 1].
+        noise: ε, like y.
+        class_labels: One-hot [n, label_dim], or None.
+        augment_labels: [n, 9], or None without augmentation.
+    """
 
     y: torch.Tensor
     sigma: torch.Tensor
@@ -30,9 +38,13 @@ class RealImages:
 
 
 class EDM(Method):
-    """net: the untrained network. images uint8 [N, C, R, R] and labels int64 [N] or None stay on
+    """Trains a denoiser by denoising score matching.
 
-    the host.
+    Args:
+        net: The untrained network.
+        settings: Training settings.
+        images: uint8 [N, C, R, R], kept in host memory.
+        labels: Class indices, int64 [N], or None; kept in host memory.
     """
 
     averaged = "teacher"
@@ -54,16 +66,18 @@ class EDM(Method):
         )
 
     def loss(self, inputs: RealImages) -> Losses:
+        """Compute the denoising loss of each sample, [n]."""
         return losses.fake_score_loss(self.net, *dataclasses.astuple(inputs))
 
     def lr(self, images: int) -> float:
-        """Rises linearly over the first lr_rampup_kimg."""
+        """Return the learning rate, ramped up linearly over the first lr_rampup_kimg."""
         s = self.settings
         return s.lr * min(1.0, (images + s.batch_size) / max(s.lr_rampup_kimg * 1000, 1e-8))
 
     def sample_inputs(self, rng: RandomStream) -> RealImages:
+        """Sample and augment n images, and sample their noise levels and noise."""
         device = rng.counter.device
-        u = rng.on_host().uniform("images", 2).double()  # of 24 bits each
+        u = rng.on_host().uniform("images", 2).double()  # two draws of 24 bits: 48-bit index
         index = ((u[:, 0] + u[:, 1] * 2**-24) * len(self.images)).long()
         y = (self.images[index].float() / 127.5 - 1).to(device)
         labels = augment_labels = None

@@ -1,13 +1,13 @@
 """Score identity Distillation (Zhou et al., ICML 2024, arXiv 2404.04057), algorithm 1.
 
-A frozen teacher f_φ, a generator G_θ and a fake score f_ψ all start from the teacher's weights.
-Every step first fits f_ψ to the generator's images and then moves G_θ along the difference of
-the two scores:
+The generator G_θ and the fake score f_ψ start from the weights of the frozen teacher f_φ. With
+y = G_θ(σ_init·z), x_t = y + σ·ε and z, ε ~ N(0, I), each step minimises two losses in turn:
 
     (1)  ψ:  λ(σ)·‖f_ψ(x_t) − y‖²     λ = (σ² + σ_data²)/(σ·σ_data)²,  ln σ ~ N(−1.2, 1.2²)
     (2)  θ:  dᵀ((r − y) − α·d) / w    r = f_φ(x_t),  d = r − f_ψ(x_t),  w = mean|y − r|
 
-with y = G_θ(σ_init·z), x_t = y + σ·ε, z and ε ~ N(0, I). y is held constant in (1), w in (2).
+(1) fits f_ψ to the distribution of y, with y held constant. (2) moves G_θ along the difference d of
+the two scores, with w held constant.
 """
 
 import copy
@@ -27,10 +27,14 @@ from sid_fast.models import EDMNetwork
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """The random inputs of n samples in one phase.
+    """Random inputs of n samples in one phase.
 
-    z [n, C, R, R] before ×σ_init; sigma [n, 1, 1, 1]; noise [n, C, R, R] before ×σ; class_labels
-    one-hot [n, label_dim] or None; augment the parameters of sid_fast.augment, or None.
+    Attributes:
+        z: Latents ~ N(0, I), [n, C, R, R]; multiplied by σ_init later.
+        sigma: Noise levels σ, [n, 1, 1, 1].
+        noise: ε ~ N(0, I), [n, C, R, R].
+        class_labels: One-hot [n, label_dim], or None.
+        augment: Augmentation parameters (sid_fast.augment), or None.
     """
 
     z: torch.Tensor
@@ -41,9 +45,15 @@ class Draw:
 
 
 class SiD(Method):
-    """teacher: the network to distil. label_weights [label_dim]: in what proportion classes are
+    """Distils a teacher into a one-step generator.
 
-    drawn; uniform if None. UserError for settings that the teacher does not allow.
+    Args:
+        teacher: The network to distil.
+        settings: Training settings.
+        label_weights: Relative class frequencies, [label_dim]; uniform if None.
+
+    Raises:
+        UserError: The teacher does not support the settings.
     """
 
     averaged = "generator"
@@ -60,7 +70,7 @@ class SiD(Method):
         if s.augment_p and not teacher.config.augment_dim:
             raise UserError(
                 f"augment_p={s.augment_p}: the teacher takes no augmentation labels, so "
-                "warped images would leak into the generator; use augment_p 0"
+                "augmented images would leak into the generator; use augment_p 0"
             )
         self.settings, self.label_weights = settings, label_weights
         self.teacher = teacher
@@ -82,7 +92,7 @@ class SiD(Method):
         )  # fmt: skip
 
     def fake_score_loss(self, draw: Draw) -> Losses:
-        """Equation (1), on augmented y where the settings say so."""
+        """Compute equation (1) per sample, on augmented y if augment_p > 0."""
         labels = None
         with torch.no_grad():
             y = self.generate(draw)
@@ -93,7 +103,7 @@ class SiD(Method):
         )
 
     def generator_loss(self, draw: Draw) -> Losses:
-        """Equation (2); its gradient reaches y directly and through both frozen networks."""
+        """Compute equation (2) per sample; gradients reach y directly and through f_φ and f_ψ."""
         y = self.generate(draw)
         return losses.generator_loss(
             self.teacher, self.fake_score, y, draw.sigma, draw.noise, self.settings.alpha,
@@ -101,9 +111,10 @@ class SiD(Method):
         )  # fmt: skip
 
     def generate(self, draw: Draw) -> torch.Tensor:
-        """y = G_θ(σ_init·z), NaN for a sample whose inputs are not finite: its loss is masked.
+        """Generate y = G_θ(σ_init·z).
 
-        The NaN is put behind the network, so that no gradient inside it ever meets one.
+        Samples with non-finite inputs are zeroed before the network, so that no NaN enters its
+        gradients, and set to NaN after it, so that the loss drops them.
         """
         finite = losses.finite(draw.z, draw.class_labels)
         z = losses.mask_invalid(finite, draw.z)
@@ -112,17 +123,19 @@ class SiD(Method):
         return torch.where(finite.reshape(-1, 1, 1, 1), y, torch.nan)
 
     def sample_fake_inputs(self, rng: RandomStream) -> Draw:
-        warp = augment.draw(rng, self.settings.augment_p) if self.settings.augment_p else None
-        return self._sample(rng, noise.fake_score_sigma(rng.normal("sigma", 1, 1, 1)), warp)
+        """Sample the inputs of (1): ln σ ~ N(−1.2, 1.2²)."""
+        parameters = augment.draw(rng, self.settings.augment_p) if self.settings.augment_p else None
+        return self._sample(rng, noise.fake_score_sigma(rng.normal("sigma", 1, 1, 1)), parameters)
 
     def sample_generator_inputs(self, rng: RandomStream) -> Draw:
+        """Sample the inputs of (2): t ~ U[0, tmax/1000), σ = σ(t)."""
         t = rng.uniform("sigma", 1, 1, 1) * (self.settings.tmax / 1000)
         return self._sample(rng, noise.generator_sigma(t))
 
     def _sample(
-        self, rng: RandomStream, sigma: torch.Tensor, warp: Parameters | None = None
+        self, rng: RandomStream, sigma: torch.Tensor, parameters: Parameters | None = None
     ) -> Draw:
         config = self.teacher.config
         shape = config.channels, config.resolution, config.resolution
         labels = one_hot_labels(rng, config.label_dim, self.label_weights)
-        return Draw(rng.normal("z", *shape), sigma, rng.normal("noise", *shape), labels, warp)
+        return Draw(rng.normal("z", *shape), sigma, rng.normal("noise", *shape), labels, parameters)

@@ -12,10 +12,12 @@ import torch
 from sid_fast.errors import Fallback, OutOfMemory, RunFailed, UserError
 from sid_fast.performance import failure, process_group
 
-FEW = 4  # micro-batches up to which a step is one graph
+MAX_SINGLE_GRAPH_MICRO_BATCHES = 4  # micro-batches up to which a step is one graph
 
 
-def usable(choice: str, device: torch.device, sharded: bool = False) -> tuple[bool, str]:
+def resolve_cuda_graph(
+    choice: str, device: torch.device, sharded: bool = False
+) -> tuple[bool, str]:
     """What --cuda-graph comes to, and a line on why not, if it was auto.
 
     UserError for `on` where there can be none.
@@ -48,7 +50,7 @@ class CapturedGraph:
         self.graph = torch.cuda.CUDAGraph()
         # Named here: a graph whose capture failed does not tell its own.
         self.pool: Any = pool.pool if pool else torch.cuda.graph_pool_handle()
-        failure.captured.add(self)
+        failure.captured_graphs.add(self)
         stream = torch.cuda.current_stream()
         try:
             # Threads that load data or talk to other processes would break a capture of all.
@@ -65,7 +67,7 @@ class CapturedGraph:
         The allocator still believes that it fills the graph's pool and never frees it, and in 2.11
         the generator refuses every later draw: only a new state makes it usable.
         """
-        failure.captured.discard(self)
+        failure.captured_graphs.discard(self)
         device = torch.cuda.current_device()
         with contextlib.suppress(RuntimeError):  # raised where the capture was ended after all
             torch._C._cuda_endAllocateToPool(device, self.pool)
@@ -126,7 +128,7 @@ def still_works(device: torch.device) -> bool:
 _failed = ""
 
 
-class Replayed:
+class GraphedFunction:
     """A function of tensors, captured at its first call and replayed from then on.
 
     Calls give tensors of the same shapes, or None in the same places; what they return is
@@ -161,10 +163,10 @@ class Replayed:
                 raise RunFailed(
                     f"CUDA graph capture failed ({_failed}), and {device} does not compute any more"
                 ) from error
-            warnings.warn(Fallback(off(_failed)), stacklevel=3)
+            warnings.warn(Fallback(fallback_message(_failed)), stacklevel=3)
 
 
-def off(reason: str) -> str:
+def fallback_message(reason: str) -> str:
     """The line that says that a run goes on without graphs."""
     return f"CUDA graphs are off: the capture failed ({reason}); steps are launched one by one"
 
@@ -172,8 +174,8 @@ def off(reason: str) -> str:
 class GraphedStep:
     """Callables without arguments, each captured in a graph and replayed from then on.
 
-    parts: the callables of a step, in order, and how often each is called. rehearse() runs what
-    they run, in small, so that libraries and kernels settle. changing_nothing(): a context in
+    parts: the callables of a step, in order, and how often each is called. dry_run() runs what
+    they run, in small, so that libraries and kernels settle. updates_disabled(): a context in
     which no update has an effect. clear() resets what parts add to. The collectives of several
     ranks are in the graphs too.
 
@@ -184,14 +186,14 @@ class GraphedStep:
     def __init__(
         self,
         parts: Sequence[tuple[Callable[[], Any], int]],
-        rehearse: Callable[[], Any],
-        changing_nothing: Callable[[], contextlib.AbstractContextManager],
+        dry_run: Callable[[], Any],
+        updates_disabled: Callable[[], contextlib.AbstractContextManager],
         clear: Callable[[], None],
         device: torch.device,
         required: bool,
     ):
-        self.parts, self.rehearse, self.clear = parts, rehearse, clear
-        self.changing_nothing, self.device, self.required = changing_nothing, device, required
+        self.segments, self.dry_run, self.clear = parts, dry_run, clear
+        self.updates_disabled, self.device, self.required = updates_disabled, device, required
         self.graphs: list[CapturedGraph] = []
         self.failed = ""  # why
 
@@ -199,9 +201,9 @@ class GraphedStep:
         """What the parts return, as one dictionary."""
         if not (self.graphs or self.failed):
             self._prepare()
-        calls: Sequence[Callable[[], Any]] = self.graphs or [part for part, _ in self.parts]
+        calls: Sequence[Callable[[], Any]] = self.graphs or [part for part, _ in self.segments]
         metrics: dict[str, torch.Tensor] = {}
-        for call, (_, times) in zip(calls, self.parts, strict=True):
+        for call, (_, times) in zip(calls, self.segments, strict=True):
             for _ in range(times):
                 found = call()
             metrics |= found or {}
@@ -212,8 +214,8 @@ class GraphedStep:
         global _failed
         reason, works, full = "", True, False
         rng_state = torch.cuda.get_rng_state(self.device)
-        with self.changing_nothing():
-            warm_up(self.rehearse, times=1)
+        with self.updates_disabled():
+            warm_up(self.dry_run, times=1)
             try:
                 self._capture()
             except Exception as error:
@@ -231,18 +233,18 @@ class GraphedStep:
                     "any more; use --cuda-graph off"
                 )
             torch.cuda.set_rng_state(rng_state, self.device)
-            self._forget()
+            self._discard_captures()
             if self.required and full:
                 raise OutOfMemory(f"CUDA graph capture: {reason}")
             if self.required:
                 raise UserError(f"CUDA graph capture failed ({self.failed}); use --cuda-graph off")
         if process_group.rank() == 0:
-            warnings.warn(Fallback(off(self.failed)), stacklevel=2)
+            warnings.warn(Fallback(fallback_message(self.failed)), stacklevel=2)
 
     def _capture(self) -> None:
         """One graph a part; a part that follows another may share its memory."""
         try:
-            for function, _ in self.parts:
+            for function, _ in self.segments:
                 pool = self.graphs[-1] if self.graphs else None
                 self.graphs.append(CapturedGraph(function, pool))
         except BaseException:
@@ -251,12 +253,12 @@ class GraphedStep:
             self.graphs = []
             raise
 
-    def _forget(self) -> None:
+    def _discard_captures(self) -> None:
         """Let go of what the captures made: graphs, messages on their way, sums."""
         for graph in self.graphs:
             graph.reset()
         self.graphs = []
-        failure.forget_messages()
+        failure.drop_pending_works()
         self.clear()
         gc.collect()  # frames of the error, and the memory of the graphs
         if self.device.type == "cuda":

@@ -44,7 +44,9 @@ class DDPGradSync:
             size = max(size, sum(p.numel() for p in self.params) // 4)
         # Backward reaches the last layers first, so they fill the first buckets. A leaf that blocks
         # share has its gradient when backward has left the first block.
-        shared = [p for leaf in leaves if len(leaf.parts) > 1 for _, of in leaf.parts for p in of]
+        shared = [
+            p for leaf in leaves if len(leaf.sources) > 1 for _, of in leaf.sources for p in of
+        ]
         before = next((i for i, p in enumerate(self.params) if p in set(shared)), 0)
         order = dict.fromkeys([*self.params[:before], *shared, *self.params])
         bucket: list[nn.Parameter] = []
@@ -57,10 +59,12 @@ class DDPGradSync:
             self._add(bucket)
         self.grads = {p: p.grad for p in self.params if p.grad is not None}  # all of them
         for leaf in leaves:
-            leaf.tensor.register_post_accumulate_grad_hook(partial(self._arrived, leaf.parts))
-        self.first, self.sending = True, False
+            leaf.tensor.register_post_accumulate_grad_hook(
+                partial(self._on_grad_ready, leaf.sources)
+            )
+        self.first, self.syncing = True, False
         self.works: list[Any] = []
-        failure.senders.add(self)
+        failure.grad_syncs.add(self)
 
     def _add(self, params: list[nn.Parameter]) -> None:
         starts = [0]
@@ -78,7 +82,7 @@ class DDPGradSync:
 
     def backward(self, loss: torch.Tensor, scale: float, sync_grads: bool) -> None:
         """Accumulate the gradients of scale·Σ loss [N]; the last round starts the averaging."""
-        self.sending, self.works = sync_grads and self.ranks > 1, []
+        self.syncing, self.works = sync_grads and self.ranks > 1, []
         self.missing = [set(members) for members in self.members]
         self.taken: list[list[tuple[nn.Parameter, torch.Tensor]]] = [[] for _ in self.buckets]
         for p in self.params:
@@ -91,9 +95,9 @@ class DDPGradSync:
         for number, missing in enumerate(self.missing):
             if missing:
                 self._fill(number)
-        self.first = self.sending = False
+        self.first = self.syncing = False
 
-    def _arrived(self, parts: list, leaf: torch.Tensor) -> None:
+    def _on_grad_ready(self, parts: list, leaf: torch.Tensor) -> None:
         grad, leaf.grad = leaf.grad, None
         assert grad is not None  # the hook runs when it is there
         for rows, params in parts:
@@ -104,10 +108,10 @@ class DDPGradSync:
                 if not self.missing[number]:
                     self._fill(number)
         # In order, whatever backward's: all processes must send the same.
-        while self.sending and len(self.works) < len(self.buckets):
+        while self.syncing and len(self.works) < len(self.buckets):
             if self.missing[len(self.works)]:
                 break
-            self._send()
+            self._all_reduce_next_bucket()
 
     @torch.no_grad()
     def _fill(self, number: int) -> None:
@@ -127,7 +131,7 @@ class DDPGradSync:
                 grads = wide
             torch._foreach_add_(into, grads)
 
-    def _send(self) -> None:
+    def _all_reduce_next_bucket(self) -> None:
         self.works.append(dist.all_reduce(self.buckets[len(self.works)], async_op=True))
 
     def wait(self) -> None:
@@ -135,15 +139,15 @@ class DDPGradSync:
         if self.ranks == 1:
             return
         while len(self.works) < len(self.buckets):  # held up by one that got no gradient
-            self._send()
+            self._all_reduce_next_bucket()
         for work in self.works:
             work.wait()
         torch._foreach_div_(self.buckets, self.ranks)
 
-    def updated(self) -> None:
+    def after_update(self) -> None:
         """The parameters have new values."""
 
-    def local(self) -> list[torch.Tensor]:
+    def local_grads(self) -> list[torch.Tensor]:
         """This rank's part of the gradients, in the order of the parameters."""
         return list(self.grads.values())
 
@@ -153,6 +157,6 @@ class DDPGradSync:
             dist.all_reduce(tensor)
         return tensor
 
-    def total(self, count: torch.Tensor) -> torch.Tensor:
+    def sum_over_shards(self, count: torch.Tensor) -> torch.Tensor:
         """What each process has counted in its own part of the gradients, over all parts."""
         return count

@@ -8,16 +8,18 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-GRACE = 5.0  # seconds in which a process that has lost another one says that it is there
+PEER_REPLY_SECONDS = (
+    5.0  # seconds in which a process that has lost another one says that it is there
+)
 
-captured: weakref.WeakSet = weakref.WeakSet()  # CUDA graphs, which may send messages
-senders: weakref.WeakSet = weakref.WeakSet()  # what has `works`: messages on their way
-abandoned = False  # others were left in the middle of something: nothing here may wait for them
+captured_graphs: weakref.WeakSet = weakref.WeakSet()  # CUDA graphs, which may send messages
+grad_syncs: weakref.WeakSet = weakref.WeakSet()  # what has `works`: messages on their way
+unclean_exit = False  # others were left in the middle of something: nothing here may wait for them
 
 
-def forget_messages() -> None:
+def drop_pending_works() -> None:
     """Wait for no message that is on its way: a capture that failed has sent none."""
-    for sender in senders:
+    for sender in grad_syncs:
         sender.works.clear()
 
 
@@ -26,7 +28,7 @@ def missing_ranks(store: dist.Store, rank: int, count: int, leave: Callable[[], 
 
     leave() closes the connections to the others, so that those notice at once.
     """
-    missing, deadline = [], time.monotonic() + GRACE
+    missing, deadline = [], time.monotonic() + PEER_REPLY_SECONDS
     try:
         store.set(f"here/{rank}", "")
         leave()

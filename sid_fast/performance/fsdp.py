@@ -71,24 +71,26 @@ class ShardingPlan:
         for name in net.forward_methods:
             register_fsdp_forward_method(net, name)
 
-    def gradients(self, net: EDMNetwork) -> "DDPGradSync":
+    def grad_sync(self, net: EDMNetwork) -> "DDPGradSync":
         """Give the network's parameters gradients, and the processes a way to average them."""
         if self.mesh is not None:
             return FSDPGradSync(net, self.mesh)
         return DDPGradSync(net, self.ranks)
 
 
-WHOLE = ShardingPlan()  # of one process, whatever others there are
+SINGLE_PROCESS = ShardingPlan()  # of one process, whatever others there are
 
 
 def replicated(text: str = "") -> ShardingPlan:
     """Whole networks on each of the processes that there are."""
     ranks = process_group.world_size()
-    text = text or (f"whole on each of {ranks} processes" if ranks > 1 else WHOLE.text)
+    text = text or (f"whole on each of {ranks} processes" if ranks > 1 else SINGLE_PROCESS.text)
     return ShardingPlan(text=text, ranks=ranks, rank=process_group.rank())
 
 
-SHARE = 0.5  # of a GPU's memory that networks and optimisers may take; the rest is activations
+STATE_MEMORY_FRACTION = (
+    0.5  # of a GPU's memory that networks and optimisers may take; the rest is activations
+)
 
 
 def plan(
@@ -109,9 +111,9 @@ def plan(
     group = shard_group or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     room = float("inf")
     if device.type == "cuda":
-        room = torch.cuda.get_device_properties(device).total_memory * SHARE
+        room = torch.cuda.get_device_properties(device).total_memory * STATE_MEMORY_FRACTION
     if ranks == 1 and mode in ("auto", "ddp"):
-        return WHOLE
+        return SINGLE_PROCESS
     if mode == "auto":
         if device.type == "cpu" or state_bytes(1, False) <= room:
             mode = "ddp"
@@ -157,10 +159,10 @@ class FSDPGradSync(DDPGradSync):
         self.shard_group = mesh.get_group(mesh.ndim - 1)
 
     def zero(self) -> None:
-        torch._foreach_zero_(self.local())
+        torch._foreach_zero_(self.local_grads())
 
-    def local(self) -> list[torch.Tensor]:
-        return local([p.grad for p in self.params if p.grad is not None])
+    def local_grads(self) -> list[torch.Tensor]:
+        return local_shards([p.grad for p in self.params if p.grad is not None])
 
     def backward(self, loss: torch.Tensor, scale: float, sync_grads: bool) -> None:
         for module in self.modules:
@@ -170,11 +172,11 @@ class FSDPGradSync(DDPGradSync):
     def wait(self) -> None:
         pass
 
-    def updated(self) -> None:
+    def after_update(self) -> None:
         for module in self.modules:
             module.reshard()
 
-    def total(self, count: torch.Tensor) -> torch.Tensor:
+    def sum_over_shards(self, count: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(count, group=self.shard_group)
         return count
 
@@ -189,18 +191,18 @@ def sharded_modules(net: nn.Module) -> list:
 
 
 @torch.no_grad()
-def local(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def local_shards(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """This process's part of each tensor, where it has one: the memory itself, not a copy."""
     parts = [getattr(t, "to_local", lambda t=t: t)() for t in tensors]
     return [part for part in parts if part.numel()]
 
 
 @overload
-def whole(net: EDMNetwork, everywhere: Literal[True]) -> EDMNetwork: ...
+def gather_full(net: EDMNetwork, everywhere: Literal[True]) -> EDMNetwork: ...
 @overload
-def whole(net: EDMNetwork, everywhere: bool = False) -> EDMNetwork | None: ...
+def gather_full(net: EDMNetwork, everywhere: bool = False) -> EDMNetwork | None: ...
 @torch.no_grad()
-def whole(net: EDMNetwork, everywhere: bool = False) -> EDMNetwork | None:
+def gather_full(net: EDMNetwork, everywhere: bool = False) -> EDMNetwork | None:
     """The network, gathered if it is sharded, on the first process; None on the others, unless
 
     it is wanted everywhere. Every process has to call it. Tensor after tensor: a process that gets

@@ -18,7 +18,7 @@ TYPES = {
 ADAM_EPS = {"fp32": 1e-8, "tf32": 1e-8, "bf16": 1e-8, "fp16": 1e-6}
 
 
-def pick(name: str, device: torch.device) -> str:
+def set_precision(name: str, device: torch.device) -> str:
     """What --precision means on a device: auto is bf16 on a GPU that has it, otherwise fp32.
 
     float32 products are rounded to TF32 on this device from here on, or no longer are. Raises
@@ -35,7 +35,7 @@ def pick(name: str, device: torch.device) -> str:
     return name
 
 
-def settle(settings: Any, device: torch.device) -> Any:
+def resolve_precision(settings: Any, device: torch.device) -> Any:
     """Settings with precision and eps as they come out on the device, if they were left open."""
-    kind = pick(settings.precision, device)
+    kind = set_precision(settings.precision, device)
     return dataclasses.replace(settings, precision=kind, eps=settings.eps or ADAM_EPS[kind])

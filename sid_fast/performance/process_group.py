@@ -43,9 +43,11 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-MINUTES = 10.0  # that a process waits for the others, unless --timeout says otherwise
-PATIENCE = datetime.timedelta(days=7)  # for what has no stated length: downloads, snapshots
-WRITING = datetime.timedelta(hours=1)  # a state
+DEFAULT_TIMEOUT_MINUTES = (
+    10.0  # that a process waits for the others, unless --timeout says otherwise
+)
+LONG_TIMEOUT = datetime.timedelta(days=7)  # for what has no stated length: downloads, snapshots
+CHECKPOINT_TIMEOUT = datetime.timedelta(hours=1)  # a state
 
 
 class _Group(NamedTuple):
@@ -53,16 +55,18 @@ class _Group(NamedTuple):
 
     store: dist.Store
     minutes: float
-    hosts: dist.ProcessGroup  # in every step
-    patient: dist.ProcessGroup  # to wait for the first process
-    saving: dist.ProcessGroup  # of the thread that writes states
+    control: dist.ProcessGroup  # small messages in every step
+    long_wait: dist.ProcessGroup  # barriers for work of unknown length on rank 0
+    checkpoint: dist.ProcessGroup  # used by the thread that writes checkpoints
 
 
 _group: _Group | None = None
 
 
 @contextlib.contextmanager
-def joined(device: torch.device, mode: str = "auto", minutes: float = MINUTES) -> Iterator[None]:
+def joined(
+    device: torch.device, mode: str = "auto", minutes: float = DEFAULT_TIMEOUT_MINUTES
+) -> Iterator[None]:
     """Among the other processes, if torchrun started us with any, for the length of the block.
 
     A process alone forms a group of one where the mode asks for sharding. Raises RunFailed, with
@@ -89,7 +93,10 @@ def joined(device: torch.device, mode: str = "auto", minutes: float = MINUTES) -
         timeout=2 * timeout if device_id else timeout,  # the hosts find out first, and say who
         device_id=device_id,
     )
-    groups = (dist.new_group(backend="gloo", timeout=t) for t in (timeout, PATIENCE, WRITING))
+    groups = (
+        dist.new_group(backend="gloo", timeout=t)
+        for t in (timeout, LONG_TIMEOUT, CHECKPOINT_TIMEOUT)
+    )
     _group = _Group(dist.PrefixStore("sid_fast", store), minutes, *groups)
     _group.store.set(f"host/{me}", socket.gethostname())
     orderly = False
@@ -103,7 +110,7 @@ def joined(device: torch.device, mode: str = "auto", minutes: float = MINUTES) -
         what = "was lost" if "onnection" in str(error) else f"was silent for {minutes:g} minutes"
         reason = str(error).partition("\n")[0]
         # A message keeps its connection open, and so does a frame that sent one.
-        failure.forget_messages()
+        failure.drop_pending_works()
         met: BaseException | None = error
         while met:
             traceback.clear_frames(met.__traceback__)
@@ -127,13 +134,13 @@ def _leave(device: torch.device, orderly: bool) -> None:
     waits for a message would hold up who closes them.
     """
     global _group
-    failure.abandoned = not orderly and world_size() > 1
-    if not failure.abandoned or device.type == "cpu":
-        for graph in failure.captured:
+    failure.unclean_exit = not orderly and world_size() > 1
+    if not failure.unclean_exit or device.type == "cpu":
+        for graph in failure.captured_graphs:
             graph.reset()  # before the connections that it sends on are closed
         dist.destroy_process_group()
     elif _group is not None:
-        for group in (_group.hosts, _group.patient, _group.saving):
+        for group in (_group.control, _group.long_wait, _group.checkpoint):
             dist.destroy_process_group(group)
     _group = None
 
@@ -148,13 +155,13 @@ def world_size() -> int:
 
 def checkpoint_group() -> dist.ProcessGroup | None:
     """The group that reads and writes states."""
-    return _group and _group.saving
+    return _group and _group.checkpoint
 
 
 def barrier() -> None:
     """Return once the first process is here too, however long it takes: it measures alone."""
     if _group is not None:
-        dist.barrier(group=_group.patient)
+        dist.barrier(group=_group.long_wait)
 
 
 def broadcast_from_rank0(make: Callable[[], int]) -> int:
@@ -162,7 +169,7 @@ def broadcast_from_rank0(make: Callable[[], int]) -> int:
     if _group is None:
         return make()
     word = torch.tensor(make() if rank() == 0 else 0)
-    dist.broadcast(word, src=0, group=_group.hosts)
+    dist.broadcast(word, src=0, group=_group.control)
     return int(word)
 
 
@@ -186,7 +193,7 @@ def gather(mine: torch.Tensor, total: int) -> torch.Tensor:
     padded = mine.new_zeros(-(-total // world_size()), *mine.shape[1:])
     padded[: len(mine)] = mine
     parts = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(parts, padded, group=_group.hosts)
+    dist.all_gather(parts, padded, group=_group.control)
     return torch.stack(parts, dim=1).flatten(0, 1)[:total]
 
 
@@ -195,7 +202,7 @@ def all_reduce_any(flag: bool) -> bool:
     if _group is None:
         return flag
     word = torch.tensor(int(flag))
-    dist.all_reduce(word, group=_group.hosts)
+    dist.all_reduce(word, group=_group.control)
     return bool(word)
 
 
@@ -211,7 +218,7 @@ def first_text(text: str) -> str:
     if _group is None:
         return text
     texts: list[str] = [""] * world_size()
-    dist.all_gather_object(texts, text, group=_group.hosts)
+    dist.all_gather_object(texts, text, group=_group.control)
     found = ((r, each) for r, each in enumerate(texts) if each)
     return "process {}: {}".format(*next(found)) if any(texts) else ""
 
@@ -219,4 +226,6 @@ def first_text(text: str) -> str:
 def host_throttle(device: torch.device) -> failure.HostThrottle:
     """Keeps this host within a step of its device, where there are other ranks."""
     alone = world_size() == 1 or device.type != "cuda"
-    return failure.HostThrottle(None if alone else device, _group.minutes if _group else MINUTES)
+    return failure.HostThrottle(
+        None if alone else device, _group.minutes if _group else DEFAULT_TIMEOUT_MINUTES
+    )

@@ -76,7 +76,7 @@ def _trainer(make: Callable[[Any], Method], settings: Any) -> Trainer:
         for p in net.parameters():
             if p.dim() == 4:  # as Trainer lays out weights on a GPU
                 p.data = p.data.contiguous(memory_format=torch.channels_last)
-    return Trainer(method, settings, sharding=fsdp.WHOLE)
+    return Trainer(method, settings, sharding=fsdp.SINGLE_PROCESS)
 
 
 def _resident(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
@@ -90,16 +90,17 @@ def _resident(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
 
     optimizers, frozen = trainer.optimizers.values(), trainer.method.frozen.values()
     return {
-        "teacher": tensors(*frozen) + [leaf.tensor for net in frozen for leaf in net.copies],
+        "teacher": tensors(*frozen)
+        + [leaf.tensor for net in frozen for leaf in net.compute_copies],
         "weights": tensors(*(o.net for o in optimizers)),
         "gradients": [p.grad for o in optimizers for p in o.params if p.grad is not None],
         "optimiser": [v for o in optimizers for v in (*o.exp_avg, *o.exp_avg_sq)],
         "average": tensors(trainer.ema),
-        "copies": [leaf.tensor for o in optimizers for leaf in o.net.copies],
+        "copies": [leaf.tensor for o in optimizers for leaf in o.net.compute_copies],
     }
 
 
-class State:
+class StateMemory:
     """What the training of a method keeps of one GPU from step to step, counted once.
 
     make: the method for given settings, called on tensors without values.
@@ -149,7 +150,8 @@ def sharded(stays: Counter[str], shards: int, reshard_after_forward: bool = Fals
 class Counts:
     """What is counted of a step: bytes that stay and that an image adds, by kind; FLOP an image.
 
-    forward: FLOP of one forward of one image; parameters: of one network; backends: see op_counter.fake.
+    forward: FLOP of one forward of one image; parameters: of one network; backends: see
+    op_counter.fake.
     """
 
     stays: Counter[str]
@@ -157,7 +159,7 @@ class Counts:
     flop: float
     forward: float
     parameters: int
-    backends: Backends = "triton"
+    backends: Backends
 
     def memory(
         self, images: int, gpus: int = 1, shards: int = 1, reshard_after_forward: bool = False
@@ -176,7 +178,10 @@ class Counts:
 
 
 def counts(
-    network: NetworkConfig, settings: Settings, recompute: bool = False, backends: Backends = "triton"
+    network: NetworkConfig,
+    settings: Settings,
+    recompute: bool = False,
+    backends: Backends = "triton",
 ) -> Counts:
     """Count a step at one image and at two; memory is linear in them.
 

@@ -29,7 +29,7 @@ IMAGES = 2  # a round
 BOUND = 1e-2
 
 
-def refused(
+def failure_reason(
     config: NetworkConfig, settings: Settings, device: torch.device, limit: int = LIMIT
 ) -> str:
     """Why graphs do not work for steps of such a network on this device; "" if they do.
@@ -46,13 +46,16 @@ def refused(
 
 def job(config: NetworkConfig, settings: Settings, device: torch.device) -> dict:
     """What a trial is told: the same blocks, one a level, and a step of the same parts."""
-    rounds = min(grad_accum_steps(settings, process_group.world_size()), cuda_graphs.FEW + 1)
+    rounds = min(
+        grad_accum_steps(settings, process_group.world_size()),
+        cuda_graphs.MAX_SINGLE_GRAPH_MICRO_BATCHES + 1,
+    )
     # Large updates in proportion to their gradients: what is compared is how far they go.
     settings = dataclasses.replace(
         settings, batch_size=IMAGES * rounds, micro_batch=IMAGES, eps=1.0, fake_lr=1e-2,
         generator_lr=1e-2,
     )  # fmt: skip
-    backends = {name: dispatch.choose(name, device=device) for name in dispatch.OPERATIONS}
+    backends = dispatch.runs(device)
     return {
         "network": dataclasses.replace(config, num_blocks=1).to_dict(),
         "settings": dataclasses.asdict(settings),

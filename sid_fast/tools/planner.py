@@ -5,6 +5,7 @@ from collections import Counter
 from functools import partial
 
 from sid_fast.config.types import Card, Settings, grad_accum_steps, option
+from sid_fast.kernels.dispatch import describe
 from sid_fast.models import NetworkConfig
 from sid_fast.tools.estimator import GIB, Counts, estimated_micro_batch
 from sid_fast.tools.gpu_specs import card
@@ -118,7 +119,7 @@ def text(
     tb_s = f"{options.mfu:.0%} of {tflops_of(settings, options):.0f} TFLOP/s a GPU"
     lines = [
         f"{name}: {network}, {million:.1f} M parameters, {precision_of(settings)}, "
-        f"{found.backend} kernels",
+        f"kernels: {describe(found.backends)}",
         f"on {gpus} x {options.card}, {memory:g} GiB each; estimates, nothing here is measured",
         "",
         f"memory of a GPU, GiB{''.join(f'{way:>10}' for way in p.memory)}",

@@ -17,16 +17,16 @@ from sid_fast.evaluation.sample import StageTimer, compare, generated, look
 from sid_fast.models import EDMNetwork
 from sid_fast.models.registry import save_network
 from sid_fast.performance import fsdp, process_group
-from sid_fast.performance.cuda_graphs import usable
+from sid_fast.performance.cuda_graphs import resolve_cuda_graph
 from sid_fast.sampling import to_uint8
 from sid_fast.training.checkpoint import Trainer, prune
 from sid_fast.training.logging import read_log
-from sid_fast.training.random_streams import gallery
+from sid_fast.training.random_streams import fixed_grid_inputs
 
 Make = Callable[[EDMNetwork, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 GRID = 100  # images
-UNBIASED = 50_000  # images from which on the Fréchet distance needs no other beside it
+FID_ONLY_FROM = 50_000  # images from which on the Fréchet distance needs no other beside it
 
 
 class Snapshots:
@@ -42,7 +42,7 @@ class Snapshots:
 
     @torch.no_grad()
     def __call__(self, folder: Path) -> dict[str, float]:
-        net = fsdp.whole(self.net)
+        net = fsdp.gather_full(self.net)
         if net is None:
             return {}
         images = f"{self.trainer.images:010d}"
@@ -51,7 +51,7 @@ class Snapshots:
         columns = net.config.label_dim
         columns = columns if 1 < columns <= 16 else 10
         device = next(net.parameters()).device
-        z, labels = gallery(net.config, self.seed, GRID // columns * columns)
+        z, labels = fixed_grid_inputs(net.config, self.seed, GRID // columns * columns)
         grid = self.make(net, z.to(device), None if labels is None else labels.to(device))
         save_grid(folder / f"samples-{images}.png", to_uint8(grid), columns)
         return {}
@@ -62,7 +62,7 @@ class Evaluations:
 
     They are compared with --ref or `data`, and once with those of the teacher. The first process
     draws the curve and keeps the network of the least distance so far. steps: of the sampler,
-    for each of the two. cuda_graph: auto, on or off, as usable has it.
+    for each of the two. cuda_graph: auto, on or off, as resolve_cuda_graph has it.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Evaluations:
         self.teacher, self.teacher_steps = teacher, teacher_steps
         self.count = options.eval_images
         device = next(net.parameters()).device
-        self.cuda_graph, _ = usable(cuda_graph, device)
+        self.cuda_graph, _ = resolve_cuda_graph(cuda_graph, device)
         self.clock = StageTimer(device)
         with process_group.main_process_first():  # it may download
             self.detector = load_detector(options.detector, device, options.trust)
@@ -95,12 +95,12 @@ class Evaluations:
         baseline = next((r["teacher"] for r in records if "teacher" in r), None)
         figures = {}
         if self.teacher and process_group.broadcast_from_rank0(lambda: int(baseline is None)):
-            teacher = fsdp.whole(self.teacher, everywhere=True)
+            teacher = fsdp.gather_full(self.teacher, everywhere=True)
             found = self._figures(teacher, None, self.teacher_steps)
             if found:
                 baseline = figures["teacher"] = found[self.name]
         sigma = self.net.config.init_sigma
-        net = fsdp.whole(self.net, everywhere=True)
+        net = fsdp.gather_full(self.net, everywhere=True)
         figures |= self._figures(net, sigma, self.steps)
         if process_group.rank():
             return {}
@@ -118,6 +118,6 @@ class Evaluations:
         sample = look(images, self.count, self.detector, self.clock, "evaluation")
         if process_group.rank():
             return {}
-        metrics = ("fid", "kid") if self.count < UNBIASED else ("fid",)
+        metrics = ("fid", "kid") if self.count < FID_ONLY_FROM else ("fid",)
         found = compare(self.real, sample, self.detector, self.clock, metrics)
         return {label(name, self.detector): value for name, value in found.items()}

@@ -23,10 +23,10 @@ from sid_fast.performance import process_group
 
 PATTERN = "state-*[0-9]"
 HEADER = "state.json"
-KINDS = {"kind": str, "identity": dict, "steps": int, "images": int, "processes": int,
+HEADER_TYPES = {"kind": str, "identity": dict, "steps": int, "images": int, "processes": int,
          "options": dict}  # fmt: skip
-FILES = 4  # of a process
-UNNAMED = "none"  # what torchrun calls a run without an id
+FILES_PER_RANK = 4  # of a process
+NO_RUN_ID = "none"  # what torchrun calls a run without an id
 
 # One process needs no torch.distributed; there is nothing to warn of.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -83,7 +83,10 @@ class States:
             _remove(self.temporary)
         state_dict = self.trainer.state_dict()
         # A file holds a part of the tensors only: one at a time is doubled in memory to be written.
-        files = {f"state.{n}": 1 + i * FILES // len(state_dict) for i, n in enumerate(state_dict)}
+        files = {
+            f"state.{n}": 1 + i * FILES_PER_RANK // len(state_dict)
+            for i, n in enumerate(state_dict)
+        }
         writer = HuggingFaceStorageWriter(
             str(self.temporary), fqn_to_index_mapping=files, save_distributed=True
         )
@@ -150,7 +153,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> None:
+def remove_partial_files(folder: Path) -> None:
     """Remove what a killed run left half-written."""
     for left in folder.glob("*.tmp"):
         _remove(left)
@@ -192,22 +195,24 @@ def _may_be(kind: str, path: Path) -> bool:
         return True  # and what is wrong with it is said when it is read
 
 
-def launch() -> dict[str, str]:
+def torchrun_run_id() -> dict[str, str]:
     """Which call of torchrun started us, for config.json: the same after it has restarted us."""
-    run = os.environ.get("TORCHELASTIC_RUN_ID", UNNAMED)
-    return {} if run == UNNAMED else {"launch": run}
+    run = os.environ.get("TORCHELASTIC_RUN_ID", NO_RUN_ID)
+    return {} if run == NO_RUN_ID else {"launch": run}
 
 
-def restarted(out: str | None) -> Path | None:
+def find_restarted_run(out: str | None) -> Path | None:
     """The folder of this run, if torchrun has restarted it (--max-restarts) and there is one.
 
     Without --out it is known by torchrun's id, which --standalone or --rdzv-id gives.
     """
-    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) or not (out or launch()):
+    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) or not (out or torchrun_run_id()):
         return None
     configs = [Path(out) / "config.json"] if out else Path("runs").glob("*/config.json")
     mine = [
-        p for p in configs if p.exists() and launch().items() <= json.loads(p.read_text()).items()
+        p
+        for p in configs
+        if p.exists() and torchrun_run_id().items() <= json.loads(p.read_text()).items()
     ]
     return max(mine, key=_age).parent if mine else None
 
@@ -219,7 +224,7 @@ def read_header(path: Path) -> dict[str, Any]:
     try:
         header = json.loads((path / HEADER).read_text("utf-8"))
         files = header["files"]
-        for name, kind in KINDS.items():
+        for name, kind in HEADER_TYPES.items():
             if not isinstance(header[name], kind):
                 raise ValueError(f"{name} is {header[name]!r}")
         for name, size in files.items():

@@ -19,13 +19,23 @@ from sid_fast.config.types import RunOptions, smaller_micro_batch
 from sid_fast.errors import OutOfMemory, RunFailed, UserError, WriteFailed
 from sid_fast.io.atomic import atomic_path
 from sid_fast.performance import process_group
-from sid_fast.performance.compile import shown
-from sid_fast.training.checkpoint import PATTERN, States, Trainer, launch, load_state, sweep
+from sid_fast.performance.compile import heartbeat
+from sid_fast.training.checkpoint import (
+    PATTERN,
+    States,
+    Trainer,
+    load_state,
+    remove_partial_files,
+    torchrun_run_id,
+)
 from sid_fast.training.logging import Log, read_log
 
-FAILURES = 20  # failed steps in a row before a run gives up
-HANGUP = (errno.EPIPE, errno.EIO)  # of a pipe without a reader, and of a terminal that has gone
-FAULTS = ("dropped", "nonfinite", "skipped", "failed")
+MAX_FAILED_STEPS = 20  # failed steps in a row before a run gives up
+STDOUT_GONE_ERRNOS = (
+    errno.EPIPE,
+    errno.EIO,
+)  # of a pipe without a reader, and of a terminal that has gone
+FAULT_METRICS = ("dropped", "nonfinite", "skipped", "failed")
 
 
 def open_folder(options: RunOptions, name: str, resume: Path | None) -> Path:
@@ -131,8 +141,8 @@ class Loop:
         self.snapshot, self.evaluate = snapshot, evaluate
         self.name, self.headline = name, headline
         self.end = round(options.kimg * 1000)
-        self.meter = Throughput()
-        self.pace = process_group.host_throttle(trainer.device)
+        self.throughput = Throughput()
+        self.throttle = process_group.host_throttle(trainer.device)
 
     def run(self, resume: Path | None = None) -> None:
         """Run to the end, from the start or from a state.
@@ -148,8 +158,8 @@ class Loop:
         first = process_group.rank() == 0
         self.states = States(self.folder, self.trainer, self.options, self.options.keep_states)
         if first:
-            sweep(self.folder)
-            config = dataclasses.asdict(self.options) | launch()
+            remove_partial_files(self.folder)
+            config = dataclasses.asdict(self.options) | torchrun_run_id()
             text = json.dumps(config, indent=2, ensure_ascii=False)
             with atomic_path(self.folder / "config.json") as temporary:
                 temporary.write_text(text + "\n", "utf-8")
@@ -174,36 +184,36 @@ class Loop:
             self.started = self.trainer.steps
             caught = stack.enter_context(signals(self._nothing_to_save))
             stack.push(self._stopped_early)
-            self._say(f"{self.headline}; run folder {self.folder}")
+            self._print(f"{self.headline}; run folder {self.folder}")
             if header:
-                self._say(f"resumed {resume} at {self.trainer.images / 1000:g} kimg")
+                self._print(f"resumed {resume} at {self.trainer.images / 1000:g} kimg")
                 count = process_group.world_size()
                 if header["processes"] != count:
-                    self._say(
+                    self._print(
                         f"note: {header['processes']} processes wrote it and {count} go on: the "
                         "same run up to rounding, not to the bit"
                     )
                 before = self.trainer.images - self.trainer.settings.batch_size
                 evaluate = self._evaluation(before)
                 if evaluate and not process_group.broadcast_from_rank0(self._evaluated):
-                    self._call("evaluation", evaluate)
+                    self._run_callback("evaluation", evaluate)
             else:
-                self._call("snapshot", self.snapshot)
+                self._run_callback("snapshot", self.snapshot)
                 if self.evaluate:
-                    self._call("evaluation", self.evaluate)
+                    self._run_callback("evaluation", self.evaluate)
             self._steps(caught)
-            self._say(f"done: snapshots, samples and log are in {self.folder}")
+            self._print(f"done: snapshots, samples and log are in {self.folder}")
 
     def _nothing_to_save(self) -> bool:
         return self.trainer.steps == self.started
 
     def _stopped_early(self, kind: type | None, *exception: object) -> None:
         if kind is SystemExit and self._nothing_to_save():
-            self._say("stopped before the end of its first step: there is no new state to save")
+            self._print("stopped before the end of its first step: there is no new state to save")
 
     def _steps(self, caught: list[signal.Signals]) -> None:
         trainer, options = self.trainer, self.options
-        self.meter = Throughput()
+        self.throughput = Throughput()
         failures: torch.Tensor | int = 0
         faults: dict[str, torch.Tensor] = {}
         stop = False
@@ -211,68 +221,68 @@ class Loop:
             before = trainer.images
             first = trainer.steps == self.started
             try:
-                with shown("first step", self._say) if first else contextlib.nullcontext():
+                with heartbeat("first step", self._print) if first else contextlib.nullcontext():
                     metrics = trainer.step()
             except OutOfMemory as error:
                 smaller = smaller_micro_batch(trainer.settings, process_group.world_size())
                 way = f"try --micro-batch {smaller}" if smaller else "try --parallel fsdp"
                 raise UserError(f"{error}: {way}") from error
-            self.meter.steps += 1
+            self.throughput.steps += 1
             self.bar.update(trainer.images - before)
             # Faults add up on the device until a line reports them.
             for name in metrics:
-                if name.endswith(FAULTS):
+                if name.endswith(FAULT_METRICS):
                     faults[name] = faults.get(name, 0) + metrics[name]
             failed = sum(v for name, v in metrics.items() if name.endswith("failed")) > 0
             failures = (failures + 1) * failed
             stop = process_group.all_reduce_any(bool(caught))
-            self.pace.step()
+            self.throttle.step()
             end = trainer.images >= self.end
 
             if end or trainer.steps % options.log_every == 0:
                 self._report(metrics | faults)
                 faults.clear()
-                if failures >= FAILURES:
+                if failures >= MAX_FAILED_STEPS:
                     self._give_up()
             elif trainer.steps == self.started + 2:  # an early word on how long it will take
                 self._report(metrics, keep=False)
             if first:  # it compiles
-                self.meter = Throughput()
+                self.throughput = Throughput()
             self._warn(self.states.poll())
             unwritten = []
-            looking = end or self._crossed(before, options.snapshot_every)
+            looking = end or self._is_due(before, options.snapshot_every)
             evaluate = self._evaluation(before)
-            saving = end or stop or bool(evaluate) or self._crossed(before, options.state_every)
+            saving = end or stop or bool(evaluate) or self._is_due(before, options.state_every)
             if looking or saving:
-                self.pace.catch_up()
-            with self.meter.paused():
+                self.throttle.catch_up()
+            with self.throughput.paused():
                 if looking:
-                    unwritten += self._call("snapshot", self.snapshot)
+                    unwritten += self._run_callback("snapshot", self.snapshot)
                 if saving:
                     self._warn(self.states.begin())
                 if evaluate and not stop:
                     # A machine that is taken away while the evaluation lasts leaves a whole state.
                     self._finish() if end else self._warn(self.states.finish())
-                    unwritten += self._call("evaluation", evaluate)
+                    unwritten += self._run_callback("evaluation", evaluate)
                     stop = process_group.all_reduce_any(bool(caught))
         self._finish()
         if unwritten and trainer.images >= self.end:
             raise RunFailed(f"{unwritten[0]}; the state is saved: {self.states.path}")
         if trainer.images < self.end:
             number = caught[0] if caught else signal.SIGTERM
-            self._say(
+            self._print(
                 f"{number.name}: stopped with the state saved; --resume {self.folder} goes on"
             )
             raise SystemExit(128 + number)
 
-    def _crossed(self, before: int, every_kimg: float) -> bool:
+    def _is_due(self, before: int, every_kimg: float) -> bool:
         every = every_kimg * 1000
         return before // every != self.trainer.images // every
 
     def _evaluation(self, before: int) -> Callable[[Path], dict[str, float]] | None:
         """What measures the images, if that is due: every --eval-every kimg, and at the end."""
         every = self.options.eval_every
-        if self.trainer.images >= self.end or (every and self._crossed(before, every)):
+        if self.trainer.images >= self.end or (every and self._is_due(before, every)):
             return self.evaluate
         return None
 
@@ -285,32 +295,34 @@ class Loop:
 
     def _warn(self, problem: object) -> None:
         if problem:
-            self._say(f"warning: {problem}; training goes on")
+            self._print(f"warning: {problem}; training goes on")
 
-    def _call(self, what: str, make: Callable[[Path], dict[str, float]]) -> list[WriteFailed]:
+    def _run_callback(
+        self, what: str, make: Callable[[Path], dict[str, float]]
+    ) -> list[WriteFailed]:
         """Make and record it; returns, with a warning, what a run that has begun cannot write."""
         try:
-            with shown(what, self._say):
+            with heartbeat(what, self._print):
                 figures = make(self.folder)
         except WriteFailed as error:
             if not self.trainer.steps:
                 raise
             process_group.barrier()
-            self._say(f"warning: {error}")
+            self._print(f"warning: {error}")
             return [error]
         process_group.barrier()
         self._record(figures)
         parts = [f"{self.trainer.images / 1000:9.2f} kimg  {what}"]
-        self._say("  ".join(parts + [f"{name} {value:.4g}" for name, value in figures.items()]))
+        self._print("  ".join(parts + [f"{name} {value:.4g}" for name, value in figures.items()]))
         return []
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         if self.log:
             try:
                 tqdm.write(line, file=sys.stdout)
                 sys.stdout.flush()
             except OSError as error:  # on a full disk, say, the line alone is lost
-                if error.errno in HANGUP:
+                if error.errno in STDOUT_GONE_ERRNOS:
                     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
                     signal.raise_signal(signal.SIGHUP)
 
@@ -323,9 +335,9 @@ class Loop:
 
     def _report(self, metrics: dict[str, torch.Tensor], keep: bool = True) -> None:
         """One line, and one record; reading the metrics waits for the device."""
-        self.pace.catch_up()
+        self.throttle.catch_up()
         values = {name: float(v) for name, v in metrics.items()}
-        rate = self.meter.read()
+        rate = self.throughput.read()
         images = rate * self.trainer.settings.batch_size
         left = (self.end - self.trainer.images) / images
         progress = self.trainer.method.progress
@@ -337,8 +349,8 @@ class Loop:
             "ETA " + tqdm.format_interval(max(left, 0)),
             *(f"{label} {values[name]:.4g}" for name, label in progress.items()),
         ]
-        parts += [f"{k} {v:.0f}" for k, v in values.items() if k.endswith(FAULTS) and v]
-        self._say("  ".join(parts))
+        parts += [f"{k} {v:.0f}" for k, v in values.items() if k.endswith(FAULT_METRICS) and v]
+        self._print("  ".join(parts))
         if keep:
             self._record(values | {"it_per_s": rate, "img_per_s": images})
 
@@ -351,8 +363,7 @@ class Loop:
         self._warn(self.states.begin(keep_all=True))
         self._finish()
         raise RunFailed(
-            f"the last {FAILURES} steps or more failed: not one finite sample, or gradients mostly "
-            f"NaN or infinite, so there is nothing to learn from. The state is kept as "
-            f"{self.states.path}, and those before it. A new run with lower learning rates may not "
-            "come to this"
+            f"the last {MAX_FAILED_STEPS} steps or more failed: no finite sample, or mostly NaN or "
+            f"infinite gradients. The state is saved as {self.states.path}, and earlier states are "
+            "kept. Start a new run with lower learning rates"
         )

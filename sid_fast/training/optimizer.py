@@ -1,4 +1,4 @@
-"""Adam over one network, with its moments and, where wanted, its moving average."""
+"""Adam for one network, with gradient accumulation and an optional EMA of the weights."""
 
 import copy
 
@@ -11,9 +11,9 @@ from sid_fast.performance import fsdp
 
 
 def ema_beta(images: int, batch: int, halflife_kimg: float, rampup_ratio: float) -> float:
-    """β of the moving average after a step of `batch` images, `images` having gone before.
+    """Return the EMA decay β for a step of `batch` images that starts at `images`.
 
-    The half-life grows with the images seen, up to halflife_kimg.
+    The half-life is rampup_ratio·images, at most halflife_kimg (no ramp-up if the ratio is 0).
     """
     halflife = halflife_kimg * 1000
     if rampup_ratio:
@@ -22,12 +22,19 @@ def ema_beta(images: int, batch: int, halflife_kimg: float, rampup_ratio: float)
 
 
 class AdamWithEMA:
-    """Holds the gradients, moments and average of a network; every tensor keeps its address.
+    """Gradients, Adam moments and EMA of one network; every tensor keeps its address.
 
-    dtype is what the network computes in; its parameters stay float32, and have 16-bit copies that
-    every update writes (EDMNetwork.compute_in). sharding says how network, average and all else lie
-    over the processes; the network and its average are sharded in place where it says so, and then
-    have no copies: what is gathered is 16 bit.
+    Parameters stay float32. In a 16-bit compute dtype, every update also writes their low-precision
+    copies (EDMNetwork.compute_in). A sharded network needs none: FSDP2 gathers weights in 16 bit.
+
+    Args:
+        net: The network; sharded in place if `sharding` says so.
+        beta1: Adam's β₁; 0 keeps no first moment.
+        beta2: Adam's β₂.
+        eps: Adam's ε.
+        dtype: The network's compute dtype.
+        sharding: How network, EMA and moments are distributed over the ranks.
+        ema: Keep an EMA of the weights.
     """
 
     def __init__(
@@ -37,7 +44,7 @@ class AdamWithEMA:
         beta2: float,
         eps: float,
         dtype: torch.dtype = torch.float32,
-        sharding: fsdp.ShardingPlan = fsdp.WHOLE,
+        sharding: fsdp.ShardingPlan = fsdp.SINGLE_PROCESS,
         ema: bool = False,
     ):
         self.net = net.requires_grad_(True)
@@ -49,31 +56,31 @@ class AdamWithEMA:
         self.compute_weights: list[torch.Tensor | None] | None = None
         if sharding.mesh is None and dtype != torch.float32:
             self.net.compute_in(dtype)
-            self.compute_weights = self.net.written_copies()
-        # While weights are gathered the modules hold those: the parts have to be kept by name.
+            self.compute_weights = self.net.cast_copies()
+        # While weights are gathered, modules hold the full tensors: keep the shards by name.
         self.named = dict(net.named_parameters())
         self.named_ema = dict(self.ema.named_parameters()) if self.ema else {}
         self.params = list(self.named.values())
         self.size = sum(p.numel() for p in self.params)
-        self.gradients = sharding.gradients(net)
+        self.grad_sync = sharding.grad_sync(net)
         self.exp_avg_sq = [torch.zeros_like(p) for p in self.params]
         self.exp_avg = [torch.zeros_like(p) for p in self.params] if beta1 else []
-        # This rank's part of each tensor, which is the memory itself.
-        self.local_params = fsdp.local(self.params)
+        # Views of this rank's shards.
+        self.local_params = fsdp.local_shards(self.params)
         lists = self.exp_avg, self.exp_avg_sq, list(self.named_ema.values())
-        self.local_state = [fsdp.local(tensors) for tensors in lists]
+        self.local_state = [fsdp.local_shards(tensors) for tensors in lists]
         device = self.params[0].device
         self.step_count = torch.zeros((), dtype=torch.float64, device=device)
-        # loss, distance, kept and seen of the rounds so far
+        # Sums over the micro-batches so far: loss, distance, valid samples, all samples.
         self.totals = torch.zeros(4, dtype=torch.float64, device=device)
 
     def backward(self, losses: Losses, scale: float, sync_grads: bool = True) -> None:
-        """Add a round's gradients of scale·loss, summed over its samples and all processes.
+        """Accumulate the gradients of scale·Σ loss over the samples of one micro-batch.
 
-        In the last round before an update the processes begin to average.
+        sync_grads: set for the last micro-batch before an update; starts summing over all ranks.
         """
-        # The processes' gradients are averaged, their losses are to be summed.
-        self.gradients.backward(losses.loss, scale * self.gradients.ranks, sync_grads)
+        # DDP and FSDP average over ranks; multiplying by their number gives the sum.
+        self.grad_sync.backward(losses.loss, scale * self.grad_sync.ranks, sync_grads)
         loss, distance, kept = losses.loss.detach(), losses.distance, losses.kept
         values = torch.stack([loss, distance, kept.to(loss.dtype), torch.ones_like(loss)])
         self.totals += values.sum(1, dtype=torch.float64)
@@ -84,18 +91,25 @@ class AdamWithEMA:
         ema_beta: float | torch.Tensor = 0.0,
         enabled: bool | torch.Tensor = True,
     ) -> dict[str, torch.Tensor]:
-        """Update once from the rounds since the last update; unless `enabled`, forget them.
+        """Update from the gradients accumulated since the last step.
 
-        Returns scalars over all processes, left on the device so that nothing waits for them:
-        loss and distance (see kernels.Losses; means over the kept samples), dropped samples,
-        nonfinite gradient values, skipped: whether no sample was finite, so that nothing has
-        changed, and failed: whether it was so or most gradient values were not finite.
+        Args:
+            lr: Learning rate.
+            ema_beta: Decay of the EMA.
+            enabled: If False, discard the gradients and change nothing.
+
+        Returns:
+            Scalars over all ranks, on the device, so reading them is the only host sync:
+            `loss` and `distance`: means over the valid samples, see kernels.Losses;
+            `dropped`: number of invalid samples; `nonfinite`: number of gradient values that were
+            not finite; `skipped`: no sample was valid, so nothing changed; `failed`: skipped, or
+            more than half of the gradient values were not finite.
         """
-        loss, distance, kept, seen = self.gradients.all_reduce(self.totals.clone())
-        self.gradients.wait()
+        loss, distance, kept, seen = self.grad_sync.all_reduce(self.totals.clone())
+        self.grad_sync.wait()
         nonfinite = kernels.adam_ema(
             self.local_params,
-            self.gradients.local(),
+            self.grad_sync.local_grads(),
             *self.local_state,
             compute_weights=self.compute_weights,
             step=self.step_count,
@@ -106,11 +120,11 @@ class AdamWithEMA:
             eps=self.eps,
             ema_beta=ema_beta,
         )
-        self.net.add_up()
-        self.gradients.updated()
-        nonfinite = self.gradients.total(nonfinite)
+        self.net.update_combined_copies()
+        self.grad_sync.after_update()
+        nonfinite = self.grad_sync.sum_over_shards(nonfinite)
         self.totals.zero_()
-        self.gradients.zero()
+        self.grad_sync.zero()
         skipped = kept == 0
         return {
             "loss": loss / kept,
@@ -122,14 +136,14 @@ class AdamWithEMA:
         }
 
     def state_dict(self, prefix: str) -> dict[str, torch.Tensor]:
-        """Everything that makes up the state, by name; copying into them restores it.
+        """Return the live state tensors by name; copying into them restores the state.
 
-        Sharded tensors are DTensors. Copies are made anew from the parameters
-        (EDMNetwork.update_compute_copies); buffers are constants.
+        Sharded tensors are DTensors. Low-precision copies are not part of it: rebuild them with
+        EDMNetwork.update_compute_copies. Buffers are constants.
         """
-        found = {f"{prefix}.step": self.step_count}
-        found |= {f"{prefix}.net.{name}": p for name, p in self.named.items()}
-        found |= {f"{prefix}.ema.{name}": p for name, p in self.named_ema.items()}
+        state = {f"{prefix}.step": self.step_count}
+        state |= {f"{prefix}.net.{name}": p for name, p in self.named.items()}
+        state |= {f"{prefix}.ema.{name}": p for name, p in self.named_ema.items()}
         for kind, values in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
-            found |= {f"{prefix}.{kind}.{n}": v for n, v in zip(self.named, values, strict=False)}
-        return found
+            state |= {f"{prefix}.{kind}.{n}": v for n, v in zip(self.named, values, strict=False)}
+        return state

@@ -6,12 +6,12 @@ import torch
 from sid_fast.models import NetworkConfig
 
 # What a seed is derived for; the order is part of what a run's seed means.
-PURPOSES = ("draws", "unused", "gallery", "weights")
+RNG_STREAMS = ("draws", "unused", "gallery", "weights")
 
 
 def seed_of(seed: int, purpose: str) -> int:
     """A 64-bit seed for one purpose, from the run's seed."""
-    key = (PURPOSES.index(purpose),)
+    key = (RNG_STREAMS.index(purpose),)
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])
 
 
@@ -21,7 +21,9 @@ def counter_of(seed: int, device: torch.device) -> torch.Tensor:
     return torch.tensor([int(key[0]), 0, 0], device=device)
 
 
-def gallery(config: NetworkConfig, seed: int, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+def fixed_grid_inputs(
+    config: NetworkConfig, seed: int, n: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Fixed latents [n, C, R, R] and labels, class after class, to look at and to measure."""
     rng = torch.Generator().manual_seed(seed_of(seed, "gallery"))
     shape = (n, config.channels, config.resolution, config.resolution)

@@ -1,4 +1,4 @@
-"""A training step of any method: its phases, each over several micro-batches."""
+"""One training step of any method: its phases in order, each over several micro-batches."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,27 +12,34 @@ from sid_fast.errors import OutOfMemory
 from sid_fast.methods.base import Method, Phase, RandomStream, stream_number
 from sid_fast.performance import fsdp, mixed_precision
 from sid_fast.performance.compile import compile_blocks
-from sid_fast.performance.cuda_graphs import FEW, GraphedStep
+from sid_fast.performance.cuda_graphs import MAX_SINGLE_GRAPH_MICRO_BATCHES, GraphedStep
 from sid_fast.training.optimizer import AdamWithEMA, ema_beta
 from sid_fast.training.random_streams import counter_of
 
-# What a state of another way of drawing would not go on with.
+# Part of the fingerprint: a checkpoint drawn with another generator cannot be resumed.
 RANDOM_NUMBERS = "Philox, counted by sample"
-Inputs = Mapping[str, Sequence[Any]]  # of every phase, one a micro-batch
+Inputs = Mapping[str, Sequence[Any]]  # phase name -> inputs of each micro-batch
 
 
 class Trainer:
     """Trains the networks of a method, in place.
 
-    settings: batch_size, micro_batch, precision, dropout, beta2, eps and the average's half-life,
-    as in Settings. seed decides every random number. sharding says what each rank keeps of the
-    networks; without it every process keeps whole ones. fingerprint: what must be equal for a
-    training state to fit, besides settings and seed. cuda_graph replays the step's launches from
-    CUDA graphs (what step returns is then overwritten by the next); "auto" goes on without them
-    where the capture fails. compile runs every block through torch.compile.
+    The batch is split evenly: rank r of w takes batch_size/w samples, starting at r·batch_size/w.
 
-    Every rank takes an equal part of the batch: rank r of w its samples from r·batch_size/w on.
-    UserError for settings that cannot be used.
+    Args:
+        method: The networks, their phases and losses.
+        settings: batch_size, micro_batch, precision, dropout, beta2, eps and the EMA half-life,
+            as in Settings.
+        seed: Determines every random number.
+        sharding: How the networks are distributed; default: replicated on every rank.
+        fingerprint: Values that must match for a checkpoint to be resumed, besides settings and
+            seed.
+        cuda_graph: Replay the step from CUDA graphs; each step then overwrites the metrics that the
+            previous one returned. "auto" falls back to eager steps if the capture fails.
+        compile: Run every block through torch.compile.
+
+    Raises:
+        UserError: The settings cannot be used.
     """
 
     def __init__(
@@ -50,34 +57,34 @@ class Trainer:
         networks, frozen = method.networks.values(), method.frozen.values()
         if sorted(method.networks) != sorted(phase.network for phase in method.phases):
             raise ValueError(
-                f"{type(method).__name__}: every network that learns takes one phase, and "
-                f"networks are {list(method.networks)}"
+                f"{type(method).__name__}: every trained network needs exactly one phase; "
+                f"the networks are {list(method.networks)}"
             )
         self.device = next(next(iter(networks)).parameters()).device
-        self.settings = s = mixed_precision.settle(settings, self.device)
+        self.settings = s = mixed_precision.resolve_precision(settings, self.device)
         sharding = sharding or fsdp.replicated()
         self.rank, self.ranks = sharding.rank, sharding.ranks
         self.grad_accum_steps = grad_accum_steps(s, self.ranks)
-        self.samples = s.batch_size // self.ranks  # of this rank
+        self.samples = s.batch_size // self.ranks  # per step on this rank
         self.method, self.seed = method, seed
         run = {"seed": seed, "random numbers": RANDOM_NUMBERS}
         self.resume_fingerprint = resume_fingerprint(s) | run | dict(fingerprint or {})
         self.steps = self.images = 0
 
-        # What changes from step to step lies on the device, where a CUDA graph can read it.
+        # Values that change every step stay on the device, where a CUDA graph can read them.
         self.counter = counter_of(seed, self.device)
-        self.host_counter = counter_of(seed, torch.device("cpu"))  # for what is read on the host
+        self.host_counter = counter_of(seed, torch.device("cpu"))  # the same, for draws on the host
         scalar: dict[str, Any] = {"dtype": torch.float64, "device": self.device}
         self.ema_beta = torch.zeros((), **scalar)
         self.lr = {phase.network: torch.zeros((), **scalar) for phase in method.phases}
-        self.enabled = torch.ones((), dtype=torch.bool, device=self.device)  # False: a rehearsal
+        self.enabled = torch.ones((), dtype=torch.bool, device=self.device)  # False: a dry run
 
         dtype = mixed_precision.TYPES[s.precision]
         if self.device.type == "cuda" and sharding.mesh is None:
             for net in (*networks, *frozen):
                 net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # no stub
-        # The seeds of a network's dropout, a row each block: a stream of its own, in which samples
-        # are counted from step to step.
+        # Dropout seeds, one row (key, stream, sample) per block. Each block has its own stream, and
+        # the sample number keeps counting from step to step.
         self.dropout_seeds = {}
         for phase in method.phases:
             net = method.networks[phase.network]
@@ -109,15 +116,18 @@ class Trainer:
         self.graphs = None
         if cuda_graph:
             self.graphs = GraphedStep(
-                self.parts(), self.rehearse, self.changing_nothing, self.clear, self.device,
+                self.graph_segments(), self.dry_run, self.updates_disabled, self.clear, self.device,
                 required=cuda_graph != "auto",
             )  # fmt: skip
 
     def step(self, inputs: Inputs | None = None) -> dict[str, torch.Tensor]:
         """Update every network once, in the order of the phases.
 
-        inputs: of every phase by name, one a micro-batch; without them they are sampled. Returns
-        what AdamWithEMA.step says of each phase, as PHASE/NAME.
+        Args:
+            inputs: For each phase, the inputs of every micro-batch; sampled if None.
+
+        Returns:
+            The metrics of AdamWithEMA.step for each phase, named PHASE/METRIC.
         """
         self._count_step()
         for phase in self.method.phases:
@@ -131,34 +141,35 @@ class Trainer:
         return metrics
 
     def run(self, inputs: Inputs | None = None) -> dict[str, torch.Tensor]:
-        """The launches of a step: a function of the inputs, or of self.counter."""
+        """Run all phases on the device: a pure function of `inputs`, or of self.counter."""
         metrics: dict[str, torch.Tensor] = {}
         last = self.grad_accum_steps - 1
         for phase in self.method.phases:
             for i in range(self.grad_accum_steps):
                 name = f"{phase.name} step".strip()
-                with annotate_oom(f"{name}, round {i + 1} of {self.grad_accum_steps}"):
-                    given = inputs and inputs[phase.name][i]
-                    self.backward(phase, given, first=i == 0, last=i == last)
+                with annotate_oom(f"{name}, micro-batch {i + 1} of {self.grad_accum_steps}"):
+                    micro_batch = inputs and inputs[phase.name][i]
+                    self.backward(phase, micro_batch, first=i == 0, last=i == last)
             metrics |= self.update(phase)
         return metrics
 
-    def parts(self) -> list[tuple[Callable[[], Any], int]]:
-        """What run() calls, and how often: one callable, or with many micro-batches three a phase.
+    def graph_segments(self) -> list[tuple[Callable[[], Any], int]]:
+        """Split run() into (callable, repetitions) pairs to capture.
 
-        Then: a phase's first micro-batch, those that follow, and the last with the update.
+        A step of few micro-batches is one segment. Otherwise each phase has three: its first
+        micro-batch, the middle ones, and the last one with the update.
         """
-        if self.grad_accum_steps <= FEW:
+        if self.grad_accum_steps <= MAX_SINGLE_GRAPH_MICRO_BATCHES:
             return [(self.run, 1)]
-        found: list[tuple[Callable[[], Any], int]] = []
+        segments: list[tuple[Callable[[], Any], int]] = []
         for phase in self.method.phases:
-            each = partial(self.backward, phase)
-            found += [
-                (partial(each, first=True), 1),
-                (each, self.grad_accum_steps - 2),
+            backward = partial(self.backward, phase)
+            segments += [
+                (partial(backward, first=True), 1),
+                (backward, self.grad_accum_steps - 2),
                 (partial(self._last, phase), 1),
             ]
-        return found
+        return segments
 
     def _last(self, phase: Phase) -> dict[str, torch.Tensor]:
         self.backward(phase, last=True)
@@ -167,7 +178,7 @@ class Trainer:
     def backward(
         self, phase: Phase, inputs: Any = None, *, first: bool = False, last: bool = False
     ) -> None:
-        """A micro-batch of a phase: sample, forward, backward; ranks exchange in the last one."""
+        """Run one micro-batch of a phase forward and backward; the last one syncs gradients."""
         if first:
             self._enter(phase)
         optimizer, n = self.optimizers[phase.network], self.samples // self.grad_accum_steps
@@ -185,7 +196,7 @@ class Trainer:
         self.host_counter[2].add_(n)
 
     def _enter(self, phase: Phase) -> None:
-        """The phase's network learns, the others do not; the rank's first sample is the next."""
+        """Unfreeze this phase's network alone, and restart at the rank's first sample."""
         for name, net in self.method.networks.items():
             net.requires_grad_(name == phase.network).train(name == phase.network)
         self._count_from(self.rank * self.samples)
@@ -202,30 +213,30 @@ class Trainer:
         return RandomStream(self.counter, phase.name, n, self.host_counter)
 
     def update(self, phase: Phase) -> dict[str, torch.Tensor]:
-        """The end of a phase: average over ranks, clean up, Adam, moving average."""
+        """End a phase: average gradients over ranks, replace non-finite ones, Adam, EMA."""
         optimizer = self.optimizers[phase.network]
         metrics = optimizer.step(self.lr[phase.network], self.ema_beta, self.enabled)
         if phase is self.method.phases[-1]:
-            # A step ends as it began, as its graphs need it: all networks in shards again.
+            # Captured steps must start and end in the same state: with all networks sharded.
             for each in self.optimizers.values():
-                each.gradients.updated()
+                each.grad_sync.after_update()
         prefix = f"{phase.name}/" if phase.name else ""
         return {f"{prefix}{name}": value for name, value in metrics.items()}
 
     def sample_inputs(self) -> dict[str, list[Any]]:
-        """The inputs of this rank's coming step: a function of seed and step alone."""
+        """Sample this rank's inputs for the next step: a function of (seed, step, rank)."""
         n = self.samples // self.grad_accum_steps
-        found: dict[str, list[Any]] = {}
+        inputs: dict[str, list[Any]] = {}
         self._count_step()
         for phase in self.method.phases:
-            found[phase.name] = []
+            inputs[phase.name] = []
             for i in range(self.grad_accum_steps):
                 self._count_from(self.rank * self.samples + i * n)
-                found[phase.name].append(phase.sample_inputs(self._stream(phase, n)))
-        return found
+                inputs[phase.name].append(phase.sample_inputs(self._stream(phase, n)))
+        return inputs
 
-    def rehearse(self) -> None:
-        """Every phase's first and last micro-batch: all that a step needs has then been tried."""
+    def dry_run(self) -> None:
+        """Run each phase's first and last micro-batch: every kernel, allocation and collective."""
         for _ in range(2 if self.grad_accum_steps == 1 else 1):
             for phase in self.method.phases:
                 if self.grad_accum_steps > 1:
@@ -234,8 +245,8 @@ class Trainer:
                 self.update(phase)
 
     @contextlib.contextmanager
-    def changing_nothing(self) -> Iterator[None]:
-        """Updates inside the block leave no trace."""
+    def updates_disabled(self) -> Iterator[None]:
+        """Discard the updates of steps inside the block."""
         self.enabled.fill_(False)
         try:
             yield
@@ -243,26 +254,26 @@ class Trainer:
             self.enabled.fill_(True)
 
     def clear(self) -> None:
-        """Forget gradients and sums of micro-batches."""
+        """Reset the accumulated gradients and metrics."""
         for optimizer in self.optimizers.values():
             optimizer.totals.zero_()
-            optimizer.gradients.zero()
+            optimizer.grad_sync.zero()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The live tensors of the training state, by name; sharded ones are DTensors.
+        """Return the live tensors of the training state, by name; sharded ones are DTensors.
 
-        `steps` and `images` complete the state. Random numbers are functions of (seed, steps).
+        `steps` and `images` complete the state: random numbers are functions of (seed, steps).
         """
-        found: dict[str, torch.Tensor] = {}
+        state: dict[str, torch.Tensor] = {}
         for name, optimizer in self.optimizers.items():
-            found |= optimizer.state_dict(name)
-        return found
+            state |= optimizer.state_dict(name)
+        return state
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Load tensors in place and rebuild the low-precision weight copies.
 
-        Tensors of `state_dict()` itself, already loaded into, are taken as they are.
+        Tensors that are already those of `state_dict()` are not copied.
         """
         for name, tensor in self.state_dict().items():
             if state[name] is not tensor:
@@ -273,9 +284,9 @@ class Trainer:
 
 @contextlib.contextmanager
 def annotate_oom(what: str) -> Iterator[None]:
-    """Out of memory in the block becomes OutOfMemory, naming `what` and the size asked for."""
+    """Turn an out-of-memory error into OutOfMemory, naming `what` and the requested size."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        asked = ". ".join(str(error).split(". ")[:2])  # statistics follow
-        raise OutOfMemory(f"{what}: {asked}") from error
+        request = ". ".join(str(error).split(". ")[:2])  # without the allocator's statistics
+        raise OutOfMemory(f"{what}: {request}") from error

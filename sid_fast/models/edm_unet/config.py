@@ -1,4 +1,4 @@
-"""What a network is: the architecture, its sizes, and which of them can work together."""
+"""Network configurations: architectures, sizes and their validation."""
 
 import dataclasses
 from typing import Any
@@ -8,21 +8,21 @@ from sid_fast.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Where DDPM++, NCSN++ and ADM part ways (arXiv 2206.00364, appendix F.2)."""
+    """The differences between DDPM++, NCSN++ and ADM (arXiv 2206.00364, appendix F.2)."""
 
-    embedding: str  # of the noise level: positional or fourier
-    embedding_width: int  # of that embedding, in model_channels
+    embedding: str  # noise-level embedding: positional or fourier
+    embedding_width: int  # width of that embedding, in units of model_channels
     swap_embedding: bool  # [cos, sin] -> [sin, cos]
     filter: tuple[int, ...]  # resampling filter along one axis
-    residual_encoder: bool  # a second path of down-sampled images, added at every level
-    adaptive_scale: bool  # norm1 takes scale and shift from the embedding, not a sum
-    head_channels: int | None  # None: a single head of all channels
+    residual_encoder: bool  # adds a downsampled path from the image at each level
+    adaptive_scale: bool  # the embedding scales and shifts norm1's output; else it is added before
+    head_channels: int | None  # channels per attention head; None: a single head
     skip_scale: float
     eps: float
-    resample_proj: bool  # a resampling skip has a 1x1 convolution even at equal widths
-    attention_everywhere: bool  # in all decoder blocks of a listed level, not just its last
+    resample_proj: bool  # resampling skips always have a 1x1 convolution
+    attention_everywhere: bool  # in all decoder blocks of such a level, not only the last
 
-    # What the published pickles call these things.
+    # The corresponding arguments in upstream's pickles.
     model_type: str
     embedding_type: str | None
     encoder_type: str | None
@@ -51,7 +51,7 @@ ARCHITECTURES = {
 
 
 def groups_of(channels: int) -> int:
-    """Groups of a GroupNorm: 32, or as many as leave four channels in each."""
+    """Return the number of GroupNorm groups: 32, or fewer so that each has four channels."""
     return min(32, channels // 4)
 
 
@@ -59,21 +59,22 @@ def groups_of(channels: int) -> int:
 class NetworkConfig:
     """Everything needed to build a network; stored with its weights.
 
-    Raises UserError, naming the field, for a shape that cannot work.
+    Raises:
+        UserError: A field is out of range or does not fit the others.
     """
 
     architecture: str  # ddpmpp, ncsnpp or adm
-    resolution: int  # pixels along one side
-    channels: int = 3  # of an image
-    label_dim: int = 0  # classes; 0: unconditional
-    augment_dim: int = 0  # numbers in an augmentation label; 0: none
+    resolution: int  # pixels per side
+    channels: int = 3  # image channels
+    label_dim: int = 0  # number of classes; 0: unconditional
+    augment_dim: int = 0  # length of an augmentation label; 0: none
     model_channels: int = 128
-    channel_mult: tuple[int, ...] = (2, 2, 2)  # width of each level, in model_channels
-    num_blocks: int = 4  # residual blocks a level
+    channel_mult: tuple[int, ...] = (2, 2, 2)  # width of each level, in units of model_channels
+    num_blocks: int = 4  # residual blocks per level
     attention_resolutions: tuple[int, ...] = (16,)
     dropout: float = 0.0
     sigma_data: float = 0.5
-    init_sigma: float | None = None  # a one-step generator's noise level; None: a denoiser
+    init_sigma: float | None = None  # noise level of a one-step generator; None: a denoiser
 
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
@@ -89,21 +90,21 @@ class NetworkConfig:
         for field, (low, high) in limits.items():
             value = getattr(self, field)
             if type(value) is not int or not low <= value <= high:
-                self._refuse(field, f"it is a whole number from {low} to {high}")
+                self._refuse(field, f"use an integer from {low} to {high}")
         for field, low in (("channel_mult", 1), ("attention_resolutions", 0)):
             values = getattr(self, field)
             if not isinstance(values, tuple) or any(
                 type(v) is not int or not low <= v <= 4096 for v in values
             ):
-                self._refuse(field, f"list whole numbers of at least {low}")
+                self._refuse(field, f"use a list of integers from {low} to 4096")
         if not 1 <= len(self.channel_mult) <= 12:
-            self._refuse("channel_mult", "list one multiplier a level")
+            self._refuse("channel_mult", "use a list of 1 to 12 multipliers, one per level")
         for field, least, most in (("dropout", 0, 0.999), ("sigma_data", 1e-3, 1e3)):
             value = getattr(self, field)
             if not isinstance(value, int | float) or not least <= value <= most:
-                self._refuse(field, f"it is a number from {least} to {most}")
+                self._refuse(field, f"use a number from {least} to {most}")
         if not isinstance(self.init_sigma, int | float | None):
-            self._refuse("init_sigma", "it is a number or nothing")
+            self._refuse("init_sigma", "use a number, or null")
         smallest = 2 ** (len(self.channel_mult) - 1)
         if self.resolution % smallest:
             levels = len(self.channel_mult)
@@ -118,40 +119,41 @@ class NetworkConfig:
             if head and attends and width % head:
                 self._refuse(
                     "model_channels",
-                    f"attention over {width} channels does not divide into heads of {head}",
+                    f"attention over {width} channels cannot be split into heads of {head}",
                 )
 
     def _refuse(self, field: str, why: str) -> None:
-        raise UserError(f"network: {field}={getattr(self, field)!r} cannot be built: {why}")
+        raise UserError(f"network: {field}={getattr(self, field)!r} is not supported: {why}")
 
     def __str__(self) -> str:
         classes = f"{self.label_dim} classes" if self.label_dim else "unconditional"
         return f"{self.architecture}, {self.resolution}x{self.resolution}, {classes}"
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dictionary for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "NetworkConfig":
-        """The configuration written by to_dict, as it comes back from JSON."""
+        """Rebuild a configuration from to_dict's dictionary, possibly after a JSON round trip."""
         if not isinstance(values, dict):
             raise UserError(f"network: {values!r:.40} is not a configuration")
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise UserError(f"network: unknown field {unknown[0]!r}; a newer version wrote it?")
+            raise UserError(f"network: unknown field {unknown[0]!r}; written by a newer version?")
         fields: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
         }
         try:
             return cls(**fields)
         except TypeError as error:
-            raise UserError(f"network: configuration does not fit: {error}") from None
+            raise UserError(f"network: invalid configuration: {error}") from None
 
     @classmethod
     def from_published(cls, class_name: str, kwargs: dict[str, Any]) -> "NetworkConfig":
-        """The configuration of a published pickle: its class and the arguments it was built with.
+        """Convert upstream's class name and constructor arguments, as stored in a pickle.
 
-        What a pickle leaves out takes the published default of its architecture.
+        Missing arguments take upstream's defaults for the architecture.
         """
         if class_name != "EDMPrecond":
             raise UserError(
@@ -160,23 +162,23 @@ class NetworkConfig:
         kwargs = dict(kwargs)
         model_type = kwargs.pop("model_type", "DhariwalUNet")
         song = model_type == "SongUNet"
-        form = {
+        types = {
             "embedding_type": kwargs.pop("embedding_type", "positional") if song else None,
             "encoder_type": kwargs.pop("encoder_type", "standard") if song else None,
         }
-        found = [
+        matches = [
             name
             for name, a in ARCHITECTURES.items()
-            if (a.model_type, a.embedding_type, a.encoder_type) == (model_type, *form.values())
+            if (a.model_type, a.embedding_type, a.encoder_type) == (model_type, *types.values())
         ]
-        if not found:
+        if not matches:
             raise UserError(
-                f"network: no architecture has model_type={model_type!r} with {form}; "
+                f"network: no architecture has model_type={model_type!r} with {types}; "
                 f"supported are {', '.join(ARCHITECTURES)}"
             )
-        architecture = ARCHITECTURES[found[0]]
+        architecture = ARCHITECTURES[matches[0]]
         fixed = {
-            "use_fp16": kwargs.get("use_fp16"),  # how it was run, not what it is
+            "use_fp16": kwargs.get("use_fp16"),  # any value: a runtime setting
             "sigma_min": 0,
             "sigma_max": float("inf"),
             "label_dropout": 0,
@@ -218,4 +220,4 @@ class NetworkConfig:
             )
         ) | {"dropout": 0.1}
         values = {names[k]: v for k, v in (defaults | kwargs).items()}
-        return cls.from_dict({"architecture": found[0], **values})
+        return cls.from_dict({"architecture": matches[0], **values})

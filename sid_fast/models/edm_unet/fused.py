@@ -1,17 +1,18 @@
-"""The U-Net without idle passes: convolutions, matrix products, attention and group norms alone.
+"""The U-Net of unet.py, with every element-wise pass fused into a neighbouring kernel.
 
-Whatever else the plain form (unet.py) does to a feature map rides along with one of the four:
+Only convolutions, matmuls, attention and group norms read or write feature maps:
 
-- a block's tail, (h + skip + biases)·skip_scale, is left as a `Sum`: the next group norm adds it up
-  while it reads, and writes it out for whoever else needs it;
-- conv0's bias goes into norm1's addend, qkv's into the attention kernel;
-- the decoder's cat is never made: norm0 reads the two parts as one, and the 1x1 skip is two
-  products, the second added onto the first;
-- resampling is part of norm0's write;
-- 1x1 convolutions are matrix products on the channels-last view.
+- A block returns its residual sum, (h + residual + bias)·skip_scale, as a `DeferredResidual`. The
+  next group norm computes it while reading, and writes it out for its other consumers.
+- norm1 adds the bias of conv0, the attention kernel that of qkv.
+- The decoder never concatenates: norm0 reads both tensors, and the 1x1 skip convolution is two
+  matmuls, the second accumulating onto the first.
+- norm0 resamples as it writes.
+- 1x1 convolutions are matmuls on the channels-last view.
 
-Backward, each tensor that two read comes with two names (h and fork, see kernels.Normed), so that
-the group norm's backward kernel adds the gradients up and not a pass of autograd's.
+A tensor with two consumers is returned as two outputs (h and h_for_skip, see
+kernels.GroupNormOutput), so that the group norm's backward kernel sums their gradients, instead of
+an extra autograd pass.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,12 +23,12 @@ import torch.nn.functional as F
 from sid_fast import kernels
 from sid_fast.models.edm_unet.layers import Conv2d, GroupNorm, bias_of, weight_of
 
-if TYPE_CHECKING:  # it imports this module
+if TYPE_CHECKING:  # unet imports this module
     from sid_fast.models.edm_unet.unet import Block, UNet
 
 
 class DeferredResidual(NamedTuple):
-    """(x + residual + bias)·scale, still to be added up; x and residual [N, C, H, W], bias [C]."""
+    """The unevaluated sum (x + residual + bias)·scale; x and residual [N, C, H, W], bias [C]."""
 
     x: torch.Tensor
     residual: torch.Tensor | None = None
@@ -36,22 +37,22 @@ class DeferredResidual(NamedTuple):
 
 
 def unet(net: "UNet", image: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-    """F of [N, channels, R, R], in its dtype."""
+    """Apply UNet's F to images [N, channels, R, R] and an embedding [N, E], in their dtype."""
     encoder: list[Any] = list(net.enc.values())
     decoder: list[Any] = [layer for name, layer in net.dec.items() if "_aux_" not in name]
     first, *encoder = encoder
     bottom, *decoder = decoder
-    image = image.contiguous(memory_format=torch.channels_last)  # and so all that is made of it
+    image = image.contiguous(memory_format=torch.channels_last)
     conditions = iter(net.conditions(embedding, with_conv_bias=True))
-    x, skips = DeferredResidual(convolve(first, image), bias=first.bias), []
+    x, skips = DeferredResidual(conv_nobias(first, image), bias=first.bias), []
     for layer in (*encoder, bottom):
         x, h_for_skip = layer(x, next(conditions))
         skips.append(h_for_skip)
     for layer in decoder:
         skip = skips.pop() if x.x.shape[1] < layer.fan_in else None
         x, _ = layer(x, next(conditions), skip)
-    norm, last = net.tail()
-    return convolve(last, normalise(norm, x).y) + bias_of(last, image.dtype)[:, None, None]
+    norm, conv = net.output_layers()
+    return conv_nobias(conv, normalise(norm, x).y) + bias_of(conv, image.dtype)[:, None, None]
 
 
 def block(
@@ -60,38 +61,46 @@ def block(
     embedding: torch.Tensor | dict[str, torch.Tensor],
     skip: torch.Tensor | None = None,
 ) -> tuple[DeferredResidual, torch.Tensor]:
-    """A Block of cat(x, skip), and x added up, for the decoder to read.
+    """Apply a Block to cat(x, skip).
 
-    embedding may be norm1's conditioning, conv0's bias included.
+    Args:
+        layer: The block.
+        x: The previous block's output.
+        embedding: [N, E], or norm1's conditioning arguments, which then include conv0's bias.
+        skip: Encoder output to concatenate, or None.
+
+    Returns:
+        The block's output, and x evaluated as a tensor, for the skip connection.
     """
     start = normalise(layer.norm0, x, skip=skip, resample=layer.conv0.resample)
-    h = convolve(layer.conv0, start.y)
-    around = embedding if isinstance(embedding, dict) else condition(layer, embedding)
-    around = around | layer.active_dropout()
-    h = convolve(layer.conv1, normalise(layer.norm1, DeferredResidual(h), **around).y)
+    h = conv_nobias(layer.conv0, start.y)
+    options = embedding if isinstance(embedding, dict) else condition(layer, embedding)
+    options = options | layer.active_dropout()
+    h = conv_nobias(layer.conv1, normalise(layer.norm1, DeferredResidual(h), **options).y)
 
     residual = start.resampled if layer.conv0.resample else start.h
     assert residual is not None
     bias: torch.Tensor = layer.conv1.bias
     if layer.skip is not None and layer.skip.weight is not None:
-        residual = product(weight_of(layer.skip, residual.dtype), residual, start.skip)
-        bias = bias + layer.skip.bias if layer.tail_bias is None else layer.tail_bias
+        residual = conv1x1(weight_of(layer.skip, residual.dtype), residual, start.skip)
+        bias = bias + layer.skip.bias if layer.residual_bias is None else layer.residual_bias
     x = DeferredResidual(h, residual, bias, layer.skip_scale)
     if layer.heads:
         middle = normalise(layer.norm2, x, silu=False)
-        qkv = product(weight_of(layer.qkv, h.dtype), middle.y)
+        qkv = conv1x1(weight_of(layer.qkv, h.dtype), middle.y)
         attended = kernels.attention(qkv, layer.heads, bias=layer.qkv.bias)
-        h = product(weight_of(layer.proj, h.dtype), attended)
+        h = conv1x1(weight_of(layer.proj, h.dtype), attended)
         x = DeferredResidual(h, middle.h, layer.proj.bias, layer.skip_scale)
     return x, start.h_for_skip
 
 
-def normalise(norm: GroupNorm, x: DeferredResidual, **around) -> kernels.GroupNormOutput:
-    return norm(x.x, residual=x.residual, x_bias=x.bias, x_scale=x.scale, **around)
+def normalise(norm: GroupNorm, x: DeferredResidual, **options) -> kernels.GroupNormOutput:
+    """Evaluate x and normalise it, in one kernel; options as for kernels.group_norm."""
+    return norm(x.x, residual=x.residual, x_bias=x.bias, x_scale=x.scale, **options)
 
 
-def convolve(conv: Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """The convolution alone: no bias, no resampling."""
+def conv_nobias(conv: Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """Convolve without bias or resampling."""
     weight = weight_of(conv, x.dtype)
     if not weight.requires_grad:
         return _FrozenConv.apply(x, weight)
@@ -99,7 +108,7 @@ def convolve(conv: Conv2d, x: torch.Tensor) -> torch.Tensor:
 
 
 class _FrozenConv(torch.autograd.Function):
-    """A convolution whose weight takes no gradient; PyTorch's would keep its input for one."""
+    """A convolution without weight gradient; PyTorch's own would save its input regardless."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -113,28 +122,28 @@ class _FrozenConv(torch.autograd.Function):
 
 
 def condition(layer: "Block", embedding: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Block.condition, with conv0's bias."""
+    """Compute norm1's conditioning arguments (Block.condition), with conv0's bias added."""
     if layer.adaptive_scale:
         return layer.condition(embedding) | {"add": layer.conv0.bias.expand(len(embedding), -1)}
     bias = (layer.affine.bias + layer.conv0.bias).to(embedding.dtype)
     return {"add": F.linear(embedding, weight_of(layer.affine, embedding.dtype), bias)}
 
 
-def product(
+def conv1x1(
     weight: torch.Tensor, x: torch.Tensor, skip: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """A 1x1 convolution [C', C, 1, 1] of cat(x, skip): one product, or two that add up."""
+    """Apply a 1x1 convolution [C', C, 1, 1] to cat(x, skip), as one matmul per tensor."""
     n, _, height, width = x.shape
     weight = weight.flatten(1)
     if skip is None:
         out = _pixels(x) @ weight.t()
     else:
-        out = _Joined.apply(_pixels(x), _pixels(skip), weight)
+        out = _ConcatMatmul.apply(_pixels(x), _pixels(skip), weight)
     return out.reshape(n, height, width, -1).permute(0, 3, 1, 2)
 
 
-class _Joined(torch.autograd.Function):
-    """cat(a, b) @ weight.t() as two products; the weight's gradient is written without a cat."""
+class _ConcatMatmul(torch.autograd.Function):
+    """Compute cat(a, b) @ weight.t() and its gradients without concatenating."""
 
     @staticmethod
     def forward(ctx, a, b, weight):
@@ -153,12 +162,12 @@ class _Joined(torch.autograd.Function):
         ]
         if not needs[2]:
             return *grads, None
-        whole = torch.empty_like(weight)
-        whole[:, :left].addmm_(grad.t(), a, beta=0)
-        whole[:, left:].addmm_(grad.t(), b, beta=0)
-        return *grads, whole
+        grad_weight = torch.empty_like(weight)
+        grad_weight[:, :left].addmm_(grad.t(), a, beta=0)
+        grad_weight[:, left:].addmm_(grad.t(), b, beta=0)
+        return *grads, grad_weight
 
 
 def _pixels(x: torch.Tensor) -> torch.Tensor:
-    """[N, C, H, W] -> [N·H·W, C]: a view of a channels-last tensor."""
+    """Reshape [N, C, H, W] to [N·H·W, C]; a view of a channels-last tensor."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])

@@ -1,4 +1,4 @@
-"""The layers of the three networks, with the published parameter names."""
+"""The layers of DDPM++, NCSN++ and ADM, with upstream's parameter names."""
 
 import math
 from typing import NamedTuple
@@ -13,12 +13,12 @@ from sid_fast.kernels.attention import blocked_order
 from sid_fast.kernels.dispatch import choose
 from sid_fast.models.edm_unet.config import groups_of
 
-# How a layer's weight and bias are drawn: (rule, factor of the weight, factor of the bias).
+# Initialisation of a layer: (rule, scale of the weight, scale of the bias).
 Init = tuple[str, float, float]
 
 
-def draw(shape: tuple[int, ...], rule: str, fan_in: int, fan_out: int) -> torch.Tensor:
-    """A parameter drawn by one of the three rules: float32."""
+def init_parameter(shape: tuple[int, ...], rule: str, fan_in: int, fan_out: int) -> torch.Tensor:
+    """Draw an initial float32 parameter by rule; the result has not been scaled yet."""
     if rule == "xavier_uniform":
         return (torch.rand(shape) * 2 - 1) * math.sqrt(6 / (fan_in + fan_out))
     if rule == "kaiming_uniform":
@@ -28,33 +28,35 @@ def draw(shape: tuple[int, ...], rule: str, fan_in: int, fan_out: int) -> torch.
 
 
 class Leaf(NamedTuple):
-    """A tensor that a network computes with and that receives a gradient in backward.
+    """An autograd leaf that a network computes with: a parameter, or a copy of several.
 
-    parts: row ranges, each with the parameters whose sum it holds (in the tensor's dtype); the
-    gradient of the rows is the gradient of each of these parameters.
+    Attributes:
+        tensor: The leaf; it receives the gradient.
+        sources: Row ranges of the tensor, each with the parameters whose sum it holds. The gradient
+            of these rows is the gradient of each of the parameters.
     """
 
     tensor: torch.Tensor
-    parts: list[tuple[slice, tuple[nn.Parameter, ...]]]
+    sources: list[tuple[slice, tuple[nn.Parameter, ...]]]
 
 
-WHOLE = slice(None)
+ALL_ROWS = slice(None)
 
 
 def weight_of(layer: "Linear | Conv2d | GroupNorm", dtype: torch.dtype) -> torch.Tensor:
-    """A layer's weight in the compute type: its copy where there is one, else a cast."""
+    """Return a layer's weight in the compute dtype: its low-precision copy, or else a cast."""
     return layer.weight.to(dtype) if layer.compute_weight is None else layer.compute_weight
 
 
 def bias_of(layer: "Linear | Conv2d | GroupNorm", dtype: torch.dtype) -> torch.Tensor:
-    """The same of the bias of a layer that has one."""
+    """Return a layer's bias in the compute dtype: its low-precision copy, or else a cast."""
     return layer.bias.to(dtype) if layer.compute_bias is None else layer.compute_bias
 
 
 class Linear(nn.Module):
     """[N, in] -> [N, out], in the dtype of the input."""
 
-    bias: nn.Parameter  # or None: as in PyTorch's own layers, the type leaves it out
+    bias: nn.Parameter  # may be None; typed as in PyTorch's own layers
     # Copies in the compute type; see EDMNetwork.compute_in.
     compute_weight: torch.Tensor | None = None
     compute_bias: torch.Tensor | None = None
@@ -62,25 +64,39 @@ class Linear(nn.Module):
     def __init__(self, fan_in: int, fan_out: int, init: Init, bias: bool = True):
         super().__init__()
         rule, weight_factor, bias_factor = init
-        self.weight = nn.Parameter(draw((fan_out, fan_in), rule, fan_in, fan_out) * weight_factor)
+        self.weight = nn.Parameter(
+            init_parameter((fan_out, fan_in), rule, fan_in, fan_out) * weight_factor
+        )
         self.register_parameter(
             "bias",
-            nn.Parameter(draw((fan_out,), rule, fan_in, fan_out) * bias_factor) if bias else None,
+            nn.Parameter(init_parameter((fan_out,), rule, fan_in, fan_out) * bias_factor)
+            if bias
+            else None,
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the layer to [N, in]."""
         bias = None if self.bias is None else bias_of(self, x.dtype)
         return F.linear(x, weight_of(self, x.dtype), bias)
 
 
 class Conv2d(nn.Module):
-    """A square convolution with optional resampling by two; kernel 0 only resamples.
+    """A square convolution with optional resampling by two.
 
-    `resample` is "up", "down" or None. Resampling comes before the convolution, except in the
-    fused form, where "down" filters after it, the paddings of both taken at once.
+    Resampling precedes the convolution, except with `fused` "down": then the convolution pads for
+    both and the filter follows.
+
+    Args:
+        fan_in: Input channels.
+        fan_out: Output channels.
+        kernel: Kernel size; 0 only resamples.
+        init: Initialisation of weight and bias.
+        resample: "up", "down" or None.
+        filter: Taps of the resampling filter along one axis.
+        fused: Filter after the convolution when downsampling.
     """
 
-    # None with kernel 0, resample_filter without resampling: see Linear.bias.
+    # May be None: weight and bias with kernel 0, resample_filter without resampling.
     weight: nn.Parameter
     bias: nn.Parameter
     resample_filter: torch.Tensor
@@ -107,13 +123,14 @@ class Conv2d(nn.Module):
             rule, weight_factor, bias_factor = init
             fans = fan_in * kernel**2, fan_out * kernel**2
             shape = (fan_out, fan_in, kernel, kernel)
-            self.weight = nn.Parameter(draw(shape, rule, *fans) * weight_factor)
-            self.bias = nn.Parameter(draw((fan_out,), rule, *fans) * bias_factor)
+            self.weight = nn.Parameter(init_parameter(shape, rule, *fans) * weight_factor)
+            self.bias = nn.Parameter(init_parameter((fan_out,), rule, *fans) * bias_factor)
         taps = torch.tensor(filter, dtype=torch.float32)
         taps = torch.outer(taps, taps) / taps.sum() ** 2
         self.register_buffer("resample_filter", taps[None, None] if resample else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply resampling and convolution to [N, C, H, W]."""
         f_pad = (self.resample_filter.shape[-1] - 1) // 2 if self.resample else 0
         if self.weight is None:
             return self._filter(x, f_pad) if self.resample else x
@@ -137,7 +154,7 @@ class Conv2d(nn.Module):
 class QKV(Conv2d):
     """The 1x1 convolution before attention, its rows in the order that kernels.attention reads.
 
-    A state_dict has them in the published order, interleaved inside a head.
+    A state_dict stores the rows in upstream's order, with q, k and v interleaved within a head.
     """
 
     def __init__(self, channels: int, heads: int, init: Init):
@@ -145,7 +162,7 @@ class QKV(Conv2d):
         self.channels, self.heads = channels, heads
 
     def order(self) -> torch.Tensor:
-        """The published row that each of ours is; its argsort, the other way round."""
+        """Map our rows to upstream's: the upstream index of each row; argsort inverts it."""
         return blocked_order(self.channels, self.heads)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -161,9 +178,9 @@ class QKV(Conv2d):
 
 
 class GroupNorm(nn.Module):
-    """GroupNorm with what follows it in a block; see kernels.group_norm.
+    """GroupNorm with optional fused operations; see kernels.group_norm.
 
-    PyTorch's form takes its parameters in the compute type, the kernels in float32.
+    The eager backend takes its parameters in the compute dtype, the kernels in float32.
     """
 
     compute_weight: torch.Tensor | None = None
@@ -180,18 +197,19 @@ class GroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: torch.Tensor, **around) -> kernels.GroupNormOutput:
+    def forward(self, x: torch.Tensor, **options) -> kernels.GroupNormOutput:
+        """Normalise [N, C, H, W]; options as for kernels.group_norm."""
         weight: torch.Tensor = self.weight
         bias: torch.Tensor = self.bias
         if choose("group_norm", x.device) == "eager":
             weight, bias = weight_of(self, x.dtype), bias_of(self, x.dtype)
-        return kernels.group_norm(x, weight, bias, self.groups, self.eps, **around)
+        return kernels.group_norm(x, weight, bias, self.groups, self.eps, **options)
 
 
 class PositionalEmbedding(nn.Module):
-    """[N] -> [N, width]: [cos, sin] of x·10000^(−j/(width/2 − endpoint)), j < width/2.
+    """Sinusoidal embedding [cos, sin] of x·10000^(−j/(width/2 − endpoint)), j < width/2.
 
-    swap: [sin, cos].
+    Maps [N] to [N, width]. swap: [sin, cos] instead.
     """
 
     def __init__(self, width: int, endpoint: bool, swap: bool):
@@ -199,15 +217,16 @@ class PositionalEmbedding(nn.Module):
         self.width, self.endpoint, self.swap = width, endpoint, swap
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Embed x [N]."""
         half = self.width // 2
         j = torch.arange(half, dtype=torch.float32, device=x.device)
         angles = torch.outer(x, 10000 ** (j / (self.endpoint - half)))
-        parts = [angles.sin(), angles.cos()] if self.swap else [angles.cos(), angles.sin()]
-        return torch.cat(parts, dim=1)
+        halves = [angles.sin(), angles.cos()] if self.swap else [angles.cos(), angles.sin()]
+        return torch.cat(halves, dim=1)
 
 
 class FourierEmbedding(nn.Module):
-    """[N] -> [N, width]: [sin, cos] of 2π·freqs·x, the frequencies drawn once."""
+    """Random Fourier features [sin, cos] of 2π·freqs·x; maps [N] to [N, width]."""
 
     freqs: torch.Tensor
 
@@ -216,5 +235,6 @@ class FourierEmbedding(nn.Module):
         self.register_buffer("freqs", torch.randn(width // 2) * 16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Embed x [N]."""
         angles = torch.outer(x, 2 * math.pi * self.freqs)
         return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -1,4 +1,4 @@
-"""EDM preconditioning: the network that the rest of sid_fast sees (arXiv 2206.00364, §5)."""
+"""EDM preconditioning around the U-Net, and its low-precision weights (arXiv 2206.00364, §5)."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sid_fast.models.edm_unet.config import NetworkConfig
-from sid_fast.models.edm_unet.layers import WHOLE, Conv2d, GroupNorm, Leaf
+from sid_fast.models.edm_unet.layers import ALL_ROWS, Conv2d, GroupNorm, Leaf
 from sid_fast.models.edm_unet.unet import Conditioning, UNet
 
 
@@ -16,14 +16,14 @@ class EDMNetwork(nn.Module):
     Only F runs in `compute_dtype`; everything else is float32.
     """
 
-    forward_methods = ("raw",)  # besides forward, what computes with the weights: see fsdp
+    forward_methods = ("raw",)  # methods besides forward that use the weights; see fsdp
 
     def __init__(self, config: NetworkConfig):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
         self.model = UNet(config)
-        self.copies: list[Leaf] = []
+        self.compute_copies: list[Leaf] = []
 
     def forward(
         self,
@@ -32,10 +32,16 @@ class EDMNetwork(nn.Module):
         class_labels: torch.Tensor | None = None,
         augment_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The denoised images, float32 [N, C, R, R].
+        """Denoise images.
 
-        x is [N, C, R, R]; sigma is [N], [N, 1, 1, 1] or a scalar; class_labels are one-hot
-        [N, label_dim], None meaning a zero vector; augment_labels are [N, augment_dim] or None.
+        Args:
+            x: Noisy images, [N, C, R, R].
+            sigma: Noise levels σ: [N], [N, 1, 1, 1] or a scalar.
+            class_labels: One-hot [N, label_dim]; None means zeros.
+            augment_labels: [N, augment_dim], or None.
+
+        Returns:
+            D(x; σ, c), float32 [N, C, R, R].
         """
         x = x.float()
         sigma = sigma.float().reshape(-1, 1, 1, 1)
@@ -59,7 +65,7 @@ class EDMNetwork(nn.Module):
         class_labels: torch.Tensor | None = None,
         augment_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """F alone, of c_in·x in the compute type and c_noise [N] = ln(σ)/4; see kernels.noised."""
+        """Apply F alone to c_in·x, in the compute dtype, and c_noise = ln(σ)/4, [N]."""
         labels = self._labels(class_labels, network_input)
         return self.model(network_input, c_noise, labels, augment_labels)
 
@@ -71,14 +77,19 @@ class EDMNetwork(nn.Module):
         return class_labels.float().reshape(-1, self.config.label_dim)
 
     def compute_in(self, dtype: torch.dtype, frozen: bool = False) -> None:
-        """Run F in `dtype` from here on; in 16 bit, on low-precision copies of its parameters.
+        """Run F in `dtype` from now on; a 16-bit F computes with copies of its parameters.
 
-        The copies replace the parameters in autograd: they receive the gradients (see leaves and
-        performance.ddp), and whoever changes a parameter refreshes them. A frozen network's
-        convolution and affine weights are converted instead, with no float32 kept. To cast the
-        parameters at every use, and have gradients arrive at them, set compute_dtype alone.
+        The copies replace the parameters in autograd, so they receive the gradients (see leaves and
+        performance.ddp). Call update_compute_copies after changing parameters.
+
+        To cast parameters at every use instead, so that they get the gradients, only set
+        compute_dtype.
+
+        Args:
+            dtype: The compute dtype.
+            frozen: Convert convolution and affine weights in place, keeping no float32 weights.
         """
-        assert not self.copies
+        assert not self.compute_copies
         self.compute_dtype = dtype
         if dtype == torch.float32:
             return
@@ -87,69 +98,80 @@ class EDMNetwork(nn.Module):
                 if frozen and isinstance(layer, Conv2d):
                     layer.weight.data = layer.weight.data.to(dtype)
                 else:
-                    layer.compute_weight = self._copy(dtype, (layer.weight,))
-                layer.compute_bias = self._copy(dtype, (layer.bias,))
+                    layer.compute_weight = self._add_compute_copy(dtype, (layer.weight,))
+                layer.compute_bias = self._add_compute_copy(dtype, (layer.bias,))
         blocks = self.model.blocks()
         for block in blocks:
             if block.skip is not None and block.skip.bias is not None:
-                block.tail_bias = self._copy(torch.float32, (block.conv1.bias, block.skip.bias))
-        weight = self._copy(dtype, *((block.affine.weight,) for block in blocks))
-        bias = self._copy(dtype, *((block.affine.bias,) for block in blocks))
+                block.residual_bias = self._add_compute_copy(
+                    torch.float32, (block.conv1.bias, block.skip.bias)
+                )
+        weight = self._add_compute_copy(dtype, *((block.affine.weight,) for block in blocks))
+        bias = self._add_compute_copy(dtype, *((block.affine.bias,) for block in blocks))
         if self.model.kind.adaptive_scale:
-            conv_bias = self._copy(torch.float32, *((block.conv0.bias,) for block in blocks))
+            conv_bias = self._add_compute_copy(
+                torch.float32, *((block.conv0.bias,) for block in blocks)
+            )
         else:
-            conv_bias = self._copy(dtype, *((b.affine.bias, b.conv0.bias) for b in blocks))
+            conv_bias = self._add_compute_copy(
+                dtype, *((b.affine.bias, b.conv0.bias) for b in blocks)
+            )
         widths = [len(block.conv0.bias) for block in blocks]
         self.model.conditioning = Conditioning(weight, bias, conv_bias, widths)
         if frozen:
-            parts = next(leaf.parts for leaf in self.copies if leaf.tensor is weight)
-            for rows, (p,) in parts:
+            sources = next(leaf.sources for leaf in self.compute_copies if leaf.tensor is weight)
+            for rows, (p,) in sources:
                 p.data = weight[rows]
 
-    def _copy(self, dtype: torch.dtype, *sums: tuple[nn.Parameter, ...]) -> torch.Tensor:
-        """A new leaf: the sums of parameters, concatenated along rows."""
+    def _add_compute_copy(
+        self, dtype: torch.dtype, *sums: tuple[nn.Parameter, ...]
+    ) -> torch.Tensor:
+        """Add a copy that concatenates the sums of these parameter tuples along rows."""
         with torch.no_grad():
             values: list[torch.Tensor] = [sum(rest, first) for first, *rest in sums]
             tensor = (values[0] if len(values) == 1 else torch.cat(values)).to(dtype)
-        parts, start = [], 0
-        for of in sums:
-            parts.append((slice(start, start + len(of[0])), of))
-            start += len(of[0])
+        sources, start = [], 0
+        for params in sums:
+            sources.append((slice(start, start + len(params[0])), params))
+            start += len(params[0])
         tensor = tensor.detach().requires_grad_(sums[0][0].requires_grad)
-        self.copies.append(Leaf(tensor, parts))
+        self.compute_copies.append(Leaf(tensor, sources))
         return tensor
 
     def requires_grad_(self, requires_grad: bool = True) -> "EDMNetwork":
-        for leaf in self.copies:
+        """Set requires_grad of the parameters and their low-precision copies."""
+        for leaf in self.compute_copies:
             leaf.tensor.requires_grad_(requires_grad)
         return super().requires_grad_(requires_grad)
 
     def leaves(self) -> list[Leaf]:
-        """Every tensor that may receive a gradient: copies and parameters."""
-        return [*self.copies, *(Leaf(p, [(WHOLE, (p,))]) for p in self.parameters())]
+        """List every tensor that may receive a gradient: copies and parameters."""
+        return [*self.compute_copies, *(Leaf(p, [(ALL_ROWS, (p,))]) for p in self.parameters())]
 
-    def written_copies(self) -> list[torch.Tensor | None]:
-        """The 16-bit copy of every parameter or None, in order of parameters().
+    def cast_copies(self) -> list[torch.Tensor | None]:
+        """Return each parameter's 16-bit copy, or None, in the order of parameters().
 
-        The update writes them along with the parameters; add_up writes the other copies.
+        The Adam kernel writes them with the parameters; update_combined_copies updates the rest.
         """
-        found = {of[0]: copy for copy, of in self._parts() if _plain(copy, of)}
-        return [found.get(p) for p in self.parameters()]
+        copies = {
+            params[0]: copy for copy, params in self._copy_sources() if _is_cast(copy, params)
+        }
+        return [copies.get(p) for p in self.parameters()]
 
-    def _parts(self) -> Iterator[tuple[torch.Tensor, tuple[nn.Parameter, ...]]]:
-        for leaf in self.copies:
-            for rows, of in leaf.parts:
-                yield leaf.tensor.detach()[rows], of
+    def _copy_sources(self) -> Iterator[tuple[torch.Tensor, tuple[nn.Parameter, ...]]]:
+        for leaf in self.compute_copies:
+            for rows, params in leaf.sources:
+                yield leaf.tensor.detach()[rows], params
 
     @torch.no_grad()
-    def add_up(self) -> None:
-        """Recompute the copies that are sums of parameters, or float32, in a few launches."""
+    def update_combined_copies(self) -> None:
+        """Recompute the copies that are sums of parameters or float32, in a few launches."""
         groups: dict[tuple, list] = {}
-        for copy, of in self._parts():
-            if not _plain(copy, of):
-                groups.setdefault((copy.dtype, len(of)), []).append((copy, *of))
-        for found in groups.values():
-            copies, totals, *others = zip(*found, strict=True)
+        for copy, params in self._copy_sources():
+            if not _is_cast(copy, params):
+                groups.setdefault((copy.dtype, len(params)), []).append((copy, *params))
+        for rows in groups.values():
+            copies, totals, *others = zip(*rows, strict=True)
             for other in others:
                 totals = torch._foreach_add(totals, other)
             torch._foreach_copy_(copies, totals)
@@ -157,20 +179,22 @@ class EDMNetwork(nn.Module):
     @torch.no_grad()
     def update_compute_copies(self) -> None:
         """Recompute all copies from their parameters."""
-        for p, copy in zip(self.parameters(), self.written_copies(), strict=True):
+        for p, copy in zip(self.parameters(), self.cast_copies(), strict=True):
             if copy is not None:
                 copy.copy_(p)
-        self.add_up()
+        self.update_combined_copies()
 
     def set_dropout(self, dropout: float, seeds: torch.Tensor | None = None) -> None:
-        """Change the probability of every block; the weights do not depend on it.
+        """Set the dropout probability of every block.
 
-        seeds: int64 [blocks, 3], a row each as kernels.group_norm takes it, read whenever a block
-        runs. Without them masks are drawn from torch's generator.
+        Args:
+            dropout: The probability.
+            seeds: int64 [blocks, 3], a row per block as kernels.group_norm takes it, read at every
+                forward. Without seeds, masks come from torch's generator.
         """
         for i, block in enumerate(self.model.blocks()):
             block.dropout, block.dropout_seed = dropout, None if seeds is None else seeds[i]
 
 
-def _plain(copy: torch.Tensor, of: tuple[nn.Parameter, ...]) -> bool:
-    return len(of) == 1 and copy.dtype != torch.float32
+def _is_cast(copy: torch.Tensor, params: tuple[nn.Parameter, ...]) -> bool:
+    return len(params) == 1 and copy.dtype != torch.float32

@@ -1,4 +1,4 @@
-"""The U-Net that DDPM++, NCSN++ and ADM share, and the residual block it is made of."""
+"""The U-Net and residual block shared by DDPM++, NCSN++ and ADM."""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from sid_fast.models.edm_unet.layers import (
 
 
 def initialisation(architecture: Architecture) -> tuple[Init, Init, Init]:
-    """How ordinary layers, the last ones of a residual branch, and qkv are drawn."""
+    """Return the init rules of ordinary layers, the last layer of a residual branch, and qkv."""
     if architecture.model_type == "SongUNet":
         rule = "xavier_uniform"
         return (rule, 1, 0), (rule, 1e-5, 0), (rule, math.sqrt(0.2), 0)
@@ -32,16 +32,21 @@ def initialisation(architecture: Architecture) -> tuple[Init, Init, Init]:
     return (rule, factor, factor), (rule, 0, 0), (rule, factor, factor)
 
 
-# The conditioning arguments of a block's norm1: "add", or "scale" and "shift", [N, C] each.
+# Conditioning arguments of a block's norm1: "add", or "scale" and "shift"; [N, C] each.
 Condition = dict[str, torch.Tensor]
 
 
 class Conditioning(NamedTuple):
-    """The affine layers of all blocks as one matrix product, with one gradient of the embedding.
+    """The affine layers of all blocks as one matmul, so the embedding gets a single gradient.
 
-    weight [ΣC, E] and bias [ΣC] concatenate the blocks' rows in order (2C a block with adaptive
-    scale). conv_bias is for forms that add conv0's bias in norm1: bias plus conv0's where norm1
-    adds the condition; conv0's alone, float32, with adaptive scale. widths: C of each block.
+    Rows are in block order: C per block, or 2C (scale, then shift) with adaptive scale.
+
+    Attributes:
+        weight: [ΣC, E], or [2ΣC, E] with adaptive scale.
+        bias: As many rows as weight.
+        conv_bias: [ΣC], used by fused backends, where norm1 adds the bias of conv0: bias +
+            conv0.bias, or with adaptive scale conv0.bias alone, in float32.
+        widths: C of each block.
     """
 
     weight: torch.Tensor
@@ -50,26 +55,28 @@ class Conditioning(NamedTuple):
     widths: list[int]
 
     def conditions(self, embedding: torch.Tensor, with_conv_bias: bool) -> list[Condition]:
+        """Compute every block's norm1 arguments from the embedding [N, E]."""
         if len(self.bias) == sum(self.widths):
             bias = self.conv_bias if with_conv_bias else self.bias
             parts = F.linear(embedding, self.weight, bias).split(self.widths, dim=1)
             return [{"add": part} for part in parts]
         twice = [width for width in self.widths for _ in range(2)]
         parts = F.linear(embedding, self.weight, self.bias).split(twice, dim=1)
-        found = [{"scale": a, "shift": b} for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        conditions = [{"scale": scale, "shift": shift} for scale, shift in pairs]
         if with_conv_bias:
             adds = self.conv_bias.expand(len(embedding), -1).split(self.widths, dim=1)
-            found = [c | {"add": add} for c, add in zip(found, adds, strict=True)]
-        return found
+            conditions = [c | {"add": add} for c, add in zip(conditions, adds, strict=True)]
+        return conditions
 
 
 class Block(nn.Module):
-    """[N, C, H, W], embedding [N, E] -> [N, C', H', W']: two convolutions, then attention.
+    """Residual block: two convolutions with group norms, then optional self-attention.
 
-    A Condition may replace the embedding; see Conditioning.
+    Maps [N, C, H, W] and an embedding [N, E] to [N, C', H', W'].
     """
 
-    tail_bias: torch.Tensor | None = None  # conv1's and skip's; see EDMNetwork.compute_in
+    residual_bias: torch.Tensor | None = None  # conv1.bias + skip.bias; see EDMNetwork.compute_in
 
     def __init__(
         self,
@@ -111,7 +118,13 @@ class Block(nn.Module):
         embedding: torch.Tensor | Condition,
         skip: torch.Tensor | None = None,
     ):
-        """x is a feature map; or a fused.Sum, and then so is the result (see fused.block)."""
+        """Apply the block.
+
+        Args:
+            x: Feature map, or a fused.DeferredResidual; then returns as fused.block does.
+            embedding: [N, E], or this block's Condition computed from it.
+            skip: Feature map to concatenate with x; only with a DeferredResidual.
+        """
         if isinstance(x, fused.DeferredResidual):
             return fused.block(self, x, embedding, skip)
         h = self.conv0(self.norm0(x).y)
@@ -125,21 +138,22 @@ class Block(nn.Module):
         return h
 
     def active_dropout(self) -> dict[str, Any]:
-        """The arguments of norm1 that say which elements of its output are dropped."""
+        """Return the dropout arguments of norm1; none in eval mode."""
         if not (self.training and self.dropout):
             return {}
         return {"dropout": self.dropout, "seed": self.dropout_seed}
 
     def condition(self, embedding: torch.Tensor) -> Condition:
-        found = self.affine(embedding)
+        """Compute norm1's conditioning arguments from the embedding [N, E]."""
+        affine = self.affine(embedding)
         if not self.adaptive_scale:
-            return {"add": found}
-        scale, shift = found.chunk(2, dim=1)
+            return {"add": affine}
+        scale, shift = affine.chunk(2, dim=1)
         return {"scale": scale, "shift": shift}
 
 
 class UNet(nn.Module):
-    """F of EDM: images [N, channels, R, R], c_noise [N] -> the same shape, in the input's dtype."""
+    """The raw network F of EDM: [N, channels, R, R] and c_noise [N] to the same shape and dtype."""
 
     conditioning: Conditioning | None = None  # see EDMNetwork.compute_in
 
@@ -220,11 +234,11 @@ class UNet(nn.Module):
         labels: torch.Tensor | None,
         augment_labels: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The vector that conditions every block: noise level, class and augmentation, [N, E]."""
+        """Embed noise level, class and augmentation into one vector per sample, [N, E]."""
         emb = self.map_noise(c_noise)
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
-        assert self.map_label is None or labels is not None  # EDMNetwork gives zeros for None
+        assert self.map_label is None or labels is not None  # EDMNetwork replaces None by zeros
         if self.kind.model_type == "SongUNet":
             if self.map_label is not None and labels is not None:
                 emb = emb + self.map_label(labels * math.sqrt(self.config.label_dim))
@@ -241,8 +255,16 @@ class UNet(nn.Module):
         labels: torch.Tensor | None = None,
         augment_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """Apply F.
+
+        Args:
+            x: c_in·x, [N, channels, R, R].
+            c_noise: ln(σ)/4, [N].
+            labels: One-hot [N or 1, label_dim]; None if unconditional.
+            augment_labels: [N, augment_dim], or None.
+        """
         embedding = self.embed(c_noise, labels, augment_labels).to(x.dtype)
-        # A resampling filter longer than [1, 1] does not fit into a norm's write.
+        # The group norm kernels can fuse resampling only with the filter [1, 1].
         if choose("block", x.device) != "eager" and self.kind.filter == (1, 1):
             return fused.unet(self, x, embedding)
         conditions = iter(self.conditions(embedding))
@@ -259,22 +281,23 @@ class UNet(nn.Module):
                 if x.shape[1] < layer.fan_in:
                     x = torch.cat([x, skips.pop()], dim=1)
                 x = layer(x, next(conditions))
-        norm, conv = self.tail()
+        norm, conv = self.output_layers()
         return conv(norm(x).y)
 
     def blocks(self) -> list[Block]:
+        """List the residual blocks, in forward order."""
         return [module for module in self.modules() if isinstance(module, Block)]
 
     def conditions(
         self, embedding: torch.Tensor, with_conv_bias: bool = False
     ) -> Sequence[torch.Tensor | Condition]:
-        """The embedding argument of each block, in order."""
+        """Return the `embedding` argument of each block, in order."""
         if self.conditioning is None:
             return [embedding] * len(self.blocks())
         return self.conditioning.conditions(embedding, with_conv_bias)
 
-    def tail(self) -> tuple[GroupNorm, Conv2d]:
-        """The last norm and convolution; a SongUNet has them among its decoder's layers."""
+    def output_layers(self) -> tuple[GroupNorm, Conv2d]:
+        """Return the output norm and convolution; SongUNet names them as decoder layers."""
         if self.kind.model_type == "SongUNet":
             norm, conv = tuple(self.dec.values())[-2:]
             assert isinstance(norm, GroupNorm)
