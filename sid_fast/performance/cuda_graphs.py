@@ -157,6 +157,7 @@ class GraphedFunction:
         self.replay: Callable[[], torch.Tensor] | None = None
 
     def __call__(self, *inputs: torch.Tensor | None) -> torch.Tensor:
+        """Copy the inputs to the captured ones and replay; the first call captures."""
         if self.replay is None:
             self.inputs = [v if v is None else v.clone() for v in inputs]
             self.replay = eager = partial(self.function, *self.inputs)
