@@ -22,7 +22,7 @@ class RunFailed(Exception):
 class OutOfMemory(torch.OutOfMemoryError):
     """The device ran out of memory in the phase and micro-batch that the message names.
 
-    Networks and optimizers are as before the step, unless they are sharded. Subclasses torch's
+    Networks and optimisers are as before the step, unless they are sharded. Subclasses torch's
     error, so that handlers of that one also catch it.
     """
 

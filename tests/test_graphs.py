@@ -32,7 +32,7 @@ def test_what_the_option_comes_to():
     assert not used
     assert "--cuda-graph on" in note
     assert cuda_graphs.resolve_cuda_graph("on", CUDA, sharded=True) == (True, "")
-    with pytest.raises(UserError, match="needs a GPU: cpu has none"):
+    with pytest.raises(UserError, match="needs a GPU, but the device is cpu"):
         cuda_graphs.resolve_cuda_graph("on", CPU)
 
 

@@ -31,15 +31,15 @@ def resolve_cuda_graph(
     Raises:
         UserError: `on` without a GPU.
     """
-    reason = "" if device.type == "cuda" else f"{device} has none"
-    if choice == "on" and reason:
-        raise UserError(f"cuda-graph=on needs a GPU: {reason}; use auto")
-    if choice == "auto" and sharded:
-        reason = reason or (
-            "they are untested on a GPU with sharded networks; --cuda-graph on enables them"
+    on_gpu = device.type == "cuda"
+    if choice == "on" and not on_gpu:
+        raise UserError(f"cuda-graph=on needs a GPU, but the device is {device}; use auto")
+    if choice == "auto" and on_gpu and sharded:
+        return False, (
+            "CUDA graphs are off: untested on a GPU with sharded networks; "
+            "--cuda-graph on enables them"
         )
-    noted = choice == "auto" and device.type == "cuda" and reason
-    return choice != "off" and not reason, f"CUDA graphs are off: {reason}" if noted else ""
+    return choice != "off" and on_gpu, ""
 
 
 class CapturedGraph:

@@ -31,7 +31,7 @@ class DDPGradSync:
     """
 
     BUCKET = 2**23  # elements, 32 MiB: enough to saturate a link
-    ALIGN = 64  # elements; every gradient starts at an address fit for 16-byte loads
+    ALIGN = 64  # elements; aligns every gradient for 16-byte loads
 
     def __init__(self, net: EDMNetwork, ranks: int = 1):
         self.params, self.ranks = list(net.parameters()), ranks
@@ -43,9 +43,8 @@ class DDPGradSync:
             size = max(size, sum(p.numel() for p in self.params) // 4)
         # Backward reaches the last layers first, so they fill the first buckets. A leaf shared by
         # all blocks gets its gradient after the first block's backward.
-        shared = [
-            p for leaf in leaves if len(leaf.sources) > 1 for _, of in leaf.sources for p in of
-        ]
+        multiple = [leaf.sources for leaf in leaves if len(leaf.sources) > 1]
+        shared = [p for sources in multiple for _, params in sources for p in params]
         before = next((i for i, p in enumerate(self.params) if p in set(shared)), 0)
         order = dict.fromkeys([*self.params[:before], *shared, *self.params])
         bucket: list[nn.Parameter] = []
@@ -97,10 +96,10 @@ class DDPGradSync:
                 self._fill(number)
         self.first = self.syncing = False
 
-    def _on_grad_ready(self, parts: list, leaf: torch.Tensor) -> None:
+    def _on_grad_ready(self, sources: list, leaf: torch.Tensor) -> None:
         grad, leaf.grad = leaf.grad, None
         assert grad is not None
-        for rows, params in parts:
+        for rows, params in sources:
             for p in params:
                 number = self.bucket_of[p]
                 self.missing[number].remove(p)  # a second gradient would overwrite the first

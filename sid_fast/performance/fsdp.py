@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class ShardingPlan:
-    """How networks and optimizer states are distributed over the ranks; see plan().
+    """How networks and optimiser states are distributed over the ranks; see plan().
 
     Attributes:
         mesh: [dp_shard] or [dp_replicate, dp_shard]; None: networks are replicated.
@@ -91,7 +91,7 @@ def replicated(text: str = "") -> ShardingPlan:
     return ShardingPlan(text=text, ranks=ranks, rank=process_group.rank())
 
 
-# The share of GPU memory that networks and optimizers may take; the rest is for activations.
+# The share of GPU memory that networks and optimisers may take; the rest is for activations.
 STATE_MEMORY_FRACTION = 0.5
 
 
@@ -110,7 +110,7 @@ def plan(
     Args:
         mode: auto, ddp, fsdp or hsdp.
         device: This rank's device.
-        state_bytes: Bytes per GPU that networks and optimizers take, as a function of dp_shard and
+        state_bytes: Bytes per GPU that networks and optimisers take, as a function of dp_shard and
             reshard_after_forward.
         shard_group: Ranks per hsdp group; default: those of a node.
 

@@ -99,9 +99,8 @@ def joined(
         store=dist.PrefixStore("processes", store),
         rank=me,
         world_size=count,
-        timeout=2 * timeout
-        if device_id
-        else timeout,  # the hosts' groups time out first and name the lost rank
+        # Doubled so that the hosts' groups time out first, and name the lost rank.
+        timeout=2 * timeout if device_id else timeout,
         device_id=device_id,
     )
     groups = (
@@ -118,9 +117,8 @@ def joined(
         if not isinstance(error, dist.DistError) and "gloo/" not in str(error):
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's; it sends SIGKILL later
-        what = (
-            "was lost" if "onnection" in str(error) else f"did not respond for {minutes:g} minutes"
-        )
+        lost = "onnection" in str(error)
+        what = "was lost" if lost else f"did not respond for {minutes:g} minutes"
         reason = str(error).partition("\n")[0]
         # Pending collectives keep connections open, and so do the frames that hold them.
         failure.drop_pending_works()
@@ -174,7 +172,7 @@ def checkpoint_group() -> dist.ProcessGroup | None:
 
 
 def barrier() -> None:
-    """Wait for all ranks, however long rank 0 takes to save or evaluate alone."""
+    """Wait for all ranks, long enough for downloads and evaluations on rank 0 alone."""
     if _group is not None:
         dist.barrier(group=_group.long_wait)
 
@@ -202,10 +200,7 @@ def main_process_first() -> Iterator[None]:
 
 
 def gather(mine: torch.Tensor, total: int) -> torch.Tensor:
-    """Gather rows [total, …] from all ranks, of which rank r of w holds r, r + w, ….
-
-    The result is on every rank.
-    """
+    """Gather rows [total, …] on every rank; rank r of w holds rows r, r + w, … of them."""
     if _group is None:
         return mine
     padded = mine.new_zeros(-(-total // world_size()), *mine.shape[1:])
