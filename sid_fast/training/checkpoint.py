@@ -23,8 +23,9 @@ from sid_fast.performance import process_group
 
 PATTERN = "state-*[0-9]"
 HEADER = "state.json"
-HEADER_TYPES = {"kind": str, "identity": dict, "steps": int, "images": int, "processes": int,
-         "options": dict}  # fmt: skip
+HEADER_TYPES = {
+    "kind": str, "identity": dict, "steps": int, "images": int, "processes": int, "options": dict,
+}  # fmt: skip
 FILES_PER_RANK = 4
 NO_RUN_ID = "none"  # torchrun's id for runs that were given none
 
@@ -73,9 +74,13 @@ class States:
     def begin(self, keep_all: bool = False) -> str | None:
         """Copy the current state to host memory and start writing it.
 
-        Waits for the previous write first, and returns its error message, or None.
+        Waits for the previous write first.
 
-        keep_all: do not delete older states.
+        Args:
+            keep_all: Do not delete older states.
+
+        Returns:
+            The error message of the previous write, or None.
         """
         from torch.distributed.checkpoint import HuggingFaceStorageWriter, async_save
 
@@ -172,11 +177,11 @@ def remove_partial_files(folder: Path) -> None:
 
 def prune(folder: Path, pattern: str, keep: int) -> None:
     """Remove all but the `keep` newest files or states."""
-    for old in sorted(folder.glob(pattern), key=_age)[:-keep]:
+    for old in sorted(folder.glob(pattern), key=_mtime)[:-keep]:
         _remove(old)
 
 
-def _age(path: Path) -> float:
+def _mtime(path: Path) -> float:
     header = path / HEADER
     return (header if header.exists() else path).stat().st_mtime
 
@@ -202,7 +207,7 @@ def find_state(resume: str, out: str | None, kind: str = "") -> Path:
         missing = not (root.exists() or resume == "latest")
         what = "there is no" if missing else "there is no training state (state-*) in"
         raise UserError(f"resume={resume}: {what} {root}")
-    return max(states, key=_age)
+    return max(states, key=_mtime)
 
 
 def _may_be(kind: str, path: Path) -> bool:
@@ -231,7 +236,7 @@ def find_restarted_run(out: str | None) -> Path | None:
         for p in configs
         if p.exists() and torchrun_run_id().items() <= json.loads(p.read_text()).items()
     ]
-    return max(mine, key=_age).parent if mine else None
+    return max(mine, key=_mtime).parent if mine else None
 
 
 def read_header(path: Path) -> dict[str, Any]:
