@@ -118,7 +118,7 @@ def test_train_refuses_a_folder_that_holds_a_run(run_command, teacher, tmp_path)
     assert run_command("train", *arguments, "--kimg", 0.004)[0] == 0
     status, error = run_command("train", *arguments)
     assert status == 2
-    assert "already holds a run; --resume" in error
+    assert "already holds a run: use --resume" in error
     status, error = run_command("train", *arguments, "--resume", "latest", "--alpha", 1)
     assert status == 2
     assert "alpha=1.2" in error

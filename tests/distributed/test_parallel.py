@@ -183,7 +183,7 @@ def test_a_host_is_a_step_ahead_of_its_device_and_does_not_wait_without_end(monk
     pace.step()  # with nothing before it
     Event.ended = 1
     pace.step()
-    with pytest.raises(torch.distributed.DistError, match="cuda:0 still waits"):
+    with pytest.raises(torch.distributed.DistError, match="cuda:0 is still waiting"):
         pace.catch_up()
     with pytest.raises(torch.distributed.DistError):
         pace.step()

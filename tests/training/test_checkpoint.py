@@ -184,7 +184,7 @@ def test_a_damaged_state_is_refused_before_it_is_used(tmp_path):
         load_state(state, distiller)
     for header in ("{", '{"files": {}}', '{"files": {}, "kind": 7}'):
         (state / HEADER).write_text(header)
-        with pytest.raises(UserError, match="no whole training state"):
+        with pytest.raises(UserError, match="is not a complete training state"):
             load_state(state, distiller)
 
 
