@@ -293,7 +293,7 @@ def test_dropout_of_elements_is_independent(device):
 
 
 def test_dropout_of_samples_layers_and_steps_is_independent(device):
-    """seed is (step's, layer's, first sample): both 32-bit halves of the first two matter."""
+    """The seed is (key, stream, first sample); both 32-bit halves of key and stream matter."""
     p, masks = 0.13, []
     for seed in [(1, 0), (2, 0), (1, 1), (1, 2), (1, 2**32), (1 + 2**32, 0), (-1, 0), (1, -1)]:
         masks += dropout_mask((2, 64, 8, 8), 8, p, torch.tensor([*seed, 0], device=device), device)

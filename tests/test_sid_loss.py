@@ -231,7 +231,7 @@ def test_values_are_dropped_exactly_beyond_the_limit(device, backend):
 
 
 def test_an_overflow_inside_a_network_zeroes_the_images_gradient(device, backend):
-    """exp of a finite input is infinite, so its backward pass gives 0·inf = NaN."""
+    """The exp of a finite input is infinite, so its backward pass gives 0·inf = NaN."""
     y, sigma, noise, *_ = make((3, 3, 8, 8), device)
 
     def gradient(y):
@@ -260,7 +260,7 @@ def flattened(results):
 
 
 def test_w_is_at_least_1e_5(device, backend):
-    """r = y = 0, so mean|y − r| is 0."""
+    """With r = y = 0, mean|y − r| is 0."""
     zero = torch.zeros(2, 3, 8, 8, device=device)
     noised = kernels.noised(zero, torch.ones(2, device=device), zero)
     losses = kernels.generator_loss(zero, zero + 1e-3, noised, zero, ALPHA)
