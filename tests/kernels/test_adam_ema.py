@@ -1,4 +1,4 @@
-"""The update of a network, every implementation against float64."""
+"""Adam with EMA and compute weights: every backend against float64."""
 
 import ctypes
 import importlib
@@ -16,16 +16,16 @@ from tests.helpers.golden import relative
 
 module = importlib.import_module("sid_fast.kernels.adam_ema")
 
-# Of what an update changes, relative in norm: by implementation, all in float32.
+# Relative error, in norm, of the updated tensors in float32, by backend.
 TOLERANCE = {"triton": 1e-6, "cuda": 1e-6, "eager": 1e-6}
-# Convolutions, among them more than one chunk and not a multiple of four numbers; a linear layer;
-# biases; a single number.
+# Convolutions, among them one of several chunks and one whose size is not a multiple of four; a
+# linear layer; biases; a scalar.
 SHAPES = [(128, 3, 3, 3), (48, 36, 3, 3), (5, 7, 3, 3), (32, 20, 1, 1), (130, 67), (192,), (3,), ()]
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory, device):
-    """The library, built by CMake for this machine's CPU, or as installed where there is a GPU."""
+    """The CUDA C++ library: the installed one on a GPU machine, else a CPU build by CMake."""
     if device.type == "cuda":
         return _cuda.library() or pytest.skip("the installed package has no CUDA library")
     if not (shutil.which("cmake") and shutil.which("c++")):
@@ -44,25 +44,25 @@ def build(folder: Path, *options: str) -> Path:
 @pytest.fixture(params=["triton", "cuda", "eager"])
 def backend(request, monkeypatch):
     if request.param == "cuda":
-        found = request.getfixturevalue("library")
-        monkeypatch.setattr(_cuda, "library", lambda: found)
+        library = request.getfixturevalue("library")
+        monkeypatch.setattr(_cuda, "library", lambda: library)
     with dispatch.forced(request.param):
         yield request.param
 
 
 def make(device, shapes=SHAPES, channels_last=False, compute_weights=None, seed=0):
-    """Random lists as adam_ema takes them; the first gradients begin with what is not finite."""
+    """Draw the lists that adam_ema takes; the first four gradients start with NaN, ±inf and NaN."""
     rng = torch.Generator().manual_seed(seed)
 
     def tensors(positive=False):
-        made = []
+        out = []
         for shape in shapes:
             t = torch.randn(shape, generator=rng)
             t = t.square() if positive else t
             if channels_last and t.dim() == 4:
                 t = t.to(memory_format=torch.channels_last)
-            made.append(t.to(device))
-        return made
+            out.append(t.to(device))
+        return out
 
     lists = {name: tensors(name == "exp_avg_sq") for name in ("params", "grads")}
     lists |= {"exp_avg": tensors(), "exp_avg_sq": tensors(True), "ema": tensors()}
@@ -92,7 +92,7 @@ def run(lists, step=3.0, enabled=True, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8
 
 
 def expected(lists, step=3.0, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, ema_beta=0.97):
-    """The same in float64, from the paper's formulas."""
+    """Compute the update in float64, from the paper's equations."""
     lists = {name: [t.double() for t in tensors] for name, tensors in lists.items()}
     out = {name: [] for name in lists}
     for i, p in enumerate(lists["params"]):
@@ -112,7 +112,7 @@ def expected(lists, step=3.0, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, ema_bet
 
 
 def rounded(p, dtype, backend):
-    """p in 16 bits; Triton's interpreter, unlike its compiler, cuts bfloat16 off."""
+    """Round p to 16 bits; for bfloat16, Triton's interpreter truncates, unlike its compiler."""
     if backend == "triton" and p.device.type == "cpu" and dtype == torch.bfloat16:
         return (p.view(torch.int32) & -65536).view(torch.float32).to(dtype)
     return p.to(dtype)
@@ -129,7 +129,7 @@ def clone(lists):
 
 
 def same(a, b) -> bool:
-    """To the bit, NaN too."""
+    """Return whether a and b are bit-identical, NaN included."""
     return a.shape == b.shape and torch.equal(
         a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)
     )
@@ -154,7 +154,7 @@ def test_update_matches_float64(device, backend, beta1, ema, channels_last, comp
     for name in ("params", "exp_avg_sq", "exp_avg" if beta1 else "params", "ema"):
         if lists[name]:
             assert relative(flat(lists[name]), flat(wanted[name])) <= tolerance, name
-    # What has changed, not only what is there: an update of 1e-3 hides in a weight of 1.
+    # Compare the change too: an update of 1e-3 hides in a weight of 1.
     moved = flat(lists["params"]) - flat(before["params"])
     assert relative(moved, flat(wanted["params"]) - flat(before["params"])) <= 1e-3
     if compute_weights:
@@ -174,8 +174,8 @@ def test_channels_last_compute_weights_of_contiguous_parameters(device, backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_parameter_may_go_without_a_compute_weight(device, backend, dtype):
-    """As norms and biases do; every other one, the first among them, and then all."""
+def test_a_parameter_may_have_no_compute_weight(device, backend, dtype):
+    """First every other parameter, starting with the first, then all."""
     lists = make(device, compute_weights=dtype)
     full = clone(lists)
     run(full)
@@ -190,8 +190,8 @@ def test_a_parameter_may_go_without_a_compute_weight(device, backend, dtype):
                 assert a is None if absent else same(a, b), (name, i)
 
 
-def test_rounding_to_16_bits_is_the_hardwares(device, backend):
-    """Ties, the smallest and the largest numbers, infinity: a learning rate of 0 copies them."""
+def test_rounding_to_16_bits_equals_the_hardwares(device, backend):
+    """Copy ties, the smallest and largest values and infinity with a learning rate of 0."""
     mantissas = torch.arange(1, 4, 2**-13)
     values = torch.cat([mantissas * 2.0**e for e in (-140, -126, -26, -25, -15, -14, 0, 14, 15)])
     values = torch.cat([values, torch.tensor([65519.99, 65520, 3.4e38, torch.inf, 0.0])])
@@ -201,14 +201,14 @@ def test_rounding_to_16_bits_is_the_hardwares(device, backend):
         lists["params"] = [torch.cat([values, values.new_tensor([torch.nan])])]
         lists["exp_avg"] = lists["ema"] = []
         run(lists, lr=0.0, beta1=0.0)
-        found = lists["compute_weights"][0]
-        assert found[-1].isnan()
+        copy = lists["compute_weights"][0]
+        assert copy[-1].isnan()
         if dtype == torch.float16 or rounded(values, dtype, backend).equal(values.to(dtype)):
-            assert same(found[:-1], values.to(dtype))
+            assert same(copy[:-1], values.to(dtype))
 
 
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
-def test_apply_false_cleans_the_gradients_and_leaves_the_rest_to_the_bit(device, backend, beta1):
+def test_a_disabled_update_cleans_gradients_and_changes_nothing_else(device, backend, beta1):
     lists = make(device, compute_weights=torch.bfloat16)
     lists["params"][0].view(-1)[3] = torch.nan
     lists["params"][1].view(-1)[3] = -0.0
@@ -221,12 +221,12 @@ def test_apply_false_cleans_the_gradients_and_leaves_the_rest_to_the_bit(device,
     assert int(bad) == 4
     assert torch.equal(flat(lists["grads"]), flat(before["grads"]).nan_to_num(0, 1e5, -1e5))
     for name in set(lists) - {"grads"}:
-        for found, wanted in zip(lists[name], before[name], strict=True):
-            assert same(found, wanted), name
+        for after, unchanged in zip(lists[name], before[name], strict=True):
+            assert same(after, unchanged), name
 
 
-def test_scalars_may_be_tensors_and_keep_their_digits(device, backend):
-    """1 − β of 1e-7 and a late step: the average moves by what float64 says."""
+def test_scalars_may_be_float64_tensors(device, backend):
+    """With 1 − β of 1e-7 at a late step, the EMA moves as in float64."""
     lists = make(device, [(4096,)])
     lists["ema"] = [torch.zeros_like(p) for p in lists["params"]]
     twin = clone(lists)
@@ -240,7 +240,7 @@ def test_scalars_may_be_tensors_and_keep_their_digits(device, backend):
     assert relative(flat(lists["ema"]), flat(wanted["ema"])) <= 1e-6
 
 
-def test_the_first_step_is_corrected(device, backend):
+def test_the_first_step_is_bias_corrected(device, backend):
     lists = make(device, [(1000,)])
     lists["exp_avg"] = [torch.zeros_like(p) for p in lists["params"]]
     lists["exp_avg_sq"] = [torch.zeros_like(p) for p in lists["params"]]
@@ -253,7 +253,7 @@ def test_the_first_step_is_corrected(device, backend):
 
 @pytest.mark.parametrize("offset", [1, 4])
 def test_views_at_any_address(device, backend, offset):
-    """Views into flat buffers, as distributed training makes them; their neighbours stay."""
+    """Views into flat buffers, as in distributed training; the elements around them stay."""
     size = 2 * module.CHUNK + 3
     lists = make(device, [(size,)])
     buffers = {}
@@ -271,10 +271,10 @@ def test_views_at_any_address(device, backend, offset):
 
 
 @pytest.mark.parametrize("forced", ["triton", "cuda"])
-def test_what_a_kernel_cannot_walk_is_refused(device, forced, request, monkeypatch):
+def test_unsupported_strides_and_dtypes_are_refused(device, forced, request, monkeypatch):
     if forced == "cuda":
-        found = request.getfixturevalue("library")
-        monkeypatch.setattr(_cuda, "library", lambda: found)
+        library = request.getfixturevalue("library")
+        monkeypatch.setattr(_cuda, "library", lambda: library)
     conv = [(8, 6, 3, 3)]
     mixed = make(device, conv) | {"ema": make(device, conv, channels_last=True)["ema"]}
     gaps = {name: [t[0][:, ::2]] for name, t in make(device, [(8, 6)]).items()}
@@ -289,7 +289,7 @@ def test_what_a_kernel_cannot_walk_is_refused(device, forced, request, monkeypat
                 run(lists)
 
 
-def test_a_table_is_made_once_and_again_for_other_tensors(device):
+def test_the_pointer_table_is_cached_per_tensors(device):
     with dispatch.forced("triton"):
         lists = make(device, [(5000,), (3,)])
         count = len(module._tables)
@@ -301,52 +301,52 @@ def test_a_table_is_made_once_and_again_for_other_tensors(device):
 
 
 @pytest.mark.parametrize(
-    "what", ["storage", "object", "compute_weights", "order", "shorter", "lists"]
+    "change", ["storage", "object", "compute_weights", "order", "shorter", "lists"]
 )
-def test_a_table_is_never_used_for_other_memory(device, what):
-    """Run once, change what the table was made from, and run again as if nothing had happened."""
-    whole = {
+def test_a_cached_table_is_never_used_for_other_memory(device, change):
+    """Update once, change the memory the table points to, and update again."""
+    full = {
         name: t for name, (t,) in make(device, [(16, 16)], compute_weights=torch.float16).items()
     }
-    lists = {name: [t.view(16, 16)] for name, t in whole.items()}
-    if what == "lists":
+    lists = {name: [t.view(16, 16)] for name, t in full.items()}
+    if change == "lists":
         lists["ema"] = []
     with dispatch.forced("triton"):
         run(lists)
-        if what == "storage":  # of the same tensor objects
+        if change == "storage":  # new storage of the same tensor objects
             for (t,) in lists.values():
                 t.data = t.data.clone()
-        elif what == "object":  # as p.grad is after zero_grad(set_to_none=True)
+        elif change == "object":  # like p.grad after zero_grad(set_to_none=True)
             lists["grads"] = [torch.randn(16, 16, device=device)]
-        elif what == "compute_weights":
+        elif change == "compute_weights":
             weight = torch.full((16, 16), 77, dtype=torch.float16, device=device)
             lists["compute_weights"] = [weight]
-        elif what == "order":  # same objects, same addresses
+        elif change == "order":  # same objects, same addresses
             lists["params"][0].t_()
             with pytest.raises(ValueError, match="strides"):
                 run(lists)
             return
-        elif what == "shorter":  # new objects at the addresses of dead ones
-            lists = {name: [t[:6]] for name, t in whole.items()}
-        else:  # the same tensors in the same sequence, but in other lists
+        elif change == "shorter":  # new objects at the addresses of freed ones
+            lists = {name: [t[:6]] for name, t in full.items()}
+        else:  # the same tensors in the same order, but in other lists
             moment, square = lists["exp_avg"], lists["exp_avg_sq"]
             lists |= {"exp_avg": [], "exp_avg_sq": moment, "ema": square}
             moment[0].abs_()
         beta1 = 0.9 if lists["exp_avg"] else 0.0
         wanted = expected(clone(lists), beta1=beta1)
-        rest = {name: t[6:].clone() for name, t in whole.items()}
+        rest = {name: t[6:].clone() for name, t in full.items()}
         run(lists, beta1=beta1)
     for name in ("params", "exp_avg", "exp_avg_sq", "ema"):
-        for found, value in zip(lists[name], wanted[name], strict=False):
-            assert relative(flat([found]), flat([value])) <= 1e-6, name
+        for updated, value in zip(lists[name], wanted[name], strict=False):
+            assert relative(flat([updated]), flat([value])) <= 1e-6, name
     assert same(lists["compute_weights"][0], lists["params"][0].half())
-    if what == "shorter":
-        for name, t in whole.items():
+    if change == "shorter":
+        for name, t in full.items():
             assert same(t[6:], rest[name]), name
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is computed, apart from views; refuses foreach scalars of another dtype."""
+    """Count operations other than views; refuse _foreach scalars of another dtype."""
 
     count = scalars = 0
 
@@ -359,8 +359,8 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_the_eager_form_takes_five_operations_per_parameter(device):
-    """One cleans the gradient, four write; and CUDA has no fused foreach for other dtypes."""
+def test_eager_takes_five_operations_per_parameter(device):
+    """One cleans the gradient, four write; _foreach is not fused on CUDA for mixed dtypes."""
     lists = make(device, [(8, 4, 3, 3)] * 50, channels_last=True, compute_weights=torch.bfloat16)
     lists["exp_avg"] = []
     scalars = [torch.tensor(x, dtype=torch.float64, device=device) for x in (3.0, 1e-3, 0.97)]
@@ -377,7 +377,7 @@ def test_the_eager_form_takes_five_operations_per_parameter(device):
 
 def test_traced_without_a_break(device, backend):
     if backend != "eager":
-        pytest.skip("tracing knows nothing of the implementation")
+        pytest.skip("tracing does not depend on the backend")
     lists = make(device, [(20,), (3, 4)], compute_weights=torch.bfloat16)
     lists["compute_weights"][0] = None
     twin = clone(lists)
@@ -386,8 +386,8 @@ def test_traced_without_a_break(device, backend):
     assert torch.equal(flat(lists["params"]), flat(twin["params"]))
 
 
-def test_interface_of_the_library(library, device):
-    """Both the host's and, where a CUDA compiler is at hand, the device's function."""
+def test_the_library_declares_its_functions(library, device):
+    """The host's function and, on a machine with a GPU, the device's."""
     assert library.sid_fast_adam_ema_host.restype is None
     if device.type == "cuda":
         assert library.sid_fast_adam_ema_cuda.restype is ctypes.c_int
@@ -396,14 +396,14 @@ def test_interface_of_the_library(library, device):
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no CUDA compiler")
 @pytest.mark.skipif(not shutil.which("cmake"), reason="no CMake")
 def test_cuda_library_compiles_for_the_three_architectures(tmp_path):
-    found = build(tmp_path)
-    assert _cuda.load(found).sid_fast_adam_ema_cuda.restype is ctypes.c_int
+    path = build(tmp_path)
+    assert _cuda.load(path).sid_fast_adam_ema_cuda.restype is ctypes.c_int
     for arch in (80, 90, 100):
-        assert f"sm_{arch}".encode() in found.read_bytes()
+        assert f"sm_{arch}".encode() in path.read_bytes()
 
 
-def test_floors_are_those_counted_by_hand():
-    """p, v, moment and average read and written, the gradient read, the copy written."""
+def test_bytes_and_flop_equal_a_count_by_hand():
+    """p, both moments and EMA are read and written, the gradient is read, the copy written."""
     assert module.bytes_moved(10, moment=True, ema=True, compute_weights=True) == 10 * (
         4 * 8 + 4 + 2
     )

@@ -1,4 +1,4 @@
-"""Attention against float64: dtypes, published and awkward shapes, both layouts."""
+"""Attention against float64: dtypes, upstream's and awkward shapes, both layouts."""
 
 import importlib
 
@@ -15,25 +15,25 @@ from tests.helpers.golden import relative
 module = importlib.import_module("sid_fast.kernels.attention")
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
-BIASED = TOLERANCE | {torch.bfloat16: 1.5e-2}  # PyTorch's own bfloat16 comes to 1e-2
+BIASED = TOLERANCE | {torch.bfloat16: 1.5e-2}  # eager in bfloat16 is off by 1e-2
 
-# images, heads, channels a head, height, width
+# images, heads, channels per head, height, width
 SHAPES = [
     (1, 1, 256, 16, 16),  # DDPM++
     (2, 1, 256, 8, 8),
-    pytest.param((1, 6, 64, 32, 32), marks=pytest.mark.gpu),  # ADM; minutes on the interpreter
+    pytest.param((1, 6, 64, 32, 32), marks=pytest.mark.gpu),  # ADM; minutes in the interpreter
     (1, 1, 64, 16, 16),
     (2, 12, 64, 8, 8),
     (2, 2, 32, 9, 9),
     (1, 1, 128, 13, 11),
-    (1, 1, 192, 7, 7),  # a head that is no power of two
+    (1, 1, 192, 7, 7),  # head size not a power of two
     (3, 2, 12, 5, 3),
     (2, 1, 64, 1, 3),
 ]
 
 
 def tensors(shape, dtype, device):
-    """Random qkv and gradient of the output, channels-last."""
+    """Draw qkv and the gradient of the output, channels-last."""
     images, heads, size, height, width = shape
     torch.manual_seed(0)
     qkv = torch.randn(images, 3 * heads * size, height, width, dtype=dtype, device=device)
@@ -42,7 +42,7 @@ def tensors(shape, dtype, device):
 
 
 def differentiate(function, qkv, grad, *arguments, bias=None):
-    """The output and the gradient of qkv, and of the bias if there is one."""
+    """Return the output, the gradient of qkv and, with a bias, its gradient."""
     qkv = qkv.detach().requires_grad_()
     if bias is None:
         out = function(qkv, *arguments)
@@ -53,13 +53,13 @@ def differentiate(function, qkv, grad, *arguments, bias=None):
 
 
 def random_bias(qkv):
-    """float32, as the master weights are."""
+    """Draw a bias in float32, the dtype of the parameters."""
     rng = torch.Generator().manual_seed(1)
     return torch.randn(qkv.shape[1], generator=rng).to(qkv.device)
 
 
 def parts(qkv, heads):
-    """q, k and v, each [N, heads, pixels, channels]."""
+    """Return q, k and v, each [N, heads, pixels, channels]."""
     three = qkv.unflatten(1, (3, heads, -1)).unbind(1)
     return [t.flatten(3).transpose(2, 3) for t in three]
 
@@ -73,18 +73,18 @@ def check(qkv, grad, heads, bias=None, tolerance=None):
     exact = None if bias is None else bias.double()
     expected = differentiate(attention_eager, qkv.double(), grad.double(), heads, bias=exact)
     assert relative(out, expected[0]) <= tolerance
-    found, wanted = (parts(g, heads) for g in (grad_qkv, expected[1]))
-    for name, a, b in zip("qkv", found, wanted, strict=True):
+    grads, wanted = (parts(g, heads) for g in (grad_qkv, expected[1]))
+    for name, a, b in zip("qkv", grads, wanted, strict=True):
         assert relative(a, b) <= tolerance, f"gradient of {name}"
     if bias is not None:
         assert grad_bias[0].dtype == bias.dtype
-        found, wanted = grad_bias[0].chunk(3), expected[2].chunk(3)
-        for name, a, b in zip("qv", found[::2], wanted[::2], strict=True):
+        grads, wanted = grad_bias[0].chunk(3), expected[2].chunk(3)
+        for name, a, b in zip("qv", grads[::2], wanted[::2], strict=True):
             assert relative(a, b) <= tolerance, f"gradient of {name}'s bias"
-        assert not found[1].any()
+        assert not grads[1].any()
 
 
-def test_reference_is_softmax_attention():
+def test_eager_equals_scaled_dot_product_attention():
     qkv, _ = tensors((2, 3, 8, 4, 5), torch.float64, "cpu")
     q, k, v = parts(qkv, 3)
     expected = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(2, 24, 4, 5)
@@ -114,7 +114,7 @@ def test_bias_matches_float64(shape, dtype, device, poisoned):
     check(qkv, grad, shape[1], random_bias(qkv))
 
 
-@pytest.mark.parametrize("arch", module.TILES_OF)
+@pytest.mark.parametrize("arch", module.TILES_BY_ARCH)
 @pytest.mark.parametrize("shape", [(1, 1, 256, 16, 16), (1, 1, 64, 16, 16)], ids=str)
 def test_tiles_of_an_architecture_match_float64(shape, arch, device, monkeypatch):
     monkeypatch.setattr(module, "_arch", lambda device: arch)
@@ -122,8 +122,8 @@ def test_tiles_of_an_architecture_match_float64(shape, arch, device, monkeypatch
     check(qkv, grad, shape[1], random_bias(qkv))
 
 
-def test_which_tiles_an_architecture_gets():
-    """Its own for 16-bit heads of full width; elsewhere those that spill nowhere."""
+def test_tiles_by_architecture():
+    """Unpadded 16-bit heads use an architecture's own tiles; all others use TILES."""
 
     def tile(size, itemsize, arch, pixels=1024):
         constants, warps, stages = module._configuration(
@@ -131,7 +131,7 @@ def test_which_tiles_an_architecture_gets():
         )
         return constants["BLOCK"], constants["STEP"], warps, stages
 
-    assert tile(64, 2, 90) == module.TILES_OF[90]["backward_kv"][64]
+    assert tile(64, 2, 90) == module.TILES_BY_ARCH[90]["backward_kv"][64]
     assert tile(64, 2, 90, pixels=64) == (64, 32, 4, 2)
     safe = module.TILES[2]["backward_kv"]
     assert tile(64, 2, 80) == tile(64, 2, 0) == tile(64, 2, 120) == safe[64]
@@ -140,14 +140,14 @@ def test_which_tiles_an_architecture_gets():
     assert tile(64, 4, 90) == module.TILES[4]["backward_kv"][64]
 
 
-def test_reference_adds_the_bias_to_qkv():
+def test_eager_adds_the_bias_to_qkv():
     qkv, _ = tensors((2, 3, 8, 4, 5), torch.float64, "cpu")
     bias = random_bias(qkv)
     expected = attention_eager(qkv + bias.double()[:, None, None], 3)
     assert torch.equal(attention_eager(qkv, 3, bias), expected)
 
 
-def test_a_frozen_bias_costs_no_sums(device):
+def test_a_frozen_bias_takes_no_extra_operations(device):
     qkv, grad = tensors((2, 2, 16, 5, 5), torch.float32, device)
     bias = random_bias(qkv)
     seen = []
@@ -160,16 +160,16 @@ def test_a_frozen_bias_costs_no_sums(device):
     with forced("triton"):
         wanted = differentiate(kernels.attention, qkv, grad, 2, bias=bias)[1]
         with Watch():
-            found = differentiate(lambda x: kernels.attention(x, 2, bias), qkv, grad)[1]
-    assert torch.equal(found, wanted)
-    # And no copy of anything: forward and backward are all there is.
+            grad_qkv = differentiate(lambda x: kernels.attention(x, 2, bias), qkv, grad)[1]
+    assert torch.equal(grad_qkv, wanted)
+    # The forward and the backward operator are the only calls: nothing is copied.
     seen = [(op, last) for op, last in seen if "detach" not in op]
     assert [op for op, _ in seen] == [
         "sid_fast.attention.default",
         "sid_fast.attention_backward.default",
     ]
     assert seen[1][1] is False
-    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert grad_qkv.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_any_strides(device):
@@ -179,8 +179,8 @@ def test_any_strides(device):
     check(qkv, grad[:1, :1, :1, :1].expand_as(grad), 2)
 
 
-def test_blocked_order_permutes_a_published_weight():
-    """Published: [head, channel, {q, k, v}]."""
+def test_blocked_order_permutes_an_upstream_weight():
+    """Upstream's order is [head, channel, {q, k, v}]."""
     qkv, _ = tensors((1, 2, 32, 3, 3), torch.float32, "cpu")
     order = blocked_order(64, 2)
     q, k, v = (t.flatten(3).mT for t in qkv.unflatten(1, (2, 32, 3)).unbind(3))
@@ -191,7 +191,7 @@ def test_blocked_order_permutes_a_published_weight():
 
 @pytest.mark.parametrize("logit", [-400.0, 400.0])
 def test_large_logits_neither_overflow_nor_vanish(logit, device):
-    """Every logit is about `logit`; exp of it is not a float32. 81 pixels end inside a block."""
+    """All logits are close to `logit`, whose exp is no float32. 81 pixels end within a block."""
     qkv, grad = tensors((1, 1, 64, 9, 9), torch.float32, device)
     qkv = qkv * 0.1
     qkv[:, :64] += 7.0
@@ -205,7 +205,7 @@ def test_large_logits_neither_overflow_nor_vanish(logit, device):
 
 @pytest.mark.parametrize("logit", [-400.0, 400.0])
 def test_logits_made_large_by_the_bias(logit, device):
-    """Beyond the 81st pixel there is no query, and no bias may make one: exp of it is infinite."""
+    """The bias is not added to padding beyond the 81 pixels, where exp of it would be infinite."""
     qkv, grad = tensors((1, 1, 64, 9, 9), torch.float32, device)
     qkv = qkv * 0.1
     qkv[:, 64:128] += 7.0
@@ -220,8 +220,8 @@ def test_a_nan_stays_in_its_image(device):
     spoilt[1, 70, 2, 3] = torch.nan
     with forced("triton"):
         expected = differentiate(kernels.attention, qkv, grad, 2)
-        found = differentiate(kernels.attention, spoilt, grad, 2)
-    for a, b in zip(found, expected, strict=True):
+        results = differentiate(kernels.attention, spoilt, grad, 2)
+    for a, b in zip(results, expected, strict=True):
         assert a[1].isnan().any()
         assert torch.equal(a[[0, 2]], b[[0, 2]])
 
@@ -233,25 +233,25 @@ def test_gradients_are_deterministic(device):
     assert torch.equal(first, second)
 
 
-def test_heads_too_wide_for_the_kernel_run_the_reference(device):
+def test_heads_too_large_for_the_kernel_run_eager(device):
     qkv, _ = tensors((1, 1, 320, 2, 2), torch.float32, device)
     with forced("triton"):
         assert torch.equal(kernels.attention(qkv, 1), attention_eager(qkv, 1))
 
 
 def test_heads_must_divide():
-    with pytest.raises(ValueError, match="96 channels do not divide into 5 heads"):
+    with pytest.raises(ValueError, match="96 channels of qkv: must be a multiple of 3·heads=15"):
         kernels.attention(torch.zeros(1, 96, 2, 2), 5)
 
 
 def test_a_bias_must_fit():
-    with pytest.raises(ValueError, match="for 96 channels"):
+    with pytest.raises(ValueError, match=r"bias is \(32,\): must be \(96,\)"):
         kernels.attention(torch.zeros(1, 96, 2, 2), 2, torch.zeros(32))
 
 
 @pytest.mark.parametrize("biased", [True, False])
 def test_operators_are_registered_soundly(device, biased):
-    """Schema, fake tensors and autograd agree with what the operators do, NCHW input included."""
+    """Schema, fake tensors and autograd pass torch's opcheck, also for NCHW input."""
     qkv, grad = tensors((1, 1, 16, 2, 3), torch.float32, device)
     qkv = qkv.contiguous()
     forward, backward = torch.ops.sid_fast.attention, torch.ops.sid_fast.attention_backward
@@ -273,12 +273,12 @@ def test_compiles_without_a_graph_break(device, biased):
     with forced("triton"):
         expected = differentiate(block, qkv, grad, bias=bias)
         compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-        found = differentiate(compiled, qkv, grad, bias=bias)
-    for a, b in zip(found, expected, strict=True):
+        results = differentiate(compiled, qkv, grad, bias=bias)
+    for a, b in zip(results, expected, strict=True):
         assert torch.equal(a, b)
 
 
-def test_floors_are_those_counted_by_hand():
+def test_bytes_and_flop_equal_a_count_by_hand():
     """A DDPM++ head at 16×16: 256 pixels of 256 channels, q, k, v and out in bfloat16."""
     assert bytes_moved(1, 1, 256, 256, itemsize=2) == 4 * 131_072 + 1024
     assert bytes_moved(1, 1, 256, 256, itemsize=2, backward=True) == 8 * 131_072 + 1024

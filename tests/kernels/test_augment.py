@@ -1,4 +1,4 @@
-"""The augmentation against numbers of the published one, its kernel also against float64."""
+"""The augmentation against upstream's golden data, its kernel also against float64."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from sid_fast.kernels.augment import _cos_sin, augment_eager, bytes_moved, flop
 from sid_fast.methods.base import RandomStream
 from tests.helpers.golden import TOLERANCE, read, relative
 
-# Of the kernel, relative in norm to float64: a place in the image is known to 1e-6 of its size.
+# Relative error of the kernel in norm: coordinates are accurate to 1e-6 of the image's size.
 KERNEL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
@@ -34,11 +34,11 @@ def test_augmentation_matches_golden(golden, device, backend):
     parameters = {k.removeprefix("param."): v for k, v in data.items() if k.startswith("param.")}
     n = len(data["images"]) if backend == "eager" or device.type == "cuda" else 2
     parameters = to_device({k: v[..., :n] for k, v in parameters.items()}, device)
-    found, labels = augment.apply(data["images"][:n].to(device), parameters)
+    augmented, labels = augment.apply(data["images"][:n].to(device), parameters)
     if backend == "eager":
         assert torch.equal(labels.cpu(), data["labels"])
     assert relative(labels.cpu(), data["labels"][:n]) <= 1e-6
-    assert relative(found.cpu(), data["augmented"][:n]) <= TOLERANCE
+    assert relative(augmented.cpu(), data["augmented"][:n]) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -51,8 +51,8 @@ def test_augmentation_matches_golden(golden, device, backend):
     ],
 )
 @pytest.mark.parametrize("far", [1.0, 4.0])
-def test_warp_matches_float64(device, backend, shape, dtype, channels_last, far):
-    """far: parameters beyond any likely draw, so that lookups leave the reflected image."""
+def test_the_transform_matches_float64(device, backend, shape, dtype, channels_last, far):
+    """At far=4, parameters exceed any likely draw, and lookups leave the reflected image."""
     rng = torch.Generator().manual_seed(int(far))
     parameters = augment.draw(stream(shape[0], int(far)), 1.0)
     for name in ("scale", "aniso", "translate"):
@@ -63,10 +63,10 @@ def test_warp_matches_float64(device, backend, shape, dtype, channels_last, far)
     images = images.to(device)
     if channels_last:
         images = images.to(memory_format=torch.channels_last)
-    found, labels = kernels.augment(images, to_device(parameters, device))
-    assert found.dtype == dtype
-    assert found.shape == shape
-    assert relative(found.cpu(), wanted) <= KERNEL_TOLERANCE[dtype]
+    augmented, labels = kernels.augment(images, to_device(parameters, device))
+    assert augmented.dtype == dtype
+    assert augmented.shape == shape
+    assert relative(augmented.cpu(), wanted) <= KERNEL_TOLERANCE[dtype]
     assert relative(labels.cpu(), kernel_labels(parameters)) <= 1e-6
 
 
@@ -83,11 +83,11 @@ def _cos_sin_of(x, cos, sin, SIZE: tl.constexpr):
     tl.store(sin + at, s)
 
 
-def test_cosine_and_sine_are_right_to_an_ulp(device):
-    """All around, at the seams between quarters, close to 0, and some turns away."""
-    seams = torch.arange(-8, 9) * np.pi / 4
+def test_cosine_and_sine_are_accurate_to_an_ulp(device):
+    """Over a turn, at and near multiples of π/4, close to 0, and several turns away."""
+    edges = torch.arange(-8, 9) * np.pi / 4
     x = torch.cat(
-        [torch.linspace(-np.pi, np.pi, 3000), seams, seams * (1 + 1e-6), seams * (1 - 1e-6)]
+        [torch.linspace(-np.pi, np.pi, 3000), edges, edges * (1 + 1e-6), edges * (1 - 1e-6)]
     )
     tiny = torch.logspace(-30, -1, 500)
     x = torch.cat([x, tiny, -tiny, torch.tensor([0.0])]).float()
@@ -102,18 +102,18 @@ def test_cosine_and_sine_are_right_to_an_ulp(device):
 def test_traced_without_a_break(device):
     images = torch.randn(2, 3, 8, 8, device=device)
     parameters = to_device(augment.draw(stream(2), 1.0), device)
-    found = torch.compile(augment.apply, fullgraph=True, backend="eager")(images, parameters)
-    for a, b in zip(found, augment.apply(images, parameters), strict=True):
+    traced = torch.compile(augment.apply, fullgraph=True, backend="eager")(images, parameters)
+    for a, b in zip(traced, augment.apply(images, parameters), strict=True):
         assert torch.equal(a, b)
 
 
-def test_an_image_drawn_with_nothing_applied_stays_as_it_was():
+def test_an_image_with_no_transform_drawn_stays_unchanged():
     parameters = augment.draw(stream(4), 0.0) | {"xflip": torch.zeros(4, dtype=torch.long)}
     images = torch.randn(4, 3, 8, 8)
-    found, labels = augment.apply(images, parameters)
+    augmented, labels = augment.apply(images, parameters)
     assert not labels.any()
-    # The wavelet filters reconstruct all but perfectly.
-    assert relative(found, images) < 1e-3
+    # The wavelet filters' reconstruction is almost exact.
+    assert relative(augmented, images) < 1e-3
 
 
 def test_draws_follow_their_probabilities():
@@ -130,7 +130,7 @@ def test_draws_follow_their_probabilities():
     assert float(turned.std()) == pytest.approx(np.pi / 3**0.5, rel=0.05)
 
 
-def test_floors_are_those_counted_by_hand():
-    """A 4×4 image: a canvas of 20×20, each pixel 7 rows of 7 products and their sums."""
+def test_bytes_and_flop_equal_a_count_by_hand():
+    """A 4×4 image has a canvas of 20×20 pixels, each 7 rows of 7 products and their sums."""
     assert bytes_moved(2 * 3 * 4 * 4) == 768
     assert flop(2, 3, 4, 4) == 6 * (400 * 112 + 20 * 4 * 24 + 4 * 4 * 24)

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: what CI compiles for GPUs it does not have."""
+"""Ahead-of-time compilation and instruction counts, as CI runs them without a GPU."""
 
 import json
 import os
@@ -12,12 +12,12 @@ import pytest
 from sid_fast.kernels import compile, report
 from sid_fast.kernels._triton import triton
 
-# The tightest of every module, compiled for three architectures; the whole list takes minutes.
+# The configurations closest to spilling; all of them would take minutes on three architectures.
 REPRESENTATIVE = ["attention bf16 1x256 N=256", "attention forward fp32 1x192"]
 
 
 def run(*command: str) -> subprocess.CompletedProcess:
-    """Python in a process that does not interpret Triton, as the tests of kernels do."""
+    """Run Python in a process without TRITON_INTERPRET, unlike the tests of kernels."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, *command]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -38,13 +38,13 @@ def test_compiles_for_every_architecture_without_spills(kernel, tmp_path):
 
 def test_every_module_with_triton_code_is_compiled():
     folder = Path(compile.__file__).parent
-    found = {
+    modules = {
         path.relative_to(folder).parts[0].removesuffix(".py")
         for path in folder.rglob("*.py")
         if re.search(r"^@triton\.jit", path.read_text(), re.MULTILINE)
     }
-    assert found <= set(compile.MODULES)
-    assert report.WORK.keys() == set(compile.MODULES)  # and each of them can be reported
+    assert modules <= set(compile.MODULES)
+    assert report.WORK.keys() == set(compile.MODULES)  # each module can be estimated
 
 
 def test_a_spill_or_too_much_shared_memory_is_a_fault():
@@ -55,7 +55,7 @@ def test_a_spill_or_too_much_shared_memory_is_a_fault():
 
 
 def test_a_configuration_that_spills_fails_the_command():
-    """A tile's accumulators cannot fit the registers of two warps."""
+    """The accumulators of this tile do not fit the registers of two warps."""
     done = run(
         "-c",
         "import importlib, sys, sid_fast.kernels.compile as compile\n"
@@ -69,7 +69,7 @@ def test_a_configuration_that_spills_fails_the_command():
 
 
 def test_float32_products_are_not_rounded_to_tf32():
-    """The interpreter, which multiplies in float32 whatever it is told, cannot notice."""
+    """The interpreter cannot detect it, because it always multiplies in float32."""
     done = run(
         "-c",
         "import importlib, sys, sid_fast.kernels.compile as compile\n"
@@ -96,7 +96,7 @@ def test_float32_products_are_not_rounded_to_tf32():
         (["--report", "--write"], "--write"),
     ],
 )
-def test_a_request_that_cannot_be_met_is_refused(arguments, message, monkeypatch, capsys):
+def test_invalid_arguments_are_refused(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(compile, "INTERPRETED", True)
     with pytest.raises(SystemExit) as stopped:
         compile.main(arguments)
@@ -104,7 +104,7 @@ def test_a_request_that_cannot_be_met_is_refused(arguments, message, monkeypatch
     assert message in capsys.readouterr().err
 
 
-def test_kernels_import_where_triton_is_not_built():
+def test_kernels_import_without_triton():
     done = run(
         "-c",
         "import sys; sys.modules['triton'] = None\n"
@@ -117,11 +117,11 @@ def test_kernels_import_where_triton_is_not_built():
 ESTIMATES = Path(__file__).with_name("estimates.json")
 
 
-def test_instructions_per_element_are_those_of_the_table(tmp_path):
-    """After a change that is meant: compile --check tests/kernels/estimates.json --write."""
+def test_instructions_per_element_match_the_table(tmp_path):
+    """After an intended change, run compile --check tests/kernels/estimates.json --write."""
     pinned = json.loads(ESTIMATES.read_text())["triton"]
     if triton.__version__ != pinned:
-        pytest.skip(f"the table is of Triton {pinned}, this is {triton.__version__}")
+        pytest.skip(f"the table was made by Triton {pinned}, this is {triton.__version__}")
     out = tmp_path / "estimates.json"
     command = ("-m", "sid_fast.kernels.compile", "--check", str(ESTIMATES), "--json", str(out))
     done = run(*command)
@@ -143,7 +143,7 @@ def estimate(**changes) -> report.Estimate:
     return report.dataclasses.replace(row, **changes)
 
 
-def test_an_estimate_may_be_five_percent_off_and_not_spill():
+def test_an_estimate_may_deviate_by_five_percent_but_not_spill():
     table = [{"instructions_per_element": 40.0}]
     assert compile.deviations([estimate(instructions_per_element=42.0)], table) == []
     assert compile.deviations([estimate(instructions_per_element=38.0)], table) == []
@@ -152,7 +152,7 @@ def test_an_estimate_may_be_five_percent_off_and_not_spill():
     assert compile.deviations([estimate(spills=8)], table) == ["k c: spills 8 bytes"]
 
 
-def test_a_table_is_updated_and_refuses_what_it_cannot_compare(tmp_path):
+def test_check_updates_a_table_and_refuses_one_it_cannot_compare(tmp_path):
     row = {"kernel": "sid_loss", "configuration": "noised 32x32 bf16"}
     row["instructions_per_element"] = 1.0
     script = tmp_path / "script.py"
@@ -165,25 +165,25 @@ def test_a_table_is_updated_and_refuses_what_it_cannot_compare(tmp_path):
         "    except SystemExit as stopped:\n"
         "        return stopped.code\n"
         f"table.write_text(json.dumps({{'triton': '0.1', 'rows': [{row}]}}))\n"
-        "found = [status(), status('--write'), status()]\n"
+        "statuses = [status(), status('--write'), status()]\n"
         "written = json.loads(table.read_text())\n"
         "written['rows'][0]['instructions_per_element'] *= 2\n"
         "table.write_text(json.dumps(written))\n"
-        "found += [status()]\n"
+        "statuses += [status()]\n"
         "written['rows'][0]['configuration'] = 'noised 33x33'\n"
         "table.write_text(json.dumps(written))\n"
-        "found += [status()]\n"
+        "statuses += [status()]\n"
         "table.write_text(json.dumps({'triton': compile.triton.__version__, 'rows': [{}]}))\n"
-        "found += [status()]\n"
+        "statuses += [status()]\n"
         "table.write_text('[]')\n"
-        "print(*found, status())\n"
+        "print(*statuses, status())\n"
     )
     done = run(str(script), str(tmp_path / "table.json"))
     assert done.stdout.splitlines()[-1] == "2 0 0 1 2 2 2", done.stdout + done.stderr
     for message in (
         "made by Triton 0.1",
         "in the table",
-        "no configuration is sid_loss noised 33x33",
+        "unknown configuration 'sid_loss noised 33x33'",
         "not a table of estimates",
     ):
         assert message in done.stderr
@@ -202,8 +202,8 @@ def test_a_missing_disassembler_is_named(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_what_is_stored_by_the_counted_path_is_the_output():
-    """Loops with their trips, and full tiles: every byte of an output is stored once."""
+def test_the_counted_path_stores_each_output_byte_once():
+    """Loop iterations and full tiles are counted correctly."""
     done = run(
         "-c",
         "import sid_fast.kernels.compile as compile\n"
@@ -228,8 +228,8 @@ def test_what_is_stored_by_the_counted_path_is_the_output():
     assert len(done.stdout.splitlines()) == 6
 
 
-def test_a_chunk_of_adam_is_loaded_before_its_reduction():
-    """One round trip to memory: gradient, parameter, moment and average are all under way."""
+def test_adam_loads_a_chunk_before_its_reduction():
+    """Gradient, parameter, second moment and EMA are loaded in one round trip to memory."""
     done = run(
         "-c",
         "import sid_fast.kernels.compile as compile\n"

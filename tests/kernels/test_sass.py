@@ -1,4 +1,4 @@
-"""Instruction counts of machine code written by hand, as nvdisasm prints it."""
+"""Instruction counts of hand-written machine code in nvdisasm's format."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from sid_fast.kernels import sass
 
 
 def program(text: str) -> sass.Program:
-    """Of lines "@P0 BRA L" and labels "L:"; addresses and backquotes are added."""
+    """Parse lines such as "@P0 BRA 1" and labels such as "1:"; add addresses and backquotes."""
     lines = []
     for line in filter(None, map(str.strip, text.splitlines())):
         if line.endswith(":"):
@@ -17,7 +17,7 @@ def program(text: str) -> sass.Program:
     return sass.parse("\n".join(lines))
 
 
-def test_instructions_are_read_with_predicates_and_widths():
+def test_instructions_are_parsed_with_predicates_and_widths():
     code = program(
         """
         @!P0 LDG.E.128 R4, desc[UR4][R2.64]
@@ -49,14 +49,13 @@ def test_nested_loops_multiply():
         EXIT
         """
     )
-    found = sass.loops(code)
-    assert found == {1: {1, 2, 3, 4, 5, 6}, 2: {2, 3}, 4: {4, 5}}
+    assert sass.loops(code) == {1: {1, 2, 3, 4, 5, 6}, 2: {2, 3}, 4: {4, 5}}
     assert sass.count(code, (10, 7)) == (1 + 10 * (1 + 7 * 2 + 7 * 2 + 1) + 1, 32 * 16 * 70)
-    with pytest.raises(ValueError, match="nested deeper than the 1"):
+    with pytest.raises(ValueError, match="nested more than 1 deep"):
         sass.count(code, (10,))
 
 
-def test_a_guard_does_not_skip_a_loop():
+def test_the_path_through_a_guarded_loop_is_counted():
     code = program(
         """
         @P0 BRA 2
@@ -71,7 +70,7 @@ def test_a_guard_does_not_skip_a_loop():
 
 
 def test_the_path_of_full_tiles_is_counted():
-    """Wide accesses of the else branch, not the shorter one by single numbers."""
+    """The branch with wide accesses, not the shorter one that loads single elements."""
     code = program(
         """
         @P0 BRA 1
@@ -88,7 +87,7 @@ def test_the_path_of_full_tiles_is_counted():
     assert sass.count(code, ()) == (5, 0)
 
 
-def test_an_exit_of_some_threads_is_passed():
+def test_a_predicated_exit_does_not_end_the_path():
     code = program(
         """
         @P0 EXIT
@@ -99,8 +98,8 @@ def test_an_exit_of_some_threads_is_passed():
     assert sass.count(code, ()) == (3, 32 * 4)
 
 
-def test_the_shortest_path_is_counted_where_they_move_as_much():
-    """A slow path placed behind the exit jumps back and is no loop."""
+def test_the_shorter_of_paths_that_move_equal_bytes_is_counted():
+    """A slow path placed after the exit, which jumps back, is not a loop."""
     code = program(
         """
         FADD
@@ -118,7 +117,7 @@ def test_the_shortest_path_is_counted_where_they_move_as_much():
     assert sass.count(code, ()) == (4, 0)
 
 
-def test_a_loop_may_be_left_from_its_middle():
+def test_a_loop_may_exit_from_its_middle():
     code = program(
         """
         1:
@@ -133,7 +132,7 @@ def test_a_loop_may_be_left_from_its_middle():
 def test_blocks_are_limited_by_registers_shared_memory_and_warps():
     assert sass.blocks_per_multiprocessor(80, 0, 8) == 3
     assert sass.blocks_per_multiprocessor(64, 0, 8) == 4
-    assert sass.blocks_per_multiprocessor(73, 0, 4) == 6  # as with 80
+    assert sass.blocks_per_multiprocessor(73, 0, 4) == 6  # allocated as 80
     assert sass.blocks_per_multiprocessor(32, 110 * 1024, 4) == 2
     assert sass.blocks_per_multiprocessor(32, 0, 16) == 4
     assert sass.blocks_per_multiprocessor(16, 0, 1) == 32

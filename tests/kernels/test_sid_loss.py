@@ -1,4 +1,4 @@
-"""The losses on raw network outputs against float64 autograd of the plain formulas."""
+"""The losses on raw network outputs against float64 autograd of the papers' equations."""
 
 import importlib
 
@@ -11,10 +11,10 @@ from tests.helpers.golden import relative
 
 module = importlib.import_module("sid_fast.kernels.sid_loss")
 
-# Relative in norm, by the dtype of the networks' outputs and so of their gradients.
+# Relative error in norm, by the dtype of the network outputs and their gradients.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 6e-4}
-INTERPRETED = {torch.bfloat16: 8e-3}  # Triton's interpreter cuts bfloat16 off, unrounded
-# Batch, channels, height, width: RGB as the presets have it and odd ones; one block and several.
+INTERPRETED = {torch.bfloat16: 8e-3}  # Triton's interpreter truncates bfloat16
+# [N, C, H, W]: the presets' RGB images and odd sizes; one block and several.
 SHAPES = [(2, 3, 32, 32), (3, 3, 8, 8), (1, 1, 5, 7), (2, 4, 25, 27)]
 ALPHA, DATA = 1.2, 0.5
 
@@ -32,7 +32,7 @@ def tolerance(dtype, backend, device):
 
 
 def make(shape, device, dtype=torch.float32, layout="channels_last", seed=0):
-    """Images, σ, noise and two raw outputs."""
+    """Draw images, σ, noise and two raw network outputs."""
     rng = torch.Generator().manual_seed(seed)
 
     def tensor(dtype=torch.float32):
@@ -50,7 +50,7 @@ def make(shape, device, dtype=torch.float32, layout="channels_last", seed=0):
 
 
 def formulas(y, sigma, noise, teacher, fake_score):
-    """The losses in float64, and their gradients by autograd, from the papers' formulas."""
+    """Compute the papers' losses in float64 and their gradients by autograd."""
     y, teacher, fake_score = (t.double().requires_grad_(True) for t in (y, teacher, fake_score))
     s = sigma.double().reshape(-1, 1, 1, 1)
     total = s**2 + DATA**2
@@ -80,18 +80,18 @@ def formulas(y, sigma, noise, teacher, fake_score):
     }
 
 
-def run(y, sigma, noise, teacher, fake_score, kept=None):
-    """The same through the kernels."""
+def run(y, sigma, noise, teacher, fake_score, valid=None):
+    """Compute the same with sid_fast.kernels."""
     y, teacher, fake_score = (
         t.detach().clone().requires_grad_(True) for t in (y, teacher, fake_score)
     )
-    noised = kernels.noised(y, sigma, noise, kept, dtype=teacher.dtype)
-    found = kernels.generator_loss(teacher, fake_score, noised, y, ALPHA)
+    noised = kernels.noised(y, sigma, noise, valid, dtype=teacher.dtype)
+    losses = kernels.generator_loss(teacher, fake_score, noised, y, ALPHA)
     upstream = torch.arange(1, len(y) + 1, device=y.device).float()
-    grads = torch.autograd.grad(found.loss, (teacher, fake_score, y), upstream)
+    grads = torch.autograd.grad(losses.loss, (teacher, fake_score, y), upstream)
     fake = kernels.fake_score_loss(fake_score, noised, y)
     (fake_grad,) = torch.autograd.grad(fake.loss, fake_score, upstream)
-    return noised, found, grads, fake, fake_grad
+    return noised, losses, grads, fake, fake_grad
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def run(y, sigma, noise, teacher, fake_score, kept=None):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_losses_and_gradients_match_float64(device, backend, dtype, shape, layout):
     arguments = make(shape, device, dtype, layout)
-    noised, found, grads, fake, fake_grad = run(*arguments)
+    noised, losses, grads, fake, fake_grad = run(*arguments)
     wanted = formulas(*arguments)
     exact, rough = TOLERANCE[torch.float32], tolerance(dtype, backend, device)
     assert relative(noised.x_t, wanted["x_t"]) <= exact
@@ -110,11 +110,11 @@ def test_losses_and_gradients_match_float64(device, backend, dtype, shape, layou
     assert relative(noised.network_input, wanted["network_input"]) <= rough
     assert relative(noised.c_noise, arguments[1].double().log() / 4) <= exact
     for name in ("loss", "distance", "weight"):
-        assert relative(getattr(found, name), wanted[name].detach()) <= exact, name
+        assert relative(getattr(losses, name), wanted[name].detach()) <= exact, name
         assert relative(getattr(fake, name), wanted[f"fake_{name}"]) <= exact, name
-        assert getattr(found, name).dtype == torch.float32
+        assert getattr(losses, name).dtype == torch.float32
     assert noised.valid.all()
-    assert found.kept.all()
+    assert losses.kept.all()
     assert fake.kept.all()
     for grad, expected, to in zip(grads, wanted["grads"], ("F_φ", "F_ψ", "y"), strict=True):
         assert relative(grad, expected) <= (exact if to == "y" else rough), to
@@ -126,7 +126,7 @@ def test_losses_and_gradients_match_float64(device, backend, dtype, shape, layou
 
 
 def test_the_gradient_returns_through_the_networks(device, backend):
-    """One step of the generator with networks in between, against autograd through the formula."""
+    """A generator step through two networks matches autograd of the whole equation."""
     y, sigma, noise, *_ = make((3, 3, 8, 8), device)
 
     def raw(gain):
@@ -143,40 +143,40 @@ def test_the_gradient_returns_through_the_networks(device, backend):
     a = y.clone().requires_grad_(True)
     noised = kernels.noised(a, sigma, noise)
     outputs = teacher(noised.network_input), fake_score(noised.network_input)
-    found = kernels.generator_loss(*outputs, noised, a, ALPHA).loss
-    found.sum().backward()
+    losses = kernels.generator_loss(*outputs, noised, a, ALPHA).loss
+    losses.sum().backward()
     b = y.clone().requires_grad_(True)
     x_t, level = b + sigma.reshape(-1, 1, 1, 1) * noise, sigma.reshape(-1, 1, 1, 1)
     r, f = denoiser(teacher)(x_t, level), denoiser(fake_score)(x_t, level)
     w = (b - r).detach().abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-5)
     wanted = ((r - f) * ((r - b) - ALPHA * (r - f)) / w).sum((1, 2, 3))
     wanted.sum().backward()
-    assert relative(found, wanted) <= 1e-5
+    assert relative(losses, wanted) <= 1e-5
     assert relative(a.grad, b.grad) <= 1e-5
 
 
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf, 1e8])
-@pytest.mark.parametrize("spoil", ["y", "sigma", "noise", "teacher", "fake_score", "kept"])
+@pytest.mark.parametrize("spoil", ["y", "sigma", "noise", "teacher", "fake_score", "valid"])
 @pytest.mark.parametrize("shape", [(3, 3, 8, 8), (3, 4, 25, 27)])
-def test_a_bad_sample_leaves_the_others_to_the_bit(device, backend, shape, spoil, value):
+def test_a_dropped_sample_leaves_the_others_bit_identical(device, backend, shape, spoil, value):
     arguments = make(shape, device)
     clean = run(*arguments)
-    kept = torch.ones(3, dtype=torch.bool, device=device)
-    if spoil == "kept":
-        kept[1] = False
+    valid = torch.ones(3, dtype=torch.bool, device=device)
+    if spoil == "valid":
+        valid[1] = False
     else:
         i = ("y", "sigma", "noise", "teacher", "fake_score").index(spoil)
         at = 0 if value == -torch.inf else -1  # in the first block or the last
         arguments[i][(1, *[at] * (arguments[i].dim() - 1))] = value
-    noised, found, grads, fake, fake_grad = spoiled = run(*arguments, kept)
+    noised, losses, grads, fake, fake_grad = spoiled = run(*arguments, valid)
 
     others = torch.tensor([0, 2], device=device)
     for a, b in zip(flattened(clean), flattened(spoiled), strict=True):
         assert torch.equal(a[others], b[others])
-    assert float(found.loss[1]) == 0 == float(found.distance[1])
-    assert found.kept.tolist() == [True, False, True]
-    assert not any(g[1].any() for g in grads)  # NaN would be one
-    if spoil in ("y", "sigma", "noise", "kept"):
+    assert float(losses.loss[1]) == 0 == float(losses.distance[1])
+    assert losses.kept.tolist() == [True, False, True]
+    assert not any(g[1].any() for g in grads)  # any() is True for NaN
+    if spoil in ("y", "sigma", "noise", "valid"):
         assert noised.valid.tolist() == [True, False, True]
         assert not noised.network_input[1].any()
         assert not noised.x_t[1].any()
@@ -188,22 +188,22 @@ def test_a_bad_sample_leaves_the_others_to_the_bit(device, backend, shape, spoil
 
 
 @pytest.mark.parametrize("spoil", ["teacher", "fake_score"])
-def test_an_overflow_to_float16_drops_its_sample_alone(device, backend, spoil):
+def test_a_float16_overflow_drops_its_sample_only(device, backend, spoil):
     arguments = make((3, 3, 8, 8), device, torch.float16)
     clean = run(*arguments)
     arguments[3 + (spoil == "fake_score")][1, 0, 0, 0] = 1e5  # inf in float16
-    noised, found, grads, fake, fake_grad = spoiled = run(*arguments)
+    noised, losses, grads, fake, fake_grad = spoiled = run(*arguments)
     for a, b in zip(flattened(clean), flattened(spoiled), strict=True):
         assert torch.equal(a[[0, 2]], b[[0, 2]])
     assert noised.valid.all()
-    assert found.kept.tolist() == [True, False, True]
+    assert losses.kept.tolist() == [True, False, True]
     assert not any(g[1].any() for g in grads)
     assert fake.kept.tolist() == [True, spoil == "teacher", True]
     assert bool(fake_grad[1].any()) == (spoil == "teacher")
 
 
-def test_the_limit_is_the_training_steps(device, backend):
-    """The last value on either side of it, of every input and of a denoised image."""
+def test_values_are_dropped_exactly_beyond_the_limit(device, backend):
+    """Test the adjacent values on both sides of it, for every input and a denoised image."""
     limit, least = (torch.tensor(v, device=device) for v in (1e6, 1e-6))
     zero = torch.zeros_like(limit)
     beyond, below = limit.nextafter(2 * limit), least.nextafter(zero)
@@ -219,7 +219,7 @@ def test_the_limit_is_the_training_steps(device, backend):
     noised = kernels.noised(images, sigma, noise)
     assert noised.valid.tolist() == wanted
 
-    # x_t = 0, so that r is c_out·F. At σ = 1, c_out = √0.2: r is 0.97 of the limit, then 1.03.
+    # x_t = 0, so r = c_out·F. At σ = 1, c_out = √0.2: r is 0.97 of the limit, then 1.03.
     zeros = torch.zeros(4, 2, 3, 3, device=device)
     raw = zeros.clone()
     raw[1, 0, 0, 0], raw[2, 1, 2, 2], raw[3, 1, 2, 2] = 2.17e6, 2.3e6, -2.3e6
@@ -230,25 +230,25 @@ def test_the_limit_is_the_training_steps(device, backend):
     assert kernels.fake_score_loss(raw, noised, zeros).kept.tolist() == wanted
 
 
-def test_an_overflow_inside_a_network_leaves_its_image_without_a_gradient(device, backend):
-    """exp of a finite input is infinite, and its backward pass makes 0·inf = NaN of it."""
+def test_an_overflow_inside_a_network_zeroes_the_images_gradient(device, backend):
+    """The exp of a finite input is infinite, so its backward pass gives 0·inf = NaN."""
     y, sigma, noise, *_ = make((3, 3, 8, 8), device)
 
     def gradient(y):
         y = y.clone().requires_grad_(True)
         noised = kernels.noised(y, sigma, noise)
         raw = [v * noised.network_input + 1e-3 * noised.network_input.exp() for v in (1.0, 1.3)]
-        found = kernels.generator_loss(*raw, noised, y, ALPHA)
-        found.loss.sum().backward()
-        return y.grad, noised.valid, found.kept
+        losses = kernels.generator_loss(*raw, noised, y, ALPHA)
+        losses.loss.sum().backward()
+        return y.grad, noised.valid, losses.kept
 
     clean, *_ = gradient(y)
     y[1, 0, 0, 0] = 1e5
-    found, before, after = gradient(y)
+    grad, before, after = gradient(y)
     assert before.all()
     assert after.tolist() == [True, False, True]
-    assert torch.equal(found[[0, 2]], clean[[0, 2]])
-    assert not found[1].any()
+    assert torch.equal(grad[[0, 2]], clean[[0, 2]])
+    assert not grad[1].any()
 
 
 def flattened(results):
@@ -259,18 +259,18 @@ def flattened(results):
             yield result
 
 
-def test_a_teacher_that_is_the_image_is_weighted_by_the_smallest_w(device, backend):
-    """r = y = 0: the mean is 0 and w is 1e-5."""
+def test_w_is_at_least_1e_5(device, backend):
+    """With r = y = 0, mean|y − r| is 0."""
     zero = torch.zeros(2, 3, 8, 8, device=device)
     noised = kernels.noised(zero, torch.ones(2, device=device), zero)
-    found = kernels.generator_loss(zero, zero + 1e-3, noised, zero, ALPHA)
-    assert torch.allclose(found.weight, torch.full_like(found.weight, 1e-5))
-    assert torch.isfinite(found.loss).all()
-    assert found.loss.all()
+    losses = kernels.generator_loss(zero, zero + 1e-3, noised, zero, ALPHA)
+    assert torch.allclose(losses.weight, torch.full_like(losses.weight, 1e-5))
+    assert torch.isfinite(losses.loss).all()
+    assert losses.loss.all()
 
 
-def test_no_element_goes_unwritten(device):
-    """Outputs come from empty memory: fill it with NaN first."""
+def test_the_kernels_write_every_element(device):
+    """Outputs are allocated by torch.empty; fill that memory with NaN first."""
     arguments = make((2, 4, 25, 27), device)
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -286,17 +286,17 @@ def test_no_element_goes_unwritten(device):
 
 def test_traced_without_a_break(device):
     arguments = make((2, 3, 8, 8), device)
-    kept = torch.ones(2, dtype=torch.bool, device=device)
+    valid = torch.ones(2, dtype=torch.bool, device=device)
 
-    def step(y, sigma, noise, teacher, fake_score, kept):
-        noised = kernels.noised(y, sigma, noise, kept)
+    def step(y, sigma, noise, teacher, fake_score, valid):
+        noised = kernels.noised(y, sigma, noise, valid)
         generator = kernels.generator_loss(teacher, fake_score, noised, y, ALPHA).loss
         return generator + kernels.fake_score_loss(fake_score, noised, y).loss
 
     results = []
     for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
         leaves = [t.clone().requires_grad_(i in (0, 3, 4)) for i, t in enumerate(arguments)]
-        loss = function(*leaves, kept)
+        loss = function(*leaves, valid)
         loss.sum().backward()
         results.append([loss, *(leaves[i].grad for i in (0, 3, 4))])
     for a, b in zip(*results, strict=True):
@@ -305,23 +305,24 @@ def test_traced_without_a_break(device):
 
 @pytest.mark.parametrize("op", ["noised", "generator_loss", "fake_score_loss"])
 def test_registration_is_sound(device, op):
-    """Schema, fake tensors and autograd, by torch's own check."""
+    """Schema, fake tensors and autograd pass torch's opcheck."""
     y, sigma, noise, teacher, fake_score = (
         t.to(memory_format=torch.channels_last) if t.dim() == 4 else t
         for t in make((2, 3, 8, 8), device)
     )
-    kept = torch.ones(2, dtype=torch.bool, device=device)
+    valid = torch.ones(2, dtype=torch.bool, device=device)
     leaves = [t.clone().requires_grad_(True) for t in (teacher, fake_score, y)]
     arguments = {
-        "noised": (leaves[2], sigma, noise, kept, torch.float32, DATA),
-        "generator_loss": (*leaves[:2], noise, leaves[2], sigma, kept, ALPHA, DATA),
-        "fake_score_loss": (leaves[1], noise, y, sigma, kept, DATA),
+        "noised": (leaves[2], sigma, noise, valid, torch.float32, DATA),
+        "generator_loss": (*leaves[:2], noise, leaves[2], sigma, valid, ALPHA, DATA),
+        "fake_score_loss": (leaves[1], noise, y, sigma, valid, DATA),
     }[op]
     torch.library.opcheck(getattr(torch.ops.sid_fast, op).default, arguments)
 
 
-def test_floors_are_those_counted_by_hand():
-    """Of the generator, 10 numbers: F_φ, F_ψ and their gradients in 16 bit; x_t, y, y's in 32."""
+def test_bytes_and_flop_equal_a_count_by_hand():
+    """Per element: F_φ, F_ψ and their gradients in 16 bit; x_t, y and the gradient of y in 32."""
     assert module.bytes_moved(10, "generator_loss", 2) == 10 * (4 * 2 + 3 * 4)
-    # r, f, e and d 7, their three sums 5; then 7 again, 2 divisions by w, and 3 + 3 + 1.
+    # First pass: 7 for r, f, e and d, 5 for their three sums. Second: 7 again, 2 divisions by w,
+    # 3 + 3 + 1 for the gradients.
     assert module.flop(10, "generator_loss") == 10 * (7 + 5 + 7 + 2 + 7)

@@ -1,4 +1,4 @@
-"""The form of the U-Net that makes no idle passes."""
+"""The fused U-Net: no unfused passes, the same outputs and gradients, low-precision copies."""
 
 import copy
 import dataclasses
@@ -24,27 +24,27 @@ NETWORKS = {"cifar10": passes.CIFAR10, "imagenet64": passes.IMAGENET64, "ffhq64"
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_no_pass_is_idle(name):
-    """Element-wise, cat, pad, cast or layout operation on a feature map: there is none."""
-    found = passes.of_network(NETWORKS[name], "triton", torch.bfloat16)
-    assert {p.name.partition("::")[0] for p in found} == {"aten", "sid_fast"}
-    # What attention's kernel leaves to add up, of the bias, is larger than an image in ADM.
-    idle = [p for p in found if p.idle and not (p.name == "aten::sum" and p.backward)]
+def test_no_pass_is_unfused(name):
+    """There is no element-wise, cat, pad, cast or layout operation on a feature map."""
+    fused = passes.of_network(NETWORKS[name], "triton", torch.bfloat16)
+    assert {p.name.partition("::")[0] for p in fused} == {"aten", "sid_fast"}
+    # Exception: the sum of attention's partial bias gradients, which in ADM exceed an image.
+    idle = [p for p in fused if p.idle and not (p.name == "aten::sum" and p.backward)]
     assert not idle
-    assert max((p.bytes for p in found if p.name == "aten::sum"), default=0) < 2**23
-    plain = passes.of_network(NETWORKS[name], "eager", torch.bfloat16)
-    assert sum(p.bytes for p in found) < 0.52 * sum(p.bytes for p in plain)
+    assert max((p.bytes for p in fused if p.name == "aten::sum"), default=0) < 2**23
+    eager = passes.of_network(NETWORKS[name], "eager", torch.bfloat16)
+    assert sum(p.bytes for p in fused) < 0.52 * sum(p.bytes for p in eager)
 
 
-def test_the_count_sees_an_idle_pass(monkeypatch):
+def test_an_unfused_pass_is_counted(monkeypatch):
     def halves(self, x, *others, **named):
         x, h_for_skip = forward(self, x, *others, **named)
         return x._replace(x=x.x * 0.5), h_for_skip
 
     forward = Block.forward
     monkeypatch.setattr(Block, "forward", halves)
-    found = passes.of_network(SMALL, "triton", torch.bfloat16)
-    assert {p.name for p in found if p.idle} == {"aten::mul"}
+    counted = passes.of_network(SMALL, "triton", torch.bfloat16)
+    assert {p.name for p in counted if p.idle} == {"aten::mul"}
 
 
 def small(architecture: str = "ddpmpp", device: torch.device | str = "cpu") -> EDMNetwork:
@@ -56,28 +56,29 @@ def small(architecture: str = "ddpmpp", device: torch.device | str = "cpu") -> E
     return net.to(device)
 
 
-def outcome(net: EDMNetwork, form, **kwargs) -> list[torch.Tensor]:
-    """D of fixed images, its gradient into them and into every parameter."""
+def outcome(net: EDMNetwork, backends, **kwargs) -> list[torch.Tensor]:
+    """Return D of fixed images and its gradients for the images and every parameter."""
     rng = torch.Generator().manual_seed(1)
     device = next(net.parameters()).device
     x = torch.randn(3, 3, 8, 8, generator=rng).to(device).requires_grad_()
     labels = torch.eye(10, device=device)[[1, 5, 7]]
-    sigma, warp = (torch.tensor(v, device=device) for v in ([0.1, 1.0, 10.0], [[0.1] * 9] * 3))
+    sigma = torch.tensor([0.1, 1.0, 10.0], device=device)
+    augment_labels = torch.tensor([[0.1] * 9] * 3, device=device)
     net.zero_grad()
-    with dispatch.forced(form):
-        out = net(x, sigma, labels, warp)
+    with dispatch.forced(backends):
+        out = net(x, sigma, labels, augment_labels)
         (out * torch.randn(out.shape, generator=rng).to(device)).sum().backward()
     return [out.detach(), x.grad, *(p.grad.clone() for p in net.parameters() if p.requires_grad)]
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("architecture", ["ddpmpp", "adm"])
-def test_equals_the_plain_form(architecture, frozen):
-    """With PyTorch's own operations in both; golden data compare the kernels."""
+def test_fused_blocks_equal_eager_blocks(architecture, frozen):
+    """Both run eager kernels inside; golden data test the Triton kernels."""
     net = small(architecture).requires_grad_(not frozen)
     pairs = zip(outcome(net, {"block": "triton"}), outcome(net, "eager"), strict=True)
-    for found, expected in pairs:
-        assert relative(found, expected) <= 1e-5 or not expected.any()
+    for fused, eager in pairs:
+        assert relative(fused, eager) <= 1e-5 or not eager.any()
 
 
 def test_sixteen_bit_stays_close_and_gradients_reach_the_float32_weights():
@@ -85,33 +86,34 @@ def test_sixteen_bit_stays_close_and_gradients_reach_the_float32_weights():
     expected = outcome(net, {"block": "triton"})
     half = copy.deepcopy(net)
     half.compute_dtype = torch.bfloat16
-    found = outcome(half, {"block": "triton"})
+    results = outcome(half, {"block": "triton"})
     assert all(p.grad.dtype == torch.float32 for p in half.parameters())
-    assert relative(found[0], expected[0]) <= 2e-2
-    errors = [relative(a, b) for a, b in zip(found[1:], expected[1:], strict=True) if b.any()]
+    assert relative(results[0], expected[0]) <= 2e-2
+    errors = [relative(a, b) for a, b in zip(results[1:], expected[1:], strict=True) if b.any()]
     assert sorted(errors)[len(errors) // 2] <= 5e-2
 
 
-@pytest.mark.parametrize("form", [{"block": "triton"}, {"block": "eager"}])
+@pytest.mark.parametrize("backends", [{"block": "triton"}, {"block": "eager"}])
 @pytest.mark.parametrize("architecture", ["ddpmpp", "ncsnpp", "adm"])
-def test_copies_give_every_parameter_the_gradient_of_a_cast_at_every_use(architecture, form):
-    """Over two rounds, in float32; but for roundings, as the copies hold sums of biases."""
+def test_gradients_through_copies_equal_those_through_casts(architecture, backends):
+    """Accumulated over two micro-batches in float32, up to rounding: copies hold sums of biases."""
     net = small(architecture)
     cast, copied = copy.deepcopy(net), copy.deepcopy(net)
     cast.compute_dtype = torch.bfloat16
     copied.compute_in(torch.bfloat16)
     gradients = DDPGradSync(copied)
     addresses = [p.grad.data_ptr() for p in copied.parameters()]
-    for step in range(2):  # what is left of one is not seen in the next
+    for step in range(2):  # the second step must not see gradients of the first
         for p in cast.parameters():
             p.grad = torch.zeros_like(p)
         for scale in (1.0, 0.25):
             for each in (cast, copied):
                 rng = torch.Generator().manual_seed(1)
                 x, weight = torch.randn(2, 3, 3, 8, 8, generator=rng)
-                labels, warp = torch.eye(10)[[1, 5, 7]], torch.ones(3, 9) * 0.1
-                with dispatch.forced(form):
-                    out = each(x, torch.tensor([0.1, 1.0, 10.0]), labels, None if step else warp)
+                labels, sigma = torch.eye(10)[[1, 5, 7]], torch.tensor([0.1, 1.0, 10.0])
+                augment_labels = None if step else torch.ones(3, 9) * 0.1
+                with dispatch.forced(backends):
+                    out = each(x, sigma, labels, augment_labels)
                 loss = (out * weight).sum((1, 2, 3))
                 if each is cast:
                     (loss.sum() * scale).backward()
@@ -127,7 +129,7 @@ def test_copies_give_every_parameter_the_gradient_of_a_cast_at_every_use(archite
 
 
 def test_float16_loses_no_gradient_to_an_overflow(device):
-    """A convolution whose output is beyond the type: the norm behind it brings it back."""
+    """A convolution's output exceeds float16; the norm after it restores the range."""
     net = small(device=device)
     with torch.no_grad():
         net.model.enc["8x8_block0"].norm0.weight.fill_(1.0)
@@ -143,9 +145,9 @@ def test_float16_loses_no_gradient_to_an_overflow(device):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.nn.functional.conv2d", watch)
-        found = outcome(net, "triton")
+        results = outcome(net, "triton")
     assert any(overflowed)
-    assert all(t.isfinite().all() for t in found)
+    assert all(t.isfinite().all() for t in results)
 
 
 @pytest.mark.parametrize("architecture", ["ddpmpp", "adm"])
@@ -178,7 +180,7 @@ def test_copies_follow_their_parameters(architecture):
         assert rows[0].dtype == torch.float32
 
 
-def test_copies_take_gradients_when_their_network_does():
+def test_copies_require_gradients_unless_their_network_is_frozen():
     net = small()
     net.compute_in(torch.bfloat16)
     assert all(leaf.tensor.requires_grad for leaf in net.compute_copies)
@@ -187,20 +189,20 @@ def test_copies_take_gradients_when_their_network_does():
         assert not net(torch.randn(2, 3, 8, 8), torch.ones(2)).requires_grad
 
 
-def test_an_update_leaves_no_copy_behind():
+def test_an_update_refreshes_every_copy():
     settings = Settings(batch_size=2, generator_lr=1e-2, precision="bf16")
     distiller = Distiller(small(), settings)
     before = distiller.generator.model.conditioning.conv_bias.clone()
     distiller.step()
     generator = distiller.generator
-    found = [leaf.tensor.clone() for leaf in generator.compute_copies]
+    copies = [leaf.tensor.clone() for leaf in generator.compute_copies]
     assert not torch.equal(generator.model.conditioning.conv_bias, before)
     generator.update_compute_copies()
-    assert all(map(torch.equal, found, (leaf.tensor for leaf in generator.compute_copies)))
+    assert all(map(torch.equal, copies, (leaf.tensor for leaf in generator.compute_copies)))
 
 
-def test_every_block_drops_by_a_seed_of_its_own():
-    """Read from the blocks: a row each of one tensor, which every micro-batch rewrites."""
+def test_every_block_has_its_own_dropout_seed():
+    """Blocks' seeds are rows of one tensor, rewritten for each micro-batch."""
     distiller, seeds = Distiller(small(), Settings(batch_size=2, dropout=0.5)), []
     for phase in distiller.method.phases:
         distiller.backward(phase, first=True, last=True)
@@ -209,7 +211,7 @@ def test_every_block_drops_by_a_seed_of_its_own():
     assert len(set(seeds)) == len(seeds) == 2 * len(blocks)
 
 
-def test_a_frozen_network_keeps_no_float32_copy_of_what_it_computes_with():
+def test_a_frozen_network_stores_its_weights_in_16_bits_only():
     net = small().requires_grad_(False)
     expected = copy.deepcopy(net)
     expected.compute_dtype = torch.bfloat16
@@ -217,14 +219,14 @@ def test_a_frozen_network_keeps_no_float32_copy_of_what_it_computes_with():
     kinds = {p.dtype for n, p in net.model.enc.named_parameters() if p.dim() > 1}
     assert kinds == {torch.bfloat16}
     inputs = torch.randn(2, 3, 8, 8), torch.ones(2)
-    for form in ({"block": "triton"}, {"block": "eager"}):
-        with dispatch.forced(form):
+    for backends in ({"block": "triton"}, {"block": "eager"}):
+        with dispatch.forced(backends):
             assert relative(net(*inputs), expected(*inputs)) <= 1e-2
 
 
 @pytest.mark.parametrize("architecture", ["ddpmpp", "adm"])
 def test_a_block_compiles_without_a_graph_break(architecture, device):
-    """With its custom operations, forward and backward."""
+    """Includes its custom operators, forward and backward."""
     net = small(architecture, device).train()
     block = net.model.dec["4x4_in0"]  # with attention
     net.set_dropout(0.0)
@@ -247,19 +249,19 @@ def test_a_block_compiles_without_a_graph_break(architecture, device):
     with dispatch.forced("triton"):
         expected = run(block)
         block.compile(fullgraph=True, backend="aot_eager")
-        found = run(block)
-    for a, b in zip(found, expected, strict=True):
+        results = run(block)
+    for a, b in zip(results, expected, strict=True):
         assert relative(a, b) <= 1e-6
 
 
 @pytest.mark.parametrize("architecture", ["ddpmpp", "adm"])
-def test_a_state_dict_has_the_published_order_of_qkv(architecture):
+def test_a_state_dict_has_upstreams_order_of_qkv(architecture):
     net = small(architecture)
     qkv = net.model.dec["4x4_in0"].qkv
     state = net.state_dict()
-    published = state["model.dec.4x4_in0.qkv.weight"]
+    upstream = state["model.dec.4x4_in0.qkv.weight"]
     size = qkv.channels // qkv.heads
-    rows = published.unflatten(0, (qkv.heads, size, 3))
+    rows = upstream.unflatten(0, (qkv.heads, size, 3))
     assert torch.equal(rows[:, :, 1].flatten(0, 1), qkv.weight.chunk(3)[1])
     again = EDMNetwork(net.config)
     again.load_state_dict(state)
