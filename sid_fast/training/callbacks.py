@@ -12,8 +12,8 @@ from sid_fast.data.images import save_grid
 from sid_fast.data.readers import choose
 from sid_fast.evaluation.curve import save_curve
 from sid_fast.evaluation.features import label, load_detector
-from sid_fast.evaluation.references import real_sample
-from sid_fast.evaluation.sample import StageTimer, compare, generated, look
+from sid_fast.evaluation.references import real_stats
+from sid_fast.evaluation.sample import StageTimer, compare, compute_stats, generate_batches
 from sid_fast.models import EDMNetwork
 from sid_fast.models.registry import save_network
 from sid_fast.performance import fsdp, process_group
@@ -101,7 +101,7 @@ class Evaluations:
             self.detector = load_detector(options.detector, device, options.trust)
         self.name = label("frechet_distance", self.detector)
         reader = choose() if data else "plain"
-        self.real = real_sample(options.ref, data, self.detector, self.clock, reader)
+        self.real = real_stats(options.ref, data, self.detector, self.clock, reader)
 
     def __call__(self, folder: Path) -> dict[str, float]:
         """Evaluate; return metrics for the log on rank 0, and nothing on the others."""
@@ -129,8 +129,8 @@ class Evaluations:
         return results | {"evaluation_s": time.perf_counter() - began}
 
     def _metrics(self, net: EDMNetwork, sigma: float | None, steps: int) -> dict[str, float]:
-        images = generated(net, range(self.count), sigma, steps, self.cuda_graph)
-        sample = look(images, self.count, self.detector, self.clock, "evaluation")
+        images = generate_batches(net, range(self.count), sigma, steps, self.cuda_graph)
+        sample = compute_stats(images, self.count, self.detector, self.clock, "evaluation")
         if process_group.rank():
             return {}
         metrics = ("fid", "kid") if self.count < FID_ONLY_FROM else ("fid",)

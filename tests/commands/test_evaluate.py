@@ -252,8 +252,8 @@ def test_any_file_of_a_folder_changes_its_digest(tmp_path):
 def test_features_of_a_large_set_are_spread_over_it(tmp_path, monkeypatch):
     from sid_fast.evaluation import references
 
-    monkeypatch.setattr(references, "KEPT", 100)
-    monkeypatch.setattr(sample, "KEPT", 100)
+    monkeypatch.setattr(references, "MAX_FEATURES", 100)
+    monkeypatch.setattr(sample, "MAX_FEATURES", 100)
     write_dataset(tmp_path / "large.zip", pictures(150))  # several batches
     data = ImageDataset(tmp_path / "large.zip")
     found = measure(data, load_detector("pixels", CPU), StageTimer(CPU))
@@ -285,10 +285,12 @@ def test_replayed_generation_makes_the_same_images(device, monkeypatch, steps):
     """The last group filled up, and over several batches; so too where the capture fails."""
     net = small_teacher().to(device).eval()
     size = group_size(device, 8)
-    monkeypatch.setattr(sample, "GENERATED", size + 3)
+    monkeypatch.setattr(sample, "GENERATION_BATCH", size + 3)
 
     def images(**options) -> torch.Tensor:
-        return torch.cat(list(sample.generated(net, range(2 * size + 1), 2.5, steps, **options)))
+        return torch.cat(
+            list(sample.generate_batches(net, range(2 * size + 1), 2.5, steps, **options))
+        )
 
     expected = images()
     assert len(expected.unique(dim=0)) == len(expected)
