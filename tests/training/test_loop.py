@@ -38,7 +38,7 @@ def test_a_run_that_keeps_failing_stops_with_its_last_good_state(tmp_path, run_c
     assert (out / "state-000000020").exists()
 
 
-def test_a_run_leaves_pictures_figures_and_a_network_that_knows_itself(tmp_path, run_command):
+def test_a_run_leaves_pictures_metrics_and_a_network_that_knows_itself(tmp_path, run_command):
     save_network(tmp_path / "teacher.safetensors", small_teacher())
     out = tmp_path / "run"
     status, _ = run_command(
@@ -157,8 +157,8 @@ def test_the_time_of_an_evaluation_is_not_in_the_throughput(tmp_path, run_comman
         return call
 
     monkeypatch.setattr(Distiller, "step", taking(1, Distiller.step))
-    evaluate = callbacks.Evaluations._figures
-    monkeypatch.setattr(callbacks.Evaluations, "_figures", taking(1000, evaluate))
+    evaluate = callbacks.Evaluations._metrics
+    monkeypatch.setattr(callbacks.Evaluations, "_metrics", taking(1000, evaluate))
     save_network(tmp_path / "teacher.safetensors", small_teacher())
     status, _ = run_command(
         "train", "--teacher", tmp_path / "teacher.safetensors", "--data", "digits", "--out",
