@@ -41,7 +41,7 @@ from sid_fast.models.teachers import TEACHERS
 from sid_fast.performance import cuda_graphs, fsdp, mixed_precision, process_group
 from sid_fast.performance.cuda_graphs import CapturedGraph, warm_up
 from sid_fast.tools import estimator, graph_trial
-from tests.golden import (
+from tests.helpers.golden import (
     TRAJECTORY_TOLERANCE,
     golden_draws,
     golden_settings,

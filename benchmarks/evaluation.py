@@ -27,7 +27,13 @@ from sid_fast.data.datasets import ImageDataset, write_dataset
 from sid_fast.data.readers import choose, read
 from sid_fast.evaluation import references
 from sid_fast.evaluation.features import load_detector
-from sid_fast.evaluation.sample import FeatureStats, StageTimer, compare, generated, look
+from sid_fast.evaluation.sample import (
+    FeatureStats,
+    StageTimer,
+    compare,
+    compute_stats,
+    generate_batches,
+)
 from sid_fast.models import NetworkConfig
 from sid_fast.models.teachers import TEACHERS
 from sid_fast.performance import process_group
@@ -144,11 +150,13 @@ def run(options: Options, given: set[str]) -> None:
         bench.readers(data, best)
 
         def generate(n: int, clock: StageTimer) -> FeatureStats:
-            return look(generated(net, range(n), INIT_SIGMA), n, detector, clock, "generated")
+            return compute_stats(
+                generate_batches(net, range(n), INIT_SIGMA), n, detector, clock, "generated"
+            )
 
         generate(min(count, WARM_UP), StageTimer(device))
         look_at_real = partial(references.measure, data, detector, reader=best)
-        real = bench.passes("reference", len(data), lambda clock: look_at_real(clock=clock))
+        real = bench.passes("reference", len(data), lambda clock: look_at_real(timer=clock))
         sample = bench.passes("generated", count, partial(generate, count))
         bench.passes("comparison", None, partial(compare, real, sample, detector))
     print(f"kept as {record.path} and .csv")

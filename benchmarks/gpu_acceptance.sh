@@ -125,7 +125,8 @@ check=("$python" -m benchmarks.check --append --out "$out/check.json" --only)
 train=("$python" -m benchmarks.train --append --seconds BUDGET --out "$out/train.json")
 kernels=("$python" -m benchmarks.kernels --append --seconds BUDGET --out "$out/kernels.json")
 pytest=(-q -p no:cacheprovider -o addopts= -rfE)
-tests=(tests/test_{attention,group_norm,sid_loss,augment,adam_ema,fused}.py)
+tests=(tests/kernels/test_{attention,group_norm,sid_loss,augment,adam_ema}.py
+    tests/models/test_fused.py)
 processes=$(nproc)
 ((processes > 8)) && processes=8
 if "$python" -c 'import xdist' 2>/dev/null; then
@@ -180,7 +181,7 @@ else # small, and in each part something
     part "training, Triton's kernels" 12 "${train[@]}" --micro-batch 1 --turns 1 --share 1 \
         --variants "ours fp32"
     part "checks of networks" 20 "${check[@]}" "network cifar10-uncond fp32"
-    part "kernel tests" 15 "${pytest[@]}" tests/test_sid_loss.py -k "hand or limit"
+    part "kernel tests" 15 "${pytest[@]}" tests/kernels/test_sid_loss.py -k "hand or limit"
     part "kernels" 15 "${kernels[@]}" --dtype fp32 --kernel sid_loss --rivals eager
     part "training, all variants" 15 "${train[@]}" --micro-batch 1 --turns 1 --share 1 \
         --variants "ours fp32,published"

@@ -1,8 +1,8 @@
-"""The update of a network: gradient clean-up, Adam, moving average and 16-bit copy, in one launch.
+"""Gradient clean-up, Adam, EMA and 16-bit weight copies of all parameters, in one launch.
 
-The kernels walk a table: a row of pointers for every CHUNK numbers of every parameter, so that
-hundreds of tensors of any size are one launch whose programs all do the same work: as many as
-the device runs at once, each of them every so many rows.
+The kernels iterate over a pointer table with one row for each chunk of CHUNK elements of each
+parameter. Hundreds of tensors of any size are thus updated by one launch. Its programs, as many as
+run on the device at once, do equal work: each takes every n-th row, n being the number of programs.
 """
 
 import dataclasses
@@ -17,10 +17,11 @@ from sid_fast.kernels._triton import tl, triton
 from sid_fast.kernels.dispatch import choose
 
 CHUNK = 1024
-# Columns of a row: addresses of the chunk in params, grads, exp_avg, exp_avg_sq and ema, and of the
-# whole compute weight (0 where there is none); numbers in the chunk; where it starts in its tensor;
-# input channels and taps in the compute weight's order (taps 1: the parameter's own order); whether
-# the chunk is full and every address is aligned for 16-byte accesses.
+# Columns of a row: 0-4 addresses of the chunk in params, grads, exp_avg, exp_avg_sq and ema; 5 the
+# address of the compute weight's first element (addresses are 0 for absent tensors); 6 elements in
+# the chunk; 7 the chunk's offset in its tensor; 8 input channels, 9 kernel taps of a channels-last
+# compute weight (1 tap: in the parameter's order); 10 whether the chunk is full and every address
+# is aligned to 16 bytes.
 COLUMNS = 11
 BLOCKS_PER_SM = 3
 COMPUTE_DTYPES = {torch.bfloat16: 1, torch.float16: 2}
@@ -43,21 +44,36 @@ def adam_ema(
     ema_beta: float | torch.Tensor = 0.0,
     compute_weights: list[torch.Tensor | None] | None = None,
 ) -> torch.Tensor:
-    """Adam (arXiv 1412.6980, algorithm 1) on cleaned gradients; then ema ← p + β(ema − p).
+    """Apply Adam (arXiv 1412.6980, algorithm 1) to cleaned gradients, then ema ← p + β(ema − p).
 
-    Lists run over the parameters, float32, and are updated in place. Gradients are cleaned
-    first, as the published implementation does: NaN → 0, ±inf → ±1e5. exp_avg is empty when
-    β1 = 0: the first moment is then the gradient and is not kept. ema is empty where no average
-    is wanted. compute_weights, if given, holds a 16-bit copy of every parameter, all bfloat16 or
-    all float16, in its own memory order or channels-last, and None for one that is used as it is.
+    All tensors in the lists are updated in place. Gradients are cleaned first, as upstream does:
+    NaN → 0, ±inf → ±1e5. Scalars that are tensors need no host synchronisation, and a CUDA graph
+    can replay the update with new values.
 
-    step is a float64 scalar, the updates made so far; enabled is a bool scalar, and False leaves
-    all but the gradients as it was, to the bit. Both are tensors, so that the host need not know
-    them; lr and ema_beta may be, and then a CUDA graph can replay the update with other values
-    (float64: 1 − β would lose its digits in less).
+    Args:
+        params: the parameters, float32; the other lists are in the same order, float32 unless
+            stated otherwise.
+        grads: their gradients.
+        exp_avg: first moments; empty if β1 = 0, when the first moment is the gradient.
+        exp_avg_sq: second moments.
+        ema: exponential moving averages; empty for none.
+        step: number of updates so far, float64 scalar tensor; incremented in place.
+        enabled: bool scalar tensor; if False, only the gradients are cleaned, and everything else
+            stays bit-identical.
+        lr: learning rate, a number or a float64 scalar tensor.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: added to the denominator.
+        ema_beta: decay of the EMA, a number or a float64 scalar tensor (1 − β needs the precision).
+        compute_weights: 16-bit copies of the parameters, all bfloat16 or all float16, each in its
+            parameter's memory order or channels-last; None for a parameter without a copy.
 
-    Returns how many gradient values were not finite, an int64 scalar. Raises ValueError where a
-    kernel cannot walk the tensors: a parameter with gaps or strides other than its companions'.
+    Returns:
+        The number of non-finite gradient values, an int64 scalar tensor.
+
+    Raises:
+        ValueError: if a kernel cannot iterate over the tensors: a parameter has gaps, or strides
+            other than its gradient's or its states', or a dtype is unsupported.
     """
 
     def scalar(value: float | torch.Tensor) -> torch.Tensor:
@@ -95,7 +111,7 @@ def _run_adam_ema(
     step += enabled
     nonfinite = torch.zeros((), dtype=torch.int64, device=step.device)
     compute_dtype = next((COMPUTE_DTYPES[t.dtype] for t in compute_weights if t is not None), 0)
-    programs = min(len(table), _resident(step.device))
+    programs = min(len(table), _resident_programs(step.device))
     if backend == "triton":
         _adam_ema_kernel[(programs,)](
             table, step, enabled, lr, ema_beta, nonfinite, len(table),
@@ -104,23 +120,25 @@ def _run_adam_ema(
         return nonfinite
 
     library = _cuda.library()
-    assert library is not None  # or `choose` would not have said so
+    assert library is not None  # otherwise `choose` would not return "cuda"
     pointers = [t.data_ptr() for t in (table, step, enabled, lr, ema_beta, nonfinite)]
     arguments = *pointers, len(table), beta1, beta2, eps, compute_dtype
     if step.is_cuda:
         with torch.cuda.device(step.device):
             stream = torch.cuda.current_stream().cuda_stream
             if status := library.sid_fast_adam_ema_cuda(*arguments, programs, stream):
-                raise RuntimeError(f"adam_ema: the CUDA kernel did not start, cudaError {status}")
+                raise RuntimeError(
+                    f"adam_ema: the CUDA kernel failed to launch: cudaError {status}"
+                )
     else:
         library.sid_fast_adam_ema_host(*arguments)
     return nonfinite
 
 
-def _resident(device: torch.device) -> int:
-    """How many programs of 8 warps and up to 80 registers a thread run at once."""
+def _resident_programs(device: torch.device) -> int:
+    """Return how many programs of 8 warps, at up to 80 registers per thread, run at once."""
     if device.type != "cuda":
-        return BLOCKS_PER_SM  # the interpreter, one after another
+        return BLOCKS_PER_SM  # the interpreter runs them sequentially
     return BLOCKS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -147,7 +165,7 @@ def adam_ema_eager(
     eps,
     ema_beta,
 ) -> torch.Tensor:
-    """adam_ema in plain PyTorch, for float32 and float64 lists; lr and ema_beta are tensors.
+    """Apply `adam_ema` in plain PyTorch, in float32 or float64; lr and ema_beta are tensors.
 
     Walks whole lists: a few dozen launches, whatever the number of tensors.
     """
@@ -206,34 +224,34 @@ def _write(
 
 
 def _flat(t: torch.Tensor) -> torch.Tensor:
-    """The numbers of t in the order of memory, a view if t is dense."""
+    """Flatten t in memory order; a view if t is dense."""
     return t.permute(sorted(range(t.dim()), key=lambda d: -t.stride()[d])).reshape(-1)
 
 
 def bytes_moved(numel: int, moment: bool, ema: bool, compute_weights: bool) -> int:
-    """What an update of numel parameters reads and writes; the gradient is only read."""
+    """Return the bytes that an update of numel parameters reads and writes; gradients are read."""
     return numel * (4 + 8 + 8 + 8 * moment + 8 * ema + 2 * compute_weights)
 
 
 def flop(numel: int, moment: bool, ema: bool) -> int:
-    """What an update of numel parameters computes: 4 for g² and its mean, 6 for the step."""
+    """Return the FLOP of an update of numel parameters: 4 for g² and its mean, 6 for the step."""
     return numel * (10 + 3 * moment + 3 * ema)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """Everything that a table is made from, so that equal layouts have equal tables.
+    """Everything a pointer table depends on, as the cache key: equal layouts have equal tables.
 
-    Compares memory, not tensor objects: these may get other storage, or be new objects for the
-    same storage, and a new object may have the id of a dead one. Hashes only the addresses,
-    because hashing 2,000 sizes and strides takes longer than everything else.
+    Compares memory, not tensor objects: an object may get new storage, two objects may share
+    storage, and a new object may reuse the id of a freed one. The hash covers only the addresses,
+    because hashing 2,000 shapes and strides would take longer than everything else.
     """
 
     addresses: tuple[int, ...]
     shapes: tuple[torch.Size, ...]
     strides: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
-    lengths: tuple[int, ...]  # of the lists
+    lengths: tuple[int, ...]  # of params, grads, …
     without_compute_weights: tuple[int, ...]
     device: torch.device
 
@@ -254,18 +272,20 @@ def _layout(*lists: list[torch.Tensor | None]) -> _Layout:
     )
 
 
-# Tables are never dropped: a CUDA graph may read them.
+# Tables are never freed: a captured CUDA graph may read them.
 _tables: dict[_Layout, torch.Tensor] = {}
 
 
 def _table(params, grads, exp_avg, exp_avg_sq, ema, compute_weights) -> torch.Tensor:
-    """The rows of COLUMNS numbers for these tensors, int64 on their device."""
+    """Return the pointer table of these tensors, int64 [rows, COLUMNS], on their device."""
     companions = [grads, exp_avg, exp_avg_sq, ema]
     layout = _layout(params, *companions, compute_weights)
     table = _tables.get(layout)
     if table is None:
         if len({t.dtype for t in compute_weights if t is not None}) > 1:
-            raise ValueError("adam_ema: compute_weights has copies of both types; use one for all")
+            raise ValueError(
+                "adam_ema: compute_weights mixes bfloat16 and float16: use one of them"
+            )
         rows = [
             _rows(
                 p, [tensors[i] if tensors else None for tensors in (*companions, compute_weights)]
@@ -277,32 +297,32 @@ def _table(params, grads, exp_avg, exp_avg_sq, ema, compute_weights) -> torch.Te
 
 
 def _rows(p: torch.Tensor, others: list[torch.Tensor | None]) -> torch.Tensor:
-    """Rows of a parameter; others: its grad, exp_avg, exp_avg_sq, ema and compute weight."""
+    """Return a parameter's rows; others: its grad, exp_avg, exp_avg_sq, ema, compute weight."""
     *companions, weight = others
     tensors = [p, *companions]
     for t in tensors:
         if t is not None and (t.dtype != torch.float32 or _order(t) != _order(p)):
             raise ValueError(
-                f"adam_ema: {t.dtype} tensor of strides {t.stride()} beside a parameter "
-                f"{tuple(p.shape)} of strides {p.stride()}; use float32 and the same strides"
+                f"adam_ema: {t.dtype} tensor with strides {t.stride()} for a parameter "
+                f"{tuple(p.shape)} with strides {p.stride()}: use float32 and equal strides"
             )
     inner, taps = 1, 1
     if weight is not None:
         if weight.dtype not in COMPUTE_DTYPES:
             raise ValueError(
-                f"adam_ema: compute_weights in {weight.dtype}: use bfloat16 or float16"
+                f"adam_ema: compute_weights are {weight.dtype}: use bfloat16 or float16"
             )
         if _order(weight) != _order(p):
             channels_last = p.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
             if not (channels_last and p.is_contiguous() and weight.shape == p.shape):
                 raise ValueError(
-                    f"adam_ema: compute_weights of strides {weight.stride()} for a parameter of "
-                    f"strides {p.stride()}; use the same strides or channels-last"
+                    f"adam_ema: compute weight with strides {weight.stride()} for a parameter with "
+                    f"strides {p.stride()}: use the same strides or channels-last"
                 )
             inner, taps = p.shape[1], p.shape[2] * p.shape[3]
 
     if p.numel() >= 2**31:
-        raise ValueError(f"adam_ema: a parameter of {p.numel()} numbers; at most 2³¹ − 1 are taken")
+        raise ValueError(f"adam_ema: a parameter has {p.numel()} elements: at most 2³¹ − 1 fit")
     starts = torch.arange(0, p.numel(), CHUNK)
     rows = torch.zeros(len(starts), COLUMNS, dtype=torch.int64)
     aligned = True
@@ -321,86 +341,86 @@ def _rows(p: torch.Tensor, others: list[torch.Tensor | None]) -> torch.Tensor:
 
 
 def _order(t: torch.Tensor) -> list[tuple[int, int]]:
-    """The sizes and strides that decide the order of numbers in memory; no gaps allowed."""
+    """Return the sizes and strides that define the memory order; ValueError if t has gaps."""
     order = [(size, stride) for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]
     if 1 + sum((size - 1) * stride for size, stride in order) != t.numel():
-        raise ValueError(f"adam_ema: a tensor {tuple(t.shape)} of strides {t.stride()} has gaps")
+        raise ValueError(f"adam_ema: a tensor {tuple(t.shape)} with strides {t.stride()} has gaps")
     return order
 
 
 @triton.jit
 def _coefficients(step, lr, ema_beta, BETA1: tl.constexpr, BETA2: tl.constexpr):
-    """lr/(1 − β1ᵗ), √(1 − β2ᵗ) and 1 − β of the average, in float64 until they are small."""
+    """Return lr/(1 − β1ᵗ), √(1 − β2ᵗ) and 1 − ema_beta, differences computed in float64."""
     t = tl.load(step)
-    rate = tl.load(lr)
+    step_size = tl.load(lr)
     if BETA1 > 0:
-        rate = rate / (1 - tl.exp(t * tl.log(tl.full((), BETA1, tl.float64))))
+        step_size = step_size / (1 - tl.exp(t * tl.log(tl.full((), BETA1, tl.float64))))
     correction2 = 1 - tl.exp(t * tl.log(tl.full((), BETA2, tl.float64)))
-    share = 1 - tl.load(ema_beta)
-    return rate.to(tl.float32), tl.sqrt(correction2.to(tl.float32)), share.to(tl.float32)
+    ema_weight = 1 - tl.load(ema_beta)
+    return step_size.to(tl.float32), tl.sqrt(correction2.to(tl.float32)), ema_weight.to(tl.float32)
 
 
 @triton.jit
-def _numbers(row, column: tl.constexpr, offsets, FULL: tl.constexpr):
-    """Pointers to the chunk's numbers in one list; a full one allows 16-byte accesses."""
-    numbers = tl.load(row + column).to(tl.pointer_type(tl.float32)) + offsets
-    return tl.multiple_of(numbers, [16]) if FULL else numbers
+def _element_pointers(row, column: tl.constexpr, offsets, FULL: tl.constexpr):
+    """Return pointers to the chunk's elements of one tensor; FULL allows 16-byte accesses."""
+    pointers = tl.load(row + column).to(tl.pointer_type(tl.float32)) + offsets
+    return tl.multiple_of(pointers, [16]) if FULL else pointers
 
 
 @triton.jit
 def _chunk(
-    row, nonfinite, on, rate, root2, share,
+    row, nonfinite, is_enabled, step_size, correction2_sqrt, ema_weight,
     BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, MOMENT: tl.constexpr,
     EMA: tl.constexpr, COMPUTE: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.arange(0, CHUNK)
     count = tl.load(row + 6).to(tl.int32)
     inside = offsets < (CHUNK if FULL else count)
-    grads = _numbers(row, 1, offsets, FULL)
-    params = _numbers(row, 0, offsets, FULL)
-    squares = _numbers(row, 3, offsets, FULL)
+    grads = _element_pointers(row, 1, offsets, FULL)
+    params = _element_pointers(row, 0, offsets, FULL)
+    squares = _element_pointers(row, 3, offsets, FULL)
     g = tl.load(grads, mask=inside, other=0.0)
     # Load everything before the reduction below, which waits for the gradient: one round trip to
-    # memory per chunk instead of two. Without `on` the loads are wasted, which is rare.
+    # memory per chunk instead of two. The loads are wasted if not enabled, which is rare.
     p = tl.load(params, mask=inside)
     v = tl.load(squares, mask=inside)
     if MOMENT:
-        moments = _numbers(row, 2, offsets, FULL)
+        moments = _element_pointers(row, 2, offsets, FULL)
         moment = tl.load(moments, mask=inside)
     if EMA:
-        averages = _numbers(row, 4, offsets, FULL)
+        averages = _element_pointers(row, 4, offsets, FULL)
         average = tl.load(averages, mask=inside)
     finite = tl.abs(g) < float("inf")
     g = tl.where(finite, g, tl.where(g > 0, 1e5, tl.where(g < 0, -1e5, 0.0)))
     bad = CHUNK - tl.sum(finite.to(tl.int32))
-    if bad > 0:  # a clean gradient is not written
+    if bad > 0:  # write only gradients that needed cleaning
         tl.store(grads, g, mask=inside & (finite == 0))
         tl.atomic_add(nonfinite, bad.to(tl.int64), sem="relaxed")
 
-    if on:
+    if is_enabled:
         first = g
         if MOMENT:
             first = moment * BETA1 + g * (1 - BETA1)
             tl.store(moments, first, mask=inside)
         v = v * BETA2 + g * g * (1 - BETA2)
-        p -= rate * (first / (tl.sqrt(v) / root2 + EPS))
+        p -= step_size * (first / (tl.sqrt(v) / correction2_sqrt + EPS))
         tl.store(squares, v, mask=inside)
         tl.store(params, p, mask=inside)
         if EMA:
-            tl.store(averages, average + (p - average) * share, mask=inside)
+            tl.store(averages, average + (p - average) * ema_weight, mask=inside)
         if COMPUTE != 0:
             dtype: tl.constexpr = tl.bfloat16 if COMPUTE == 1 else tl.float16
             start = tl.load(row + 7).to(tl.int32)
             address = tl.load(row + 5)
             copy = address.to(tl.pointer_type(dtype))
             taps = tl.load(row + 9).to(tl.int32)
-            if address == 0:  # this parameter has none
+            if address == 0:  # no compute weight
                 pass
             elif taps == 1:
                 copies = copy + start + offsets
                 copies = tl.multiple_of(copies, [16]) if FULL else copies
                 tl.store(copies, p.to(dtype), mask=inside)
-            else:  # [o, i, tap] to [o, tap, i]
+            else:  # [out, in, tap] to [out, tap, in]
                 inner = tl.load(row + 8).to(tl.int32)
                 at = start + offsets
                 channel = at // taps
@@ -415,24 +435,24 @@ def _adam_ema_kernel(
     BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, MOMENT: tl.constexpr,
     EMA: tl.constexpr, COMPUTE: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    on = tl.load(enabled)
-    rate, root2, share = _coefficients(step, lr, ema_beta, BETA1, BETA2)
+    is_enabled = tl.load(enabled)
+    step_size, correction2_sqrt, ema_weight = _coefficients(step, lr, ema_beta, BETA1, BETA2)
     for r in range(tl.program_id(0), rows, tl.num_programs(0)):
         row = table + r * COLUMNS
         if tl.load(row + 10) != 0:
             _chunk(
-                row, nonfinite, on, rate, root2, share,
+                row, nonfinite, is_enabled, step_size, correction2_sqrt, ema_weight,
                 BETA1, BETA2, EPS, MOMENT, EMA, COMPUTE, CHUNK, True,
             )  # fmt: skip
         else:
             _chunk(
-                row, nonfinite, on, rate, root2, share,
+                row, nonfinite, is_enabled, step_size, correction2_sqrt, ema_weight,
                 BETA1, BETA2, EPS, MOMENT, EMA, COMPUTE, CHUNK, False,
             )  # fmt: skip
 
 
 def configurations() -> Iterator[tuple]:
-    """(label, kernel, signature, constants, num_warps, num_stages) of all that a run launches."""
+    """Yield (label, kernel, signature, constants, warps, stages); see kernels.compile."""
     signature = {
         "table": "*i64", "step": "*fp64", "enabled": "*i1", "lr": "*fp64", "ema_beta": "*fp64",
         "nonfinite": "*i64", "rows": "i32",

@@ -1,14 +1,17 @@
 """Self-attention over the pixels of a feature map: one pass over the keys, no N×N matrix in memory.
 
-The algorithm is FlashAttention's (arXiv 2205.14135, 2307.08691): softmax with a running maximum
-and sum, of which the logarithm is kept, so that the backward pass recomputes the weights. The
-backward pass is two kernels, one owning blocks of queries and one blocks of keys, so that every
+This is FlashAttention (arXiv 2205.14135, 2307.08691): forward computes the softmax with a running
+maximum and sum, and saves the log-sum-exp, from which backward recomputes the attention weights.
+Backward is deterministic: one kernel owns blocks of queries and one owns blocks of keys, so each
 gradient is summed in a fixed order.
 
-A bias of qkv costs no pass. That of v is added to the output, the weights adding up to 1, and
-that of k would add the same to all logits of a query, which softmax does not see. Where a kernel
-holds queries it adds theirs on reading them; where it holds keys, that part of the logits,
-(k·b), is one number a key.
+The qkv bias takes no extra pass over memory:
+
+- v's bias is added to the output, because the attention weights sum to 1;
+- k's bias has no effect, because it adds the same amount to all logits of a query, and softmax is
+  invariant to that;
+- q's bias is added to queries when they are loaded; the kernel that owns keys instead adds k·b to
+  the logits, one number per key.
 """
 
 import functools
@@ -22,9 +25,10 @@ from sid_fast.kernels._operator import differentiate, operator
 from sid_fast.kernels._triton import INTERPRETED, tl, triton
 from sid_fast.kernels.dispatch import choose
 
-# Queries or keys a program owns, keys or queries it takes in a turn of its loop, warps, stages; by
-# bytes an element, kernel and head size. The largest found that neither spill on sm_80, 90 and 100
-# nor outgrow an A100's shared memory; float32 stays off the tensor cores and needs the registers.
+# (BLOCK, STEP, warps, stages) by bytes per element, kernel and head size. A program owns BLOCK
+# queries (or keys) and loads STEP keys (or queries) per loop iteration. These are the largest tiles
+# found that spill on none of sm_80, sm_90 and sm_100 and fit an A100's shared memory. float32 does
+# not use the tensor cores and needs more registers.
 TILES = {
     2: {
         "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
@@ -37,34 +41,43 @@ TILES = {
         "backward_kv": {64: (32, 16, 8, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
     },
 }
-# By compute capability and kernel: tiles of 16-bit heads that are better there by the counts of its
-# machine code (benchmarks/LOG.md) and that spill, or do not fit, elsewhere. Heads that are padded
-# keep those above. One warpgroup is four warps: eight for 64 rows would both compute all of the
-# logits, and each HGMMA of few columns would read its rows from shared memory again.
-TILES_OF = {
+# Tiles for 16-bit heads by compute capability, kernel and head size. They are better on that
+# architecture by instruction counts (benchmarks/LOG.md), but spill or do not fit elsewhere. Padded
+# heads use TILES. A warpgroup is four warps: with eight warps for 64 rows, both warpgroups would
+# compute all logits, and each narrow HGMMA would read its rows from shared memory again.
+TILES_BY_ARCH = {
     90: {
         "forward": {64: (128, 128, 4, 2), 256: (64, 32, 4, 2)},
         "backward_q": {64: (128, 64, 4, 2), 256: (128, 32, 8, 2)},
         "backward_kv": {64: (64, 64, 4, 2)},
     },
 }
-MAX_SIZE = 256  # channels a head, beyond which the reference runs
+MAX_SIZE = 256  # channels per head; attention_eager runs larger heads
 
 
 def attention(qkv: torch.Tensor, heads: int, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Softmax attention of every pixel to every pixel, head by head.
+    """Apply multi-head softmax attention between all pixels of an image.
 
-    qkv is [N, 3·C, H, W], float32, bfloat16 or float16, its channels [{q, k, v}, head, channel]
-    (see blocked_order); C must divide by heads. bias, [3·C] in the same order and usually
-    float32, is added to qkv without a pass over it, but its part for k has no effect. The
-    softmax runs over the keys in float32 with scale 1/√(C/heads). Returns [N, C, H, W] in the
-    dtype of qkv, channels-last on a GPU. Raises ValueError if the channels do not divide or the
-    bias does not fit.
+    The softmax over the keys is computed in float32, with scale 1/√(C/heads).
+
+    Args:
+        qkv: [N, 3·C, H, W], float32, bfloat16 or float16; channels in the order [{q, k, v}, head,
+            channel] (see blocked_order).
+        heads: number of heads; must divide C.
+        bias: [3·C] in the same order, usually float32; added to qkv, where k's part has no effect.
+
+    Returns:
+        [N, C, H, W] in the dtype of qkv; the Triton kernel writes it channels-last.
+
+    Raises:
+        ValueError: if `heads` does not divide C, or `bias` has another length.
     """
     if qkv.shape[1] % (3 * heads):
-        raise ValueError(f"attention: {qkv.shape[1]} channels do not divide into {heads} heads")
+        raise ValueError(
+            f"attention: {qkv.shape[1]} channels of qkv: must be a multiple of 3·heads={3 * heads}"
+        )
     if bias is not None and bias.shape != qkv.shape[1:2]:
-        raise ValueError(f"attention: a bias {tuple(bias.shape)} for {qkv.shape[1]} channels")
+        raise ValueError(f"attention: bias is {tuple(bias.shape)}: must be ({qkv.shape[1]},)")
     if choose("attention", qkv.device) == "eager" or qkv.shape[1] // (3 * heads) > MAX_SIZE:
         return attention_eager(qkv, heads, bias)
     return _attention(qkv, heads, bias)[0]
@@ -106,38 +119,49 @@ def _split_heads(
 
 
 def blocked_order(channels: int, heads: int) -> torch.Tensor:
-    """The row of a published qkv weight that each of ours is: int64 [3·channels].
+    """Return the permutation from upstream's rows of a qkv weight to ours, int64 [3·channels].
 
-    Published rows are [head, channel, {q, k, v}]. weight[blocked_order(…)] makes a convolution
-    write what attention reads; its argsort undoes it.
+    Upstream's rows are ordered [head, channel, {q, k, v}], ours [{q, k, v}, head, channel], as
+    `attention` reads them: ours = upstream[blocked_order(…)]. Its argsort is the inverse.
     """
-    published = torch.arange(3 * channels).reshape(heads, channels // heads, 3)
-    return published.permute(2, 0, 1).flatten()
+    upstream = torch.arange(3 * channels).reshape(heads, channels // heads, 3)
+    return upstream.permute(2, 0, 1).flatten()
 
 
 def bytes_moved(
     images: int, heads: int, size: int, pixels: int, itemsize: int, backward: bool = False
 ) -> int:
-    """What one direction must read and write at least; size is the channels a head.
+    """Return the bytes that forward or backward must read and write at least.
 
-    Forward: qkv, and out and lse written. Backward: qkv, out, its gradient and lse, and the
-    gradient of qkv written. itemsize is that of the type of qkv.
+    Forward reads qkv and writes out and lse. Backward reads qkv, out, its gradient and lse, and
+    writes the gradient of qkv.
+
+    Args:
+        images: batch size.
+        heads: heads per image.
+        size: channels per head.
+        pixels: pixels per image.
+        itemsize: bytes per element of qkv.
+        backward: whether to count the backward pass.
     """
     return images * heads * pixels * (size * itemsize * (8 if backward else 4) + 4)
 
 
 def flop(images: int, heads: int, size: int, pixels: int, backward: bool = False) -> int:
-    """Of the matrix products: two forward, five backward, of which two are made twice here."""
+    """Return the FLOP of the matrix products: two forward, five backward.
+
+    The two backward kernels recompute two of the five; the repetitions are not counted.
+    """
     return images * heads * 2 * pixels**2 * size * (5 if backward else 2)
 
 
-# What follows sees memory as qkv [image, pixel, {q, k, v}, head, channel] and
-# out [image, pixel, head, channel]; `head` counts over the heads of all images.
+# Memory layout in the kernels: qkv [image, pixel, {q, k, v}, head, channel] and
+# out [image, pixel, head, channel]. `head` is an index over the heads of all images.
 
 
 @triton.jit
 def _starts(head, PIXELS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr):
-    """Where a head's q begins in qkv, its channels in out, and its pixels in lse and delta."""
+    """Return the offsets of a head in qkv (its q), in out, and in lse and delta."""
     pixel = (head // HEADS).to(tl.int64) * PIXELS
     channel = head % HEADS * SIZE
     return (
@@ -162,7 +186,7 @@ def _read(
     SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """[BLOCK, BLOCK_SIZE]: one head's channels, pixels ROW apart, zeros beyond either end."""
+    """Load [BLOCK, BLOCK_SIZE]: pixels, ROW apart, and channels of a head; 0 beyond both."""
     pointers = start + pixels[:, None] * ROW + tl.arange(0, BLOCK_SIZE)[None, :]
     if PIXELS % BLOCK == 0 and SIZE == BLOCK_SIZE:
         tile = tl.load(pointers)
@@ -190,7 +214,7 @@ def _write(
 def _bias(
     bias, head, PART: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, LANES: tl.constexpr
 ):
-    """One head's bias of q (PART 0) or v (2), zeros beyond its channels."""
+    """Load a head's bias of q (PART 0) or v (PART 2) as float32; 0 beyond its channels."""
     lane = tl.arange(0, LANES)
     at = (PART * HEADS + head % HEADS) * SIZE + lane
     return tl.load(bias + at, mask=lane < SIZE, other=0.0).to(tl.float32)
@@ -208,7 +232,7 @@ def _read_queries(
     SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """One head's queries with their bias; zeros beyond the last, whose weights stay finite."""
+    """Load a head's queries and add their bias; 0 beyond the last, which keeps weights finite."""
     q = _read(qkv, queries, BLOCK, 3 * HEADS * SIZE, PIXELS, SIZE, BLOCK_SIZE)
     if bias is not None:
         biased = q.to(tl.float32) + _bias(bias, head, 0, HEADS, SIZE, BLOCK_SIZE)[None, :]
@@ -220,8 +244,8 @@ def _read_queries(
 
 @triton.jit
 def _dot(a, b, sum):
-    """sum + a·b in float32; float32 operands are not rounded to tf32."""
-    if INTERPRETED:  # whose bfloat16 products multiply bit patterns (triton issue 11584)
+    """Return sum + a·b in float32; float32 operands are not rounded to tf32."""
+    if INTERPRETED:  # the interpreter multiplies bfloat16 bit patterns (triton issue 11584)
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, sum, input_precision="ieee")
 
@@ -239,7 +263,7 @@ def _forward(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """A program owns BLOCK queries of one head; lse is log2 Σ exp2 of the logits in base 2."""
+    """Compute out and lse for BLOCK queries of one head; lse = log2 Σ exp2(logits·log2 e)."""
     CHANNELS: tl.constexpr = HEADS * SIZE
     SCALE: tl.constexpr = 1.4426950408889634 * SIZE**-0.5  # exp(x) = exp2(x·log2 e)
     blocks: tl.constexpr = (PIXELS + BLOCK - 1) // BLOCK
@@ -288,9 +312,9 @@ def _backward_q(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """A program owns BLOCK queries: writes their gradient, and delta = Σ out·grad for the keys'.
+    """Compute the gradient of BLOCK queries of one head, and delta = Σ out·grad for _backward_kv.
 
-    bias_sums [image, block of pixels, {q, k, v}, head, channel], where wanted, are this program's
+    bias_sums, if not None, [image, block of pixels, {q, k, v}, head, channel], gets this program's
     part of the gradient of the bias.
     """
     CHANNELS: tl.constexpr = HEADS * SIZE
@@ -304,7 +328,7 @@ def _backward_q(
     g = _read(grad + in_out, queries, BLOCK, CHANNELS, PIXELS, SIZE, BLOCK_SIZE)
     o = _read(out + in_out, queries, BLOCK, CHANNELS, PIXELS, SIZE, BLOCK_SIZE)
     o = o.to(tl.float32)
-    if bias is not None:  # Σ weight·(grad·v) is wanted, of v without it
+    if bias is not None:  # delta is Σ out·grad for the output without v's bias
         o -= _bias(bias, head, 2, HEADS, SIZE, BLOCK_SIZE)[None, :]
     d = tl.sum(o * g.to(tl.float32), 1)
     tl.store(delta + in_lse + queries, d, mask=queries < PIXELS)
@@ -346,7 +370,7 @@ def _backward_kv(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """A program owns BLOCK keys and their values; the weights it recomputes are [keys, queries]."""
+    """Compute the gradients of BLOCK keys and their values; weights here are [keys, queries]."""
     CHANNELS: tl.constexpr = HEADS * SIZE
     SCALE: tl.constexpr = 1.4426950408889634 * SIZE**-0.5
     blocks: tl.constexpr = (PIXELS + BLOCK - 1) // BLOCK
@@ -386,13 +410,13 @@ def _backward_kv(
     _write(grad_qkv + 2 * CHANNELS, keys, dv, 3 * CHANNELS, PIXELS, SIZE, BLOCK_SIZE)
 
 
-FLOATS = ("bias", "lse", "delta", "bias_sums")
+FLOAT32_ARGUMENTS = ("bias", "lse", "delta", "bias_sums")
 KERNELS = {"forward": _forward, "backward_q": _backward_q, "backward_kv": _backward_kv}
 
 
 @functools.cache
 def _arch(device: torch.device) -> int:
-    """Compute capability of a GPU, as 90 for 9.0; 0 for the interpreter and absent GPUs."""
+    """Return a GPU's compute capability, such as 90 for 9.0; 0 without a GPU."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -402,23 +426,23 @@ def _arch(device: torch.device) -> int:
 def _configuration(
     kernel: str, pixels: int, heads: int, size: int, itemsize: int, arch: int
 ) -> tuple[dict[str, int], int, int]:
-    """The constants of a kernel, its warps and its stages."""
+    """Return a kernel's constants, warps and stages."""
     padded = max(16, 1 << (size - 1).bit_length())
     tile = TILES[itemsize][kernel][max(64, padded)]
     if itemsize == 2 and size == padded:
-        tile = TILES_OF.get(arch, {}).get(kernel, {}).get(size, tile)
+        tile = TILES_BY_ARCH.get(arch, {}).get(kernel, {}).get(size, tile)
     block, step, warps, stages = tile
-    if size < padded and itemsize == 2:  # the masks of its channels take registers
+    if size < padded and itemsize == 2:  # masks of padded channels take registers
         block = max(16, block // 2)
-    enough = max(16, 1 << (pixels - 1).bit_length())
+    padded_pixels = max(16, 1 << (pixels - 1).bit_length())
     constants = {
         "PIXELS": pixels,
         "HEADS": heads,
         "SIZE": size,
         "BLOCK_SIZE": padded,
-        "BLOCK": min(block, enough),
-        # Of a loop of one turn straight code is made, which spills.
-        "STEP": min(step, max(16, enough // 2)),
+        "BLOCK": min(block, padded_pixels),
+        # Take two loop iterations or more: a single one becomes straight-line code, which spills.
+        "STEP": min(step, max(16, padded_pixels // 2)),
     }
     return constants, warps, stages
 
@@ -446,7 +470,7 @@ def _empty(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
 def _run_attention(
     qkv: torch.Tensor, heads: int, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blocked qkv -> out, lse."""
+    """Return out and lse for qkv in blocked order."""
     qkv = qkv.contiguous(memory_format=torch.channels_last)
     out, lse = _empty(qkv, heads)
     _launch("forward", qkv, heads, bias, out, lse)
@@ -469,7 +493,7 @@ def _run_attention_backward(
     heads: int,
     sums: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient of qkv, and of the bias by image and block of pixels, if those are wanted."""
+    """Return the gradient of qkv and, if `sums`, that of the bias per image and block of pixels."""
     qkv = qkv.contiguous(memory_format=torch.channels_last)
     grad = grad.contiguous(memory_format=torch.channels_last)
     grad_qkv, bias_sums = _backward_like(grad, qkv, bias, out, lse, heads, sums)
@@ -495,7 +519,7 @@ _attention_backward = operator("attention_backward", _run_attention_backward, _b
 
 
 def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # of lse, which no one uses
+    ctx.set_materialize_grads(False)  # no zeros for the gradient of lse, which is never used
     qkv, ctx.heads, bias = inputs
     ctx.save_for_backward(qkv, bias, *output)
 
@@ -511,17 +535,17 @@ differentiate("attention", _differentiate, _save)
 
 
 def configurations(arch: int = 0) -> Iterator[tuple]:
-    """What kernels.compile compiles for an architecture: published shapes, and awkward ones."""
-    published = [(1, 256, 256), (1, 256, 64), (6, 64, 1024), (9, 64, 256), (12, 64, 64)]
+    """Yield (label, kernel, signature, constants, warps, stages): upstream's and awkward shapes."""
+    upstream = [(1, 256, 256), (1, 256, 64), (6, 64, 1024), (9, 64, 256), (12, 64, 64)]
     awkward = [(3, 32, 256), (2, 128, 256), (1, 192, 81), (2, 64, 81)]
-    for heads, size, pixels in published + awkward:
+    for heads, size, pixels in upstream + awkward:
         for element in ("bf16", "fp16", "fp32"):
             for name, kernel in KERNELS.items():
                 constants, warps, stages = _configuration(
                     name, pixels, heads, size, 4 if element == "fp32" else 2, arch
                 )
                 signature = {
-                    argument: "*fp32" if argument in FLOATS else f"*{element}"
+                    argument: "*fp32" if argument in FLOAT32_ARGUMENTS else f"*{element}"
                     for argument in kernel.arg_names
                     if argument not in constants
                 }

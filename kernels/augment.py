@@ -1,9 +1,10 @@
-"""The warp of the non-leaky augmentation (Karras et al., arXiv 2006.06676, appendix B).
+"""The geometric transform of the non-leaky augmentation (arXiv 2006.06676, appendix B).
 
-A band-limited affine lookup with fixed shapes. A program warps one channel of one image: every
-pixel of the double-size canvas is a weighted sum of at most 7 × 7 pixels of the image, the
-weights being upsampling filter and bilinear lookup in one; the filter that halves the canvas is a
-banded matrix on either side, so that the canvas lives in registers and only the result is written.
+A band-limited affine resampling with fixed shapes. A program transforms one channel of one image.
+Each pixel of the canvas, which has twice the resolution, is a weighted sum of at most 7 × 7 pixels
+of the image; the weights combine the upsampling filter and bilinear interpolation. Downsampling
+multiplies the canvas by a banded matrix from either side. The canvas stays in registers, and only
+the result is written to memory.
 """
 
 import functools
@@ -29,10 +30,15 @@ Parameters = dict[str, torch.Tensor]
 
 
 def augment(images: torch.Tensor, parameters: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
-    """Warp images by the parameters of sid_fast.augment.draw; there is no gradient.
+    """Transform images by the parameters of sid_fast.augment.draw, in float32, without a gradient.
 
-    images is [N, C, H, W], computed with in float32. parameters are [N], translate [2, N]. Returns
-    the warped images, same shape and type, channels-last, and their labels, float32 [N, 9].
+    Args:
+        images: [N, C, H, W].
+        parameters: tensors by the names in PARAMETERS: [N], `translate` [2, N].
+
+    Returns:
+        The transformed images, of the same shape and dtype, channels-last; and the augmentation
+        labels, float32 [N, 9].
     """
     return _augment(images, *(parameters[name] for name in PARAMETERS))
 
@@ -50,8 +56,8 @@ def _run_augment(
     values = xflip, yflip, scale, rotate, aniso, aniso_rotate, translate
     out = _augment_like(images, *values)
     if choose("augment", images.device) == "eager":
-        warped, labels = augment_eager(images, dict(zip(PARAMETERS, values, strict=True)))
-        out[0].copy_(warped)
+        transformed, labels = augment_eager(images, dict(zip(PARAMETERS, values, strict=True)))
+        out[0].copy_(transformed)
         return out[0], labels
     n, channels, height, width = images.shape
     rows, columns = (max(16, triton.next_power_of_2(size)) for size in (height, width))
@@ -63,15 +69,15 @@ def _run_augment(
 
 
 def _augment_like(images, *parameters):
-    warped = torch.empty_like(images, memory_format=torch.channels_last)
-    return warped, images.new_empty(len(images), 9, dtype=torch.float32)
+    transformed = torch.empty_like(images, memory_format=torch.channels_last)
+    return transformed, images.new_empty(len(images), 9, dtype=torch.float32)
 
 
 _augment = operator("augment", _run_augment, _augment_like)
 
 
 def labels_of(parameters: Parameters) -> torch.Tensor:
-    """What the network is told of the warp, float32 [N, 9]."""
+    """Return the augmentation labels that condition the network, float32 [N, 9]."""
     q = {name: value.float() for name, value in parameters.items()}
     return torch.stack(
         [
@@ -90,9 +96,11 @@ def labels_of(parameters: Parameters) -> torch.Tensor:
 
 
 def _matrix(*rows: tuple) -> torch.Tensor:
-    """[N, 3, 3] from entries that are [N] or numbers."""
-    like = next(v for row in rows for v in row if isinstance(v, torch.Tensor))
-    full = [v if isinstance(v, torch.Tensor) else torch.full_like(like, v) for r in rows for v in r]
+    """Stack entries, which are tensors [N] or numbers, to [N, 3, 3]."""
+    example = next(v for row in rows for v in row if isinstance(v, torch.Tensor))
+    full = [
+        v if isinstance(v, torch.Tensor) else torch.full_like(example, v) for r in rows for v in r
+    ]
     return torch.stack(full, dim=-1).unflatten(-1, (3, 3))
 
 
@@ -109,9 +117,9 @@ def _translation(x, y) -> torch.Tensor:
 
 
 def lookup(parameters: Parameters, height: int, width: int) -> torch.Tensor:
-    """Where an output pixel finds its source, in pixels about the centre, [N, 3, 3].
+    """Return the matrix from output to input pixels, relative to the image centre, [N, 3, 3].
 
-    M = S(1/s₀) · R(w) · R(−r) S(1/s, s) R(r) · T(−0.125·size·n): x to the right, y down.
+    M = S(1/s₀) · R(w) · R(−r) S(1/s, s) R(r) · T(−0.125·size·n); x points right, y down.
     """
     q = {name: v if v.is_floating_point() else v.float() for name, v in parameters.items()}
     shrink = 2 ** (-0.2 * q["scale"])
@@ -141,13 +149,14 @@ def _filter_axes(x: torch.Tensor, taps: torch.Tensor, stride: int, padding: int)
 def augment_eager(
     images: torch.Tensor, parameters: Parameters
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """augment in plain PyTorch, in float32, or float64 if images and parameters are."""
+    """Apply `augment` in plain PyTorch: in float64 if images and parameters are, else float32."""
     n, channels, height, width = images.shape
     x = images if images.dtype == torch.float64 else images.float()
     for name, axis in (("xflip", 3), ("yflip", 2)):
         x = torch.where(parameters[name].bool()[:, None, None, None], x.flip(axis), x)
 
-    # Reflect by as much as could ever be needed; sizes from the data would stall the device.
+    # Reflect the whole image on every side: padding by what the parameters need would synchronise
+    # the host with the device.
     x = F.pad(x, [width - 1, width - 1, height - 1, height - 1], mode="reflect")
     taps = _taps(x.device, x.dtype)[1:-2]
     up = x.new_zeros(n, channels, x.shape[2], 2, x.shape[3], 2)
@@ -155,10 +164,11 @@ def augment_eager(
     up = up.flatten(4).flatten(2, 3)
     up = _filter_axes(up, taps.flip(0), stride=1, padding=(len(SYM6) + 1) // 2)[..., :-1, :-1]
 
-    margin = len(SYM6) // 4  # the filter's reach, in pixels of the output
+    margin = len(SYM6) // 4  # the filter's radius, in output pixels
     canvas = (height + 2 * margin) * 2, (width + 2 * margin) * 2
     one = torch.ones(n, device=x.device, dtype=x.dtype)
-    # In doubled pixels, whose centre lies half a pixel off; then in grid_sample's [-1, 1].
+    # Convert to pixels of twice the resolution, whose centre is off by half a pixel; then to
+    # grid_sample's [-1, 1].
     matrix = (
         _translation(-0.5 * one, -0.5 * one)
         @ _scaling(2 * one, 2 * one)
@@ -176,28 +186,29 @@ def augment_eager(
 
 
 def bytes_moved(elements: int, itemsize: int = 4) -> int:
-    """What a warp of so many numbers must read and write."""
+    """Return the bytes that transforming `elements` of images must read and write at least."""
     return elements * 2 * itemsize
 
 
 def flop(images: int, channels: int, height: int, width: int) -> int:
-    """Of the 7 × 7 pixels behind each of the canvas, and of its filter of 12 taps either way."""
+    """Return the FLOP: 7 × 7 pixels per canvas pixel, and the 12-tap filter along both axes."""
     rows, columns = 2 * (height + 6), 2 * (width + 6)
     return images * channels * (rows * columns * 7 * 16 + (rows + height) * width * 24)
 
 
 @functools.cache
 def _taps(device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The filter between a zero before it and two behind it; copied to the device once."""
+    """Return the filter with one zero before and two after it; copied to the device once."""
     return torch.tensor([0.0, *SYM6, 0.0, 0.0], device=device, dtype=dtype)
 
 
 @triton.jit
 def _neighbour(taps, v, k, flip, SIZE: tl.constexpr):
-    """The k-th pixel near v, a place among doubled pixels: where it is and what it weighs.
+    """Return the index and the weight of the k-th of the 7 pixels that contribute at v.
 
-    Pixels are those of the image reflected at both ends, 3·SIZE − 2 of them. Doubled pixel u
-    is Σ taps[5 + u − 2m]·pixel m; v lies between two of them, which 7 pixels reach.
+    v is a coordinate at twice the resolution of the reflected image, which has 3·SIZE − 2 pixels
+    along the axis. The upsampled value at integer u is Σ taps[5 + u − 2m]·pixel m over pixels m. v
+    lies between two such u, to which 7 pixels contribute.
     """
     low = tl.floor(v)
     u = low.to(tl.int32)
@@ -216,19 +227,19 @@ def _neighbour(taps, v, k, flip, SIZE: tl.constexpr):
 
 @triton.jit
 def _halving(taps, at, to):
-    """Entries of the matrix that filters and halves the canvas, and crops it."""
+    """Return entries of the matrix that filters, downsamples and crops the canvas."""
     tap = at - 2 * to
     return tl.load(taps + tap, mask=(tap >= 0) & (tap <= 12), other=0.0)
 
 
 @triton.jit
 def _cos_sin(x):
-    """To an ulp of 1 for a few thousand turns; libdevice's take a stack, to allow for any."""
+    """Return cos x and sin x to 2^-23 for up to a few thousand turns; libdevice's need a stack."""
     quarter = tl.floor(x * 0.6366197723675814 + 0.5)
-    # π/2 is 201/128, which times a small integer is exact, and a rest.
+    # π/2 = 201/128 + remainder; products of 201/128 and a small integer are exact.
     x = (x - quarter * 1.5703125) - quarter * 0.0004838267948966
     xx = x * x
-    # Taylor's series: within an eighth of a turn, what is left out is below 2e-9.
+    # Taylor series: within an eighth of a turn, the truncation error is below 2e-9.
     sin = x + x * xx * (-1 / 6 + xx * (1 / 120 + xx * (-1 / 5040 + xx * (1 / 362880))))
     cos = 1 + xx * (-1 / 2 + xx * (1 / 24 + xx * (-1 / 720 + xx * (1 / 40320 - xx / 3628800))))
     quarter = quarter.to(tl.int32)
@@ -240,7 +251,7 @@ def _cos_sin(x):
 @triton.jit
 def _augment_kernel(
     images, stride_n, stride_c, stride_h, stride_w, xflip, yflip, scale, rotate, aniso,
-    aniso_rotate, translate, warped, labels, taps, samples,
+    aniso_rotate, translate, transformed, labels, taps, samples,
     CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -277,21 +288,21 @@ def _augment_kernel(
     yx, yy = shrink * (sin * k_xx + cos * k_xy), shrink * (sin * k_xy + cos * k_yy)
     move_x *= -0.125 * WIDTH
     move_y *= -0.125 * HEIGHT
-    # In doubled pixels, from the canvas' corner to that of the reflected image.
+    # Translation at twice the resolution, relative to the corner of the reflected image.
     shift_x = 2 * (xx * move_x + xy * move_y) + (3 * WIDTH - 2) - 1
     shift_y = 2 * (yx * move_x + yy * move_y) + (3 * HEIGHT - 2) - 1
 
     image = images + n * stride_n + c * stride_c
     block = tl.arange(0, BLOCK)
-    place = tl.arange(0, BLOCK * BLOCK)
+    index = tl.arange(0, BLOCK * BLOCK)
     eight = tl.arange(0, 8)[None, :]
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     out = tl.zeros([ROWS, COLUMNS], tl.float32)
     for top in range(0, 2 * (HEIGHT + 6), BLOCK):
-        y = (top + place // BLOCK + 1 - (HEIGHT + 6)).to(tl.float32)
+        y = (top + index // BLOCK + 1 - (HEIGHT + 6)).to(tl.float32)
         halved = tl.zeros([BLOCK, COLUMNS], tl.float32)
         for left in range(0, 2 * (WIDTH + 6), BLOCK):
-            x = (left + place % BLOCK + 1 - (WIDTH + 6)).to(tl.float32)
+            x = (left + index % BLOCK + 1 - (WIDTH + 6)).to(tl.float32)
             u = xx * x + xy * y + shift_x
             v = yx * x + yy * y + shift_y
             column, weight = _neighbour(taps, u[:, None], eight, flip_x, WIDTH)
@@ -308,12 +319,21 @@ def _augment_kernel(
     at = (rows[:, None] * WIDTH + columns[None, :]) * CHANNELS + c
     at += n * (HEIGHT * WIDTH * CHANNELS)
     inside = (rows < HEIGHT)[:, None] & (columns < WIDTH)[None, :]
-    tl.store(warped + at, out.to(warped.dtype.element_ty), mask=inside)
+    tl.store(transformed + at, out.to(transformed.dtype.element_ty), mask=inside)
 
 
 def configurations() -> Iterator[tuple]:
-    """(label, kernel, signature, constants, num_warps, num_stages) of all that a run launches."""
-    floats = ("scale", "rotate", "aniso", "aniso_rotate", "translate", "warped", "labels", "taps")
+    """Yield (label, kernel, signature, constants, warps, stages); see kernels.compile."""
+    floats = (
+        "scale",
+        "rotate",
+        "aniso",
+        "aniso_rotate",
+        "translate",
+        "transformed",
+        "labels",
+        "taps",
+    )
     strides = ("stride_n", "stride_c", "stride_h", "stride_w", "samples")
     signature = {"images": "*fp32", "xflip": "*i64", "yflip": "*i64"}
     signature |= dict.fromkeys(floats, "*fp32") | dict.fromkeys(strides, "i32")

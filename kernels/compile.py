@@ -1,16 +1,17 @@
-"""Compiles every Triton kernel ahead of time, for GPUs this machine need not have.
+"""Compile the Triton kernels ahead of time; this needs no GPU.
 
     python -m sid_fast.kernels.compile --arch sm_80,sm_90,sm_100
 
-prints what each configuration takes on each architecture. The exit status is 1 if one spills
-registers to memory or needs more shared memory than a block may have, 2 for a bad request.
+prints the registers, spills, shared memory and binary size of each configuration on each
+architecture. The exit status is 1 if a configuration spills registers to memory or exceeds the
+shared memory limit of a block, and 2 for invalid arguments.
 
     python -m sid_fast.kernels.compile --report --card h200
 
-prints ESTIMATES for a card instead: instructions per element, and the time to issue them over the
-time to move the bytes that must move. --check FILE compares the configurations named in FILE with
-what it says, and exits with 1 where instructions per element are more than 5 % off or one spills;
-with --write it updates FILE.
+prints ESTIMATES for a GPU instead: instructions per element, and the time to issue them relative
+to the time to move the bytes that must move. --check FILE compares the configurations listed in
+FILE with the counts recorded there; the exit status is 1 if a configuration spills or its
+instructions per element differ by more than 5 %. --check FILE --write updates FILE.
 """
 
 import argparse
@@ -29,54 +30,56 @@ from typing import Any
 from sid_fast.kernels import report
 from sid_fast.kernels._triton import INTERPRETED, triton
 
-# Modules of this package that hold Triton kernels. Each has configurations(), which yields
-# (label, kernel, {argument: type}, {argument: constant}, warps, stages) at real shapes; types are
-# Triton's ("*bf16", "fp32", "i32"), ":16" after one telling that its value divides by 16.
-# Pointers always do, as torch allocates them. Where launches differ by architecture it takes one.
+# Modules of this package with Triton kernels. Each has configurations(), which yields
+# (label, kernel, {argument: type}, {argument: constant}, warps, stages) for the shapes of training
+# runs. Types are Triton's ("*bf16", "fp32", "i32"); a suffix ":16" promises that the value is a
+# multiple of 16, which pointers from torch always are. configurations() takes an architecture if
+# launches depend on it.
 MODULES = ("adam_ema", "attention", "augment", "dropout", "group_norm", "random", "sid_loss")
 
-# Shared memory that one block may have, bytes (CUDA C++ programming guide, compute capabilities).
+# Maximum shared memory per block, in bytes (CUDA C++ programming guide, "Compute Capabilities").
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
 
 @dataclasses.dataclass
 class Row:
-    """One configuration on one architecture; memory in bytes, per thread or per block."""
+    """Resources of one configuration on one architecture; memory in bytes."""
 
     kernel: str
     configuration: str
     arch: str
-    registers: int  # a thread
-    spills: int  # a thread: stack frame and local memory
-    shared: int  # a block
-    binary: int
+    registers: int  # per thread
+    spills: int  # per thread: stack frame and local memory
+    shared: int  # per block
+    binary: int  # size of the cubin
 
     def faults(self) -> list[str]:
+        """Describe spills and excessive shared memory."""
         limit = SHARED_LIMIT[int(self.arch.removeprefix("sm_"))]
         return [f"spills {self.spills} bytes"] * (self.spills > 0) + [
-            f"{self.shared} bytes of shared memory, {limit} is the most"
+            f"{self.shared} bytes of shared memory exceed the limit of {limit}"
         ] * (self.shared > limit)
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack and local memory of the only kernel in a binary."""
+    """Return registers and spilled bytes per thread of a binary with a single kernel."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
         tool = triton.knobs.nvidia.cuobjdump.path
         command = [tool, "--dump-resource-usage", str(path)]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    (found,) = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
-    registers, stack, local = map(int, found)
+    (usage,) = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
+    registers, stack, local = map(int, usage)
     return registers, stack + local
 
 
-# A module, a label, and (kernel, signature, constants, num_warps, num_stages).
+# (module, label, (kernel, signature, constants, num_warps, num_stages))
 Selected = tuple[str, str, tuple[Any, dict[str, str], dict[str, Any], int, int]]
 
 
 def compiled(kernel, signature: dict, constants: dict, warps: int, stages: int, arch: int):
-    """What triton.compile makes of a kernel for one architecture; needs no GPU."""
+    """Compile a kernel for one architecture and return Triton's CompiledKernel; needs no GPU."""
     types = {name: kind.removesuffix(":16") for name, kind in signature.items()}
     types |= dict.fromkeys(constants, "constexpr")
     divisible = [name for name, kind in signature.items() if kind[0] == "*" or kind[-3:] == ":16"]
@@ -91,48 +94,48 @@ def compiled(kernel, signature: dict, constants: dict, warps: int, stages: int, 
 
 
 def selected(arch: int, wanted: str = "") -> Iterator[Selected]:
-    """(module, label, configuration) of all, or of `wanted`: "MODULE" or "MODULE TEXT"."""
-    wanted, _, part = wanted.partition(" ")
+    """Yield configurations: all, those of `wanted`="MODULE", or, with "MODULE TEXT", by label."""
+    wanted, _, text = wanted.partition(" ")
     for module in [wanted] if wanted else MODULES:
         configurations = importlib.import_module(f"sid_fast.kernels.{module}").configurations
         by_arch = inspect.signature(configurations).parameters
         for label, *rest in configurations(arch) if by_arch else configurations():
-            if part in label:
+            if text in label:
                 kernel, signature, constants, warps, stages = rest
                 yield module, label, (kernel, signature, constants, warps, stages)
 
 
 def rows(archs: list[int], wanted: str = "") -> Iterator[Row]:
-    """Compiles what is selected for every architecture."""
+    """Compile the selected configurations for each architecture."""
     for arch in archs:
         for module, label, configuration in selected(arch, wanted):
-            made = compiled(*configuration, arch)
-            registers, spills = resources(made.asm["cubin"])
-            shared, size = made.metadata.shared, len(made.asm["cubin"])
+            binary = compiled(*configuration, arch)
+            registers, spills = resources(binary.asm["cubin"])
+            shared, size = binary.metadata.shared, len(binary.asm["cubin"])
             yield Row(module, label, f"sm_{arch}", registers, spills, shared, size)
 
 
 def estimates(
     configurations: Iterable[Selected], card: str, images: int
 ) -> Iterator[report.Estimate]:
-    """Compiles configurations, as `selected` gives them, for a card and estimates each."""
+    """Compile configurations from `selected` and estimate each on a GPU of report.GPUS."""
     for module, label, configuration in configurations:
-        made = compiled(*configuration, report.ARCH)
-        registers, spills = resources(made.asm["cubin"])
+        binary = compiled(*configuration, report.ARCH)
+        registers, spills = resources(binary.asm["cubin"])
         _, _, constants, warps, _ = configuration
         yield report.estimate(
-            module, label, (constants, warps), made, registers, spills, card, images
+            module, label, (constants, warps), binary, registers, spills, card, images
         )
 
 
-def deviations(found: list[report.Estimate], expected: list[dict]) -> list[str]:
-    """A line for each configuration that spills or takes over 5 % more or less instructions."""
+def deviations(rows: list[report.Estimate], expected: list[dict]) -> list[str]:
+    """Describe each row that spills or whose instruction count is off by more than 5 %."""
     out = []
-    for row, before in zip(found, expected, strict=True):
+    for row, recorded in zip(rows, expected, strict=True):
         name = f"{row.kernel} {row.configuration}"
         if row.spills:
             out.append(f"{name}: spills {row.spills} bytes")
-        now, then = row.instructions_per_element, before["instructions_per_element"]
+        now, then = row.instructions_per_element, recorded["instructions_per_element"]
         if abs(now - then) > 0.05 * then:
             out.append(f"{name}: {now} instructions per element, {then} in the table")
     return out
@@ -153,47 +156,51 @@ def _report(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int
         if table.get("triton") != triton.__version__ and not options.write:
             parser.error(
                 f"--check {options.check}: made by Triton {table.get('triton')}, not "
-                f"{triton.__version__}; --write makes it anew"
+                f"{triton.__version__}; --write updates it"
             )
-        here = {(module, label): (module, label, rest) for module, label, rest in configurations}
-        if missing := [name for name in names if name not in here]:
-            parser.error(f"--check {options.check}: no configuration is {' '.join(missing[0])}")
-        configurations = [here[name] for name in names]
+        by_name = {(module, label): (module, label, rest) for module, label, rest in configurations}
+        if missing := [name for name in names if name not in by_name]:
+            parser.error(
+                f"--check {options.check}: unknown configuration {' '.join(missing[0])!r}: "
+                "remove it from the file, or correct its name"
+            )
+        configurations = [by_name[name] for name in names]
 
     print(f"ESTIMATES for {options.card}, {options.images} images; nothing here is measured")
     print(
         f"{'kernel':12} {'configuration':40} registers spills blocks/SM instr/element "
         f"issue us floor us issue/floor"
     )
-    found = []
+    rows = []
     for row in estimates(configurations, options.card, options.images):
-        found.append(row)
+        rows.append(row)
         print(
             f"{row.kernel:12} {row.configuration:40} {row.registers:9} {row.spills:6} "
             f"{row.blocks_per_sm:9} {row.instructions_per_element:13.1f} {row.issue_us:8.1f} "
             f"{row.floor_us:8.1f} {row.issue_over_floor:11.2f}",
             flush=True,
         )
-    if not found:
-        parser.error(f"--kernel {options.kernel}: no configuration is called so")
-    plain = [dataclasses.asdict(row) for row in found]
+    if not rows:
+        parser.error(f"--kernel {options.kernel}: no configuration matches")
+    dicts = [dataclasses.asdict(row) for row in rows]
     if options.json:
-        options.json.write_text(json.dumps(plain, indent=1))
+        options.json.write_text(json.dumps(dicts, indent=1))
     if options.write:
-        kept = ("kernel", "configuration", "registers", "instructions_per_element")
+        columns = ("kernel", "configuration", "registers", "instructions_per_element")
         table = {
             "triton": triton.__version__,
-            "rows": [{name: row[name] for name in kept} for row in plain],
+            "rows": [{name: row[name] for name in columns} for row in dicts],
         }
         options.check.write_text(json.dumps(table, indent=1) + "\n")
         return 0
-    wrong = deviations(found, expected) if expected else []
-    for line in wrong:
+    problems = deviations(rows, expected) if expected else []
+    for line in problems:
         print(line, file=sys.stderr)
-    return int(bool(wrong) or any(row.spills for row in found))
+    return int(bool(problems) or any(row.spills for row in rows))
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
     about, _, details = __doc__.partition("\n")
     parser = argparse.ArgumentParser(
         prog="python -m sid_fast.kernels.compile",
@@ -206,23 +213,29 @@ def main(arguments: list[str] | None = None) -> int:
         "--kernel",
         default="",
         metavar="NAME",
-        help="only this module, or 'MODULE TEXT': those of its configurations with TEXT in them",
+        help="only this module, or, with 'MODULE TEXT', only its configurations containing TEXT",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
-    parser.add_argument("--report", action="store_true", help="estimates for a card")
-    parser.add_argument("--card", choices=list(report.CARDS), default="h100")
-    parser.add_argument("--images", type=int, default=64, metavar="N", help="default 64")
-    parser.add_argument("--check", type=Path, metavar="FILE", help="of the report's estimates")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table to FILE")
+    parser.add_argument("--report", action="store_true", help="print estimates for a GPU")
+    parser.add_argument(
+        "--card", choices=list(report.GPUS), default="h100", help="the GPU; default h100"
+    )
+    parser.add_argument(
+        "--images", type=int, default=64, metavar="N", help="batch size of estimates; default 64"
+    )
+    parser.add_argument(
+        "--check", type=Path, metavar="FILE", help="compare estimates with those recorded in FILE"
+    )
     parser.add_argument("--write", action="store_true", help="update the FILE of --check")
     options = parser.parse_args(arguments)
     if (options.report or options.check) and options.arch:
-        parser.error(f"--arch {options.arch}: --report is for the architecture of --card")
+        parser.error(f"--arch {options.arch}: --report and --check use the architecture of --card")
     if options.json and not options.json.parent.is_dir():
         parser.error(f"--json {options.json}: there is no folder {options.json.parent}")
     if options.images < 1:
         parser.error(f"--images {options.images}: must be at least 1")
     if options.write and not options.check:
-        parser.error("--write: updates the FILE of --check, which is not given")
+        parser.error("--write needs --check FILE, the file to update")
     archs = (options.arch or "sm_80,sm_90,sm_100").split(",")
     if unknown := set(archs) - {f"sm_{arch}" for arch in SHARED_LIMIT}:
         known = ", ".join(f"sm_{arch}" for arch in SHARED_LIMIT)
@@ -230,15 +243,15 @@ def main(arguments: list[str] | None = None) -> int:
     if options.kernel and options.kernel.split()[0] not in MODULES:
         parser.error(f"--kernel {options.kernel}: choose from {', '.join(MODULES)}")
     if INTERPRETED:
-        parser.error("TRITON_INTERPRET is set, under which Triton does not compile: unset it")
+        parser.error("TRITON_INTERPRET is set, so Triton interprets instead of compiling: unset it")
 
     if options.report or options.check:
         try:
             return _report(options, parser)
-        except RuntimeError as error:  # Triton's for a tool that is not there
+        except RuntimeError as error:  # what Triton raises if it lacks a tool
             if "Cannot find" not in str(error):
                 raise
-            parser.error(f"--report: {error}; Triton brings it in triton/backends/nvidia/bin")
+            parser.error(f"--report: {error}; Triton ships it in triton/backends/nvidia/bin")
 
     print(f"{'kernel':12} {'configuration':36} arch   registers spills  shared  binary")
     table = []
@@ -250,11 +263,11 @@ def main(arguments: list[str] | None = None) -> int:
             flush=True,
         )
     if not table:
-        parser.error(f"--kernel {options.kernel}: no configuration is called so")
+        parser.error(f"--kernel {options.kernel}: no configuration matches")
     if options.json:
         options.json.write_text(json.dumps([dataclasses.asdict(row) for row in table], indent=1))
     faulty = sum(bool(row.faults()) for row in table)
-    print(f"{len(table)} compiled with Triton {triton.__version__}, {faulty} with a fault")
+    print(f"{len(table)} configurations compiled by Triton {triton.__version__}, {faulty} faulty")
     return int(faulty > 0)
 
 

@@ -1,10 +1,10 @@
-"""What the compiled instructions of a kernel allow on a card, before there is one to measure.
+"""Estimate a kernel's time on a GPU from its compiled instructions, without running it.
 
 ESTIMATES: nothing here was measured. `issue` is the time to issue all instructions if every
-scheduler issues one each clock; `floor` is the bytes that must move at a card's copy bandwidth. A
-kernel whose issue/floor is above 1 cannot reach its floor, and above about 0.85 will not; below
-that it may, if latency is hidden. Attention does so much arithmetic per byte that tensor cores
-bound it before either: compare its rows only with each other.
+scheduler issues one per clock. `floor` is the time to move the bytes that must move, at the GPU's
+copy bandwidth. With issue/floor above 1 a kernel cannot reach its floor, and above about 0.85 it
+will not; below that it may, if latency is hidden. Attention does so much arithmetic per byte that
+the tensor cores bound it before either: compare its rows only with each other.
 """
 
 import dataclasses
@@ -14,36 +14,36 @@ import re
 from sid_fast.kernels import sass
 
 MULTIPROCESSORS = 132
-ARCH = 90  # of every card below
+ARCH = 90  # of every GPU below
 
 
 @dataclasses.dataclass(frozen=True)
-class Card:
-    """Assumed of a card under load, not measured: clock in Hz, copy bandwidth in bytes a second."""
+class GPU:
+    """Assumed, not measured, of a GPU under load: clock in Hz, copy bandwidth in bytes/s."""
 
     clock: float
     bandwidth: float
 
 
-CARDS = {"h100": Card(1.755e9, 3.0e12), "h200": Card(1.785e9, 4.3e12)}
+GPUS = {"h100": GPU(1.755e9, 3.0e12), "h200": GPU(1.785e9, 4.3e12)}
 
-# Parameters that adam_ema updates: those of the CIFAR-10 network.
+# Parameters of the CIFAR-10 network, for the estimates of adam_ema.
 PARAMETERS = 55_733_891
 
 
 @dataclasses.dataclass
 class Work:
-    """One launch: its blocks, the elements it processes, the bytes that must move, loop trips."""
+    """The work of one launch."""
 
     blocks: int
-    elements: int
-    bytes: int
-    trips: tuple[float, ...] = ()  # of an outermost loop, of loops within it, and so on
+    elements: int  # processed
+    bytes: int  # that must move
+    trips: tuple[float, ...] = ()  # iterations of an outermost loop, of one inside it, and so on
 
 
 @dataclasses.dataclass
 class Estimate:
-    """A row of the report; registers and spills are those of a thread."""
+    """A row of the report; registers and spilled bytes are per thread."""
 
     kernel: str
     configuration: str
@@ -52,23 +52,34 @@ class Estimate:
     registers: int
     spills: int
     blocks_per_sm: int
-    instructions_per_element: float  # of threads, idle ones too
+    instructions_per_element: float  # counting idle threads
     issue_us: float
     floor_us: float
     issue_over_floor: float
 
 
 def estimate(
-    kernel: str, configuration: str, launch: tuple, made, registers: int, spills: int,
+    kernel: str, configuration: str, launch: tuple, compiled, registers: int, spills: int,
     card: str, images: int,
 ) -> Estimate:  # fmt: skip
-    """The row of one configuration; launch is (constants, warps), made what compiled returned."""
+    """Estimate one configuration.
+
+    Args:
+        kernel: a key of WORK.
+        configuration: its label.
+        launch: (constants, warps).
+        compiled: the result of compile.compiled.
+        registers: per thread.
+        spills: bytes per thread.
+        card: a key of GPUS.
+        images: batch size.
+    """
     constants, warps = launch
     work = WORK[kernel](configuration, constants, images)
-    per_warp, _ = sass.count(sass.disassemble(made.asm["cubin"]), work.trips)
+    per_warp, _ = sass.count(sass.disassemble(compiled.asm["cubin"]), work.trips)
     instructions = per_warp * warps * work.blocks
-    issue = instructions / (MULTIPROCESSORS * sass.SCHEDULERS) / CARDS[card].clock * 1e6
-    floor = work.bytes / CARDS[card].bandwidth * 1e6
+    issue = instructions / (MULTIPROCESSORS * sass.SCHEDULERS) / GPUS[card].clock * 1e6
+    floor = work.bytes / GPUS[card].bandwidth * 1e6
     return Estimate(
         kernel,
         configuration,
@@ -76,7 +87,7 @@ def estimate(
         images,
         registers,
         spills,
-        sass.blocks_per_multiprocessor(registers, made.metadata.shared, warps),
+        sass.blocks_per_multiprocessor(registers, compiled.metadata.shared, warps),
         round(instructions * 32 / work.elements, 2),
         round(issue, 2),
         round(floor, 2),
@@ -93,15 +104,15 @@ def _itemsize(label: str) -> int:
 
 
 def _group_norm(label: str, constants: dict, images: int) -> Work:
-    # Masks are drawn and weights may be frozen: neither changes which activations move.
-    found = re.fullmatch(
+    # Neither dropout nor frozen weights change which activations move.
+    match = re.fullmatch(
         r"(forward|backward) (.+?)(?: dropout| frozen)? ([\d+]+)@(\d+)x\d+ \w+", label
     )
-    assert found, label
-    way, form, sizes, side = found.groups()
-    place = *map(int, sizes.split("+")), int(side)
+    assert match, label
+    direction, fusion, sizes, side = match.groups()
+    shape = *map(int, sizes.split("+")), int(side)
     moved = _module("group_norm").bytes_moved(
-        form, place, images, _itemsize(label), way == "backward"
+        fusion, shape, images, _itemsize(label), direction == "backward"
     )
     pixels = constants["PIXELS"]
     groups, tile = constants["GROUPS_PER_BLOCK"], constants["BLOCK_HW"]
@@ -117,7 +128,7 @@ def _attention(label: str, constants: dict, images: int) -> Work:
     size, pixels = constants["SIZE"], constants["PIXELS"]
     heads, itemsize = images * constants["HEADS"], _itemsize(label)
     moved = _module("attention").bytes_moved(images, constants["HEADS"], size, pixels, itemsize)
-    if label.startswith("backward"):  # four tensors read and two written, or five and one
+    if label.startswith("backward"):  # both kernels move six tensors: 5 + 1 (q) or 4 + 2 (kv)
         moved = heads * pixels * (6 * size * itemsize + 8)
     return Work(
         heads * -(-pixels // constants["BLOCK"]),

@@ -1,7 +1,7 @@
-"""Instruction counts of compiled kernels: disassembly, loops and the likeliest path.
+"""Count the instructions of compiled kernels: disassembly, loops and the likeliest path.
 
-Counts are of one warp. They say how long a GPU needs to issue a kernel's instructions, and
-nothing about latency, bank conflicts or caches.
+Counts are per warp. They give the time to issue a kernel's instructions, but say nothing about
+latency, bank conflicts or caches.
 """
 
 import dataclasses
@@ -13,11 +13,11 @@ from pathlib import Path
 
 from sid_fast.kernels._triton import triton
 
-# Of one multiprocessor, compute capability 9.0 (CUDA C++ programming guide, "Compute Capabilities";
-# registers are handed out to warps, 8 a thread at a time).
+# Limits of one multiprocessor of compute capability 9.0 (CUDA C++ programming guide, "Compute
+# Capabilities"). A warp's registers are allocated in units of 8 per thread.
 REGISTERS = 65_536
 SHARED_MEMORY = 228 * 1024
-SHARED_RESERVED = 1024  # by the driver, a block
+SHARED_RESERVED = 1024  # by the driver, per block
 WARPS = 64
 BLOCKS = 32
 SCHEDULERS = 4
@@ -30,12 +30,14 @@ _TARGET = re.compile(r"`\(([.\w$]+)\)")
 
 @dataclasses.dataclass
 class Instruction:
-    opcode: str  # with its modifiers: "LDG.E.128"
-    predicate: str | None  # "!P0"
+    """A machine instruction."""
+
+    opcode: str  # with modifiers, such as "LDG.E.128"
+    predicate: str | None  # such as "!P0"
     operands: str
 
     def bytes(self) -> int:
-        """Bytes a thread moves from or to global memory; 0 for any other instruction."""
+        """Return the bytes that a thread loads from or stores to global memory."""
         if self.opcode.split(".")[0] not in ("LDG", "STG"):
             return 0
         widths = {".128": 16, ".64": 8, ".U16": 2, ".S16": 2, ".U8": 1, ".S8": 1}
@@ -44,16 +46,18 @@ class Instruction:
 
 @dataclasses.dataclass
 class Program:
-    """A kernel's machine code, and where its branches lead."""
+    """A kernel's machine code and its control flow."""
 
     instructions: list[Instruction]
-    successors: list[list[int]]  # of every instruction; none after an exit
+    successors: list[list[int]]  # of each instruction, as indices; empty after an exit
 
 
 def disassemble(cubin: bytes) -> Program:
-    """The machine code of the only kernel in a binary.
+    """Disassemble a binary with a single kernel.
 
-    Raises RuntimeError if Triton finds no nvdisasm, CalledProcessError if that fails.
+    Raises:
+        RuntimeError: if Triton finds no nvdisasm.
+        subprocess.CalledProcessError: if nvdisasm fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
@@ -64,53 +68,53 @@ def disassemble(cubin: bytes) -> Program:
 
 
 def parse(text: str) -> Program:
-    """The program that nvdisasm -c printed."""
+    """Parse the output of `nvdisasm -c`."""
     code: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():
-        if found := _LABEL.match(line):
-            labels[found.group(1)] = len(code)
-        elif found := _INSTRUCTION.match(line):
-            predicate, opcode, operands = found.groups()
+        if match := _LABEL.match(line):
+            labels[match.group(1)] = len(code)
+        elif match := _INSTRUCTION.match(line):
+            predicate, opcode, operands = match.groups()
             always = predicate in ("PT", "UPT")
             code.append(Instruction(opcode, None if always else predicate, operands))
     return Program(code, [_successors(code, labels, i) for i in range(len(code))])
 
 
 def _successors(code: list[Instruction], labels: dict[str, int], i: int) -> list[int]:
-    """Calls count as the instruction after them: ptxas calls slow paths of divisions and roots."""
+    """Return an instruction's successors; calls (slow paths of divisions, roots) are skipped."""
     base = code[i].opcode.split(".")[0]
-    onward = [i + 1] if i + 1 < len(code) else []
+    next_instruction = [i + 1] if i + 1 < len(code) else []
     if base in EXITS:
-        return onward if code[i].predicate else []
+        return next_instruction if code[i].predicate else []
     target = _TARGET.search(code[i].operands)
     if base != "BRA" or not target:
-        return onward
+        return next_instruction
     # "P0, UP1 ..." before the target is a second condition.
     conditional = code[i].predicate or not code[i].operands.startswith("`")
-    return (onward if conditional else []) + [labels[target.group(1)]]
+    return (next_instruction if conditional else []) + [labels[target.group(1)]]
 
 
 def loops(program: Program) -> dict[int, set[int]]:
-    """The first instruction and the body of every natural loop, outermost first."""
+    """Return the natural loops, largest first: {first instruction: instructions of the body}."""
     order = _reverse_postorder(program)
-    before: dict[int, list[int]] = {i: [] for i in order}
+    predecessors: dict[int, list[int]] = {i: [] for i in order}
     for i in order:
         for j in program.successors[i]:
-            before[j].append(i)
-    found: dict[int, set[int]] = {}
-    dominators = _dominators(order, before)
+            predecessors[j].append(i)
+    bodies: dict[int, set[int]] = {}
+    dominators = _dominators(order, predecessors)
     for tail in order:
         for head in program.successors[tail]:
             if head == tail or not _dominates(head, tail, dominators):
                 continue
-            body = found.setdefault(head, {head})
+            body = bodies.setdefault(head, {head})
             stack = [tail]
             while stack:
                 if (i := stack.pop()) not in body:
                     body.add(i)
-                    stack += before[i]
-    return dict(sorted(found.items(), key=lambda loop: -len(loop[1])))
+                    stack += predecessors[i]
+    return dict(sorted(bodies.items(), key=lambda loop: -len(loop[1])))
 
 
 def _reverse_postorder(program: Program) -> list[int]:
@@ -127,27 +131,27 @@ def _reverse_postorder(program: Program) -> list[int]:
     return out[::-1]
 
 
-def _dominators(order: list[int], before: dict[int, list[int]]) -> dict[int, int]:
-    """The immediate dominator of every instruction (Cooper, Harvey and Kennedy 2001)."""
-    place = {i: k for k, i in enumerate(order)}
-    closest = {order[0]: order[0]}
+def _dominators(order: list[int], predecessors: dict[int, list[int]]) -> dict[int, int]:
+    """Return each instruction's immediate dominator (Cooper, Harvey and Kennedy 2001)."""
+    position = {i: k for k, i in enumerate(order)}
+    immediate = {order[0]: order[0]}
 
-    def common(a: int, b: int) -> int:
+    def intersect(a: int, b: int) -> int:
         while a != b:
-            while place[a] > place[b]:
-                a = closest[a]
-            while place[b] > place[a]:
-                b = closest[b]
+            while position[a] > position[b]:
+                a = immediate[a]
+            while position[b] > position[a]:
+                b = immediate[b]
         return a
 
     changed = True
     while changed:
         changed = False
         for i in order[1:]:
-            new = reduce(common, [j for j in before[i] if j in closest])
-            changed |= closest.get(i) != new
-            closest[i] = new
-    return closest
+            new = reduce(intersect, [j for j in predecessors[i] if j in immediate])
+            changed |= immediate.get(i) != new
+            immediate[i] = new
+    return immediate
 
 
 def _dominates(head: int, tail: int, dominators: dict[int, int]) -> bool:
@@ -157,13 +161,17 @@ def _dominates(head: int, tail: int, dominators: dict[int, int]) -> bool:
 
 
 def count(program: Program, trips: tuple[float, ...]) -> tuple[float, float]:
-    """Instructions that a warp issues, and bytes its threads store, each with its loops' trips.
+    """Return the number of instructions that a warp issues and the bytes its threads store.
 
-    trips are those of an outermost loop, of a loop within one, and so on. Where control divides,
-    the path is taken that runs the most loops, then the one that moves the most bytes by accesses
-    of 8 bytes and more, then the shortest: the one for full tiles and finite values.
+    At a branch, takes the path with the most loops, then the one that moves the most bytes in
+    accesses of 8 bytes or more, then the shortest: the path of full tiles and finite values.
 
-    Raises ValueError if loops are nested deeper than trips say.
+    Args:
+        program: the kernel.
+        trips: iterations of an outermost loop, of a loop inside it, and so on.
+
+    Raises:
+        ValueError: if loops are nested more deeply than `trips` is long.
     """
     weight = [1.0] * len(program.instructions)
     heads = loops(program)
@@ -171,23 +179,23 @@ def count(program: Program, trips: tuple[float, ...]) -> tuple[float, float]:
     for body in heads.values():
         for i in body:
             if depth[i] == len(trips):
-                raise ValueError(f"loops are nested deeper than the {len(trips)} that have trips")
+                raise ValueError(f"loops are nested more than {len(trips)} deep: give more trips")
             weight[i] *= trips[depth[i]]
             depth[i] += 1
     order = _reverse_postorder(program)
-    place = {i: k for k, i in enumerate(order)}
+    position = {i: k for k, i in enumerate(order)}
     best: dict[int, tuple[float, float, float, float]] = {}
     for i in reversed(order):
         instruction = program.instructions[i]
-        onward = [best[j] for j in program.successors[i] if place[j] > place[i] and j in best]
-        if not onward:
+        paths = [best[j] for j in program.successors[i] if position[j] > position[i] and j in best]
+        if not paths:
             if instruction.opcode.split(".")[0] not in EXITS:
-                continue  # only jumps back from here
-            onward = [(0.0, 0.0, 0.0, 0.0)]
-        ran, wide, issued, stored = max(onward)
+                continue  # all branches from here go back
+            paths = [(0.0, 0.0, 0.0, 0.0)]
+        loops_run, wide, issued, stored = max(paths)
         moved = instruction.bytes()
         best[i] = (
-            ran + (i in heads),
+            loops_run + (i in heads),
             wide + weight[i] * moved * (moved >= 8),
             issued - weight[i],
             stored + weight[i] * moved * instruction.opcode.startswith("STG"),
@@ -197,7 +205,7 @@ def count(program: Program, trips: tuple[float, ...]) -> tuple[float, float]:
 
 
 def blocks_per_multiprocessor(registers: int, shared: int, warps: int) -> int:
-    """How many blocks run at once, by registers a thread, bytes of shared memory and warps."""
+    """Return how many blocks run at once, given registers per thread, shared bytes and warps."""
     per_warp = -(-registers // 8) * 8 * 32
     by_registers = REGISTERS // SCHEDULERS // per_warp * SCHEDULERS // warps
     by_shared = SHARED_MEMORY // (-(-(shared + SHARED_RESERVED) // 128) * 128)

@@ -1,11 +1,10 @@
-"""The two losses of SiD on raw network outputs, EDM's preconditioning folded in.
+"""SiD's two losses on raw network outputs, fused with EDM's preconditioning.
 
-D(x; σ) = c_skip·x + c_out·F(c_in·x) is never written to memory: `noised` makes what F reads, and
-each loss takes F's output to the loss of every sample and its gradients in one launch. A program
-holds a sample: one pass over it for the sums that its weight needs, one for the gradients.
+The denoised image D(x; σ) = c_skip·x + c_out·F(c_in·x) is never written to memory: `noised` makes
+the input of F, and each loss kernel computes the per-sample losses and the gradients from F's
+output in one launch. One program handles one sample, in two passes: sums, then gradients.
 
-A sample that is not finite, or beyond LIMIT, is dropped: its loss and its gradients are 0,
-whatever it holds.
+A sample with a value that is not finite or exceeds LIMIT is dropped: its loss and gradients are 0.
 """
 
 import functools
@@ -19,17 +18,20 @@ from sid_fast.kernels._triton import tl, triton
 from sid_fast.kernels.dispatch import choose
 
 BLOCK = 2048
-# A value beyond this is as good as infinite: no image, noise or denoised image comes near it, and
-# within it no sum over a sample overflows. σ must not be below its inverse either.
+# Larger values count as infinite: no valid image, noise or denoised image comes near LIMIT, and
+# within it no sum over a sample overflows. σ must be within [1/LIMIT, LIMIT].
 LIMIT = 1e6
 
 
 class Noised(NamedTuple):
-    """What the networks and the losses need of noised images.
+    """Noised images, as the networks and the losses read them; a dropped sample is 0 with σ = 1.
 
-    x_t = y + σε, float32 [N, C, H, W]; network_input = c_in·x_t in the compute type, the one
-    output with a gradient (into y); sigma and c_noise = ln(σ)/4, float32 [N]; kept, bool [N]. A
-    dropped sample is 0 with σ = 1.
+    Attributes:
+        x_t: y + σε, float32 [N, C, H, W].
+        network_input: c_in·x_t in the compute dtype; the only output with a gradient, that of y.
+        sigma: σ, float32 [N].
+        c_noise: ln(σ)/4, float32 [N].
+        valid: False for dropped samples, bool [N].
     """
 
     x_t: torch.Tensor
@@ -40,10 +42,13 @@ class Noised(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """The loss of each sample, summed over its elements, and what else is known of it; [N].
+    """Losses and statistics per sample, each [N]; only `loss` has a gradient.
 
-    Only loss has a gradient. distance is ‖f_φ − f_ψ‖² (generator) or ‖f_ψ − y‖² (fake score),
-    weight what the loss divides (w) or multiplies (λ) by, kept whether all was within LIMIT.
+    Attributes:
+        loss: summed over the sample's elements.
+        distance: ‖f_φ − f_ψ‖² (generator) or ‖f_ψ − y‖² (fake score).
+        weight: the divisor w (generator) or the factor λ (fake score) of the loss.
+        kept: False for dropped samples, bool.
     """
 
     loss: torch.Tensor
@@ -60,19 +65,28 @@ def noised(
     dtype: torch.dtype = torch.float32,
     sigma_data: float = 0.5,
 ) -> Noised:
-    """Images y with noise σε added, and scaled for the network (arXiv 2206.00364, table 1).
+    """Add noise σε to images y and scale them for the network (arXiv 2206.00364, table 1).
 
-    images and noise are [N, C, H, W] in any floating type, sigma has N elements; kept, bool [N],
-    excludes samples already known to be bad. dtype is the compute type of the network. The
-    results are channels-last.
+    The backward pass replaces a sample's incoming gradient by 0 if it is not finite. If the sample
+    overflowed inside a network, the loss drops it and returns a gradient of 0, which the network's
+    backward pass turns into 0·inf = NaN.
 
-    A gradient that comes back not finite in a sample counts as 0 there: of a sample that only a
-    loss drops, for what a network made of it, the network's backward pass makes 0·inf.
+    Args:
+        images: y, [N, C, H, W], floating point.
+        sigma: σ, N elements.
+        noise: ε, [N, C, H, W], floating point.
+        valid: bool [N]; False drops a sample. Default: all True.
+        dtype: compute dtype of the network.
+        sigma_data: standard deviation of the data.
+
+    Returns:
+        The noised images, channels-last.
     """
     if valid is None:
         valid = torch.ones(len(images), dtype=torch.bool, device=images.device)
     sigma = sigma.float().reshape(-1)
-    return Noised(*_noised(_last(images), sigma, _last(noise), valid, dtype, sigma_data))
+    images, noise = _channels_last(images), _channels_last(noise)
+    return Noised(*_noised(images, sigma, noise, valid, dtype, sigma_data))
 
 
 def generator_loss(
@@ -83,31 +97,38 @@ def generator_loss(
     alpha: float,
     sigma_data: float = 0.5,
 ) -> Losses:
-    """ℓ = d·((r − y) − α·d)/w with d = r − f (SiD, arXiv 2404.04057, equation 23).
+    """Compute ℓ = d·((r − y) − α·d)/w with d = r − f (SiD, arXiv 2404.04057, equation 23).
 
-    teacher and fake_score are F_φ and F_ψ of noised.network_input, [N, C, H, W]; images are the y
-    that it was made of. r = f_φ(x_t), f = f_ψ(x_t); w = max(mean|y − r|, 1e-5) is held constant.
-    Gradients reach F_φ, F_ψ and y; that of y holds the path through c_skip·x_t, while the one
-    through the networks comes back from noised.network_input. All are in their input's dtype.
+    r = f_φ(x_t), f = f_ψ(x_t), and w = max(mean|y − r|, 1e-5) is a constant in the gradient.
+    Gradients flow to F_φ, F_ψ and y, in their dtypes. The gradient of y here includes the path
+    through c_skip·x_t; the path through the networks ends in noised.network_input.
+
+    Args:
+        teacher: F_φ(noised.network_input), [N, C, H, W].
+        fake_score: F_ψ(noised.network_input), [N, C, H, W].
+        noised: the noised images.
+        images: y, the images that `noised` was made from.
+        alpha: α.
+        sigma_data: standard deviation of the data.
     """
-    raw = _last(teacher), _last(fake_score), noised.x_t, _last(images)
-    found = _generator_loss(*raw, noised.sigma, noised.valid, alpha, sigma_data)
-    return Losses(*found[:4])
+    raw = _channels_last(teacher), _channels_last(fake_score), noised.x_t, _channels_last(images)
+    out = _generator_loss(*raw, noised.sigma, noised.valid, alpha, sigma_data)
+    return Losses(*out[:4])
 
 
 def fake_score_loss(
     fake_score: torch.Tensor, noised: Noised, images: torch.Tensor, sigma_data: float = 0.5
 ) -> Losses:
-    """λ(σ)·(f_ψ(x_t) − y)², λ = (σ² + σ_data²)/(σ·σ_data)² (arXiv 2206.00364, table 1).
+    """Compute λ·(f_ψ(x_t) − y)², λ = (σ² + σ_data²)/(σ·σ_data)² (arXiv 2206.00364, table 1).
 
-    Arguments as for generator_loss. The only gradient is that of fake_score.
+    The arguments are those of generator_loss. Only fake_score gets a gradient.
     """
-    raw = _last(fake_score), noised.x_t, _last(images).detach()
-    found = _fake_score_loss(*raw, noised.sigma, noised.valid, sigma_data)
-    return Losses(*found[:4])
+    raw = _channels_last(fake_score), noised.x_t, _channels_last(images).detach()
+    out = _fake_score_loss(*raw, noised.sigma, noised.valid, sigma_data)
+    return Losses(*out[:4])
 
 
-def _last(x: torch.Tensor) -> torch.Tensor:
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -115,12 +136,12 @@ def _per_sample(v: torch.Tensor) -> torch.Tensor:
     return v.reshape(-1, 1, 1, 1)
 
 
-def _within(*tensors: torch.Tensor, limit: float = LIMIT) -> torch.Tensor:
+def _in_range(*tensors: torch.Tensor, limit: float = LIMIT) -> torch.Tensor:
     checks = [(t.abs() <= limit).flatten(1).all(1) for t in tensors]
     return functools.reduce(torch.logical_and, checks)
 
 
-def _launch(x: torch.Tensor) -> dict:
+def _constants(x: torch.Tensor) -> dict:
     return {"SIZE": x[0].numel(), "BLOCK": BLOCK, "LIMIT": LIMIT, "num_warps": 8}
 
 
@@ -139,7 +160,13 @@ def _run_noised(
         return noised_eager(images, sigma, noise, valid, dtype, sigma_data)
     out = _noised_like(images, sigma, noise, valid, dtype, sigma_data)
     _noised_kernel[(len(images),)](
-        images, sigma.contiguous(), noise, valid.contiguous(), *out, sigma_data, **_launch(images)
+        images,
+        sigma.contiguous(),
+        noise,
+        valid.contiguous(),
+        *out,
+        sigma_data,
+        **_constants(images),
     )
     return out
 
@@ -154,8 +181,8 @@ _noised = operator("noised", _run_noised, _noised_like)
 
 
 def noised_eager(images, sigma, noise, valid, dtype, sigma_data):
-    """noised in plain PyTorch; computes in float32, or float64 if sigma is."""
-    valid = valid & (sigma >= 1 / LIMIT) & (sigma <= LIMIT) & _within(images, noise)
+    """Compute `noised` in plain PyTorch: in float64 if sigma is, else in float32."""
+    valid = valid & (sigma >= 1 / LIMIT) & (sigma <= LIMIT) & _in_range(images, noise)
     sigma = torch.where(valid, sigma, 1.0)
     x_t = images.to(sigma.dtype) + _per_sample(sigma) * noise
     x_t = torch.where(_per_sample(valid), x_t, 0.0)
@@ -164,7 +191,7 @@ def noised_eager(images, sigma, noise, valid, dtype, sigma_data):
 
 
 def _noised_context(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # of what has none
+    ctx.set_materialize_grads(False)  # no zeros for outputs without a gradient
     images, *_, ctx.sigma_data = inputs
     x_t, _, sigma, c_noise, valid = output
     ctx.dtype = images.dtype
@@ -175,7 +202,7 @@ def _noised_context(ctx, inputs, output):
 def _noised_backward(ctx, _, grad, *__):
     sigma, valid = ctx.saved_tensors
     c_in = _per_sample((sigma**2 + ctx.sigma_data**2).rsqrt())
-    valid = valid & _within(grad, limit=torch.finfo(grad.dtype).max)
+    valid = valid & _in_range(grad, limit=torch.finfo(grad.dtype).max)
     grad = torch.where(_per_sample(valid), c_in * grad, 0.0).to(ctx.dtype)
     return grad, None, None, None, None, None
 
@@ -209,7 +236,7 @@ def _run_generator_loss(
         return generator_loss_eager(*arguments)
     out = _generator_loss_like(*arguments)
     _generator_loss_kernel[(len(teacher),)](
-        *arguments[:6], *out, alpha, sigma_data, **_launch(images)
+        *arguments[:6], *out, alpha, sigma_data, **_constants(images)
     )
     return out
 
@@ -224,11 +251,11 @@ _generator_loss = operator("generator_loss", _run_generator_loss, _generator_los
 
 
 def generator_loss_eager(teacher, fake_score, x_t, images, sigma, valid, alpha, sigma_data):
-    """generator_loss and its gradients in plain PyTorch; float32, or float64 if sigma is."""
+    """Compute `generator_loss` and its gradients in plain PyTorch: float64 if sigma is."""
     total = _per_sample(sigma**2 + sigma_data**2)
     c_skip, c_out = sigma_data**2 / total, _per_sample(sigma) * sigma_data / total.sqrt()
     r, f = c_skip * x_t + c_out * teacher, c_skip * x_t + c_out * fake_score
-    valid = valid & _within(r, f)
+    valid = valid & _in_range(r, f)
     y, r, f = (torch.where(_per_sample(valid), v.to(sigma.dtype), 0.0) for v in (images, r, f))
     d, e = r - f, r - y
     weight = e.abs().mean((1, 2, 3)).clamp(min=1e-5)
@@ -237,7 +264,7 @@ def generator_loss_eager(teacher, fake_score, x_t, images, sigma, valid, alpha, 
     grads = (
         c_out * (e + (1 - 2 * alpha) * d) / w,
         c_out * (2 * alpha * d - e) / w,
-        (c_skip - 1) * d / w,  # −d/w directly, and c_skip·d/w through x_t in r and in f
+        (c_skip - 1) * d / w,  # −d/w from y, and c_skip·d/w from x_t in r and f
     )
     typed = (g.to(t.dtype) for g, t in zip(grads, (teacher, fake_score, images), strict=True))
     return loss, d.square().sum((1, 2, 3)), weight, valid, *typed
@@ -277,7 +304,7 @@ def _run_fake_score_loss(
     if choose("sid_loss", images.device) == "eager":
         return fake_score_loss_eager(*arguments)
     out = _fake_score_loss_like(*arguments)
-    _fake_score_loss_kernel[(len(images),)](*arguments[:5], *out, sigma_data, **_launch(images))
+    _fake_score_loss_kernel[(len(images),)](*arguments[:5], *out, sigma_data, **_constants(images))
     return out
 
 
@@ -290,13 +317,13 @@ _fake_score_loss = operator("fake_score_loss", _run_fake_score_loss, _fake_score
 
 
 def fake_score_loss_eager(fake_score, x_t, images, sigma, valid, sigma_data):
-    """fake_score_loss and its gradient in plain PyTorch; float32, or float64 if sigma is."""
+    """Compute `fake_score_loss` and its gradient in plain PyTorch: float64 if sigma is."""
     total = sigma**2 + sigma_data**2
     weight = total / (sigma * sigma_data) ** 2
     c_skip = _per_sample(sigma_data**2 / total)
     c_out = _per_sample(sigma * sigma_data / total.sqrt())
     f = c_skip * x_t + c_out * fake_score
-    valid = valid & _within(f)
+    valid = valid & _in_range(f)
     e = torch.where(_per_sample(valid), f - images, 0.0)
     distance = e.square().sum((1, 2, 3))
     grad = 2 * _per_sample(weight) * c_out * e
@@ -311,16 +338,21 @@ differentiate("fake_score_loss", _fake_score_loss_backward, _loss_context)
 
 
 def bytes_moved(elements: int, kernel: str, itemsize: int) -> int:
-    """What a launch over so many elements must read and write; itemsize is that of F's type.
+    """Return the bytes that a launch over `elements` must read and write at least.
 
-    The second pass over a sample finds it in the cache.
+    Assumes that the second pass over a sample hits the cache.
+
+    Args:
+        elements: of all samples.
+        kernel: "noised", "generator_loss" or "fake_score_loss".
+        itemsize: bytes per element of F's output.
     """
     raw, image = {"noised": (1, 3), "generator_loss": (4, 3), "fake_score_loss": (2, 2)}[kernel]
     return elements * (raw * itemsize + image * 4)
 
 
 def flop(elements: int, kernel: str) -> int:
-    """What a launch over so many elements computes, in both passes over a sample."""
+    """Return the FLOP of a launch over `elements`, both passes included."""
     return elements * {"noised": 3, "generator_loss": 28, "fake_score_loss": 11}[kernel]
 
 
@@ -336,18 +368,18 @@ def _all(flags):
 
 @triton.jit
 def _noised_kernel(
-    images, sigma, noise, known, x_t, network_input, sigma_out, c_noise, kept_out, sigma_data,
+    images, sigma, noise, valid_in, x_t, network_input, sigma_out, c_noise, valid_out, sigma_data,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     at = n * SIZE
     s = tl.load(sigma + n)
-    fine = tl.full([BLOCK], 1, tl.int1)
+    in_range = tl.full([BLOCK], 1, tl.int1)
     for start in range(0, SIZE, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
-        fine &= tl.abs(_read(images + at, offsets, SIZE)) <= LIMIT  # NaN is not
-        fine &= tl.abs(_read(noise + at, offsets, SIZE)) <= LIMIT
-    valid = _all(fine) & (s >= 1 / LIMIT) & (s <= LIMIT) & tl.load(known + n)
+        in_range &= tl.abs(_read(images + at, offsets, SIZE)) <= LIMIT  # False for NaN
+        in_range &= tl.abs(_read(noise + at, offsets, SIZE)) <= LIMIT
+    valid = _all(in_range) & (s >= 1 / LIMIT) & (s <= LIMIT) & tl.load(valid_in + n)
     s = tl.where(valid, s, 1.0)
     c_in = 1 / tl.sqrt_rn(s * s + sigma_data * sigma_data)
     for start in range(0, SIZE, BLOCK):
@@ -359,7 +391,7 @@ def _noised_kernel(
         tl.store(network_input + at + offsets, scaled, mask=offsets < SIZE)
     tl.store(sigma_out + n, s)
     tl.store(c_noise + n, tl.log(s) / 4)
-    tl.store(kept_out + n, valid)
+    tl.store(valid_out + n, valid)
 
 
 @triton.jit
@@ -375,7 +407,7 @@ def _store(x, offsets, value, valid, SIZE: tl.constexpr):
 
 @triton.jit
 def _generator_loss_kernel(
-    teacher, fake_score, x_t, images, sigma, known, loss, distance, weight, kept_out,
+    teacher, fake_score, x_t, images, sigma, valid_in, loss, distance, weight, valid_out,
     teacher_grad, fake_score_grad, images_grad, alpha, sigma_data,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
@@ -386,7 +418,7 @@ def _generator_loss_kernel(
     c_skip = sigma_data * sigma_data / total
     c_out = s * sigma_data / tl.sqrt_rn(total)
 
-    fine = tl.full([BLOCK], 1, tl.int1)
+    in_range = tl.full([BLOCK], 1, tl.int1)
     error = tl.zeros([BLOCK], tl.float32)  # |r − y|
     product = tl.zeros([BLOCK], tl.float32)  # d·(r − y)
     square = tl.zeros([BLOCK], tl.float32)  # d²
@@ -395,17 +427,17 @@ def _generator_loss_kernel(
         r = _denoised(teacher + at, x_t + at, c_skip, c_out, offsets, SIZE)
         f = _denoised(fake_score + at, x_t + at, c_skip, c_out, offsets, SIZE)
         e = r - _read(images + at, offsets, SIZE)
-        fine &= (tl.abs(r) <= LIMIT) & (tl.abs(f) <= LIMIT)
+        in_range &= (tl.abs(r) <= LIMIT) & (tl.abs(f) <= LIMIT)
         error += tl.abs(e)
         product += (r - f) * e
         square += (r - f) * (r - f)
-    valid = _all(fine) & tl.load(known + n)
+    valid = _all(in_range) & tl.load(valid_in + n)
     w = tl.where(valid, tl.maximum(tl.sum(error) / SIZE, 1e-5), 1e-5)
     squares = tl.sum(square)
     tl.store(loss + n, tl.where(valid, (tl.sum(product) - alpha * squares) / w, 0.0))
     tl.store(distance + n, tl.where(valid, squares, 0.0))
     tl.store(weight + n, w)
-    tl.store(kept_out + n, valid)
+    tl.store(valid_out + n, valid)
 
     for start in range(0, SIZE, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
@@ -415,13 +447,13 @@ def _generator_loss_kernel(
         e = (r - _read(images + at, offsets, SIZE)) / w
         _store(teacher_grad + at, offsets, c_out * (e + (1 - 2 * alpha) * d), valid, SIZE)
         _store(fake_score_grad + at, offsets, c_out * (2 * alpha * d - e), valid, SIZE)
-        # −d/w directly, and c_skip·d/w through x_t in r and in f.
+        # −d/w from y, and c_skip·d/w from x_t in r and f.
         _store(images_grad + at, offsets, (c_skip - 1) * d, valid, SIZE)
 
 
 @triton.jit
 def _fake_score_loss_kernel(
-    fake_score, x_t, images, sigma, known, loss, distance, weight, kept_out, fake_score_grad,
+    fake_score, x_t, images, sigma, valid_in, loss, distance, weight, valid_out, fake_score_grad,
     sigma_data, SIZE: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
@@ -432,20 +464,20 @@ def _fake_score_loss_kernel(
     c_out = s * sigma_data / tl.sqrt_rn(total)
     w = total / (s * sigma_data * (s * sigma_data))
 
-    fine = tl.full([BLOCK], 1, tl.int1)
+    in_range = tl.full([BLOCK], 1, tl.int1)
     square = tl.zeros([BLOCK], tl.float32)
     for start in range(0, SIZE, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         f = _denoised(fake_score + at, x_t + at, c_skip, c_out, offsets, SIZE)
         e = f - _read(images + at, offsets, SIZE)
-        fine &= tl.abs(f) <= LIMIT
+        in_range &= tl.abs(f) <= LIMIT
         square += e * e
-    valid = _all(fine) & tl.load(known + n)
+    valid = _all(in_range) & tl.load(valid_in + n)
     squares = tl.where(valid, tl.sum(square), 0.0)
     tl.store(loss + n, w * squares)
     tl.store(distance + n, squares)
     tl.store(weight + n, w)
-    tl.store(kept_out + n, valid)
+    tl.store(valid_out + n, valid)
 
     for start in range(0, SIZE, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
@@ -455,16 +487,16 @@ def _fake_score_loss_kernel(
 
 
 def configurations() -> Iterator[tuple]:
-    """(label, kernel, signature, constants, num_warps, num_stages) of all that a run launches."""
-    sums = dict(loss="*fp32", distance="*fp32", weight="*fp32", kept_out="*i1")
-    common = dict(x_t="*fp32", images="*fp32", sigma="*fp32", known="*i1", sigma_data="fp32")
+    """Yield (label, kernel, signature, constants, warps, stages); see kernels.compile."""
+    sums = dict(loss="*fp32", distance="*fp32", weight="*fp32", valid_out="*i1")
+    common = dict(x_t="*fp32", images="*fp32", sigma="*fp32", valid_in="*i1", sigma_data="fp32")
     for resolution in (32, 64):
         constants = dict(SIZE=3 * resolution**2, BLOCK=BLOCK, LIMIT=LIMIT)
         for raw in ("fp32", "bf16", "fp16"):
             signatures = (
                 ("noised", _noised_kernel, dict(
                     noise="*fp32", network_input=f"*{raw}", sigma_out="*fp32", c_noise="*fp32",
-                    kept_out="*i1",
+                    valid_out="*i1",
                 )),
                 ("generator_loss", _generator_loss_kernel, sums | dict(
                     teacher=f"*{raw}", fake_score=f"*{raw}", teacher_grad=f"*{raw}",

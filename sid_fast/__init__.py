@@ -1,7 +1,7 @@
-"""Score identity Distillation of EDM diffusion models into one-step generators, fast.
+"""Fast Score identity Distillation (SiD) of EDM diffusion models into one-step generators.
 
-`load_network` reads a teacher, `Distiller` distils it, `Settings` says how; the commands are
-`python -m sid_fast.train`, `.generate`, `.evaluate` and `.pretrain`.
+`load_network` loads a teacher, and `Distiller` distils it with `Settings`. The commands are
+`python -m sid_fast.train`, `.generate`, `.evaluate`, `.pretrain` and `.plan`.
 """
 
 from sid_fast import augment, losses, noise, sampling

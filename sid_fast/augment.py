@@ -1,7 +1,6 @@
-"""The non-leaky geometric augmentation of EDM training, with fixed shapes.
+"""EDM's non-leaky geometric augmentation (Karras et al., arXiv 2006.06676, appendix B).
 
-Geometry as in Karras et al., arXiv 2006.06676, appendix B; the warp itself is in kernels.augment.
-Nothing here reads a value back to the host, and no size depends on the data.
+Samples the parameters; kernels.augment warps the images. No host sync, no data-dependent shapes.
 """
 
 import math
@@ -17,21 +16,31 @@ Parameters = dict[str, torch.Tensor]
 
 
 class Source(Protocol):
-    """Where random numbers come from: methods.base.RandomStream."""
+    """A source of random numbers for n samples, such as methods.base.RandomStream."""
 
-    def uniform(self, name: str, *shape: int) -> torch.Tensor: ...
+    def uniform(self, name: str, *shape: int) -> torch.Tensor:
+        """Draw from U[0, 1): [n, *shape]."""
+        ...
 
-    def normal(self, name: str, *shape: int) -> torch.Tensor: ...
+    def normal(self, name: str, *shape: int) -> torch.Tensor:
+        """Draw from N(0, 1): [n, *shape]."""
+        ...
 
 
 def draw(rng: Source, p: float) -> Parameters:
-    """Parameters of the warps of rng's samples at probability multiplier p.
+    """Sample augmentation parameters for the n samples of rng.
 
-    Each is [n], translate [2, n] in parts of an eighth of the size; 0 where not applied.
+    Args:
+        rng: Source of random numbers.
+        p: Probability of each transformation, except x-flips, whose probability is always 1/2.
+
+    Returns:
+        Parameters by name, [n] each; translate is [2, n], in eighths of the image size. They are 0
+        where a transformation is not applied.
     """
     u = rng.uniform("augment", 10).t()
     normals = rng.normal("augment", 4).t()
-    xflip, yflip = (u[:2] < 0.5).long()  # xflip has a multiplier of 1e8: always tossed
+    xflip, yflip = (u[:2] < 0.5).long()  # xflip's multiplier is 1e8: it ignores p
     rotate, aniso_rotate = (u[2:4] * 2 - 1) * math.pi
     applied = u[4:9] < p
     return {
@@ -46,9 +55,13 @@ def draw(rng: Source, p: float) -> Parameters:
 
 
 def apply(images: torch.Tensor, parameters: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
-    """Warp images by the parameters of `draw`.
+    """Augment images with the parameters from `draw`.
 
-    images is float32 [N, C, H, W]. Returns the warped images, same shape, and their labels,
-    float32 [N, 9].
+    Args:
+        images: float32 [N, C, H, W].
+        parameters: From `draw`, for N samples.
+
+    Returns:
+        The augmented images, and their augmentation labels, float32 [N, 9].
     """
     return kernels.augment(images, parameters)

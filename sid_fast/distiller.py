@@ -1,4 +1,4 @@
-"""Distiller: SiD as an object that a program can step."""
+"""Distiller: SiD as a Python object, for use without the command line."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,23 @@ from sid_fast.training.step import Trainer
 
 
 class Distiller(Trainer):
-    """Distils a teacher f_φ into a one-step generator G_θ, with a fake score f_ψ between them.
+    """Distils a teacher f_φ into a one-step generator G_θ, with the help of a fake score f_ψ.
 
-    teacher: a network on the device to use; it is frozen, or copied where its type has to change.
-    label_weights [label_dim]: in what proportion classes are drawn; uniform if None. The rest is
-    Trainer's. generator, fake_score and ema are modules whose state_dict has upstream's names; all
-    start from the teacher. UserError for settings that cannot be used.
+    `generator`, `fake_score` and `ema`, the EMA of the generator, are modules initialised from the
+    teacher; their state_dicts use upstream's names.
+
+    Args:
+        teacher: A network on the device to train on. It is frozen in place; with 16-bit precision a
+            copy is used instead.
+        settings: Training settings.
+        seed: Determines every random number.
+        label_weights: Relative class frequencies, [label_dim]; uniform if None.
+        sharding: See Trainer.
+        cuda_graph: See Trainer.
+        compile: See Trainer.
+
+    Raises:
+        UserError: The settings cannot be used.
     """
 
     def __init__(
@@ -52,13 +63,17 @@ class Distiller(Trainer):
         self.generator, self.fake_score = method.generator, method.fake_score
 
     def step(self, draws: Mapping[str, Sequence[Draw]] | None = None) -> dict[str, torch.Tensor]:
-        """Update the fake score, then the generator, then its average; once each.
+        """Update the fake score, then the generator and its EMA.
 
-        draws: for each phase one Draw a micro-batch, {"fake": […], "generator": […]}; without them
-        they are sampled. Returns what Optimizer.update says of each, as fake/… and generator/….
+        Args:
+            draws: One Draw per micro-batch and phase, {"fake": […], "generator": […]}; sampled if
+                None.
+
+        Returns:
+            Metrics of both phases as fake/NAME and generator/NAME; see AdamWithEMA.step.
         """
         return super().step(draws)
 
     def draw(self) -> dict[str, list[Draw]]:
-        """The random inputs of the coming step: a function of seed, step and rank alone."""
+        """Sample the random inputs of the next step: a function of (seed, step, rank)."""
         return self.sample_inputs()

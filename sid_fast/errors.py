@@ -1,31 +1,31 @@
-"""The one exception that is the user's to mend."""
+"""Exceptions and warnings with messages for the user."""
 
 import torch
 
 
 class UserError(Exception):
-    """Bad input: its message names the file or field, the value and the way out.
+    """Invalid input; the message names the file or field, its value and a remedy.
 
-    The commands print it as a single line and exit with status 2; everything else that is
-    raised is a fault of ours and keeps its traceback.
+    Commands print it as one line and exit with status 2. Other exceptions, except RunFailed, are
+    bugs and keep their traceback.
     """
 
 
 class WriteFailed(UserError):
-    """A file that the disk does not take. A run that has begun goes on without it."""
+    """A file cannot be written; once training has begun, the run continues without it."""
 
 
 class RunFailed(Exception):
-    """A run that cannot go on: says why, and where its last good state is. Exit status 1."""
+    """A run cannot continue; the message says why and names its last good state. Exit status 1."""
 
 
 class OutOfMemory(torch.OutOfMemoryError):
-    """The device had no memory for the phase and round that the message names.
+    """The device ran out of memory in the phase and micro-batch that the message names.
 
-    Networks and optimisers are as before the step, unless they are sharded. It is torch's own
-    error, too, so that whoever handles that one need not know of this.
+    Networks and optimisers are as before the step, unless they are sharded. Subclasses torch's
+    error, so that handlers of that one also catch it.
     """
 
 
 class Fallback(UserWarning):
-    """Something runs in a slower way than it was meant to; the message says why, in one line."""
+    """Warning that a slower path is used; the message says why, in one line."""

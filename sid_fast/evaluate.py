@@ -1,4 +1,4 @@
-"""Measure images against real ones: FID, IS, KID, precision and recall, in one pass.
+"""Compare generated with real images: FID, IS, KID, precision and recall in one pass.
 
 python -m sid_fast.evaluate --network runs/000-cifar10 --data cifar10.zip --protocol edm
 python -m sid_fast.evaluate reference --data cifar10.zip --out cifar10.npz
@@ -18,14 +18,14 @@ from sid_fast.data.digits import open_dataset
 from sid_fast.data.readers import choose, read
 from sid_fast.errors import UserError
 from sid_fast.evaluation.features import Detector, Pixels, label, load_detector
-from sid_fast.evaluation.references import real_sample, reference_of, write_reference
+from sid_fast.evaluation.references import real_stats, reference_of, write_reference
 from sid_fast.evaluation.sample import (
     METRICS,
     FeatureStats,
     StageTimer,
     compare,
-    generated,
-    look,
+    compute_stats,
+    generate_batches,
     shard_by_rank,
 )
 from sid_fast.io.atomic import atomic_path, open_target
@@ -33,233 +33,285 @@ from sid_fast.models.registry import load_network
 from sid_fast.performance import process_group
 from sid_fast.performance.cuda_graphs import resolve_cuda_graph
 
-NUM = 50_000
-# Draws, and what is subtracted from the number of images under a covariance.
+NUM = 50_000  # generated images per sample set
+# Name: (number of sample sets, c), with covariances over N − c.
 PROTOCOLS = {None: (1, 1), "edm": (3, 1), "sid": (10, 0)}
 
 
 @dataclasses.dataclass
 class DetectorOptions:
+    """Options of evaluating and of making a reference."""
+
     detector: str = option(
         "inception",
-        "feature network: inception (the published one of 2015-12-05, downloaded once), pixels, "
-        "or the file or https address of a TorchScript module from uint8 [N, 3, R, R] to features",
+        "feature network: inception (NVIDIA's file of 2015-12-05, as used for published FIDs; "
+        "downloaded once), pixels (no network), or the path or https URL of a TorchScript file "
+        "that maps uint8 [N, 3, R, R] to features",
     )
     trust: bool = option(
-        False, "run a TorchScript file that is not known here; it is a program, not mere data"
+        False, "run a --detector file whose sha256 is unknown; its code runs on this machine"
     )
     batch: int | None = option(
-        None, "images in every call of the detector; default: 512 on a GPU, 64 on a CPU", 1
+        None, "images per call of the detector; default: 512 on a GPU, 64 on a CPU", 1
     )
     reader: str = option(
-        "auto", "how PNGs are read: dali, plain (several times slower), or auto for the best there"
+        "auto", "PNG decoder: dali, plain (PIL, several times slower), or auto: dali if installed"
     )
-    device: str = option("auto", "auto, cpu or cuda; auto takes a GPU where there is one")
+    device: str = option("auto", "auto, cpu or cuda; auto: a GPU if there is one")
 
 
 @dataclasses.dataclass
 class EvaluateConfig(DetectorOptions):
+    """Options of `python -m sid_fast.evaluate`."""
+
     network: str | None = option(
-        None, "what to measure: a snapshot, pickle, run folder, https address or name"
+        None,
+        "generator or teacher to evaluate: a .safetensors snapshot, an EDM or SiD pickle (.pkl), a "
+        "run folder (its newest snapshot), an https URL, or the name of a published teacher",
     )
-    images: str | None = option(None, "or: images that are there already, a zip or folder of PNGs")
+    images: str | None = option(
+        None, "instead of --network: generated images, a zip or folder of PNGs"
+    )
     data: str | None = option(
-        None, "real images: an EDM data set zip or folder, or `digits`; measured once, then cached"
+        None,
+        "real images: an EDM data set (zip or folder), or `digits`; their statistics are cached",
     )
     ref: str | None = option(
-        None, "or: statistics of real images, an .npz; for FID and IS, which is all they allow"
+        None,
+        "statistics of real images, an .npz with `mu` and `sigma` (path or https URL); without "
+        "--data they allow FID and IS only",
     )
-    metrics: str = option(",".join(METRICS), "which to compute: FID, IS, KID, precision/recall")
+    metrics: str = option(
+        ",".join(METRICS),
+        "metrics to compute, comma-separated: fid, is, kid, pr (precision and recall)",
+    )
     protocol: str | None = option(
         None,
-        "edm: the best of 3 draws, covariances over N−1; sid: mean ± std of 10 draws, over N; "
-        "default: 1 draw, over N−1. Draw i takes the seeds from i·num on",
+        "edm: the lowest FID of 3 sample sets, covariances over N−1; sid: mean ± std of 10 sample "
+        "sets, covariances over N; default: 1 sample set, over N−1. Set i = 0, 1, … uses seeds "
+        "i·num to (i+1)·num−1",
     )
     num: int | None = option(
         None,
-        f"images a draw; default: {NUM:,}, or all of --images. Behind torchrun write -n: it takes "
-        "--num for an option of its own",
+        f"images per sample set; default: {NUM:,}, or all of --images. Under torchrun write -n: "
+        "torchrun takes --num for one of its own options",
         2,
         short="-n",
     )
-    seeds: str | None = option(None, "in place of --num: these seeds, as in 0-999, in one draw")
+    seeds: str | None = option(
+        None, "instead of --num: one sample set of these seeds, such as 0-999"
+    )
     steps: int = option(
-        1, "1, or the sampler steps of a teacher: 18 at 32x32 pixels, 40 at 64x64", 1, 1000
+        1,
+        "1 for a one-step generator; for a teacher its sampler steps: 18 at 32x32 pixels, 40 at "
+        "64x64",
+        1,
+        1000,
     )
     init_sigma: float | None = option(
-        None, "noise level of one-step generation; default: as the file says, or 2.5", 1e-3, 1e3
+        None,
+        "σ of the one-step generator's input noise; default: as saved in the file, else 2.5",
+        1e-3,
+        1e3,
     )
-    out: str | None = option(None, "file for the results as JSON")
+    out: str | None = option(None, "JSON file to write the results to")
 
 
 @dataclasses.dataclass
 class ReferenceConfig(DetectorOptions):
-    data: str | None = option(None, "real images: an EDM data set zip or folder, or `digits`")
-    out: str | None = option(None, "file for their statistics: an .npz with `mu` and `sigma`")
+    """Options of `python -m sid_fast.evaluate reference`."""
+
+    data: str | None = option(None, "real images: an EDM data set (zip or folder), or `digits`")
+    out: str | None = option(None, ".npz file to write, with `mu` and `sigma`")
 
 
-Draw = tuple[Sequence[int], Iterator[torch.Tensor]]  # what the images are; a process's batches
+# Seeds or indices of all images; this rank's batches of them.
+SampleSet = tuple[Sequence[int], Iterator[torch.Tensor]]
 
 
 def run(config: EvaluateConfig, given: set[str]) -> None:
+    """Evaluate and report; `given` names the fields that the command line set."""
     check(config)
     if bool(config.network) == bool(config.images):
-        raise UserError("what to measure? give --network SNAPSHOT, or --images FOLDER or ZIP")
+        raise UserError(
+            "images to evaluate are missing: give either --network SNAPSHOT or --images ZIP"
+        )
     if not (config.data or config.ref):
-        raise UserError("compared with what? give real images as --data, or statistics as --ref")
+        raise UserError(
+            "a reference is missing: give real images as --data, or their statistics as --ref"
+        )
     metrics = [m.strip() for m in config.metrics.split(",")]
     if unknown := [m for m in metrics if m not in METRICS]:
         raise UserError(f"metrics: {unknown[0]!r} is unknown: choose from {', '.join(METRICS)}")
     if config.protocol not in PROTOCOLS:
-        raise UserError(f"protocol={config.protocol!r} is unknown: choose edm or sid")
+        raise UserError(f"protocol={config.protocol!r} is unknown: choose from edm, sid")
     if config.protocol == "edm" and "fid" not in metrics:
         raise UserError(
-            "metrics: edm reports the draw of the least FID; add fid, or leave --protocol"
+            "metrics: --protocol edm reports the sample set of lowest FID: add fid to --metrics, "
+            "or leave out --protocol"
         )
     if config.out:
         open_target(config.out)
     device = process_group.pick_device(config.device)
-    clock = StageTimer(device)
+    timer = StageTimer(device)
     with process_group.joined(device):
         detector, data, reader = prepare(config, device)
-        draws = by_network(config, device) if config.network else by_files(config, device, reader)
-        real = real_sample(config.ref, data, detector, clock, reader)
-        figures = []
-        for i, (what, batches) in enumerate(draws):
-            title = f"images, draw {i + 1} of {len(draws)}"
-            sample = look(batches, len(what), detector, clock, title)
+        if config.network:
+            sets = sets_from_network(config, device)
+        else:
+            sets = set_from_files(config, device, reader)
+        real = real_stats(config.ref, data, detector, timer, reader)
+        results = []
+        for i, (items, batches) in enumerate(sets):
+            title = f"images, set {i + 1} of {len(sets)}"
+            stats = compute_stats(batches, len(items), detector, timer, title)
             if process_group.rank() == 0:
                 correction = PROTOCOLS[config.protocol][1]
-                figures.append(compare(real, sample, detector, clock, metrics, correction))
-            process_group.barrier()  # precision and recall can take longer than a time-out
+                results.append(compare(real, stats, detector, timer, metrics, correction))
+            process_group.barrier()  # precision and recall can outlast a collective's timeout
         if process_group.rank() == 0:
-            report(config, detector, real, [what for what, _ in draws], figures, clock)
+            report(config, detector, real, [items for items, _ in sets], results, timer)
 
 
 def prepare(
     config: "EvaluateConfig | ReferenceConfig", device: torch.device
 ) -> tuple[Detector | Pixels, ImageDataset | None, str]:
-    """The detector, the real images if any, and the reader of PNGs."""
-    with process_group.main_process_first():  # it may download
+    """Load the detector and the real images, if any, and choose the PNG reader."""
+    with process_group.main_process_first():  # may download
         detector = load_detector(config.detector, device, config.trust, config.batch)
         data = open_dataset(config.data) if config.data else None
     return detector, data, choose(config.reader)
 
 
-def by_network(config: EvaluateConfig, device: torch.device) -> list[Draw]:
-    """The draws that a network makes."""
+def sets_from_network(config: EvaluateConfig, device: torch.device) -> list[SampleSet]:
+    """The sample sets of --network that the protocol asks for; images are generated lazily."""
     num = config.num or NUM
-    draws: list[Sequence[int]] = [
+    seed_sets: list[Sequence[int]] = [
         range(i * num, (i + 1) * num) for i in range(PROTOCOLS[config.protocol][0])
     ]
     if config.seeds is not None:
         if config.num or config.protocol:
-            raise UserError("seeds: are one draw; leave out --seeds, or --num and --protocol")
-        draws = [cli.parse_seeds(config.seeds)]
+            raise UserError(
+                f"seeds={config.seeds} is one sample set: leave out --seeds, or both --num and "
+                "--protocol"
+            )
+        seed_sets = [cli.parse_seeds(config.seeds)]
     assert config.network
-    with process_group.main_process_first():  # it may download
+    with process_group.main_process_first():  # may download
         net = load_network(config.network).to(device)
     sigma = config.init_sigma or net.config.init_sigma or Settings.init_sigma
     graph, _ = resolve_cuda_graph("auto", device)
-    return [(seeds, generated(net, seeds, sigma, config.steps, graph)) for seeds in draws]
+    return [
+        (seeds, generate_batches(net, seeds, sigma, config.steps, graph)) for seeds in seed_sets
+    ]
 
 
-def by_files(config: EvaluateConfig, device: torch.device, reader: str) -> list[Draw]:
-    """One draw, of images that are there already."""
+def set_from_files(config: EvaluateConfig, device: torch.device, reader: str) -> list[SampleSet]:
+    """The one sample set of --images: its first --num images."""
     if config.seeds is not None:
-        raise UserError("seeds: are for --network; --num takes the first of --images")
+        raise UserError(
+            f"seeds={config.seeds} needs --network: with --images give --num, which takes the first"
+        )
     assert config.images
     data = open_dataset(config.images)
     num = config.num or len(data)
     if num > len(data):
-        raise UserError(f"num={num}: {config.images} has {len(data)} images")
+        raise UserError(f"num={num} is too many: {config.images} has {len(data)} images")
     return [(range(num), read(data, shard_by_rank(range(num)), device, reader))]
 
 
-def summary(protocol: str | None, figures: list[dict[str, float]]) -> dict[str, float]:
-    """What a protocol reports of several draws; NAME_std beside NAME where it is a mean."""
-    if protocol == "sid" and len(figures) > 1:
-        names = [n for n in figures[0] if not n.endswith("_std")]
-        values = {n: [f[n] for f in figures] for n in names}
+def summary(protocol: str | None, results: list[dict[str, float]]) -> dict[str, float]:
+    """Reduce the results of the sample sets: lowest FID (edm), or mean and std (sid).
+
+    The std of NAME is NAME_std.
+    """
+    if protocol == "sid" and len(results) > 1:
+        names = [n for n in results[0] if not n.endswith("_std")]
+        values = {n: [r[n] for r in results] for n in names}
         means = {n: statistics.fmean(v) for n, v in values.items()}
         return means | {f"{n}_std": statistics.pstdev(v) for n, v in values.items()}
-    return min(figures, key=lambda f: f.get("frechet_distance", 0.0))  # one draw may have none
+    return min(results, key=lambda r: r.get("frechet_distance", 0.0))  # one set: maybe without FID
 
 
 def report(
     config: EvaluateConfig,
     detector: Detector | Pixels,
     real: FeatureStats,
-    draws: list[Sequence[int]],
-    figures: list[dict[str, float]],
-    clock: StageTimer,
+    sets: list[Sequence[int]],
+    results: list[dict[str, float]],
+    timer: StageTimer,
 ) -> None:
-    """Print a table; write --out."""
-    reported = summary(config.protocol, figures)
-    ends = " and ".join(f"{d[0]}-{d[-1]}" for d in draws)
-    what = f"seeds {ends}" if config.network else "files"
-    against = " and ".join(p for p in (config.ref, config.data) if p)
-    print(f"{config.network or config.images}, {len(draws[0]):,} images a draw ({what})")
-    print(f"against {against}, {f'{real.count:,} images' if real.count else 'of unknown number'}")
-    if len(figures) > 1:
+    """Print a table of the results and write --out."""
+    reported = summary(config.protocol, results)
+    seeds = ", ".join(f"{s[0]}-{s[-1]}" for s in sets)
+    source = f"seeds {seeds}" if config.network else "files"
+    references = " and ".join(p for p in (config.ref, config.data) if p)
+    size = f"{real.count:,} images" if real.count else "unknown number of images"
+    print(f"{config.network or config.images}, {len(sets[0]):,} images per sample set ({source})")
+    print(f"reference: {references}, {size}")
+    if len(results) > 1:
         rule: dict[str | None, str]
-        rule = {"edm": "the draw of least distance", "sid": "mean ± std of the draws"}
-        print(f"{'':32} {rule[config.protocol]:32} all draws")
+        rule = {"edm": "sample set of lowest distance", "sid": "mean ± std of the sample sets"}
+        print(f"{'':32} {rule[config.protocol]:32} all sample sets")
     for name in (n for n in reported if not n.endswith("_std")):
         std = reported.get(f"{name}_std")
         text = f"{reported[name]:.5g}" + ("" if std is None else f" ± {std:.2g}")
-        each = "  ".join(f"{f[name]:.5g}" for f in figures) if len(figures) > 1 else ""
+        each = "  ".join(f"{r[name]:.5g}" for r in results) if len(results) > 1 else ""
         print(f"{label(name, detector):32} {text:32} {each}".rstrip())
     if "is" in config.metrics and "inception_score" not in reported:
-        print(f"no {label('inception_score', detector)}: it knows no classes")
+        print(f"no {label('inception_score', detector)}: this detector has no class probabilities")
     if real.features is None and ("kid" in config.metrics or "pr" in config.metrics):
-        print("no kernel distance, precision or recall: they take real images, --data")
-    seconds = {stage: round(s, 3) for stage, s in clock.seconds.items()}
+        print("no kernel distance, precision or recall: they need real images; give --data")
+    seconds = {stage: round(s, 3) for stage, s in timer.seconds.items()}
     print("seconds: " + ", ".join(f"{stage} {s:.3g}" for stage, s in seconds.items()))
     if config.out:
-        results = {
+        document = {
             "reported": reported,
-            "draws": figures,
+            "draws": results,
             "options": dataclasses.asdict(config),
             "covariance_over": "N-1" if PROTOCOLS[config.protocol][1] else "N",
-            "images": len(draws[0]),
-            "seeds": [[d[0], d[-1]] for d in draws] if config.network else None,
+            "images": len(sets[0]),
+            "seeds": [[s[0], s[-1]] for s in sets] if config.network else None,
             "reference_images": real.count,
             "detector": {"name": detector.name, "key": detector.key},
             "seconds": seconds,
-            "device": str(clock.device),
+            "device": str(timer.device),
             "processes": process_group.world_size(),
             "torch": torch.__version__,
         }
         with atomic_path(config.out) as temporary:
-            temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def run_reference(config: ReferenceConfig, given: set[str]) -> None:
+    """Measure a data set and write its statistics as an .npz file."""
     check(config)
     if not config.data:
-        raise UserError("data is missing: --data dataset.zip names the real images")
+        raise UserError("data is missing: give the real images as --data DATASET.zip")
     if not config.out or not config.out.endswith(".npz"):
-        raise UserError(f"out={config.out}: give the name of an .npz file, --out stats.npz")
+        raise UserError(f"out={config.out} is not an .npz file: give --out NAME.npz")
     open_target(config.out)
     device = process_group.pick_device(config.device)
     with process_group.joined(device):
         detector, data, reader = prepare(config, device)
         assert data is not None
-        clock = StageTimer(device)
-        sample = reference_of(data, detector, clock, reader)
+        timer = StageTimer(device)
+        stats = reference_of(data, detector, timer, reader)
         if process_group.rank() == 0:
-            write_reference(config.out, sample, detector)
-            seconds = sum(clock.seconds.values())
-            how = f"at {len(data) / seconds:.0f} images a second" if seconds else "from the cache"
+            write_reference(config.out, stats, detector)
+            seconds = sum(timer.seconds.values())
+            how = f"at {len(data) / seconds:.0f} images/s" if seconds else "from the cache"
             print(
-                f"{config.out}: statistics of {len(data):,} images in {len(sample.mean)} features "
-                f"of {detector.name}, {how}"
+                f"{config.out}: statistics of {len(data):,} images, {len(stats.mean)} "
+                f"{detector.name} features, {how}"
             )
 
 
 _reference = cli.command(
-    ReferenceConfig, run_reference, None, "Make the statistics of a data set that --ref takes."
+    ReferenceConfig,
+    run_reference,
+    None,
+    "Write the feature statistics of a data set to an .npz file for --ref.",
 )
 main = cli.command(EvaluateConfig, run, None, __doc__, reference=_reference)
 

@@ -1,4 +1,4 @@
-"""Make images with a one-step generator, one image a seed.
+"""Generate images with a one-step generator or a teacher, one image per seed.
 
 python -m sid_fast.generate --network runs/000-digits --seeds 0-63 --grid digits.png
 """
@@ -26,46 +26,65 @@ from sid_fast.sampling import generate_images, seed_inputs
 
 @dataclasses.dataclass
 class GenerateConfig:
+    """Options of `python -m sid_fast.generate`."""
+
     network: str | None = option(
-        None, "a snapshot, pickle, run folder (its newest snapshot), https address or name"
+        None,
+        "generator or teacher: a .safetensors snapshot, an EDM or SiD pickle (.pkl), a run folder "
+        "(its newest snapshot), an https URL, or the name of a published teacher",
     )
-    seeds: str = option("0-63", "one image a seed: numbers and ranges, as in 0-63,100")
+    seeds: str = option("0-63", "one image per seed: numbers and ranges, such as 0-63,100")
     out: str | None = option(
         None,
-        "folder for PNGs, one a seed; or NAME.zip, an EDM data set; or NAME.npz with `images` "
-        "uint8 [N, R, R, C], `seeds` and `labels`",
+        "a folder for one PNG per seed; NAME.zip for an EDM data set; or NAME.npz with `images` "
+        "(uint8 [N, R, R, C]), `seeds` and, with classes, `labels`",
     )
-    grid: str | None = option(None, "file for one PNG of all the images")
-    class_: int | None = option(None, "make this class alone; default: each seed draws its own", 0)
+    grid: str | None = option(None, "PNG file to write, a grid of all the images")
+    class_: int | None = option(
+        None, "generate only this class; default: a random class per seed", 0
+    )
     steps: int = option(
-        1, "1, or the sampler steps of a teacher: 18 at 32x32 pixels, 40 at 64x64", 1, 1000
+        1,
+        "1 for a one-step generator; for a teacher its sampler steps: 18 at 32x32 pixels, 40 at "
+        "64x64",
+        1,
+        1000,
     )
     init_sigma: float | None = option(
-        None, "noise level of one-step generation; default: as the file says, or 2.5", 1e-3, 1e3
+        None,
+        "σ of the one-step generator's input noise; default: as saved in the file, else 2.5",
+        1e-3,
+        1e3,
     )
-    batch: int = option(128, "images made at a time; never changes the images", 1)
-    device: str = option("auto", "auto, cpu or cuda; auto takes a GPU where there is one")
+    batch: int = option(128, "images per forward pass; the images do not depend on it", 1)
+    device: str = option("auto", "auto, cpu or cuda; auto: a GPU if there is one")
 
 
 def run(config: GenerateConfig, given: set[str]) -> None:
+    """Generate and write the images; `given` names the fields that the command line set."""
     check(config)
     if not config.network:
-        raise UserError("network is missing: --network runs/000-digits, or another snapshot")
+        raise UserError("network is missing: give --network FILE, a run folder or a published name")
     if not (config.out or config.grid):
-        raise UserError("nothing to write: give --out FOLDER (or .zip, .npz), --grid FILE, or both")
+        raise UserError(
+            "nothing to write: give --out FOLDER (or NAME.zip, NAME.npz), --grid FILE.png, or both"
+        )
     seeds = cli.parse_seeds(config.seeds)
     device = process_group.pick_device(config.device)
     net = load_network(config.network).to(device)
     if config.class_ is not None and config.class_ >= net.config.label_dim:
         last = net.config.label_dim - 1
-        known = f"the network knows 0 to {last}" if last > 0 else "the network has no classes"
+        known = f"choose from 0 to {last}" if last > 0 else "the network has no classes"
         raise UserError(f"class={config.class_} is out of range: {known}")
     init_sigma = config.init_sigma or net.config.init_sigma
     open_targets(config.out, config.grid)
     if config.steps == 1 and init_sigma is None:
         init_sigma = Settings.init_sigma
-        note = f"taken for a one-step generator from noise level {init_sigma}"
-        print(f"{config.network} is {note}; --steps samples a teacher", file=sys.stderr)
+        print(
+            f"{config.network} does not say that it is a one-step generator: sampling it in one "
+            f"step from σ = {init_sigma:g}; for a teacher give --steps",
+            file=sys.stderr,
+        )
     folder = Path(config.out) if config.out and not is_file(config.out) else None
 
     with process_group.joined(device):
@@ -76,22 +95,22 @@ def run(config: GenerateConfig, given: set[str]) -> None:
         classes = torch.empty(len(mine), dtype=torch.int64)
         bar = tqdm(total=len(mine), unit="img", disable=True if rank else None)
         for i in range(0, len(mine), config.batch):
-            some = mine[i : i + config.batch]
-            part = slice(i, i + len(some))
-            latents, classes[part] = seed_inputs(some, net.config, config.class_)
-            images[part] = generate_images(net, latents, classes[part], init_sigma, config.steps)
+            batch = mine[i : i + config.batch]
+            rows = slice(i, i + len(batch))
+            latents, classes[rows] = seed_inputs(batch, net.config, config.class_)
+            images[rows] = generate_images(net, latents, classes[rows], init_sigma, config.steps)
             if folder:
-                for seed, image in zip(some, images[part], strict=True):
+                for seed, image in zip(batch, images[rows], strict=True):
                     save_png(folder / f"seed{seed:06d}.png", image)
-            bar.update(len(some))
+            bar.update(len(batch))
         bar.close()
         images, classes = (process_group.gather(v, len(seeds)) for v in (images, classes))
         if rank == 0:
             write(config, net.config, seeds, images, classes)
 
 
-# A folder is hardly called so; of these --out writes the first two, in small letters.
-NO_FOLDER = (".zip", ".npz", ".npy", ".png", ".jpg", ".tar", ".gz", ".tgz")
+# Unlikely suffixes of a folder name. --out writes .zip and .npz, in lower case only.
+FILE_SUFFIXES = (".zip", ".npz", ".npy", ".png", ".jpg", ".tar", ".gz", ".tgz")
 
 
 def is_file(out: str) -> bool:
@@ -100,12 +119,12 @@ def is_file(out: str) -> bool:
 
 
 def open_targets(out: str | None, grid: str | None) -> None:
-    """Make the folders that will be written to; UserError if one of the files cannot be."""
+    """Create the output folders; UserError if an output has a bad name or cannot be written."""
     if grid and Path(grid).suffix != ".png":
-        raise UserError(f"grid={grid} is not the name of a .png file")
-    if out and not is_file(out) and (suffix := Path(out).suffix).lower() in NO_FOLDER:
+        raise UserError(f"grid={grid} is not a .png file: give --grid NAME.png")
+    if out and not is_file(out) and (suffix := Path(out).suffix).lower() in FILE_SUFFIXES:
         raise UserError(
-            f"out={out}: {suffix} is not written: give a folder, or the name of a .zip or .npz file"
+            f"out={out}: {suffix} files are not supported: give a folder, or a .zip or .npz file"
         )
     if out:
         open_target(out, folder=not is_file(out))
@@ -120,6 +139,7 @@ def write(
     images: torch.Tensor,
     classes: torch.Tensor,
 ) -> None:
+    """Write --grid, and --out if it is a file; images are uint8 [N, C, R, R], classes int64 [N]."""
     labels = classes.numpy() if network.label_dim else None
     if config.grid:
         save_grid(config.grid, images)
@@ -131,8 +151,8 @@ def write(
         values |= {"seeds": np.array(seeds)} | ({} if labels is None else {"labels": labels})
         with atomic_path(config.out) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **values)
-    places = " and ".join(p for p in (config.out, config.grid) if p)
-    print(f"{len(seeds)} images: {places}")
+    targets = " and ".join(p for p in (config.out, config.grid) if p)
+    print(f"wrote {len(seeds)} images: {targets}")
 
 
 main = cli.command(GenerateConfig, run, None, __doc__)

@@ -1,4 +1,4 @@
-"""Noise levels: of the two steps of the distillation and of the teacher's sampler."""
+"""Noise levels σ of distillation and of the teacher's sampler."""
 
 import torch
 
@@ -7,22 +7,22 @@ P_MEAN, P_STD = -1.2, 1.2
 
 
 def _ramp(u: torch.Tensor) -> torch.Tensor:
-    """u in [0, 1] from σ_max down to σ_min, evenly in σ^(1/ρ) (arXiv 2206.00364, equation 5)."""
+    """Map u in [0, 1] to [σ_max, σ_min], linearly in σ^(1/ρ) (arXiv 2206.00364, equation 5)."""
     high, low = SIGMA_MAX ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
     return (high + u * (low - high)) ** RHO
 
 
 def generator_sigma(t: torch.Tensor) -> torch.Tensor:
-    """Noise level of the generator step for t in [0, tmax/1000]: σ_min at 0, σ_max at 1."""
+    """Return the generator step's noise level for t in [0, 1]: σ_min at 0, σ_max at 1."""
     return _ramp(1 - t)
 
 
 def fake_score_sigma(normal: torch.Tensor) -> torch.Tensor:
-    """Noise level of the fake-score step for normal ~ N(0, 1): ln σ ~ N(−1.2, 1.2²)."""
+    """Return the fake-score step's noise level, ln σ ~ N(−1.2, 1.2²), for normal ~ N(0, 1)."""
     return (P_MEAN + P_STD * normal).exp()
 
 
 def sampler_sigmas(num_steps: int) -> torch.Tensor:
-    """The levels of the teacher's sampler and the 0 it ends on, float64 [num_steps + 1]."""
+    """Return the sampler's noise levels followed by a final 0, float64 [num_steps + 1]."""
     u = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
     return torch.cat([_ramp(u), torch.zeros(1, dtype=torch.float64)])

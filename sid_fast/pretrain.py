@@ -29,32 +29,39 @@ _network = partial(option, heading="Network")
 
 @dataclasses.dataclass
 class PretrainConfig(RunOptions, PretrainSettings):
+    """Options of `python -m sid_fast.pretrain`."""
+
     preset: str | None = None
     data: str | None = option(
-        None, "images to learn: an EDM data set zip or folder, or `digits`", heading="Data"
+        None, "training images: an EDM data set (zip or folder), or `digits`", heading="Data"
     )
-    architecture: Architecture = _network("ddpmpp", "family of the network")
-    model_channels: int = _network(128, "width of the network", 1)
-    channel_mult: tuple[int, ...] = _network((2, 2, 2), "width of each level, in model_channels")
-    num_blocks: int = _network(4, "residual blocks a level", 1)
-    attention_resolutions: tuple[int, ...] = _network((16,), "resolutions with attention")
+    architecture: Architecture = _network("ddpmpp", "network architecture")
+    model_channels: int = _network(128, "base number of channels", 1)
+    channel_mult: tuple[int, ...] = _network(
+        (2, 2, 2), "channels of each resolution level, as multiples of --model-channels"
+    )
+    num_blocks: int = _network(4, "residual blocks per resolution level", 1)
+    attention_resolutions: tuple[int, ...] = _network(
+        (16,), "resolutions (pixels) with self-attention"
+    )
     sampler_steps: int = option(
         18,
-        "steps of the sampler that shows the teacher's images",
+        "sampler steps for sample grids and evaluations",
         1,
         1000,
         heading="Run and output",
     )
-    # run() puts a number in the place of None before PretrainSettings are made of it.
+    # run() replaces None by a number before it builds PretrainSettings.
     lr_rampup_kimg: float | None = option(  # type: ignore[assignment]
         None,
-        "the learning rate rises linearly over so many; default: a 20th of the run",
+        "kimg of linear learning-rate warm-up; default: 1/20 of --kimg",
         0,
         heading="Optimizer and EMA",
     )
 
 
 def run(config: PretrainConfig, given: set[str]) -> None:
+    """Train a teacher; `given` names the fields that the command line set."""
     resume = cli.resume(config, given)
     check(config)
     if not config.data:

@@ -1,4 +1,4 @@
-"""From latents to images: in one step, or by the teacher's sampler."""
+"""Sampling: latents to images, by a one-step generator or the teacher's Heun sampler."""
 
 import itertools
 from collections.abc import Callable
@@ -15,7 +15,7 @@ def one_step(
     class_labels: torch.Tensor | None,
     init_sigma: float,
 ) -> torch.Tensor:
-    """G(z) = D(σ_init·z; σ_init, c) of latents z ~ N(0, I), [N, C, R, R]; float32, same shape."""
+    """Generate G(z) = D(σ_init·z; σ_init, c), float32, from latents z ~ N(0, I), [N, C, R, R]."""
     sigma = torch.full((len(latents),), init_sigma, device=latents.device)
     return net(latents * init_sigma, sigma, class_labels)
 
@@ -27,10 +27,18 @@ def heun(
     class_labels: torch.Tensor | None = None,
     num_steps: int = 18,
 ) -> torch.Tensor:
-    """Solve the probability-flow ODE from latents ~ N(0, I), [N, C, R, R], to images.
+    """Sample by solving the probability-flow ODE (arXiv 2206.00364, algorithm 1, no churn).
 
-    Karras et al., arXiv 2206.00364, algorithm 1 without churn. The state is float64, the network
-    float32; 2·num_steps − 1 network calls. Returns float64 [N, C, R, R].
+    The solver runs in float64, the network in float32; it is called 2·num_steps − 1 times.
+
+    Args:
+        net: Denoiser D(x; σ, c).
+        latents: z ~ N(0, I), [N, C, R, R].
+        class_labels: One-hot [N, label_dim], or None.
+        num_steps: Number of noise levels.
+
+    Returns:
+        Images, float64 [N, C, R, R].
     """
 
     def slope(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -41,21 +49,27 @@ def heun(
     for i, (now, then) in enumerate(itertools.pairwise(sigmas)):
         d = slope(x, now)
         euler = x + (then - now) * d
-        last = i == num_steps - 1  # to σ = 0, where the slope is not defined
+        last = i == num_steps - 1  # at σ = 0, where the slope is undefined
         x = euler if last else x + (then - now) * (d + slope(euler, then)) / 2
     return x
 
 
 def to_uint8(x: torch.Tensor) -> torch.Tensor:
-    """Float images [N, C, H, W], nominally in [-1, 1], to uint8 pixels."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision cannot hold n + 0.5
+    """Convert float images [N, C, H, W] in [-1, 1] to uint8, clamping values outside."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))  # 16 bit cannot represent n + 0.5
     return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
 def seed_inputs(
     seeds: list[int], network: NetworkConfig, only: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents [N, C, R, R] and classes [N] (0 where there are none), by each seed alone."""
+    """Draw a latent and a class for each seed, independently of the other seeds.
+
+    only: use this class for all.
+
+    Returns:
+        Latents [N, C, R, R] and class indices [N], 0 for an unconditional network.
+    """
     latents, classes = [], []
     for seed in seeds:
         rng = torch.Generator().manual_seed(seed)
@@ -67,7 +81,7 @@ def seed_inputs(
 
 
 def group_size(device: torch.device, resolution: int) -> int:
-    """Images in every network call: a fixed number, since a network's rounding depends on it."""
+    """Return the batch size of network calls, fixed since rounding depends on it."""
     return max(16, 64**2 // resolution**2) if device.type == "cpu" else 128
 
 
@@ -80,11 +94,20 @@ def generate_images(
     steps: int = 1,
     call: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """uint8 images [N, C, R, R], on the CPU, of latents and classes as seed_inputs gives them.
+    """Generate images in batches of a fixed size.
 
-    An image does not depend on its neighbours: the network is always called with whole groups,
-    the last one filled up. One step is G(z) = D(σ_init·z; σ_init); more are Heun's method.
-    call: what is called in place of the network, such as its replay from a CUDA graph.
+    An image does not depend on the others in its batch: the last batch is padded to full size.
+
+    Args:
+        net: The network.
+        latents: [N, C, R, R], as from seed_inputs.
+        classes: Class indices, [N].
+        init_sigma: σ_init; required for one step.
+        steps: 1 for one-step generation, more for Heun's method.
+        call: Called in place of the network, e.g. a CUDA graph of it.
+
+    Returns:
+        uint8 images [N, C, R, R], on the CPU.
     """
     call = call or net
     device = next(net.parameters()).device

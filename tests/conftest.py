@@ -17,8 +17,7 @@ if not torch.cuda.is_available():  # Triton kernels run in its interpreter; it r
     os.environ["TRITON_INTERPRET"] = "1"
 
 from sid_fast import cli
-
-SHARED = Path(os.environ.get("SID_FAST_SHARED", Path(__file__).parents[2] / "shared"))
+from tests.helpers.golden import SHARED
 
 
 def pytest_collection_modifyitems(items):

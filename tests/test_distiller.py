@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from golden import TRAJECTORY_TOLERANCE, golden_draws, golden_settings, read, trajectory_error
 from torch.profiler import ProfilerActivity, profile
 
 import sid_fast
@@ -11,8 +10,15 @@ from sid_fast import Distiller, Draw, Settings, noise
 from sid_fast.config.types import grad_accum_steps
 from sid_fast.errors import UserError
 from sid_fast.methods.base import RandomStream, one_hot_labels
-from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.training.optimizer import ema_beta
+from tests.helpers.golden import (
+    TRAJECTORY_TOLERANCE,
+    golden_draws,
+    golden_settings,
+    read,
+    trajectory_error,
+)
+from tests.helpers.networks import FAST, small_teacher, weights
 
 TRAJECTORIES = ["ddpmpp_uncond", "adm_cond"]
 
@@ -38,29 +44,6 @@ def test_golden_trajectory(golden, name, compile, monkeypatch):
     ):
         assert trajectory_error(data, start, net, key) <= TRAJECTORY_TOLERANCE, key
     assert all(torch.equal(v, start[k]) for k, v in teacher.state_dict().items())
-
-
-SMALL = NetworkConfig(
-    "ddpmpp", resolution=8, channels=1, model_channels=16, channel_mult=(1, 2), num_blocks=1,
-    attention_resolutions=(4,), label_dim=10, augment_dim=9,
-)  # fmt: skip
-
-
-def small_teacher() -> EDMNetwork:
-    torch.manual_seed(0)
-    net = EDMNetwork(SMALL)
-    for p in net.parameters():
-        if p.dim() > 1:
-            torch.nn.init.normal_(p, std=0.1)
-    return net
-
-
-def weights(distiller: Distiller) -> torch.Tensor:
-    nets = distiller.fake_score, distiller.generator, distiller.ema
-    return torch.cat([p.detach().flatten() for net in nets for p in net.parameters()])
-
-
-FAST = dict(batch_size=4, fake_lr=1e-3, generator_lr=1e-3)
 
 
 def test_steps_are_a_function_of_seed_and_step_alone():

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from golden import NETWORKS, TOLERANCE, check_gradients, read, relative
 
 import sid_fast
 from sid_fast import losses, noise
 from sid_fast.models import NetworkConfig
+from tests.helpers.golden import NETWORKS, TOLERANCE, check_gradients, read, relative
 
 
 def load(golden, name, loss="loss"):

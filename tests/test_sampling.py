@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from golden import TOLERANCE, read, relative
 
 import sid_fast
+from tests.helpers.golden import TOLERANCE, read, relative
 
 
 @pytest.mark.parametrize("name", ["ddpmpp_uncond", "adm_cond"])

@@ -1,4 +1,4 @@
-// The host build: the device's arithmetic, one number after another.
+// The host build: the device's arithmetic, one element at a time.
 #include "adam_ema.h"
 #include "interface.h"
 
@@ -19,12 +19,13 @@ void sid_fast_adam_ema_host(const void* table, const double* step, const uint8_t
       }
       if (!*enabled) continue;
       float first = g;
-      if (row.first) first = row.first[i] = moment(c, g, row.first[i]);
-      row.second[i] = square(c, g, row.second[i]);
-      const float p = row.p[i] = descend(c, row.p[i], first, row.second[i]);
+      if (row.exp_avg) first = row.exp_avg[i] = moment(c, g, row.exp_avg[i]);
+      row.exp_avg_sq[i] = square(c, g, row.exp_avg_sq[i]);
+      const float p = row.p[i] = descend(c, row.p[i], first, row.exp_avg_sq[i]);
       if (row.ema) row.ema[i] = average(c, p, row.ema[i]);
       if (row.compute_weight)
-        row.compute_weight[compute_weight_offset(row, i)] = compute_dtype == 1 ? to_bfloat16(p) : to_float16(p);
+        row.compute_weight[compute_weight_offset(row, i)] =
+            compute_dtype == 1 ? to_bfloat16(p) : to_float16(p);
     }
   }
 }

@@ -1,5 +1,6 @@
 // One launch over all chunks of all parameters; a block takes every gridDim-th row of the table.
-// Bound by memory: four numbers an access, a thread's loads all in flight before the first is used.
+// Bound by memory: each access moves four elements, and a thread issues all its loads before it
+// uses the first.
 #include "adam_ema.h"
 #include "interface.h"
 
@@ -9,32 +10,32 @@ namespace {
 
 constexpr int kThreads = kChunk / 4;
 
-// Width numbers, moved as one access.
+// Width elements, moved in one access.
 template <typename T, int Width>
-struct alignas(sizeof(T) * Width) Numbers {
+struct alignas(sizeof(T) * Width) Vector {
   T at[Width];
 };
 
 template <int Width>
-__device__ Numbers<float, Width> read(const float* from, int64_t i) {
+__device__ Vector<float, Width> read(const float* from, int64_t i) {
   __builtin_assume(__isGlobal(from));
-  return *reinterpret_cast<const Numbers<float, Width>*>(from + i);
+  return *reinterpret_cast<const Vector<float, Width>*>(from + i);
 }
 
 template <typename T, int Width>
-__device__ void write(T* to, int64_t i, const Numbers<T, Width>& x) {
+__device__ void write(T* to, int64_t i, const Vector<T, Width>& x) {
   __builtin_assume(__isGlobal(to));
-  *reinterpret_cast<Numbers<T, Width>*>(to + i) = x;
+  *reinterpret_cast<Vector<T, Width>*>(to + i) = x;
 }
 
 template <int Width>
 __device__ int update(const Row& row, const Coefficients& c, bool enabled, int compute_dtype,
                       int64_t i) {
-  Numbers<float, Width> g = read<Width>(row.g, i), p, first, second, ema;
+  Vector<float, Width> g = read<Width>(row.g, i), p, first, second, ema;
   if (enabled) {
     p = read<Width>(row.p, i);
-    second = read<Width>(row.second, i);
-    if (row.first) first = read<Width>(row.first, i);
+    second = read<Width>(row.exp_avg_sq, i);
+    if (row.exp_avg) first = read<Width>(row.exp_avg, i);
     if (row.ema) ema = read<Width>(row.ema, i);
   }
   int bad = 0;
@@ -46,24 +47,25 @@ __device__ int update(const Row& row, const Coefficients& c, bool enabled, int c
   if (bad) write(row.g, i, g);
   if (!enabled) return bad;
 
-  Numbers<uint16_t, Width> compute_weight;
+  Vector<uint16_t, Width> compute_weight;
 #pragma unroll
   for (int k = 0; k < Width; ++k) {
-    first.at[k] = row.first ? moment(c, g.at[k], first.at[k]) : g.at[k];
+    first.at[k] = row.exp_avg ? moment(c, g.at[k], first.at[k]) : g.at[k];
     second.at[k] = square(c, g.at[k], second.at[k]);
     p.at[k] = descend(c, p.at[k], first.at[k], second.at[k]);
     if (row.ema) ema.at[k] = average(c, p.at[k], ema.at[k]);
     compute_weight.at[k] = compute_dtype == 1 ? to_bfloat16(p.at[k]) : to_float16(p.at[k]);
   }
   write(row.p, i, p);
-  write(row.second, i, second);
-  if (row.first) write(row.first, i, first);
+  write(row.exp_avg_sq, i, second);
+  if (row.exp_avg) write(row.exp_avg, i, first);
   if (row.ema) write(row.ema, i, ema);
   if (row.compute_weight && row.taps == 1) {
     write(row.compute_weight, row.start + i, compute_weight);
   } else if (row.compute_weight) {
 #pragma unroll
-    for (int k = 0; k < Width; ++k) row.compute_weight[compute_weight_offset(row, i + k)] = compute_weight.at[k];
+    for (int k = 0; k < Width; ++k)
+      row.compute_weight[compute_weight_offset(row, i + k)] = compute_weight.at[k];
   }
   return bad;
 }
@@ -72,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     adam_ema(const Row* table, const double* step, const uint8_t* enabled, const double* lr,
              const double* ema_beta, unsigned long long* nonfinite, int64_t rows, double beta1,
              double beta2, double eps, int compute_dtype) {
-  // A hundred float64 instructions, for one thread rather than for all.
+  // About a hundred float64 instructions: one thread computes them for the block.
   __shared__ Coefficients c;
   if (threadIdx.x == 0) c = coefficients(*step, *lr, *ema_beta, beta1, beta2, eps);
   __syncthreads();

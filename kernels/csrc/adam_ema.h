@@ -1,5 +1,5 @@
-// The arithmetic of adam_ema.py for one number: what it means is said there. Compiled for the
-// device by nvcc and for the host by any C++17 compiler; neither may contract a·b + c, so that
+// The update of adam_ema.py for one element; see there for the equations. Compiled for the device
+// by nvcc and for the host by any C++17 compiler. Neither may contract a·b + c into an FMA, so that
 // both give the same bits.
 #pragma once
 
@@ -17,14 +17,15 @@ namespace sid_fast {
 
 constexpr int kChunk = 1024;
 
-// One row of the table: a chunk of a parameter and of all that goes with it. first, ema and
-// compute_weight are null where there is none. compute_weight is the whole tensor; start is where the chunk begins
-// in it. taps > 1: the compute_weight of [outer, inner, taps] is ordered [outer, taps, inner].
+// One row of the pointer table: a chunk of a parameter, its gradient, moments, EMA and compute
+// weight. exp_avg, ema and compute_weight may be null. compute_weight points to the tensor's first
+// element, the chunk begins at its element `start`. With taps > 1, a parameter [outer, inner, taps]
+// has a compute weight in the order [outer, taps, inner].
 struct Row {
   float* p;
   float* g;
-  float* first;
-  float* second;
+  float* exp_avg;
+  float* exp_avg_sq;
   float* ema;
   uint16_t* compute_weight;
   int64_t count, start, inner, taps, full;
@@ -32,7 +33,8 @@ struct Row {
 static_assert(sizeof(Row) == 11 * sizeof(int64_t), "a row of the table is 11 int64");
 
 struct Coefficients {
-  float beta1, rest1, beta2, rest2, eps, rate, root2, share;
+  float beta1, one_minus_beta1, beta2, one_minus_beta2, eps;
+  float step_size, correction2_sqrt, ema_weight;
 };
 
 SID_FAST_BOTH Coefficients coefficients(double step, double lr, double ema_beta, double beta1,
@@ -55,22 +57,22 @@ SID_FAST_BOTH float clean(float g) {
 }
 
 SID_FAST_BOTH float moment(const Coefficients& c, float g, float first) {
-  return first * c.beta1 + g * c.rest1;
+  return first * c.beta1 + g * c.one_minus_beta1;
 }
 
 SID_FAST_BOTH float square(const Coefficients& c, float g, float second) {
-  return second * c.beta2 + g * g * c.rest2;
+  return second * c.beta2 + g * g * c.one_minus_beta2;
 }
 
 SID_FAST_BOTH float descend(const Coefficients& c, float p, float first, float second) {
-  return p - c.rate * (first / (sqrtf(second) / c.root2 + c.eps));
+  return p - c.step_size * (first / (sqrtf(second) / c.correction2_sqrt + c.eps));
 }
 
 SID_FAST_BOTH float average(const Coefficients& c, float p, float ema) {
-  return ema + (p - ema) * c.share;
+  return ema + (p - ema) * c.ema_weight;
 }
 
-// Rounds to nearest, ties to even, like the hardware's conversions.
+// Round to nearest, ties to even, like the hardware's conversions.
 SID_FAST_BOTH uint16_t to_bfloat16(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);
@@ -83,7 +85,7 @@ SID_FAST_BOTH uint16_t to_float16(float x) {
   memcpy(&bits, &x, 4);
   const uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
   if (size > 0x7f800000) return 0x7fff;                       // NaN
-  if (size >= 0x47800000) return uint16_t(sign | 0x7c00);     // 2^16 and more: infinity
+  if (size >= 0x47800000) return uint16_t(sign | 0x7c00);     // 2^16 and above: infinity
   if (size < 0x38800000)                                      // below 2^-14: a multiple of 2^-24
     return uint16_t(sign | uint32_t(rintf(fabsf(x) * 16777216.0f)));
   return uint16_t(sign | (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13);

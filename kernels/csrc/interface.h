@@ -1,9 +1,9 @@
-// What the library exports: plain C, no dependence on the version of torch. Pointers are to the
-// host's memory for _host and to the device's for _cuda.
+// The library's exports: plain C, independent of the torch version. _host takes pointers to host
+// memory, _cuda to device memory.
 //
-// table is [rows] of sid_fast::Row; step (already counting this update), lr and ema_beta are
-// double, enabled is one byte, nonfinite is int64 and is added to. compute_dtype: 0 none, 1 bfloat16,
-// 2 float16. _cuda launches so many blocks, returns a cudaError and waits for nothing.
+// table: [rows] of sid_fast::Row. step (counting this update), lr, ema_beta: double scalars.
+// enabled: one byte. nonfinite: int64 counter, incremented. compute_dtype: 0 none, 1 bfloat16,
+// 2 float16. _cuda launches `blocks` blocks asynchronously and returns a cudaError.
 #pragma once
 
 #include <cstdint>

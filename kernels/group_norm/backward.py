@@ -175,6 +175,7 @@ def backward_kernel(
     SILU: tl.constexpr,
     RESAMPLE: tl.constexpr,
 ):
+    """Compute the gradients of GROUPS_PER_BLOCK groups of one sample per program; see op.py."""
     GROUP: tl.constexpr = CHANNELS // GROUPS
     BLOCKS: tl.constexpr = (GROUPS + GROUPS_PER_BLOCK - 1) // GROUPS_PER_BLOCK
     TARGETS: tl.constexpr = (

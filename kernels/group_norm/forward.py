@@ -140,6 +140,7 @@ def forward_kernel(
     SILU: tl.constexpr,
     RESAMPLE: tl.constexpr,
 ):
+    """Normalise GROUPS_PER_BLOCK groups of one sample per program; arguments as in op.py."""
     GROUP: tl.constexpr = CHANNELS // GROUPS
     BLOCKS: tl.constexpr = (GROUPS + GROUPS_PER_BLOCK - 1) // GROUPS_PER_BLOCK
     TARGETS: tl.constexpr = (

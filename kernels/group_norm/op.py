@@ -309,8 +309,8 @@ def _check(x, weight, groups, skip, dropout, resample, fused) -> None:
     channels = left + right
     if channels != len(weight) or channels % groups:
         raise ValueError(
-            f"{channels} channels: must be as many as weight has, {len(weight)}, and divide into "
-            f"groups={groups}"
+            f"{channels} channels: must equal the length of weight ({len(weight)}) and be a "
+            f"multiple of groups={groups}"
         )
     shapes = {"residual": (n, left, *size), "skip": (n, right, *size), "x_bias": (left,)}
     for name, value in {"skip": skip, **fused}.items():

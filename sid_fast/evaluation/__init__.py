@@ -1,4 +1,4 @@
-"""How far generated images are from real ones."""
+"""Metrics of generated against real images: FID, KID, IS, precision and recall."""
 
 from sid_fast.evaluation.frechet import frechet_distance, moments
 from sid_fast.evaluation.metrics import inception_score, kernel_distance, precision_recall

@@ -1,4 +1,4 @@
-"""The picture of a run: distance against images seen."""
+"""The plot of a run: Fréchet distance against training images seen."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +14,15 @@ def draw_curve(
     name: str,
     teacher: float | None,
 ) -> None:
-    """Draw distance against images seen on matplotlib axes, both logarithmic.
+    """Plot distance against images seen on log-log axes.
 
-    The teacher's own distance is a line. The start, 0 images, has no place on a log axis: it is
-    drawn at the left edge.
+    Args:
+        axes: matplotlib axes.
+        images: training images seen at each evaluation. 0, which a log axis lacks, is drawn at the
+            left edge.
+        distances: distance at each evaluation.
+        name: label of the distance axis.
+        teacher: the teacher's distance, drawn as a horizontal line; None: no line.
     """
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
@@ -41,8 +46,8 @@ def draw_curve(
 
 
 def save_curve(path: Path, *curve: Any) -> None:
-    """Write draw_curve's picture as a PNG, atomically."""
-    from matplotlib.figure import Figure  # slow to load, and needed here alone
+    """Write the plot as a PNG, atomically; `curve` is draw_curve's arguments after `axes`."""
+    from matplotlib.figure import Figure  # slow to import and used only here
 
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
     draw_curve(figure.add_subplot(), *curve)

@@ -1,4 +1,4 @@
-"""Feature networks: TorchScript files from uint8 images to features, or the pixels themselves."""
+"""Feature extractors: TorchScript networks on uint8 images, or the raw pixels."""
 
 import contextlib
 import hashlib
@@ -23,52 +23,59 @@ INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e9
 
 
 class Pixels:
-    """Pixels in [-1, 1] as features: a measure for very small images."""
+    """Raw pixels in [-1, 1] as features, for very small images."""
 
     name, key, batch = "pixels", "pixels", 1024
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Features [N, C·R·R] of uint8 images [N, C, R, R]."""
+        """Convert uint8 images [N, C, R, R] to float64 features [N, C·R·R]."""
         return images.flatten(1).double() / 127.5 - 1
 
     def probabilities(self, features: torch.Tensor) -> torch.Tensor | None:
+        """None: pixels have no classes."""
         return None
 
 
 class Detector:
-    """A TorchScript module from uint8 images [N, 3, R, R] to features [N, D].
+    """A TorchScript module that maps uint8 images [N, 3, R, R] to features [N, D].
 
-    One that takes `return_features`, as the published Inception network does, is asked for them;
-    a last layer called `output` gives class probabilities.
+    If its forward has an argument `return_features`, as NVIDIA's Inception network does, it is
+    called with True. If it has a last layer `output`, that gives class probabilities.
+
+    Args:
+        module: the TorchScript module, in eval mode, on its device.
+        name: shown in metric labels.
+        key: sha256 of its file; identifies cached and saved statistics.
+        batch: images per call of the module.
     """
 
     def __init__(self, module: torch.jit.ScriptModule, name: str, key: str, batch: int):
         self.module, self.name, self.key, self.batch = module, name, key, batch
-        forward: Any = module.forward  # of a script module, which has a schema
+        forward: Any = module.forward  # a ScriptMethod: type stubs leave out its schema
         arguments = {a.name for a in forward.schema.arguments}
         self.options = {"return_features": True} if "return_features" in arguments else {}
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Features [N, D], float32, of uint8 images [N, C, R, R]; grey is repeated.
+        """Extract float32 features [N, D] of uint8 images [N, C, R, R]; C = 1 is repeated to 3.
 
-        The network always sees whole groups, the last one filled up, so that an image's features
-        do not depend on how many images are looked at together.
+        The module always gets full batches, the last one padded, so an image's features do not
+        depend on the number of images passed in.
         """
         images = images.expand(-1, 3, -1, -1)
-        parts = []
+        chunks = []
         with exact_float32():
-            for some in images.split(self.batch):
-                rows = torch.arange(self.batch, device=images.device) % len(some)
-                features = self.module(some[rows].contiguous(), **self.options)
-                parts.append(features[: len(some)].flatten(1).float())
-        return torch.cat(parts)
+            for chunk in images.split(self.batch):
+                rows = torch.arange(self.batch, device=images.device) % len(chunk)
+                features = self.module(chunk[rows].contiguous(), **self.options)
+                chunks.append(features[: len(chunk)].flatten(1).float())
+        return torch.cat(chunks)
 
     @torch.no_grad()
     def probabilities(self, features: torch.Tensor) -> torch.Tensor | None:
-        """Class probabilities [N, C], float64; None if there is no last layer to give them.
+        """Float64 class probabilities [N, C] of features [N, D]; None without an `output` layer.
 
-        Without the output bias, as the published Inception score has it.
+        The output bias is left out, as in the upstream Inception score.
         """
         output = getattr(self.module, "output", None)
         if output is None:
@@ -78,7 +85,7 @@ class Detector:
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
-    """float32 as it says: no TF32, no autocast, no rewriting of the graph between two calls."""
+    """Compute in full float32: no TF32, no autocast, no TorchScript graph optimisation."""
     cudnn, before = torch.backends.cudnn, torch.backends.cudnn.allow_tf32
     matmul = torch.get_float32_matmul_precision()
     cudnn.allow_tf32 = False
@@ -98,48 +105,56 @@ def exact_float32() -> Iterator[None]:
 def load_detector(
     source: str, device: torch.device, trust: bool = False, batch: int | None = None
 ) -> Detector | Pixels:
-    """The detector that --detector means: `pixels`, `inception`, or a TorchScript file or URL.
+    """Load the feature extractor that --detector names.
 
-    TorchScript is code: a file whose sha256 is not known here is run only with `trust`. batch:
-    images in every call. Raises UserError where there is no such file, or no trust in it.
+    Args:
+        source: `pixels`, `inception`, or the path or https URL of a TorchScript file.
+        device: where it runs.
+        trust: run a file whose sha256 is unknown. TorchScript is code.
+        batch: images per call; default 512 on a GPU, 64 on a CPU.
+
+    Raises:
+        UserError: the file is missing, damaged, or unknown and not trusted.
     """
     if source == "pixels":
         return Pixels()
     inception = source == "inception"
     try:
-        address = f"{INCEPTION}#sha256={INCEPTION_SHA256}"
-        path = fetch(address if inception else source, " or one of inception, pixels")
+        url = f"{INCEPTION}#sha256={INCEPTION_SHA256}"
+        path = fetch(url if inception else source, " or one of inception, pixels")
     except UserError as error:
         hint = " as --detector; --detector pixels needs no file" if inception else ""
         raise UserError(f"{error}{hint}") from error
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}): check the path") from None
     digest = hashlib.sha256(content).hexdigest()
     known = digest == INCEPTION_SHA256
     if not known and not trust:
         raise UserError(
-            f"{source} is TorchScript, a program that would run here, and its sha256 {digest} is "
-            "not a known one: give --trust if you trust where it comes from"
+            f"{source} is TorchScript, a program that would run on this machine, and its sha256 "
+            f"{digest} is not a known one: give --trust if you trust its source"
         )
-    which = "the published Inception network" if known else f"sha256 {digest}, as you trust it"
+    which = "NVIDIA's Inception network" if known else f"sha256 {digest}, allowed by --trust"
     print(f"running the TorchScript code of {path}: {which}", file=sys.stderr)
     try:
-        with warnings.catch_warnings():  # the formats to come do not read the published file
+        with warnings.catch_warnings():  # torch.jit is deprecated, but NVIDIA's file is TorchScript
             warnings.simplefilter("ignore", DeprecationWarning)
             module = torch.jit.load(io.BytesIO(content), map_location=device)
     except (RuntimeError, ValueError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise UserError(f"{source} is damaged or not TorchScript ({first})") from None
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{source} is damaged or not TorchScript ({reason}): copy or download it again"
+        ) from None
     batch = batch or (512 if device.type == "cuda" else 64)
     name = "inception" if known else Path(path).stem
     return Detector(module.eval(), name, digest, batch)
 
 
 def label(metric: str, detector: Detector | Pixels) -> str:
-    """What a metric is called: FID, KID and IS are those of the published Inception network."""
-    names = {
+    """Display name of a metric; FID, KID and IS only with NVIDIA's Inception network."""
+    names = {  # with the Inception network, with another detector
         "frechet_distance": ("FID", "Fréchet distance"),
         "kernel_distance": ("KID", "kernel distance"),
         "inception_score": ("IS", "class score"),

@@ -1,4 +1,4 @@
-"""What is measured on two sets of features, or on class probabilities, besides their moments.
+"""KID, precision and recall of two sets of features; the Inception score of class probabilities.
 
 Every function takes tensors or arrays and computes in float64 on the device of the first.
 """
@@ -7,7 +7,7 @@ import torch
 
 from sid_fast.errors import UserError
 
-_TILE = 2**25  # distances held at a time
+_TILE = 2**25  # pairwise distances in memory at a time
 
 
 def _double(*values: torch.Tensor) -> list[torch.Tensor]:
@@ -21,18 +21,27 @@ def kernel_distance(
     """The kernel distance (KID; arXiv 1801.01401) of features [N, D] and [M, D].
 
     The unbiased squared maximum mean discrepancy under the kernel (x·y/D + 1)³, averaged over
-    random subsets of both, drawn without replacement and always the same; of all where there are
-    fewer than subset_size. Unlike the Fréchet distance it has no bias for few images.
+    random subsets of both sets. The subsets are sampled without replacement from a fixed seed.
+    Unlike the Fréchet distance, it is unbiased for few images.
+
+    Args:
+        real: features [N, D].
+        generated: features [M, D].
+        subsets: number of subsets to average over.
+        subset_size: images per subset, at most min(N, M).
+
+    Raises:
+        UserError: a set has fewer than 2 images.
     """
     real, generated = _double(real, generated)
     size = min(subset_size, len(real), len(generated))
     if size < 2:
-        raise UserError(f"a kernel distance needs 2 images of each kind, not {size}")
+        raise UserError(f"the kernel distance needs at least 2 images of each set, not {size}")
     if size == len(real) == len(generated):
-        subsets = 1  # of everything there is but one
+        subsets = 1  # every subset would be the whole set
     rng = torch.Generator().manual_seed(0)
 
-    def some(features: torch.Tensor) -> torch.Tensor:
+    def subset(features: torch.Tensor) -> torch.Tensor:
         return features[torch.randperm(len(features), generator=rng)[:size].to(features.device)]
 
     def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -40,7 +49,7 @@ def kernel_distance(
 
     total: torch.Tensor | float = 0.0
     for _ in range(subsets):
-        x, y = some(real), some(generated)
+        x, y = subset(real), subset(generated)
         within = sum(k.sum() - k.trace() for k in (kernel(x, x), kernel(y, y))) / (size - 1)
         total += (within - 2 * kernel(x, y).sum() / size) / size
     return float(total / subsets)
@@ -51,19 +60,19 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Improved precision and recall (arXiv 1904.06991) of features [N, D] and [M, D].
 
-    Precision: the part of the generated images that lie no farther from some real image than that
-    image's k-th nearest neighbour among the real ones. Recall: the same with the roles exchanged.
+    Precision: the fraction of generated images that are no farther from some real image than that
+    image's k-th nearest real neighbour. Recall: the same with real and generated exchanged.
     """
     real, generated = _double(real, generated)
     if min(len(real), len(generated)) <= k:
-        raise UserError(f"precision and recall need more than {k} images of each kind")
+        raise UserError(f"precision and recall need more than {k} images of each set")
     return _covered(generated, real, k), _covered(real, generated, k)
 
 
 def _covered(points: torch.Tensor, balls: torch.Tensor, k: int) -> float:
-    """The part of the points that lie in a ball around another set's points."""
+    """Fraction of points inside a ball of `balls`; each radius is its k-th neighbour distance."""
     rows = max(_TILE // len(balls), 1)
-    # An image is its own nearest neighbour: hence k + 1.
+    # k + 1: each point is its own nearest neighbour.
     radii = [torch.cdist(part, balls).kthvalue(k + 1).values for part in balls.split(rows)]
     radius = torch.cat(radii)
     inside = [(torch.cdist(p, balls) <= radius).any(1).sum() for p in points.split(rows)]
@@ -73,12 +82,13 @@ def _covered(points: torch.Tensor, balls: torch.Tensor, k: int) -> float:
 def inception_score(probabilities: torch.Tensor, splits: int = 10) -> tuple[float, float]:
     """The Inception score (arXiv 1606.03498) of class probabilities [N, C]: mean and std.
 
-    exp of the mean Kullback-Leibler divergence from the average, over `splits` consecutive parts
-    of the images; std is over the parts.
+    The images are cut into `splits` consecutive parts. A part's score is exp of the mean
+    Kullback-Leibler divergence of its probabilities from their average; mean and std are over the
+    parts.
     """
     (probabilities,) = _double(probabilities)
     if len(probabilities) < splits:
-        raise UserError(f"an Inception score of {splits} splits needs as many images")
+        raise UserError(f"an Inception score over {splits} splits needs at least {splits} images")
     scores = []
     for part in probabilities.tensor_split(splits):
         entropy = torch.special.entr(part).sum(1).mean()

@@ -1,4 +1,4 @@
-"""What generated images are compared with: statistics of real ones, from a file or measured."""
+"""Reference statistics of real images: read from a file, or measured on a data set and cached."""
 
 import dataclasses
 import hashlib
@@ -12,30 +12,40 @@ from sid_fast.data.datasets import ImageDataset
 from sid_fast.data.readers import read
 from sid_fast.errors import UserError
 from sid_fast.evaluation.features import Detector, Pixels
-from sid_fast.evaluation.sample import KEPT, FeatureStats, StageTimer, look, shard_by_rank
+from sid_fast.evaluation.sample import (
+    MAX_FEATURES,
+    FeatureStats,
+    StageTimer,
+    compute_stats,
+    shard_by_rank,
+)
 from sid_fast.io.atomic import atomic_path
 from sid_fast.io.download import cache_folder, fetch, file_sha256
 from sid_fast.io.safetensors import read_snapshot, write_snapshot
 from sid_fast.performance import process_group
 
 
-def write_reference(path: str | Path, sample: FeatureStats, detector: Detector | Pixels) -> None:
-    """Write statistics in the published layout, `mu` and `sigma` (over N − 1) in float64.
+def write_reference(path: str | Path, stats: FeatureStats, detector: Detector | Pixels) -> None:
+    """Write an .npz in EDM's layout: float64 `mu` [D] and `sigma` [D, D], over N − 1.
 
-    Beside them: `images`, their number, and `detector`, the sha256 of its file.
+    Two extra entries: `images`, the number of images, and `detector`, the sha256 of its file.
     """
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
-            mu=sample.mean.cpu().numpy(),
-            sigma=sample.covariance.cpu().numpy(),
-            images=np.array(sample.count),
+            mu=stats.mean.cpu().numpy(),
+            sigma=stats.covariance.cpu().numpy(),
+            images=np.array(stats.count),
             detector=np.array(detector.key),
         )
 
 
 def read_reference(source: str, detector: Detector | Pixels) -> FeatureStats:
-    """Statistics from an npz file or URL with `mu` [D] and `sigma` [D, D]; nothing in it is run."""
+    """Read statistics from an .npz file or URL with `mu` [D] and `sigma` [D, D]; executes nothing.
+
+    Raises:
+        UserError: the file is missing or damaged, holds NaN, or another detector made it.
+    """
     path = fetch(source)
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -45,60 +55,66 @@ def read_reference(source: str, detector: Detector | Pixels) -> FeatureStats:
         count = int(values["images"]) if "images" in values else None
     except Exception as error:  # damaged bytes can fail in any way
         raise UserError(
-            f"{path} is not a reference: an .npz with mu [D] and sigma [D, D] is ({error})"
+            f"{path} is not a reference, an .npz with mu [D] and sigma [D, D] ({error}): make one "
+            "with python -m sid_fast.evaluate reference"
         ) from None
     if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)):
         shapes = f"{tuple(mean.shape)} and {tuple(covariance.shape)}"
-        raise UserError(f"{path} has mu and sigma of shapes {shapes}, not [D] and [D, D]")
+        raise UserError(
+            f"{path} has mu and sigma of shapes {shapes}, not [D] and [D, D]: give another file"
+        )
     if not (mean.isfinite().all() and covariance.isfinite().all()):
         raise UserError(f"{path} has NaN or infinite statistics: make it again")
     if made_by != detector.key:
         raise UserError(
-            f"{path} was made by another detector ({made_by}) than {detector.name} "
-            f"({detector.key}): give --detector, or another reference"
+            f"{path} was made with another detector ({made_by}) than {detector.name} "
+            f"({detector.key}): give that one as --detector, or another reference"
         )
     return FeatureStats(mean, covariance, count)
 
 
 def measure(
-    data: ImageDataset, detector: Detector | Pixels, clock: StageTimer, reader: str = "plain"
+    data: ImageDataset, detector: Detector | Pixels, timer: StageTimer, reader: str = "plain"
 ) -> FeatureStats:
-    """The statistics of all images of a data set, and features of up to KEPT spread over it."""
-    total, kept = len(data), min(len(data), KEPT)
-    first = [i * total // kept for i in range(kept)]
+    """Measure a data set: moments of all images, features of up to MAX_FEATURES spread over it."""
+    total, with_features = len(data), min(len(data), MAX_FEATURES)
+    first = [i * total // with_features for i in range(with_features)]
     order = first + sorted(set(range(total)) - set(first))
-    batches = read(data, shard_by_rank(order), clock.device, reader)
-    return look(batches, total, detector, clock, f"reading {data.path.name}")
+    batches = read(data, shard_by_rank(order), timer.device, reader)
+    return compute_stats(batches, total, detector, timer, f"reading {data.path.name}")
 
 
 def reference_of(
-    data: ImageDataset, detector: Detector | Pixels, clock: StageTimer, reader: str = "plain"
+    data: ImageDataset, detector: Detector | Pixels, timer: StageTimer, reader: str = "plain"
 ) -> FeatureStats:
-    """`measure`, or what it gave for the same images and detector before, from the cache."""
-    with process_group.main_process_first():  # one process of a node reads the files
+    """Call `measure`, or read its result for the same images and detector from the cache."""
+    with process_group.main_process_first():  # one rank per node reads the files
         content = content_digest(data)
-    key = hashlib.sha256(f"{content} {detector.key} {KEPT}".encode()).hexdigest()
+    key = hashlib.sha256(f"{content} {detector.key} {MAX_FEATURES}".encode()).hexdigest()
     cached = cache_folder() / f"reference-{key[:32]}.safetensors"
     if process_group.all_reduce_any(not cached.exists()):
-        sample = measure(data, detector, clock, reader)
+        stats = measure(data, detector, timer, reader)
         if process_group.rank() == 0:
-            assert sample.features is not None
-            values = {"mean": sample.mean, "covariance": sample.covariance}
-            write_snapshot(cached, values | {"features": sample.features}, {"count": sample.count})
-        return sample
+            assert stats.features is not None
+            values = {"mean": stats.mean, "covariance": stats.covariance}
+            write_snapshot(cached, values | {"features": stats.features}, {"count": stats.count})
+        return stats
     values, header = read_snapshot(cached)
     return FeatureStats(**values, count=header["count"])
 
 
-def real_sample(
+def real_stats(
     ref: str | None,
     data: ImageDataset | None,
     detector: Detector | Pixels,
-    clock: StageTimer,
+    timer: StageTimer,
     reader: str = "plain",
 ) -> FeatureStats:
-    """Real images to compare with: statistics from a file if there is one, features from data."""
-    measured = reference_of(data, detector, clock, reader) if data else None
+    """Statistics of the real images: moments from `ref` if given, else from `data`.
+
+    Features, which KID, precision and recall need, come from `data` alone. One of the two is given.
+    """
+    measured = reference_of(data, detector, timer, reader) if data else None
     if ref is None:
         assert measured is not None
         return measured
@@ -107,17 +123,17 @@ def real_sample(
 
 
 def content_digest(data: ImageDataset) -> str:
-    """The sha256 of the files of a data set.
+    """The sha256 of a data set's files.
 
-    They are read once, about a second for a gigabyte. The digest is then remembered under their
-    names, sizes and times of change, and read again as soon as one of those is another.
+    Hashing takes about a second per GB, so the result is cached under the files' paths, sizes,
+    inodes and times; a change in any of them hashes the files again.
     """
-    marks = hashlib.sha256()
+    identity = hashlib.sha256()
     for path in data.files:
         s = path.stat()
-        times = s.st_mtime_ns, s.st_ctime_ns  # the second cannot be set back
-        marks.update(repr((os.path.abspath(path), s.st_size, s.st_ino, *times)).encode())
-    record = cache_folder() / f"content-{marks.hexdigest()[:32]}.txt"
+        times = s.st_mtime_ns, s.st_ctime_ns  # ctime cannot be set back
+        identity.update(repr((os.path.abspath(path), s.st_size, s.st_ino, *times)).encode())
+    record = cache_folder() / f"content-{identity.hexdigest()[:32]}.txt"
     if record.exists():
         return record.read_text()
     content = hashlib.sha256()

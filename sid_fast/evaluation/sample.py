@@ -1,4 +1,4 @@
-"""One pass over images: their moments, and the features of as many as can be kept."""
+"""One pass over images: their feature statistics, and the metrics computed from two of them."""
 
 import contextlib
 import dataclasses
@@ -18,13 +18,13 @@ from sid_fast.performance import process_group
 from sid_fast.performance.cuda_graphs import GraphedFunction
 from sid_fast.sampling import generate_images, seed_inputs
 
-KEPT = 50_000  # images whose features are kept: 0.4 GB of the Inception network's
-GENERATED = 512  # images made at a time
+MAX_FEATURES = 50_000  # images whose features are stored: 0.4 GB with the Inception network
+GENERATION_BATCH = 512  # images
 METRICS = ("fid", "is", "kid", "pr")
 
 
 class StageTimer:
-    """Seconds by stage, the device's work included."""
+    """Accumulates wall-timer seconds per stage; waits for the GPU at the end of each."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -32,6 +32,7 @@ class StageTimer:
 
     @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        """Add the time of the block to a stage."""
         began = time.perf_counter()
         yield
         if self.device.type == "cuda":
@@ -41,81 +42,101 @@ class StageTimer:
 
 @dataclasses.dataclass
 class FeatureStats:
-    """What a pass over images leaves: moments of all, features [≤ KEPT, D] of the first of them.
+    """Feature statistics of a set of images.
 
-    A sample from a file of statistics has no features, and may not know its count.
+    Attributes:
+        mean: [D], float64, over all images.
+        covariance: [D, D], float64, over N − 1.
+        count: number of images N; None where a statistics file does not tell.
+        features: [≤ MAX_FEATURES, D] of the first images; None for a statistics file.
     """
 
     mean: torch.Tensor
-    covariance: torch.Tensor  # over N − 1
+    covariance: torch.Tensor
     count: int | None = None
     features: torch.Tensor | None = None
 
     def moments(self, correction: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and covariance over N − correction; over N − 1 where N is not known."""
+        """Return mean and covariance over N − correction; over N − 1 if N is unknown."""
         factor = 1.0 if self.count is None else (self.count - 1) / (self.count - correction)
         return self.mean, self.covariance * factor
 
 
 def shard_by_rank(items: Sequence) -> Sequence:
-    """What is this process's work: the items in turn, to rank after rank."""
+    """Every world_size-th item, starting at this process's rank."""
     return items[process_group.rank() :: process_group.world_size()]
 
 
-def generated(
+def generate_batches(
     net: EDMNetwork,
     seeds: Sequence[int],
     init_sigma: float | None,
     steps: int = 1,
     cuda_graph: bool = False,
 ) -> Iterator[torch.Tensor]:
-    """This process's share of one image a seed, in batches, uint8 [N, C, R, R].
+    """Generate one image per seed, this rank's seeds only, in batches, uint8 [N, C, R, R].
 
-    cuda_graph: the network's launches are replayed from a graph.
+    Args:
+        net: the network, on its device.
+        seeds: of all ranks.
+        init_sigma: noise level of one-step generation.
+        steps: 1, or the number of sampler steps of a teacher.
+        cuda_graph: replay the network's forward pass from a CUDA graph.
     """
     mine = list(shard_by_rank(seeds))
-    # Captured anew for every pass, which costs two calls more. A graph kept for the next one would
-    # hold the activations of a group of images while the training in between needs the memory,
-    # and the whole copy of a sharded network is another each time.
+    # Captured once per pass, which costs two extra calls. A graph that outlived the pass would hold
+    # a batch of activations while training needs the memory, and a sharded network is gathered into
+    # a new copy for each pass.
     call = GraphedFunction(net) if cuda_graph else net
-    for i in range(0, len(mine), GENERATED):
-        latents, classes = seed_inputs(mine[i : i + GENERATED], net.config, None)
+    for i in range(0, len(mine), GENERATION_BATCH):
+        latents, classes = seed_inputs(mine[i : i + GENERATION_BATCH], net.config, None)
         yield generate_images(net, latents, classes, init_sigma, steps, call)
 
 
-def look(
+def compute_stats(
     batches: Iterable[torch.Tensor],
     total: int,
     detector: Detector | Pixels,
-    clock: StageTimer,
+    timer: StageTimer,
     title: str,
 ) -> FeatureStats:
-    """Look at `total` images, of which each process has its `share` in batches, uint8 NCHW.
+    """Compute the feature statistics of images; the same on any number of ranks, up to rounding.
 
-    The same from any number of processes, to the rounding of float64.
+    Args:
+        batches: this rank's images, as shard_by_rank assigns them, in uint8 [N, C, R, R] batches.
+        total: number of images over all ranks.
+        detector: the feature extractor.
+        timer: records the stages images, detector and moments.
+        title: text of the progress bar.
+
+    Raises:
+        UserError: there are fewer than 2 images, or fewer than ranks.
     """
     if total < max(process_group.world_size(), 2):
-        raise UserError(f"{total} images are too few: it takes 2, and 1 on every process")
-    mine, keep = len(shard_by_rank(range(total))), len(shard_by_rank(range(min(total, KEPT))))
-    sums, kept = Moments(), []
+        raise UserError(
+            f"{total} images are too few: statistics need at least 2, and 1 per process"
+        )
+    mine = len(shard_by_rank(range(total)))
+    max_features = len(shard_by_rank(range(min(total, MAX_FEATURES))))
+    sums, stored = Moments(), []
     hide = True if process_group.rank() else None
     with tqdm(total=mine, desc=title, unit="img", disable=hide, leave=False) as bar:
         images = iter(batches)
         while True:
-            with clock("images"):
-                some = next(images, None)
-            if some is None:
+            with timer("images"):
+                batch = next(images, None)
+            if batch is None:
                 break
-            with clock("detector"):
-                features = detector(some.to(clock.device, non_blocking=True))
-            with clock("moments"):
-                kept.append(features[: max(keep - sums.count, 0)].float().cpu())
+            with timer("detector"):
+                features = detector(batch.to(timer.device, non_blocking=True))
+            with timer("moments"):
+                stored.append(features[: max(max_features - sums.count, 0)].float().cpu())
                 sums.add(features)
-            bar.update(len(some))
-    with clock("moments"):
+            bar.update(len(batch))
+    with timer("moments"):
         sums.reduce()
-        features = process_group.gather(torch.cat(kept), min(total, KEPT))
-    assert sums.count == total, f"{sums.count} images were looked at, not {total}"
+        features = process_group.gather(torch.cat(stored), min(total, MAX_FEATURES))
+    assert sums.count == total, f"{sums.count} images were processed, not {total}"
     return FeatureStats(*sums.moments(), total, features)
 
 
@@ -123,39 +144,51 @@ def compare(
     real: FeatureStats,
     generated: FeatureStats,
     detector: Detector | Pixels,
-    clock: StageTimer,
+    timer: StageTimer,
     metrics: Iterable[str] = METRICS,
     correction: int = 1,
 ) -> dict[str, float]:
-    """Figures of `metrics` by name, those that the samples and the detector allow.
+    """Compute metrics of generated against real images, where statistics and detector allow.
 
-    correction: 1 for covariances over N − 1, 0 for over N.
+    KID, precision and recall need real.features; IS needs a detector with classes.
+
+    Args:
+        real: statistics of the real images.
+        generated: statistics of the generated images.
+        detector: the feature extractor of both.
+        timer: records a stage per metric.
+        metrics: any of METRICS.
+        correction: 1 for covariances over N − 1, 0 for over N.
+
+    Returns:
+        Values by metric name: frechet_distance, inception_score and inception_score_std,
+        kernel_distance, precision and recall.
     """
-    figures: dict[str, float] = {}
+    values: dict[str, float] = {}
     assert generated.features is not None
-    seen = generated.features.to(clock.device)
-    expected = None if real.features is None else real.features.to(clock.device)
+    generated_features = generated.features.to(timer.device)
+    real_features = None if real.features is None else real.features.to(timer.device)
     if "fid" in metrics:
         if real.mean.shape != generated.mean.shape:
             raise UserError(
-                f"the reference has {len(real.mean)} features, {detector.name} makes "
-                f"{len(generated.mean)} of these images: use one detector, and images of one shape"
+                f"the reference has {len(real.mean)} features, the generated images have "
+                f"{len(generated.mean)} with {detector.name}: use the same detector and image shape"
             )
-        with clock("Fréchet distance"):
-            moments = [m.to(clock.device) for s in (generated, real) for m in s.moments(correction)]
-            figures["frechet_distance"] = frechet_distance(*moments)
+        with timer("Fréchet distance"):
+            moments = [m.to(timer.device) for s in (generated, real) for m in s.moments(correction)]
+            values["frechet_distance"] = frechet_distance(*moments)
     if "is" in metrics:
-        with clock("class score"):
-            probabilities = detector.probabilities(seen)
+        with timer("class score"):
+            probabilities = detector.probabilities(generated_features)
             if probabilities is not None:
                 mean, std = inception_score(probabilities)
-                figures |= {"inception_score": mean, "inception_score_std": std}
-    if expected is not None:
+                values |= {"inception_score": mean, "inception_score_std": std}
+    if real_features is not None:
         if "kid" in metrics:
-            with clock("kernel distance"):
-                figures["kernel_distance"] = kernel_distance(expected, seen)
+            with timer("kernel distance"):
+                values["kernel_distance"] = kernel_distance(real_features, generated_features)
         if "pr" in metrics:
-            with clock("precision and recall"):
-                precision, recall = precision_recall(expected, seen)
-                figures |= {"precision": precision, "recall": recall}
-    return figures
+            with timer("precision and recall"):
+                precision, recall = precision_recall(real_features, generated_features)
+                values |= {"precision": precision, "recall": recall}
+    return values

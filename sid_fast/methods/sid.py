@@ -6,8 +6,8 @@ y = G_θ(σ_init·z), x_t = y + σ·ε and z, ε ~ N(0, I), each step minimises 
     (1)  ψ:  λ(σ)·‖f_ψ(x_t) − y‖²     λ = (σ² + σ_data²)/(σ·σ_data)²,  ln σ ~ N(−1.2, 1.2²)
     (2)  θ:  dᵀ((r − y) − α·d) / w    r = f_φ(x_t),  d = r − f_ψ(x_t),  w = mean|y − r|
 
-(1) fits f_ψ to the distribution of y, with y held constant. (2) moves G_θ along the difference d of
-the two scores, with w held constant.
+(1) fits f_ψ to the distribution of y, with y held constant. (2), the paper's equation 23, moves G_θ
+along the difference d of the two scores, with w held constant.
 """
 
 import copy

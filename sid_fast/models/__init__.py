@@ -1,4 +1,4 @@
-"""Network families: how to build, load and save them."""
+"""Network families: building, loading and saving."""
 
 from sid_fast.models.edm_unet import EDMNetwork, NetworkConfig
 

@@ -1,4 +1,4 @@
-"""Networks to and from files: published pickles and our own .safetensors."""
+"""Loading and saving networks: upstream's pickles and .safetensors snapshots."""
 
 from importlib import resources
 from pathlib import Path
@@ -14,12 +14,19 @@ from sid_fast.models.teachers import TEACHERS
 
 
 def load_network(path: str | Path) -> EDMNetwork:
-    """The network in an EDM or SiD pickle or in one of our .safetensors; eval mode, float32, CPU.
+    """Load a network from an EDM or SiD pickle, or a .safetensors snapshot.
 
-    path is a file, a run folder (its newest snapshot), an https address, or a name: of a
-    published teacher (`cifar10-uncond`, …) or `digits`, the one that comes with the package.
-    The architecture comes from the file. Nothing in the file is executed. Raises UserError
-    naming the file when it is missing, damaged, or holds a network that cannot be built.
+    The file determines the architecture. Nothing in the file is executed.
+
+    Args:
+        path: A file, a run folder (its newest snapshot), an https URL, the name of a published
+            teacher (`cifar10-uncond`, …), or `digits`, the teacher in this package.
+
+    Returns:
+        The network, frozen, in eval mode, float32, on the CPU.
+
+    Raises:
+        UserError: The file is missing or damaged, or its network is not supported.
     """
     file = _locate(str(path))
     try:
@@ -44,7 +51,7 @@ def _locate(path: str) -> Path:
     if Path(path).is_dir():
         snapshots = sorted(Path(path).glob("snapshot-*.safetensors"))
         if not snapshots:
-            raise UserError(f"{path} is a folder without a snapshot-*.safetensors; name a file")
+            raise UserError(f"{path} is a folder without snapshot-*.safetensors; use a file")
         return snapshots[-1]
     if path == "digits" and not Path(path).exists():
         return Path(str(resources.files("sid_fast") / "teachers" / "digits.safetensors"))
@@ -54,26 +61,26 @@ def _locate(path: str) -> Path:
 
 
 def network_config(teacher: str) -> NetworkConfig:
-    """The configuration of a teacher; of a published one without its file."""
+    """Return a teacher's configuration, without downloading a published one."""
     known = TEACHERS.get(teacher)
     return known.network if known else load_network(teacher).config
 
 
-def _check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    if missing := sorted(set(expected) - set(found)):
+def _check(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    if missing := sorted(set(expected) - set(state)):
         raise UserError(f"weights do not fit: {missing[0]} is missing ({len(missing)} in all)")
-    if extra := sorted(set(found) - set(expected)):
+    if extra := sorted(set(state) - set(expected)):
         raise UserError(f"weights do not fit: {extra[0]} is unknown ({len(extra)} in all)")
     for name, value in expected.items():
-        if not found[name].is_floating_point():
-            raise UserError(f"weights do not fit: {name} is {found[name].dtype}, not float")
-        if found[name].shape != value.shape:
+        if not state[name].is_floating_point():
+            raise UserError(f"weights do not fit: {name} is {state[name].dtype}, not float")
+        if state[name].shape != value.shape:
             raise UserError(
-                f"weights do not fit: {name} is {tuple(found[name].shape)}, "
+                f"weights do not fit: {name} is {tuple(state[name].shape)}, "
                 f"the network needs {tuple(value.shape)}"
             )
 
 
 def save_network(path: str | Path, net: EDMNetwork) -> None:
-    """Write weights and configuration as one .safetensors, atomically."""
+    """Write weights and configuration to one .safetensors file, atomically."""
     write_snapshot(path, net.state_dict(), net.config.to_dict())

@@ -9,9 +9,12 @@ from sid_fast.models.edm_unet.config import NetworkConfig
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """url: where it is published; sha256: of the file, None where no digest is known; network:
+    """A published teacher.
 
-    what the file holds, known without downloading it.
+    Attributes:
+        url: Where the file is published.
+        network: The configuration of the network in the file.
+        sha256: Digest of the file; None if unknown.
     """
 
     url: str
@@ -20,7 +23,7 @@ class Teacher:
 
     @property
     def source(self) -> str:
-        """As io.download.fetch takes it."""
+        """The URL and digest, in the form that io.download.fetch takes."""
         return f"{self.url}#sha256={self.sha256}" if self.sha256 else self.url
 
 

@@ -1,1 +1,1 @@
-"""How a step runs fast, one optimisation a file."""
+"""Performance: parallelism, CUDA graphs, compilation and precision, one topic per file."""

@@ -1,4 +1,4 @@
-"""torch.compile around what the kernels leave: every residual block, as one graph."""
+"""torch.compile: every residual block as one graph, around the hand-written kernels."""
 
 import contextlib
 import os
@@ -12,19 +12,15 @@ from torch import nn
 from sid_fast.io.cache import user_cache
 from sid_fast.models.edm_unet.unet import Block
 
-# Blocks share their code but not their shapes, and each runs in training, frozen and without
-# gradients; torch would give up after 8.
+# Blocks share code but differ in shape, and each is compiled for training, frozen and without
+# gradients. PyTorch's default limit is 8.
 RECOMPILE_LIMIT = 512
 BACKEND = "inductor"
-
-
-HEARTBEAT_SECONDS = (
-    10.0  # seconds to the first line on what takes long; twice as many to every next
-)
+HEARTBEAT_SECONDS = 10.0  # until the first line; doubles after every line
 
 
 def compile_blocks(*nets: nn.Module) -> None:
-    """Compile the blocks of networks in place; the first calls take minutes, then a cache helps."""
+    """Compile the residual blocks in place; takes minutes in the first step, unless cached."""
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(user_cache() / "inductor")
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
@@ -37,15 +33,15 @@ def compile_blocks(*nets: nn.Module) -> None:
 
 @contextlib.contextmanager
 def heartbeat(what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """A line now and then on how long the block has taken, and what has been compiled in it."""
+    """Print elapsed time and compiled graphs during a long block, at growing intervals."""
     began, over = time.perf_counter(), threading.Event()
 
     def watch() -> None:
         pause = HEARTBEAT_SECONDS
         while not over.wait(pause):
             pause *= 2
-            blocks = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-            compiled = f", {blocks} graphs of blocks compiled" if blocks else ""
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            compiled = f", {graphs} graphs compiled" if graphs else ""
             say(f"{what}: {time.perf_counter() - began:.0f} s so far{compiled}")
 
     watcher = threading.Thread(target=watch, daemon=True)

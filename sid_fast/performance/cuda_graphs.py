@@ -1,4 +1,4 @@
-"""CUDA graphs: what a step launches is recorded once, and then launched as one."""
+"""CUDA graphs: capture a step's kernel launches once, then replay them as one launch."""
 
 import contextlib
 import gc
@@ -12,34 +12,46 @@ import torch
 from sid_fast.errors import Fallback, OutOfMemory, RunFailed, UserError
 from sid_fast.performance import failure, process_group
 
-MAX_SINGLE_GRAPH_MICRO_BATCHES = 4  # micro-batches up to which a step is one graph
+MAX_SINGLE_GRAPH_MICRO_BATCHES = 4  # steps of more are captured in segments
 
 
 def resolve_cuda_graph(
     choice: str, device: torch.device, sharded: bool = False
 ) -> tuple[bool, str]:
-    """What --cuda-graph comes to, and a line on why not, if it was auto.
+    """Decide whether to use CUDA graphs.
 
-    UserError for `on` where there can be none.
+    Args:
+        choice: --cuda-graph: auto, on or off.
+        device: The device of the networks.
+        sharded: Whether networks are sharded; auto then chooses off.
+
+    Returns:
+        Whether to use them, and a note for the user if auto chooses off on a GPU.
+
+    Raises:
+        UserError: `on` without a GPU.
     """
-    reason = "" if device.type == "cuda" else f"there are none on {device}"
-    if choice == "on" and reason:
-        raise UserError(f"cuda-graph=on cannot be: {reason}; use auto")
-    if choice == "auto" and sharded:
-        reason = reason or (
-            "with sharded networks they have not run on a GPU yet; --cuda-graph on takes them"
+    on_gpu = device.type == "cuda"
+    if choice == "on" and not on_gpu:
+        raise UserError(f"cuda-graph=on needs a GPU, but the device is {device}; use auto")
+    if choice == "auto" and on_gpu and sharded:
+        return False, (
+            "CUDA graphs are off: untested on a GPU with sharded networks; "
+            "--cuda-graph on enables them"
         )
-    noted = choice == "auto" and device.type == "cuda" and reason
-    return choice != "off" and not reason, f"CUDA graphs are off: {reason}" if noted else ""
+    return choice != "off" and on_gpu, ""
 
 
 class CapturedGraph:
-    """A function without arguments, captured; calling it replays what it launched.
+    """A captured function without arguments; calling it replays its kernels.
 
-    The function reads and writes tensors that keep their addresses, waits for nothing, and has
-    run before, so that nothing is tuned or allocated for good during the capture. What it
-    returns is overwritten by the next replay. pool: another graph, not replayed at the same time,
-    whose memory this one may share. Processes that part reset it first.
+    The function must read and write tensors at fixed addresses, never sync with the host, and have
+    run before, so that autotuning and persistent allocations are done. Each replay overwrites the
+    result of the previous one. Reset the graph before destroying a process group that it uses.
+
+    Args:
+        function: What to capture.
+        pool: Another graph whose memory this one may share, as they never run at the same time.
     """
 
     def __init__(
@@ -48,28 +60,28 @@ class CapturedGraph:
         pool: "CapturedGraph | None" = None,
     ):
         self.graph = torch.cuda.CUDAGraph()
-        # Named here: a graph whose capture failed does not tell its own.
+        # Created here because a graph whose capture failed does not return its own pool.
         self.pool: Any = pool.pool if pool else torch.cuda.graph_pool_handle()
         failure.captured_graphs.add(self)
         stream = torch.cuda.current_stream()
         try:
-            # Threads that load data or talk to other processes would break a capture of all.
+            # thread_local: other threads (data, checkpoints) may call CUDA during the capture.
             with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
                 self.result = function()
         except BaseException:
-            torch.cuda.set_stream(stream)  # a capture that cannot be ended stays on its own
+            torch.cuda.set_stream(stream)  # a failed capture can leave its own stream current
             self._clean_up()
             raise
 
     def _clean_up(self) -> None:
-        """Undo what torch leaves behind when CUDA refuses to end a capture (2.11 to 2.13).
+        """Reset PyTorch's state after CUDA could not end a capture (PyTorch 2.11 to 2.13).
 
-        The allocator still believes that it fills the graph's pool and never frees it, and in 2.11
-        the generator refuses every later draw: only a new state makes it usable.
+        The allocator would keep allocating from the graph's pool and never free it. In 2.11 the
+        generator would also reject every later draw until it gets a new state.
         """
         failure.captured_graphs.discard(self)
         device = torch.cuda.current_device()
-        with contextlib.suppress(RuntimeError):  # raised where the capture was ended after all
+        with contextlib.suppress(RuntimeError):  # raised if the capture did end
             torch._C._cuda_endAllocateToPool(device, self.pool)
             torch._C._cuda_releasePool(device, self.pool)
         self.graph.reset()
@@ -77,16 +89,17 @@ class CapturedGraph:
         generator.graphsafe_set_state(generator.clone_state())
 
     def __call__(self) -> Any:
+        """Replay the graph and return the function's result."""
         self.graph.replay()
         return self.result
 
     def reset(self) -> None:
-        """Let go of it; it cannot be replayed any more."""
+        """Free the graph; it cannot be replayed afterwards."""
         self.graph.reset()
 
 
 def warm_up(function: Callable[[], Any], times: int = 2) -> None:
-    """Run on a side stream, as capture demands, so that libraries and kernels settle."""
+    """Run on a side stream, as capture requires, so that autotuning and lazy init are done."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -94,25 +107,25 @@ def warm_up(function: Callable[[], Any], times: int = 2) -> None:
             function()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
-    # Autograd's nodes from the warm-up would bring its stream into the capture.
+    # Autograd nodes left from the warm-up would pull its stream into the capture.
     gc.collect()
 
 
 def first_error(error: BaseException) -> BaseException:
-    """Of a failed capture: the error that ending the capture may have hidden."""
+    """Return the error that started a chain; ending a failed capture raises another over it."""
     while error.__context__ and not error.__suppress_context__:
         error = error.__context__
     return error
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a capture failed, in a line."""
+    """Describe in one line why a capture failed."""
     error = first_error(error)
     return str(error).partition("\n")[0] or type(error).__name__
 
 
 def still_works(device: torch.device) -> bool:
-    """Whether a device computes and draws random numbers, after a capture failed on it."""
+    """Check that the device still computes and draws random numbers after a failed capture."""
     if device.type != "cuda":
         return True
     try:
@@ -124,16 +137,19 @@ def still_works(device: torch.device) -> bool:
     return True
 
 
-# Why a capture failed in this process. No other one is tried after it.
+# Why a capture failed in this process; after that, no other is attempted.
 _failed = ""
 
 
 class GraphedFunction:
-    """A function of tensors, captured at its first call and replayed from then on.
+    """A function of tensors, captured at its first call and replayed afterwards.
 
-    Calls give tensors of the same shapes, or None in the same places; what they return is
-    overwritten by the next. If the capture fails, or an earlier one has failed in this process,
-    the function runs eagerly, with a warning. Raises RunFailed if the device does not recover.
+    Every call must pass tensors of the same shapes, and None in the same places, and overwrites the
+    previous result. If the capture fails, or one has failed before in this process, the function
+    runs eagerly; the first failure warns.
+
+    Raises:
+        RunFailed: The device does not recover from a failed capture.
     """
 
     def __init__(self, function: Callable[..., torch.Tensor]):
@@ -141,14 +157,15 @@ class GraphedFunction:
         self.replay: Callable[[], torch.Tensor] | None = None
 
     def __call__(self, *inputs: torch.Tensor | None) -> torch.Tensor:
+        """Copy the inputs to the captured ones and replay; the first call captures."""
         if self.replay is None:
             self.inputs = [v if v is None else v.clone() for v in inputs]
             self.replay = eager = partial(self.function, *self.inputs)
             if not _failed:
                 self._capture(eager)
-        for mine, given in zip(self.inputs, inputs, strict=True):
-            if mine is not None and given is not None:
-                mine.copy_(given)
+        for static, new in zip(self.inputs, inputs, strict=True):
+            if static is not None and new is not None:
+                static.copy_(new)
         return self.replay()
 
     def _capture(self, eager: Callable[[], torch.Tensor]) -> None:
@@ -161,58 +178,63 @@ class GraphedFunction:
             device = next(v.device for v in self.inputs if v is not None)
             if not still_works(device):
                 raise RunFailed(
-                    f"CUDA graph capture failed ({_failed}), and {device} does not compute any more"
+                    f"CUDA graph capture failed ({_failed}), and {device} no longer works"
                 ) from error
             warnings.warn(Fallback(fallback_message(_failed)), stacklevel=3)
 
 
 def fallback_message(reason: str) -> str:
-    """The line that says that a run goes on without graphs."""
-    return f"CUDA graphs are off: the capture failed ({reason}); steps are launched one by one"
+    """Tell the user that the run continues without CUDA graphs."""
+    return f"CUDA graphs are off: capture failed ({reason}); running eagerly"
 
 
 class GraphedStep:
-    """Callables without arguments, each captured in a graph and replayed from then on.
+    """A step whose segments are captured as CUDA graphs, collectives included, and replayed.
 
-    parts: the callables of a step, in order, and how often each is called. dry_run() runs what
-    they run, in small, so that libraries and kernels settle. updates_disabled(): a context in
-    which no update has an effect. clear() resets what parts add to. The collectives of several
-    ranks are in the graphs too.
+    If the capture fails on any rank, all ranks run the segments eagerly from then on, with the same
+    results.
 
-    If the capture fails on any rank, all of them call the parts eagerly from then on, as if there
-    had been no capture; if graphs are required, they raise UserError, or OutOfMemory.
+    Args:
+        segments: Callables of the step in order, with the number of calls of each.
+        dry_run: Runs every segment's kernels once, to finish autotuning and lazy init.
+        updates_disabled: Context manager inside which updates have no effect.
+        clear: Resets what the segments accumulate.
+        device: The device of the networks.
+        required: Raise UserError or OutOfMemory instead of falling back to eager steps.
     """
 
     def __init__(
         self,
-        parts: Sequence[tuple[Callable[[], Any], int]],
+        segments: Sequence[tuple[Callable[[], Any], int]],
         dry_run: Callable[[], Any],
         updates_disabled: Callable[[], contextlib.AbstractContextManager],
         clear: Callable[[], None],
         device: torch.device,
         required: bool,
     ):
-        self.segments, self.dry_run, self.clear = parts, dry_run, clear
+        self.segments, self.dry_run, self.clear = segments, dry_run, clear
         self.updates_disabled, self.device, self.required = updates_disabled, device, required
         self.graphs: list[CapturedGraph] = []
-        self.failed = ""  # why
+        self.failed = ""  # the reason, once a capture has failed
 
     def __call__(self) -> dict[str, torch.Tensor]:
-        """What the parts return, as one dictionary."""
+        """Run the step, after capturing it at the first call; return the segments' metrics."""
         if not (self.graphs or self.failed):
             self._prepare()
-        calls: Sequence[Callable[[], Any]] = self.graphs or [part for part, _ in self.segments]
+        calls: Sequence[Callable[[], Any]] = self.graphs or [
+            segment for segment, _ in self.segments
+        ]
         metrics: dict[str, torch.Tensor] = {}
         for call, (_, times) in zip(calls, self.segments, strict=True):
             for _ in range(times):
-                found = call()
-            metrics |= found or {}
+                result = call()
+            metrics |= result or {}
         return metrics
 
     def _prepare(self) -> None:
-        """Rehearse and capture; weights, moments and random states are then what they were."""
+        """Warm up and capture; weights, moments and RNG states are unchanged afterwards."""
         global _failed
-        reason, works, full = "", True, False
+        reason, works, out_of_memory = "", True, False
         rng_state = torch.cuda.get_rng_state(self.device)
         with self.updates_disabled():
             warm_up(self.dry_run, times=1)
@@ -220,21 +242,21 @@ class GraphedStep:
                 self._capture()
             except Exception as error:
                 reason = reason_of(error)
-                full = isinstance(first_error(error), torch.OutOfMemoryError)
+                out_of_memory = isinstance(first_error(error), torch.OutOfMemoryError)
                 works = still_works(self.device)
-            # Graphs on some ranks alone would meet the others' collectives in another order.
+            # All ranks or none: replays and eager steps order their collectives differently.
             if not process_group.all_reduce_any(bool(reason)):
                 torch.cuda.set_rng_state(rng_state, self.device)
                 return
             self.failed = _failed = process_group.first_text(reason)
             if process_group.all_reduce_any(not works):
                 raise UserError(
-                    f"CUDA graph capture failed ({self.failed}), and the device does not compute "
-                    "any more; use --cuda-graph off"
+                    f"CUDA graph capture failed ({self.failed}), and the device no longer works; "
+                    "use --cuda-graph off"
                 )
             torch.cuda.set_rng_state(rng_state, self.device)
             self._discard_captures()
-            if self.required and full:
+            if self.required and out_of_memory:
                 raise OutOfMemory(f"CUDA graph capture: {reason}")
             if self.required:
                 raise UserError(f"CUDA graph capture failed ({self.failed}); use --cuda-graph off")
@@ -242,7 +264,7 @@ class GraphedStep:
             warnings.warn(Fallback(fallback_message(self.failed)), stacklevel=2)
 
     def _capture(self) -> None:
-        """One graph a part; a part that follows another may share its memory."""
+        """Capture one graph per segment; all share one memory pool."""
         try:
             for function, _ in self.segments:
                 pool = self.graphs[-1] if self.graphs else None
@@ -254,12 +276,12 @@ class GraphedStep:
             raise
 
     def _discard_captures(self) -> None:
-        """Let go of what the captures made: graphs, messages on their way, sums."""
+        """Discard what the captures left: graphs, pending collectives, accumulated gradients."""
         for graph in self.graphs:
             graph.reset()
         self.graphs = []
         failure.drop_pending_works()
         self.clear()
-        gc.collect()  # frames of the error, and the memory of the graphs
+        gc.collect()  # frees the error's frames, and with them the graphs' memory
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

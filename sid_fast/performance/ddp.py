@@ -1,4 +1,4 @@
-"""DDP: whole networks on every rank; gradients are averaged in flat buckets during backward."""
+"""DDP: replicated networks; gradients are all-reduced in flat buckets during backward."""
 
 from functools import partial
 from typing import Any
@@ -12,41 +12,39 @@ from sid_fast.performance import failure
 
 
 class DDPGradSync:
-    """The gradients of a whole network: averages over the processes, in flat float32 buckets.
+    """Accumulates a replicated network's gradients in float32 buckets, averaged over the ranks.
 
-    How gradients flow. Backward produces one for each leaf that the network computed with: a
-    parameter, or the low-precision copy that stands in for parameters (edm_unet.layers.Leaf). A
-    hook takes it from the leaf, so that autograd starts no kernel to add it up. Once every
-    parameter of a bucket has its gradient, one list operation casts them into the bucket (first
-    round) or adds them to it in float32 (later rounds). In the last round the bucket is then sent
-    while backward continues.
+    How gradients flow: backward produces one per autograd leaf (edm_unet.layers.Leaf), a parameter
+    or a low-precision copy. A hook takes it from the leaf, so that autograd launches no kernel to
+    accumulate it. Once all parameters of a bucket have a gradient, one foreach call casts them into
+    the bucket (first micro-batch) or adds them in float32 (later ones). In the last micro-batch the
+    bucket is then all-reduced while backward continues.
 
-    p.grad are views of the buckets and keep their addresses; they are unset only during backward.
-    A parameter that backward does not reach has a gradient of zero. A step calls backward() once a
-    round, wait() before the gradients are read, updated() after the update, and zero().
+    p.grad is a view of a bucket at a fixed address, unset only during backward. Parameters that
+    backward does not reach get zero gradients. A step calls backward() once per micro-batch,
+    wait() before reading the gradients, after_update() after the update, and then zero().
 
-    Written out because the libraries' forms do not fit a network that is trained in one phase and
-    frozen in the next: DDP and `replicate` expect, at every forward that could take gradients, a
-    gradient for every parameter that could (map_augment gets none in the generator step; ψ none at
-    all in it), and FSDP2 over a mesh without shards keeps second copies of all parameters.
+    PyTorch's own DDP does not fit a network that is trained in one phase and frozen in the next:
+    DDP and `replicate` expect a gradient for every trainable parameter after every forward, but the
+    generator step gives none to map_augment or to the fake score. FSDP2 over a mesh without shards
+    keeps a second copy of all parameters.
     """
 
-    BUCKET = 2**23  # numbers: 32 MiB, enough to fill a link
-    ALIGN = 64  # numbers: every gradient starts where a kernel may load 16 bytes at a time
+    BUCKET = 2**23  # elements, 32 MiB: enough to saturate a link
+    ALIGN = 64  # elements; aligns every gradient for 16-byte loads
 
     def __init__(self, net: EDMNetwork, ranks: int = 1):
         self.params, self.ranks = list(net.parameters()), ranks
         self.buckets: list[torch.Tensor] = []
-        self.members: list[list[nn.Parameter]] = []  # of each bucket
+        self.members: list[list[nn.Parameter]] = []  # parameters of each bucket
         self.bucket_of: dict[nn.Parameter, int] = {}
         leaves, size = net.leaves(), self.BUCKET
-        if self.ranks == 1:  # nothing is sent: fewer launches, few low-precision gradients at once
+        if self.ranks == 1:  # no all-reduce: four buckets save launches, and bound 16-bit gradients
             size = max(size, sum(p.numel() for p in self.params) // 4)
-        # Backward reaches the last layers first, so they fill the first buckets. A leaf that blocks
-        # share has its gradient when backward has left the first block.
-        shared = [
-            p for leaf in leaves if len(leaf.sources) > 1 for _, of in leaf.sources for p in of
-        ]
+        # Backward reaches the last layers first, so they fill the first buckets. A leaf shared by
+        # all blocks gets its gradient after the first block's backward.
+        multiple = [leaf.sources for leaf in leaves if len(leaf.sources) > 1]
+        shared = [p for sources in multiple for _, params in sources for p in params]
         before = next((i for i, p in enumerate(self.params) if p in set(shared)), 0)
         order = dict.fromkeys([*self.params[:before], *shared, *self.params])
         bucket: list[nn.Parameter] = []
@@ -57,7 +55,7 @@ class DDPGradSync:
                 bucket = []
         if bucket:
             self._add(bucket)
-        self.grads = {p: p.grad for p in self.params if p.grad is not None}  # all of them
+        self.grads = {p: p.grad for p in self.params if p.grad is not None}
         for leaf in leaves:
             leaf.tensor.register_post_accumulate_grad_hook(
                 partial(self._on_grad_ready, leaf.sources)
@@ -78,15 +76,16 @@ class DDPGradSync:
         self.members.append(params)
 
     def zero(self) -> None:
-        self.first = True  # the next round overwrites
+        """Reset the gradients: the next micro-batch overwrites them."""
+        self.first = True
 
     def backward(self, loss: torch.Tensor, scale: float, sync_grads: bool) -> None:
-        """Accumulate the gradients of scale·Σ loss [N]; the last round starts the averaging."""
+        """Accumulate the gradients of scale·Σ loss [N]; sync_grads starts the all-reduces."""
         self.syncing, self.works = sync_grads and self.ranks > 1, []
         self.missing = [set(members) for members in self.members]
         self.taken: list[list[tuple[nn.Parameter, torch.Tensor]]] = [[] for _ in self.buckets]
         for p in self.params:
-            p.grad = None  # so that backward hands over what it has
+            p.grad = None  # backward then passes its own tensor to the hook, without adding
         try:
             loss.backward(torch.full_like(loss, scale))
         finally:
@@ -97,17 +96,17 @@ class DDPGradSync:
                 self._fill(number)
         self.first = self.syncing = False
 
-    def _on_grad_ready(self, parts: list, leaf: torch.Tensor) -> None:
+    def _on_grad_ready(self, sources: list, leaf: torch.Tensor) -> None:
         grad, leaf.grad = leaf.grad, None
-        assert grad is not None  # the hook runs when it is there
-        for rows, params in parts:
+        assert grad is not None
+        for rows, params in sources:
             for p in params:
                 number = self.bucket_of[p]
                 self.missing[number].remove(p)  # a second gradient would overwrite the first
                 self.taken[number].append((p, grad[rows]))
                 if not self.missing[number]:
                     self._fill(number)
-        # In order, whatever backward's: all processes must send the same.
+        # In bucket order, not backward's: all ranks must start the same collectives in turn.
         while self.syncing and len(self.works) < len(self.buckets):
             if self.missing[len(self.works)]:
                 break
@@ -115,7 +114,7 @@ class DDPGradSync:
 
     @torch.no_grad()
     def _fill(self, number: int) -> None:
-        """Move the gradients that have arrived in this round into their bucket."""
+        """Move this micro-batch's gradients into their bucket."""
         taken, self.taken[number] = self.taken[number], []
         if self.first and self.missing[number]:
             torch._foreach_zero_([self.grads[p] for p in self.missing[number]])
@@ -125,7 +124,7 @@ class DDPGradSync:
             if self.first:
                 torch._foreach_copy_(into, grads)
                 continue
-            if dtype != torch.float32:  # foreach adds two types with one launch a tensor
+            if dtype != torch.float32:  # foreach adds mixed dtypes with one launch per tensor
                 wide = [torch.empty_like(grad) for grad in into]
                 torch._foreach_copy_(wide, grads)
                 grads = wide
@@ -135,20 +134,20 @@ class DDPGradSync:
         self.works.append(dist.all_reduce(self.buckets[len(self.works)], async_op=True))
 
     def wait(self) -> None:
-        """Return when the gradients are averages over the processes."""
+        """Wait until the gradients are averaged over the ranks."""
         if self.ranks == 1:
             return
-        while len(self.works) < len(self.buckets):  # held up by one that got no gradient
+        while len(self.works) < len(self.buckets):  # behind a bucket that lacked gradients
             self._all_reduce_next_bucket()
         for work in self.works:
             work.wait()
         torch._foreach_div_(self.buckets, self.ranks)
 
     def after_update(self) -> None:
-        """The parameters have new values."""
+        """Do nothing: parameters are replicated and already up to date."""
 
     def local_grads(self) -> list[torch.Tensor]:
-        """This rank's part of the gradients, in the order of the parameters."""
+        """Return this rank's shards of the gradients, in the order of the parameters."""
         return list(self.grads.values())
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -158,5 +157,5 @@ class DDPGradSync:
         return tensor
 
     def sum_over_shards(self, count: torch.Tensor) -> torch.Tensor:
-        """What each process has counted in its own part of the gradients, over all parts."""
+        """Sum a count over the gradient shards of a network; here there is only one."""
         return count

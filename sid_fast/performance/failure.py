@@ -1,4 +1,4 @@
-"""A lost rank: finding out, saying who it was, and leaving without waiting for it."""
+"""Lost ranks: detect them, name them, and exit without waiting for them."""
 
 import datetime
 import time
@@ -8,25 +8,23 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-PEER_REPLY_SECONDS = (
-    5.0  # seconds in which a process that has lost another one says that it is there
-)
+PEER_REPLY_SECONDS = 5.0  # how long the remaining ranks have to answer after one is lost
 
-captured_graphs: weakref.WeakSet = weakref.WeakSet()  # CUDA graphs, which may send messages
-grad_syncs: weakref.WeakSet = weakref.WeakSet()  # what has `works`: messages on their way
-unclean_exit = False  # others were left in the middle of something: nothing here may wait for them
+captured_graphs: weakref.WeakSet = weakref.WeakSet()  # CUDA graphs, which may hold collectives
+grad_syncs: weakref.WeakSet = weakref.WeakSet()  # objects whose `works` are pending collectives
+unclean_exit = False  # other ranks may hang in a collective: this process must not wait for them
 
 
 def drop_pending_works() -> None:
-    """Wait for no message that is on its way: a capture that failed has sent none."""
-    for sender in grad_syncs:
-        sender.works.clear()
+    """Forget pending collectives: those of a failed capture never run, a lost rank's never end."""
+    for grad_sync in grad_syncs:
+        grad_sync.works.clear()
 
 
 def missing_ranks(store: dist.Store, rank: int, count: int, leave: Callable[[], None]) -> str:
-    """The ranks that do not say that they are there, once one has been lost.
+    """Name the ranks that do not answer, after a collective has failed.
 
-    leave() closes the connections to the others, so that those notice at once.
+    leave() closes this rank's connections, so that the others fail at once too.
     """
     missing, deadline = [], time.monotonic() + PEER_REPLY_SECONDS
     try:
@@ -38,17 +36,20 @@ def missing_ranks(store: dist.Store, rank: int, count: int, leave: Callable[[], 
                 store.wait([f"here/{other}"], left)
             except RuntimeError:
                 missing.append(f"process {other} on {store.get(f'host/{other}').decode()}")
-    except RuntimeError:  # the host that keeps the names is lost too
+    except RuntimeError:  # the host of the store is lost too
         missing = missing or ["the first node"]
     return ", ".join(missing)
 
 
 class HostThrottle:
-    """Keeps the host within a step of its device, so that it can tell when a peer is lost.
+    """Keeps the host at most one step ahead of its device, so that it notices a lost rank.
 
-    NCCL waits forever for a dead peer, and a blocking read would hang the host too. Hosts have
-    deadlines of their own: they exchange a flag every step before each waits for its device.
-    device: None where nothing has to be waited for; minutes: how long a step may take.
+    NCCL waits forever for a dead peer, and a blocking read would hang the host too. Therefore the
+    hosts exchange a flag every step, with a timeout, before each waits for its device.
+
+    Args:
+        device: The device to wait for, or None to never wait.
+        minutes: Timeout of a step.
     """
 
     def __init__(self, device: torch.device | None, minutes: float):
@@ -56,19 +57,19 @@ class HostThrottle:
         self.last: torch.cuda.Event | None = None
 
     def step(self) -> None:
-        """A step has been launched: return when the one before it has ended."""
+        """Call after launching a step; returns when the previous step has finished."""
         if self.device:
             before, self.last = self.last, torch.cuda.Event()
             self.last.record()
             self._wait(before)
 
     def catch_up(self) -> None:
-        """Return when the last step has ended."""
+        """Wait until the last step has finished."""
         self._wait(self.last)
 
     def _wait(self, event: "torch.cuda.Event | None") -> None:
         deadline = time.monotonic() + 60 * self.minutes
         while event and not event.query():
             if time.monotonic() > deadline:
-                raise dist.DistError(f"{self.device} still waits for the other processes")
+                raise dist.DistError(f"{self.device} is still waiting for the other processes")
             time.sleep(5e-4)

@@ -1,6 +1,6 @@
-"""FSDP2: every rank keeps a shard of each tensor; weights are gathered where they are used.
+"""FSDP2: every rank keeps a shard of each tensor; weights are all-gathered for use.
 
-`hsdp` does so inside groups that are copies of one another, such as the nodes of a cluster.
+`hsdp` shards within groups of ranks, such as the nodes of a cluster, and replicates across groups.
 """
 
 import dataclasses
@@ -25,17 +25,20 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class ShardingPlan:
-    """How networks and their optimisers lie over the processes; see plan().
+    """How networks and optimiser states are distributed over the ranks; see plan().
 
-    ranks: how many take part, and which of them this is. mesh: [dp_shard] or [dp_replicate,
-    dp_shard]; None: whole networks everywhere.
-    reshard_after_forward: free gathered weights after each use. Otherwise they stay gathered
-    within a step, and only gradients, moments, float32 weights and the average are sharded.
+    Attributes:
+        mesh: [dp_shard] or [dp_replicate, dp_shard]; None: networks are replicated.
+        reshard_after_forward: Free gathered weights after each use. Otherwise they stay gathered
+            within a step; float32 weights, gradients, moments and EMA are sharded either way.
+        text: Description for the user.
+        ranks: Number of ranks.
+        rank: This rank.
     """
 
     mesh: DeviceMesh | None = None
     reshard_after_forward: bool = False
-    text: str = "one process"  # what it is, for people
+    text: str = "one process"
     ranks: int = 1
     rank: int = 0
 
@@ -45,9 +48,9 @@ class ShardingPlan:
         return 1 if self.mesh is None else self.mesh.size(self.mesh.ndim - 1)
 
     def shard(self, net: EDMNetwork, dtype: torch.dtype = torch.float32) -> None:
-        """Leave of the network's parameters this process's part (FSDP2), in place.
+        """Shard a network's parameters in place (FSDP2); does nothing without a mesh.
 
-        They are gathered in `dtype`; gradients are added up in float32.
+        Weights are gathered in `dtype`; gradients are reduced in float32.
         """
         if self.mesh is None:
             return
@@ -72,25 +75,24 @@ class ShardingPlan:
             register_fsdp_forward_method(net, name)
 
     def grad_sync(self, net: EDMNetwork) -> "DDPGradSync":
-        """Give the network's parameters gradients, and the processes a way to average them."""
+        """Allocate the network's gradients and return the object that averages them."""
         if self.mesh is not None:
             return FSDPGradSync(net, self.mesh)
         return DDPGradSync(net, self.ranks)
 
 
-SINGLE_PROCESS = ShardingPlan()  # of one process, whatever others there are
+SINGLE_PROCESS = ShardingPlan()  # ignores any other ranks
 
 
 def replicated(text: str = "") -> ShardingPlan:
-    """Whole networks on each of the processes that there are."""
+    """Return the plan that replicates networks on every rank (DDP)."""
     ranks = process_group.world_size()
-    text = text or (f"whole on each of {ranks} processes" if ranks > 1 else SINGLE_PROCESS.text)
+    text = text or (f"replicated on {ranks} processes" if ranks > 1 else SINGLE_PROCESS.text)
     return ShardingPlan(text=text, ranks=ranks, rank=process_group.rank())
 
 
-STATE_MEMORY_FRACTION = (
-    0.5  # of a GPU's memory that networks and optimisers may take; the rest is activations
-)
+# The share of GPU memory that networks and optimisers may take; the rest is for activations.
+STATE_MEMORY_FRACTION = 0.5
 
 
 def plan(
@@ -99,13 +101,21 @@ def plan(
     state_bytes: Callable[[int, bool], int],
     shard_group: int | None = None,
 ) -> "ShardingPlan":
-    """The layout that --parallel means.
+    """Turn --parallel into a plan.
 
-    auto takes ddp where the state fits beside the activations, and always on a CPU; then hsdp on
-    several nodes and fsdp on one. state_bytes(dp_shard, reshard_after_forward): what networks and
-    optimisers take of one GPU. shard_group: ranks of an hsdp group, a node's by default. Sharded
-    weights stay gathered between their uses where memory allows. UserError for a group size that
-    does not divide the ranks.
+    auto is ddp if the state leaves enough memory for activations, and always on a CPU; otherwise
+    fsdp on one node and hsdp on several. If memory allows, sharded weights stay gathered within a
+    step.
+
+    Args:
+        mode: auto, ddp, fsdp or hsdp.
+        device: This rank's device.
+        state_bytes: Bytes per GPU that networks and optimisers take, as a function of dp_shard and
+            reshard_after_forward.
+        shard_group: Ranks per hsdp group; default: those of a node.
+
+    Raises:
+        UserError: shard_group does not divide the number of ranks.
     """
     ranks = process_group.world_size()
     group = shard_group or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -121,7 +131,7 @@ def plan(
             mode = "hsdp" if ranks > group else "fsdp"
     if mode == "ddp":
         size = state_bytes(1, False)
-        text = f"whole on each of {ranks} processes: {size / 1e9:.2g} GB of state"
+        text = f"replicated on {ranks} processes: {size / 1e9:.2g} GB of state"
         return replicated(text)
     shape: tuple[int, ...] = (ranks,)
     names: tuple[str, ...] = ("dp_shard",)
@@ -130,26 +140,26 @@ def plan(
     else:
         if ranks % group:
             raise UserError(
-                f"shard_group={group} does not divide {ranks} processes; choose a divisor, "
+                f"shard_group={group} does not divide {ranks} processes; use a divisor, "
                 "or --parallel fsdp"
             )
         shape, names = (ranks // group, group), ("dp_replicate", "dp_shard")
     reshard_after_forward = (size := state_bytes(group, False)) > room
     size = state_bytes(group, True) if reshard_after_forward else size
-    text = f"{mode}: state in {group} parts"
-    text += f", {ranks // group} copies" if mode == "hsdp" else ""
+    text = f"{mode}: state in {group} shards"
+    text += f", {ranks // group} replicas" if mode == "hsdp" else ""
     text += ", weights gathered block by block" if reshard_after_forward else ", weights gathered"
     return ShardingPlan(
         init_device_mesh(device.type, shape, mesh_dim_names=names),
         reshard_after_forward,
-        f"{text}: {size / 1e9:.2g} GB a process",
+        f"{text}: {size / 1e9:.2g} GB per process",
         ranks,
         process_group.rank(),
     )
 
 
 class FSDPGradSync(DDPGradSync):
-    """FSDP2 accumulates and averages; every rank keeps its shard."""
+    """The interface of DDPGradSync over FSDP2, which accumulates and averages the gradients."""
 
     def __init__(self, net: nn.Module, mesh: DeviceMesh):
         self.params, self.ranks = list(net.parameters()), process_group.world_size()
@@ -159,30 +169,35 @@ class FSDPGradSync(DDPGradSync):
         self.shard_group = mesh.get_group(mesh.ndim - 1)
 
     def zero(self) -> None:
+        """Zero the gradients."""
         torch._foreach_zero_(self.local_grads())
 
     def local_grads(self) -> list[torch.Tensor]:
+        """Return this rank's shards of the gradients, in the order of the parameters."""
         return local_shards([p.grad for p in self.params if p.grad is not None])
 
     def backward(self, loss: torch.Tensor, scale: float, sync_grads: bool) -> None:
+        """Accumulate the gradients of scale·Σ loss [N]; sync_grads reduce-scatters them."""
         for module in self.modules:
             module.set_requires_gradient_sync(sync_grads, recurse=False)
         loss.backward(torch.full_like(loss, scale))
 
     def wait(self) -> None:
-        pass
+        """Do nothing: FSDP2 orders its collectives on the device."""
 
     def after_update(self) -> None:
+        """Drop gathered weights, which are outdated now."""
         for module in self.modules:
             module.reshard()
 
     def sum_over_shards(self, count: torch.Tensor) -> torch.Tensor:
+        """Sum a count over the gradient shards of a network, in place."""
         dist.all_reduce(count, group=self.shard_group)
         return count
 
 
 def sharded_modules(net: nn.Module) -> list:
-    """The modules that FSDP2 shards; none if the network is whole."""
+    """List the modules that FSDP2 shards; none if the network is not sharded."""
     if not dist.is_initialized():
         return []
     from torch.distributed.fsdp import FSDPModule
@@ -192,9 +207,9 @@ def sharded_modules(net: nn.Module) -> list:
 
 @torch.no_grad()
 def local_shards(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """This process's part of each tensor, where it has one: the memory itself, not a copy."""
-    parts = [getattr(t, "to_local", lambda t=t: t)() for t in tensors]
-    return [part for part in parts if part.numel()]
+    """Return views of this rank's shard of each tensor, leaving out empty ones."""
+    shards = [getattr(t, "to_local", lambda t=t: t)() for t in tensors]
+    return [shard for shard in shards if shard.numel()]
 
 
 @overload
@@ -203,10 +218,16 @@ def gather_full(net: EDMNetwork, everywhere: Literal[True]) -> EDMNetwork: ...
 def gather_full(net: EDMNetwork, everywhere: bool = False) -> EDMNetwork | None: ...
 @torch.no_grad()
 def gather_full(net: EDMNetwork, everywhere: bool = False) -> EDMNetwork | None:
-    """The network, gathered if it is sharded, on the first process; None on the others, unless
+    """Gather a sharded network in full; a collective that every rank must call.
 
-    it is wanted everywhere. Every process has to call it. Tensor after tensor: a process that gets
-    none holds no more than one whole.
+    Tensors are gathered one at a time, so ranks that get no network never hold more than one.
+
+    Args:
+        net: The network; returned itself if it is not sharded.
+        everywhere: Return the network on every rank, not only on rank 0.
+
+    Returns:
+        The network, or None on the other ranks.
     """
     modules, mine = sharded_modules(net), everywhere or process_group.rank() == 0
     if not modules:

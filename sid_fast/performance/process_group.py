@@ -1,6 +1,6 @@
-"""The ranks of a run: which one this process is, and what the hosts tell one another.
+"""Process groups: joining and leaving a distributed run, and collectives between the hosts.
 
-One process needs none of it.
+All functions also work in a single process without torch.distributed.
 """
 
 import contextlib
@@ -21,7 +21,11 @@ from sid_fast.performance import determinism, failure
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name` (auto, cpu, cuda, cuda:1); auto takes this process's GPU if any."""
+    """Select a device by name (auto, cpu, cuda, cuda:1); auto is the local rank's GPU, or else cpu.
+
+    Raises:
+        UserError: There is no such device.
+    """
     local = int(os.environ.get("LOCAL_RANK", 0))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,7 +39,7 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device("cuda", local if device.index is None else device.index)
         if device.index >= torch.cuda.device_count():
             raise UserError(
-                f"device={device} is not there: {torch.cuda.device_count()} GPUs are visible; "
+                f"device={device} does not exist: {torch.cuda.device_count()} GPUs are visible; "
                 "use fewer processes, or cpu"
             )
         torch.cuda.set_device(device)
@@ -43,15 +47,13 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-DEFAULT_TIMEOUT_MINUTES = (
-    10.0  # that a process waits for the others, unless --timeout says otherwise
-)
-LONG_TIMEOUT = datetime.timedelta(days=7)  # for what has no stated length: downloads, snapshots
-CHECKPOINT_TIMEOUT = datetime.timedelta(hours=1)  # a state
+DEFAULT_TIMEOUT_MINUTES = 10.0  # of a collective between the hosts; see --timeout
+LONG_TIMEOUT = datetime.timedelta(days=7)  # for tasks of unknown length: downloads, snapshots
+CHECKPOINT_TIMEOUT = datetime.timedelta(hours=1)  # for one checkpoint
 
 
 class _Group(NamedTuple):
-    """Words between hosts, whatever the device, each on connections of its own; --timeout."""
+    """Gloo groups for communication between hosts, each with its own timeout and connections."""
 
     store: dist.Store
     minutes: float
@@ -67,10 +69,17 @@ _group: _Group | None = None
 def joined(
     device: torch.device, mode: str = "auto", minutes: float = DEFAULT_TIMEOUT_MINUTES
 ) -> Iterator[None]:
-    """Among the other processes, if torchrun started us with any, for the length of the block.
+    """Join the process group of torchrun for the length of the block.
 
-    A process alone forms a group of one where the mode asks for sharding. Raises RunFailed, with
-    the names of the processes that do not answer, when one is lost or silent for so many minutes.
+    A single process joins none, or a group of one if the mode asks for sharding.
+
+    Args:
+        device: This process's device.
+        mode: --parallel.
+        minutes: Timeout of a collective.
+
+    Raises:
+        RunFailed: A process was lost, or did not answer in time; names it.
     """
     global _group
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
@@ -78,19 +87,20 @@ def joined(
         yield
         return
     store, me, count = (dist.HashStore(), 0, 1) if alone else next(dist.rendezvous("env://"))
-    # torchrun may give a restarted run the store of the one before, with its addresses.
+    # After a restart torchrun may reuse the store, which still holds the old addresses.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     timeout = datetime.timedelta(minutes=minutes)
     device_id = device if device.type == "cuda" else None
-    # Registering a graph's buffers makes processes meet in the capture, and fails in memory that
-    # was taken in expandable segments.
+    # Registering a graph's buffers syncs the ranks during the capture, and fails with expandable
+    # segments.
     os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     dist.init_process_group(
         "nccl" if device_id else "gloo",
         store=dist.PrefixStore("processes", store),
         rank=me,
         world_size=count,
-        timeout=2 * timeout if device_id else timeout,  # the hosts find out first, and say who
+        # Doubled so that the hosts' groups time out first, and name the lost rank.
+        timeout=2 * timeout if device_id else timeout,
         device_id=device_id,
     )
     groups = (
@@ -106,21 +116,22 @@ def joined(
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo/" not in str(error):
             raise
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from torchrun: it kills us soon enough
-        what = "was lost" if "onnection" in str(error) else f"was silent for {minutes:g} minutes"
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's; it sends SIGKILL later
+        lost = "onnection" in str(error)
+        what = "was lost" if lost else f"did not respond for {minutes:g} minutes"
         reason = str(error).partition("\n")[0]
-        # A message keeps its connection open, and so does a frame that sent one.
+        # Pending collectives keep connections open, and so do the frames that hold them.
         failure.drop_pending_works()
-        met: BaseException | None = error
-        while met:
-            traceback.clear_frames(met.__traceback__)
-            met = met.__context__
+        chained: BaseException | None = error
+        while chained:
+            traceback.clear_frames(chained.__traceback__)
+            chained = chained.__context__
         gc.collect()
         store = _group.store
         missing = failure.missing_ranks(store, me, count, lambda: _leave(device, orderly=False))
         raise RunFailed(
-            f"{f'{missing} {what}' if missing else f'the processes lost touch: {reason}'}. "
-            "--resume goes on from the last state, and torchrun --max-restarts N does so by itself"
+            f"{f'{missing} {what}' if missing else f'processes lost their connection: {reason}'}. "
+            "Resume from the last state with --resume; torchrun --max-restarts N does so by itself"
         ) from error
     finally:
         if _group is not None:
@@ -128,16 +139,16 @@ def joined(
 
 
 def _leave(device: torch.device, orderly: bool) -> None:
-    """Close the connections to the other processes, so that those notice at once.
+    """Leave the process group; closed connections tell the other ranks at once.
 
-    Where others are left in the middle of something, those between devices stay open: one that
-    waits for a message would hold up who closes them.
+    After an error, the NCCL connections stay open: closing them would wait for collectives that
+    other ranks never complete.
     """
     global _group
     failure.unclean_exit = not orderly and world_size() > 1
     if not failure.unclean_exit or device.type == "cpu":
         for graph in failure.captured_graphs:
-            graph.reset()  # before the connections that it sends on are closed
+            graph.reset()  # before the connections that its collectives use are closed
         dist.destroy_process_group()
     elif _group is not None:
         for group in (_group.control, _group.long_wait, _group.checkpoint):
@@ -146,36 +157,38 @@ def _leave(device: torch.device, orderly: bool) -> None:
 
 
 def rank() -> int:
+    """Return this process's rank."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def checkpoint_group() -> dist.ProcessGroup | None:
-    """The group that reads and writes states."""
+    """Return the group that reads and writes checkpoints; None in a single process."""
     return _group and _group.checkpoint
 
 
 def barrier() -> None:
-    """Return once the first process is here too, however long it takes: it measures alone."""
+    """Wait for all ranks, long enough for downloads and evaluations on rank 0 alone."""
     if _group is not None:
         dist.barrier(group=_group.long_wait)
 
 
 def broadcast_from_rank0(make: Callable[[], int]) -> int:
-    """A number that the first process makes, on every process."""
+    """Call make() on rank 0 and return its result on every rank."""
     if _group is None:
         return make()
-    word = torch.tensor(make() if rank() == 0 else 0)
-    dist.broadcast(word, src=0, group=_group.control)
-    return int(word)
+    value = torch.tensor(make() if rank() == 0 else 0)
+    dist.broadcast(value, src=0, group=_group.control)
+    return int(value)
 
 
 @contextlib.contextmanager
 def main_process_first() -> Iterator[None]:
-    """The first process of each node goes through the block before the others do."""
+    """Let the first process of each node run the block before the node's others."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local:
         barrier()
@@ -187,44 +200,43 @@ def main_process_first() -> Iterator[None]:
 
 
 def gather(mine: torch.Tensor, total: int) -> torch.Tensor:
-    """The rows of all processes, [total, …], where process r of w holds rows r, r + w, …"""
+    """Gather rows [total, …] on every rank; rank r of w holds rows r, r + w, … of them."""
     if _group is None:
         return mine
     padded = mine.new_zeros(-(-total // world_size()), *mine.shape[1:])
     padded[: len(mine)] = mine
-    parts = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(parts, padded, group=_group.control)
-    return torch.stack(parts, dim=1).flatten(0, 1)[:total]
+    shards = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(shards, padded, group=_group.control)
+    return torch.stack(shards, dim=1).flatten(0, 1)[:total]
 
 
 def all_reduce_any(flag: bool) -> bool:
-    """Whether the flag is set on any process: a word between the hosts, not the devices."""
+    """Return whether the flag is set on any rank, without involving the devices."""
     if _group is None:
         return flag
-    word = torch.tensor(int(flag))
-    dist.all_reduce(word, group=_group.control)
-    return bool(word)
+    count = torch.tensor(int(flag))
+    dist.all_reduce(count, group=_group.control)
+    return bool(count)
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor over the processes, in place."""
+    """Sum a tensor over the ranks, in place."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def first_text(text: str) -> str:
-    """Of texts from all ranks the first that is not empty, with its rank, on all of them."""
+    """Return, on all ranks, the first non-empty text by rank, prefixed with that rank."""
     if _group is None:
         return text
     texts: list[str] = [""] * world_size()
     dist.all_gather_object(texts, text, group=_group.control)
-    found = ((r, each) for r, each in enumerate(texts) if each)
-    return "process {}: {}".format(*next(found)) if any(texts) else ""
+    return next((f"process {r}: {each}" for r, each in enumerate(texts) if each), "")
 
 
 def host_throttle(device: torch.device) -> failure.HostThrottle:
-    """Keeps this host within a step of its device, where there are other ranks."""
+    """Return the throttle that keeps this host within a step of its device (several GPUs only)."""
     alone = world_size() == 1 or device.type != "cuda"
     return failure.HostThrottle(
         None if alone else device, _group.minutes if _group else DEFAULT_TIMEOUT_MINUTES

@@ -1,1 +1,1 @@
-"""When things happen: the step, the loop, states, logs."""
+"""Training: the step, the loop around it, checkpoints and logs."""

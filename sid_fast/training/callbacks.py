@@ -1,4 +1,4 @@
-"""What a run leaves to look at: the network, a grid of its images, and how good they are."""
+"""Periodic callbacks of the loop: snapshots with image grids, and evaluations (FID, KID)."""
 
 import time
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from sid_fast.data.images import save_grid
 from sid_fast.data.readers import choose
 from sid_fast.evaluation.curve import save_curve
 from sid_fast.evaluation.features import label, load_detector
-from sid_fast.evaluation.references import real_sample
-from sid_fast.evaluation.sample import StageTimer, compare, generated, look
+from sid_fast.evaluation.references import real_stats
+from sid_fast.evaluation.sample import StageTimer, compare, compute_stats, generate_batches
 from sid_fast.models import EDMNetwork
 from sid_fast.models.registry import save_network
 from sid_fast.performance import fsdp, process_group
@@ -25,15 +25,20 @@ from sid_fast.training.random_streams import fixed_grid_inputs
 
 Make = Callable[[EDMNetwork, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
-GRID = 100  # images
-FID_ONLY_FROM = 50_000  # images from which on the Fréchet distance needs no other beside it
+GRID = 100  # images of a sample grid, at most
+FID_ONLY_FROM = 50_000  # images; below, FID is biased enough that KID is computed too
 
 
 class Snapshots:
-    """Called at a snapshot: saves `net` and a grid of its images.
+    """Callback that saves a network and a grid of its images.
 
-    make(net, latents, labels) gives the images. Every process gives its part of a sharded network;
-    all else the first process does alone.
+    All ranks call it and take part in gathering a sharded network; rank 0 does the rest.
+
+    Args:
+        options: Options of the run.
+        trainer: Counts the images.
+        net: The network to save.
+        make: Generates images from (net, latents, labels).
     """
 
     def __init__(self, options: RunOptions, trainer: Trainer, net: EDMNetwork, make: Make):
@@ -42,6 +47,7 @@ class Snapshots:
 
     @torch.no_grad()
     def __call__(self, folder: Path) -> dict[str, float]:
+        """Save a snapshot to a run folder; returns no metrics."""
         net = fsdp.gather_full(self.net)
         if net is None:
             return {}
@@ -58,11 +64,20 @@ class Snapshots:
 
 
 class Evaluations:
-    """Called every --eval-every kimg, on every process: measures the images of `net`.
+    """Callback for --eval-every: compares images of a network with real ones, on all ranks.
 
-    They are compared with --ref or `data`, and once with those of the teacher. The first process
-    draws the curve and keeps the network of the least distance so far. steps: of the sampler,
-    for each of the two. cuda_graph: auto, on or off, as resolve_cuda_graph has it.
+    Rank 0 plots the curve and keeps the best network so far. The teacher is measured once, as a
+    baseline.
+
+    Args:
+        options: Options of the run; --ref replaces `data`.
+        trainer: Counts the images.
+        net: The network to evaluate.
+        data: Real images.
+        steps: Sampler steps of the network.
+        teacher: The teacher, or None.
+        teacher_steps: Sampler steps of the teacher.
+        cuda_graph: auto, on or off; see resolve_cuda_graph.
     """
 
     def __init__(
@@ -82,42 +97,42 @@ class Evaluations:
         device = next(net.parameters()).device
         self.cuda_graph, _ = resolve_cuda_graph(cuda_graph, device)
         self.clock = StageTimer(device)
-        with process_group.main_process_first():  # it may download
+        with process_group.main_process_first():  # may download
             self.detector = load_detector(options.detector, device, options.trust)
         self.name = label("frechet_distance", self.detector)
         reader = choose() if data else "plain"
-        self.real = real_sample(options.ref, data, self.detector, self.clock, reader)
+        self.real = real_stats(options.ref, data, self.detector, self.clock, reader)
 
     def __call__(self, folder: Path) -> dict[str, float]:
-        """Figures for the log, on the first process; their time is not the training's."""
+        """Evaluate; return metrics for the log on rank 0, and nothing on the others."""
         began = time.perf_counter()
         records = [r for r in read_log(folder / "log.jsonl") if self.name in r]
         baseline = next((r["teacher"] for r in records if "teacher" in r), None)
-        figures = {}
+        results = {}
         if self.teacher and process_group.broadcast_from_rank0(lambda: int(baseline is None)):
             teacher = fsdp.gather_full(self.teacher, everywhere=True)
-            found = self._figures(teacher, None, self.teacher_steps)
-            if found:
-                baseline = figures["teacher"] = found[self.name]
+            metrics = self._metrics(teacher, None, self.teacher_steps)
+            if metrics:
+                baseline = results["teacher"] = metrics[self.name]
         sigma = self.net.config.init_sigma
         net = fsdp.gather_full(self.net, everywhere=True)
-        figures |= self._figures(net, sigma, self.steps)
+        results |= self._metrics(net, sigma, self.steps)
         if process_group.rank():
             return {}
-        if all(figures[self.name] < r[self.name] for r in records):
+        if all(results[self.name] < r[self.name] for r in records):
             best = folder / f"best-{self.trainer.images:010d}.safetensors"
             save_network(best, net)
             prune(folder, "best-*.safetensors", 1)
         points = [(r["images"], r[self.name]) for r in records]
-        points.append((self.trainer.images, figures[self.name]))
+        points.append((self.trainer.images, results[self.name]))
         save_curve(folder / "distance.png", *zip(*points, strict=True), self.name, baseline)
-        return figures | {"evaluation_s": time.perf_counter() - began}
+        return results | {"evaluation_s": time.perf_counter() - began}
 
-    def _figures(self, net: EDMNetwork, sigma: float | None, steps: int) -> dict[str, float]:
-        images = generated(net, range(self.count), sigma, steps, self.cuda_graph)
-        sample = look(images, self.count, self.detector, self.clock, "evaluation")
+    def _metrics(self, net: EDMNetwork, sigma: float | None, steps: int) -> dict[str, float]:
+        images = generate_batches(net, range(self.count), sigma, steps, self.cuda_graph)
+        sample = compute_stats(images, self.count, self.detector, self.clock, "evaluation")
         if process_group.rank():
             return {}
         metrics = ("fid", "kid") if self.count < FID_ONLY_FROM else ("fid",)
-        found = compare(self.real, sample, self.detector, self.clock, metrics)
-        return {label(name, self.detector): value for name, value in found.items()}
+        values = compare(self.real, sample, self.detector, self.clock, metrics)
+        return {label(name, self.detector): value for name, value in values.items()}

@@ -1,8 +1,8 @@
-"""Training states: everything a run needs to go on to the same bits.
+"""Checkpoints, called training states: resuming from one continues the run bit for bit.
 
-A state is a folder: safetensors that every process wrote its part of (torch.distributed.checkpoint,
-in the form that keeps no pickle), and state.json, which is written last and names them all. It
-gets its name when it is complete, so a folder called state-* is a whole one.
+A state is a folder of safetensors, to which every rank writes its shards
+(torch.distributed.checkpoint, without pickles), and state.json, written last, which lists them all.
+The folder is renamed to state-* when it is complete, so every state-* folder is complete.
 """
 
 import dataclasses
@@ -23,48 +23,64 @@ from sid_fast.performance import process_group
 
 PATTERN = "state-*[0-9]"
 HEADER = "state.json"
-HEADER_TYPES = {"kind": str, "identity": dict, "steps": int, "images": int, "processes": int,
-         "options": dict}  # fmt: skip
-FILES_PER_RANK = 4  # of a process
-NO_RUN_ID = "none"  # what torchrun calls a run without an id
+HEADER_TYPES = {
+    "kind": str, "identity": dict, "steps": int, "images": int, "processes": int, "options": dict,
+}  # fmt: skip
+FILES_PER_RANK = 4
+NO_RUN_ID = "none"  # torchrun's id for runs that were given none
 
-# One process needs no torch.distributed; there is nothing to warn of.
+# A single process needs no torch.distributed: the warning is noise.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 class Trainer(Protocol):
-    """What the loop trains: a training.step.Trainer."""
+    """The interface of training.step.Trainer that the loop needs."""
 
     device: torch.device
     settings: Any
-    resume_fingerprint: dict[str, Any]  # what must be the same for a state to fit
-    method: Any  # with progress: metrics of the progress line, and their labels
+    resume_fingerprint: dict[str, Any]  # must match for a state to be resumed
+    method: Any  # has `progress`: metrics of the progress line, and their labels
     steps: int
     images: int
 
-    def step(self) -> dict[str, torch.Tensor]: ...
+    def step(self) -> dict[str, torch.Tensor]:
+        """Update every network once and return the metrics."""
+        ...
 
-    def state_dict(self) -> dict[str, torch.Tensor]: ...
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the live tensors of the training state."""
+        ...
 
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Load tensors in place."""
+        ...
 
 
 class States:
-    """Writes the states of a run into its folder while training goes on; keeps the newest.
+    """Writes a run's states asynchronously and keeps the newest; all ranks make the same calls.
 
-    options: the dataclass the run was started with. Every process makes the same calls.
+    Args:
+        folder: The run folder.
+        trainer: What to save.
+        options: The dataclass of options that the run was started with.
+        keep: Number of states to keep.
     """
 
     def __init__(self, folder: Path, trainer: Trainer, options: Any, keep: int):
         self.folder, self.trainer, self.options, self.keep = folder, trainer, options, keep
         self.writing: Future | None = None
-        self.path: Path | None = None  # of the newest one begun
+        self.path: Path | None = None  # of the newest state, complete or not
 
     def begin(self, keep_all: bool = False) -> str | None:
-        """Copy the state as it is now to the host, and start to write it.
+        """Copy the current state to host memory and start writing it.
 
-        One that is still being written is waited for. Returns what went wrong with that one.
-        keep_all: the older ones stay.
+        Waits for the previous write first.
+
+        Args:
+            keep_all: Do not delete older states.
+
+        Returns:
+            The error message of the previous write, or None.
         """
         from torch.distributed.checkpoint import HuggingFaceStorageWriter, async_save
 
@@ -82,7 +98,7 @@ class States:
         if process_group.rank() == 0:
             _remove(self.temporary)
         state_dict = self.trainer.state_dict()
-        # A file holds a part of the tensors only: one at a time is doubled in memory to be written.
+        # The writer copies one file at a time in memory: several small files bound that copy.
         files = {
             f"state.{n}": 1 + i * FILES_PER_RANK // len(state_dict)
             for i, n in enumerate(state_dict)
@@ -95,15 +111,15 @@ class States:
             storage_writer=writer,
             process_group=process_group.checkpoint_group(),
         )
-        self.writing = cast(Future, written)  # the other type is of another stager
+        self.writing = cast(Future, written)  # AsyncSaveResponse comes with other stagers
         return problem
 
     def poll(self) -> str | None:
-        """Give the state its name if it has been written. Returns what went wrong, if anything."""
+        """Complete the state if its write is done; return the error message, or None."""
         return self.finish() if self.writing and self.writing.done() else None
 
     def finish(self) -> str | None:
-        """Wait until the state is written, as poll() does."""
+        """Wait for the write and complete the state; return the error message, or None."""
         from torch.distributed.checkpoint.api import CheckpointException
 
         if self.writing is None:
@@ -113,7 +129,7 @@ class States:
             writing.result()
             if process_group.rank() == 0:
                 self._complete()
-        except (Exception, CheckpointException) as error:  # the latter is none of the former
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
             if process_group.rank() == 0:
                 _remove(self.temporary)
             return f"{self.path} could not be written: {_reason(error)}"
@@ -132,8 +148,8 @@ class States:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, from the process that it went wrong on."""
-    failures = getattr(error, "failures", {})  # a CheckpointException: {process: (error, trace)}
+    """Return the cause of a failed write or read, and the rank if not all ranks failed."""
+    failures = getattr(error, "failures", {})  # of a CheckpointException: {rank: (error, trace)}
     for process, (cause, _) in failures.items():
         return (
             f"{cause} (process {process})"
@@ -144,67 +160,73 @@ def _reason(error: BaseException) -> str:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or a folder; a folder loses its name first, so half a state never has one."""
+    """Remove a file or folder; folders are renamed first, so state-* is never incomplete."""
     if path.is_dir():
-        going = path.with_name(f"{path.name.removesuffix('.tmp')}.old.tmp")
-        os.replace(path, going)
-        shutil.rmtree(going)
+        renamed = path.with_name(f"{path.name.removesuffix('.tmp')}.old.tmp")
+        os.replace(path, renamed)
+        shutil.rmtree(renamed)
     else:
         path.unlink(missing_ok=True)
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove what a killed run left half-written."""
-    for left in folder.glob("*.tmp"):
-        _remove(left)
+    """Remove the temporary files of a killed run."""
+    for partial in folder.glob("*.tmp"):
+        _remove(partial)
 
 
 def prune(folder: Path, pattern: str, keep: int) -> None:
-    """Remove all but the newest files, or states."""
-    for old in sorted(folder.glob(pattern), key=_age)[:-keep]:
+    """Remove all but the `keep` newest files or states."""
+    for old in sorted(folder.glob(pattern), key=_mtime)[:-keep]:
         _remove(old)
 
 
-def _age(path: Path) -> float:
+def _mtime(path: Path) -> float:
     header = path / HEADER
     return (header if header.exists() else path).stat().st_mtime
 
 
 def find_state(resume: str, out: str | None, kind: str = "") -> Path:
-    """The state that --resume means: itself, the newest of a run folder, or `latest`.
+    """Resolve --resume to a state.
 
-    kind: of the runs among which the latest is looked for.
+    Args:
+        resume: A state, a run folder (its newest state), or `latest`.
+        out: With `latest`, the folder to search; default: runs/.
+        kind: With `latest`, consider only states of runs with this options dataclass.
+
+    Raises:
+        UserError: There is no such state.
     """
-    place = Path(out or "runs") if resume == "latest" else Path(resume)
-    if place.is_file() or (place / HEADER).exists():
-        return place.parent if place.name == HEADER else place
-    states = [*place.glob(PATTERN), *(place.glob(f"*/{PATTERN}") if resume == "latest" else ())]
+    root = Path(out or "runs") if resume == "latest" else Path(resume)
+    if root.is_file() or (root / HEADER).exists():
+        return root.parent if root.name == HEADER else root
+    states = [*root.glob(PATTERN), *(root.glob(f"*/{PATTERN}") if resume == "latest" else ())]
     if resume == "latest" and kind:
         states = [path for path in states if _may_be(kind, path)]
     if not states:
-        missing = not (place.exists() or resume == "latest")
-        what = "there is no" if missing else "there is no training state (state-*) at"
-        raise UserError(f"resume={resume}: {what} {place}")
-    return max(states, key=_age)
+        missing = not (root.exists() or resume == "latest")
+        what = "there is no" if missing else "there is no training state (state-*) in"
+        raise UserError(f"resume={resume}: {what} {root}")
+    return max(states, key=_mtime)
 
 
 def _may_be(kind: str, path: Path) -> bool:
     try:
         return read_header(path)["kind"] == kind
     except UserError:
-        return True  # and what is wrong with it is said when it is read
+        return True  # reported when the state is loaded
 
 
 def torchrun_run_id() -> dict[str, str]:
-    """Which call of torchrun started us, for config.json: the same after it has restarted us."""
+    """Return torchrun's run id as an entry of config.json; it survives torchrun's restarts."""
     run = os.environ.get("TORCHELASTIC_RUN_ID", NO_RUN_ID)
     return {} if run == NO_RUN_ID else {"launch": run}
 
 
 def find_restarted_run(out: str | None) -> Path | None:
-    """The folder of this run, if torchrun has restarted it (--max-restarts) and there is one.
+    """Find the folder of this run after torchrun restarted it (--max-restarts), or None.
 
-    Without --out it is known by torchrun's id, which --standalone or --rdzv-id gives.
+    Without --out, the run is found by torchrun's run id, set by --standalone or --rdzv-id.
     """
     if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) or not (out or torchrun_run_id()):
         return None
@@ -214,13 +236,17 @@ def find_restarted_run(out: str | None) -> Path | None:
         for p in configs
         if p.exists() and torchrun_run_id().items() <= json.loads(p.read_text()).items()
     ]
-    return max(mine, key=_age).parent if mine else None
+    return max(mine, key=_mtime).parent if mine else None
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """What a state says of itself; UserError if it is not one, or not whole."""
+    """Read and validate a state's header.
+
+    Raises:
+        UserError: It is not a state, or it is incomplete.
+    """
     if not path.is_dir():
-        raise UserError(f"{path} is not a training state: give a folder state-* or a run's folder")
+        raise UserError(f"{path} is not a training state: use a state-* folder or a run folder")
     try:
         header = json.loads((path / HEADER).read_text("utf-8"))
         files = header["files"]
@@ -228,28 +254,30 @@ def read_header(path: Path) -> dict[str, Any]:
             if not isinstance(header[name], kind):
                 raise ValueError(f"{name} is {header[name]!r}")
         for name, size in files.items():
-            found = (path / name).stat().st_size
-            if found != size:
-                raise UserError(f"{path / name} has {found} bytes, not the {size} written")
+            actual = (path / name).stat().st_size
+            if actual != size:
+                raise UserError(f"{path / name} has {actual} bytes instead of {size}")
     except UserError as error:
         raise UserError(f"{error}: resume from another state") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is no whole training state ({error}): resume from another"
+            f"{path} is not a complete training state ({error}): resume from another"
         ) from error
     return header
 
 
 def load_state(path: Path, trainer: Trainer) -> dict[str, Any]:
-    """Bring a trainer to a state and return its header, whatever processes wrote it.
+    """Load a state into a trainer, for any number of ranks, and return its header.
 
-    UserError names the first setting in which the two differ.
+    Raises:
+        UserError: The state is damaged, or its settings differ from the trainer's; names the first
+            difference.
     """
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
     from torch.distributed.checkpoint.api import CheckpointException
 
     header = read_header(path)
-    fingerprint = json.loads(json.dumps(trainer.resume_fingerprint))  # as a state has it
+    fingerprint = json.loads(json.dumps(trainer.resume_fingerprint))  # as stored in a state
     for name, value in fingerprint.items():
         if (saved := header["identity"].get(name)) != value:
             raise UserError(

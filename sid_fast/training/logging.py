@@ -1,4 +1,4 @@
-"""What a run says: a line, JSON lines for programs, TensorBoard for people."""
+"""Logs of a run: JSON lines for programs, TensorBoard for people."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from sid_fast.io.atomic import atomic_path
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log; a last line cut short by a kill is left out."""
+    """Read the records of a log, ignoring a last line that was cut short."""
     records = []
     if path.exists():
         for line in path.read_text("utf-8").splitlines():
@@ -27,7 +27,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 class Log:
     """Appends records to log.jsonl and tensorboard/ in a run folder.
 
-    Opened at `images`, it first drops what a killed run had logged beyond that.
+    Opening it drops all records later than `images`: a resumed run logs them again.
     """
 
     def __init__(self, folder: Path, images: int):
@@ -42,14 +42,18 @@ class Log:
         return self
 
     def __exit__(self, kind: type | None, *exception: object) -> None:
-        # On a full disk what is still to be written fails again, and the first error says why.
+        # After an error, such as a full disk, a failing close must not hide the first exception.
         with contextlib.suppress(*[OSError] if kind else []):
             self.file.close()
         with contextlib.suppress(*[OSError] if kind else []):
             self.board.close()
 
     def write(self, images: int, values: dict[str, float]) -> None:
-        """Append a record; raises WriteFailed if the disk does not take it."""
+        """Append a record.
+
+        Raises:
+            WriteFailed: The file cannot be written.
+        """
         record: dict[str, float | None] = {"images": images}
         record |= {k: v if math.isfinite(v) else None for k, v in values.items()}
         try:

@@ -1,4 +1,4 @@
-"""The loop around the steps: progress, logs, snapshots, states, signals and faults."""
+"""The training loop: progress, logs, snapshots, states, signals and failures."""
 
 import contextlib
 import dataclasses
@@ -30,21 +30,22 @@ from sid_fast.training.checkpoint import (
 )
 from sid_fast.training.logging import Log, read_log
 
-MAX_FAILED_STEPS = 20  # failed steps in a row before a run gives up
-STDOUT_GONE_ERRNOS = (
-    errno.EPIPE,
-    errno.EIO,
-)  # of a pipe without a reader, and of a terminal that has gone
-FAULT_METRICS = ("dropped", "nonfinite", "skipped", "failed")
+MAX_FAILED_STEPS = 20  # failed steps in a row after which a run stops
+STDOUT_GONE_ERRNOS = (errno.EPIPE, errno.EIO)  # a pipe without reader, a closed terminal
+FAULT_METRICS = ("dropped", "nonfinite", "skipped", "failed")  # summed between log lines
 
 
 def open_folder(options: RunOptions, name: str, resume: Path | None) -> Path:
-    """The folder of a run, made and writable; by default the next number below runs/."""
+    """Create the run folder; default: the next number below runs/.
+
+    Raises:
+        UserError: The folder is not writable, or holds another run.
+    """
     folder = Path(options.out) if options.out else None
     if folder and any(folder.glob(PATTERN)) and not (resume and folder.samefile(resume.parent)):
         raise UserError(
-            f"{folder} already holds a run; --resume {folder} goes on with it, another --out "
-            "starts a new one"
+            f"{folder} already holds a run: use --resume {folder} to continue it, or another --out "
+            "for a new one"
         )
     try:
         if folder is None:
@@ -54,13 +55,13 @@ def open_folder(options: RunOptions, name: str, resume: Path | None) -> Path:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(
-            f"out={folder} cannot be written ({error.strerror}); choose another --out"
+            f"out={folder} cannot be written ({error.strerror}); use another --out"
         ) from None
     return folder
 
 
 def _next_number(name: str) -> int:
-    """Make the next numbered folder, even if another run is doing so at the same moment."""
+    """Create the next numbered folder; safe against concurrent runs."""
     number = max((int(d.name[:3]) for d in Path("runs").glob("[0-9][0-9][0-9]-*")), default=-1)
     while True:
         number += 1
@@ -71,11 +72,12 @@ def _next_number(name: str) -> int:
 
 @contextlib.contextmanager
 def signals(nothing_to_save: Callable[[], bool]) -> Iterator[list[signal.Signals]]:
-    """SIGTERM, SIGINT, SIGHUP become entries of a list, read between steps; the second one kills.
+    """Collect SIGTERM, SIGINT and SIGHUP in a list, to be read between steps.
 
-    Under torchrun it does not: Ctrl-C reaches us from the terminal and again from torchrun, which
-    kills by itself what has not ended in time. While there is nothing to save a signal ends the
-    process at once (SystemExit), in the middle of a compilation if need be.
+    While there is nothing to save, a signal exits at once (SystemExit), even during compilation.
+    Otherwise the first one restores the default handlers, so that a second one kills. Not under
+    torchrun: there Ctrl-C arrives twice, from the terminal and from torchrun, which kills processes
+    that do not exit in time.
     """
     caught: list[signal.Signals] = []
 
@@ -91,7 +93,7 @@ def signals(nothing_to_save: Callable[[], bool]) -> Iterator[list[signal.Signals
             signal.signal(s, handler)
 
     numbers = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup's wish
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # set by nohup
         numbers.append(signal.SIGHUP)
     before = {s: signal.signal(s, catch) for s in numbers}
     try:
@@ -101,18 +103,20 @@ def signals(nothing_to_save: Callable[[], bool]) -> Iterator[list[signal.Signals
 
 
 class Throughput:
-    """Steps a second since the last reading, with what was paused left out."""
+    """Measures steps per second between two readings, without paused time."""
 
     def __init__(self) -> None:
         self.start, self.steps = time.perf_counter(), 0
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
+        """Exclude the block's time."""
         began = time.perf_counter()
         yield
         self.start += time.perf_counter() - began
 
     def read(self) -> float:
+        """Return steps per second since the last reading."""
         now = time.perf_counter()
         rate = self.steps / (now - self.start)
         self.start, self.steps = now, 0
@@ -120,12 +124,15 @@ class Throughput:
 
 
 class Loop:
-    """Steps a trainer through its run, and writes what should be left of it into a folder.
+    """Runs a trainer to its end and writes logs, snapshots and states into a run folder.
 
-    snapshot(folder) writes what the trainer has made so far, evaluate(folder) measures it if
-    options.eval_every says when; both return figures for the log and are called on every process.
-    Only the first process writes logs and states. name: of the folder, if the options do not say;
-    headline: what is trained, in a line.
+    Args:
+        trainer: What to train.
+        options: Options of the run.
+        snapshot: Called with the folder every --snapshot-every kimg, on all ranks; returns metrics.
+        name: Suffix of the default run folder's name.
+        headline: One line that describes the run.
+        evaluate: Like snapshot, called every --eval-every kimg and at the end.
     """
 
     def __init__(
@@ -145,12 +152,15 @@ class Loop:
         self.throttle = process_group.host_throttle(trainer.device)
 
     def run(self, resume: Path | None = None) -> None:
-        """Run to the end, from the start or from a state.
+        """Run to the end, from the start or from the state `resume`.
 
-        A signal stops it behind the step with its state saved (SystemExit, 128 + signal).
-        What cannot be written on the way is a warning. Raises RunFailed when step after step fails,
-        or when a file of the end cannot be written, and UserError where the first one cannot, or,
-        with a smaller micro-batch, when memory runs out.
+        Files that cannot be written during the run only cause a warning.
+
+        Raises:
+            SystemExit: A signal (code 128 + signal) stopped the run; its state is saved.
+            RunFailed: Too many steps in a row failed, or a file at the end cannot be written.
+            UserError: The first file cannot be written, or the device is out of memory; then it
+                suggests a smaller micro-batch.
         """
         header = load_state(resume, self.trainer) if resume else None
         self.folder = open_folder(self.options, self.name, resume)
@@ -166,8 +176,8 @@ class Loop:
         process_group.barrier()
         if not (self.folder / "config.json").exists():
             raise UserError(
-                f"out={self.folder} is another folder for process {process_group.rank()} than "
-                "for the first: choose one that all nodes share"
+                f"out={self.folder} of process {process_group.rank()} is not the folder of process "
+                "0: use one on a file system that all nodes share"
             )
         with contextlib.ExitStack() as stack:
             log = Log(self.folder, self.trainer.images if resume else -1) if first else None
@@ -190,8 +200,8 @@ class Loop:
                 count = process_group.world_size()
                 if header["processes"] != count:
                     self._print(
-                        f"note: {header['processes']} processes wrote it and {count} go on: the "
-                        "same run up to rounding, not to the bit"
+                        f"note: the state was written by {header['processes']} processes and is "
+                        f"resumed by {count}: results are equal up to rounding, not bit for bit"
                     )
                 before = self.trainer.images - self.trainer.settings.batch_size
                 evaluate = self._evaluation(before)
@@ -209,7 +219,7 @@ class Loop:
 
     def _stopped_early(self, kind: type | None, *exception: object) -> None:
         if kind is SystemExit and self._nothing_to_save():
-            self._print("stopped before the end of its first step: there is no new state to save")
+            self._print("stopped before the end of the first step: there is no new state to save")
 
     def _steps(self, caught: list[signal.Signals]) -> None:
         trainer, options = self.trainer, self.options
@@ -225,11 +235,11 @@ class Loop:
                     metrics = trainer.step()
             except OutOfMemory as error:
                 smaller = smaller_micro_batch(trainer.settings, process_group.world_size())
-                way = f"try --micro-batch {smaller}" if smaller else "try --parallel fsdp"
-                raise UserError(f"{error}: {way}") from error
+                advice = f"try --micro-batch {smaller}" if smaller else "try --parallel fsdp"
+                raise UserError(f"{error}: {advice}") from error
             self.throughput.steps += 1
             self.bar.update(trainer.images - before)
-            # Faults add up on the device until a line reports them.
+            # Summed on the device until the next log line, to avoid host syncs.
             for name in metrics:
                 if name.endswith(FAULT_METRICS):
                     faults[name] = faults.get(name, 0) + metrics[name]
@@ -244,24 +254,24 @@ class Loop:
                 faults.clear()
                 if failures >= MAX_FAILED_STEPS:
                     self._give_up()
-            elif trainer.steps == self.started + 2:  # an early word on how long it will take
+            elif trainer.steps == self.started + 2:  # an early estimate of the remaining time
                 self._report(metrics, keep=False)
-            if first:  # it compiles
+            if first:  # excluded from the throughput: it compiles
                 self.throughput = Throughput()
             self._warn(self.states.poll())
             unwritten = []
-            looking = end or self._is_due(before, options.snapshot_every)
+            snapshot_due = end or self._is_due(before, options.snapshot_every)
             evaluate = self._evaluation(before)
-            saving = end or stop or bool(evaluate) or self._is_due(before, options.state_every)
-            if looking or saving:
+            state_due = end or stop or bool(evaluate) or self._is_due(before, options.state_every)
+            if snapshot_due or state_due:
                 self.throttle.catch_up()
             with self.throughput.paused():
-                if looking:
+                if snapshot_due:
                     unwritten += self._run_callback("snapshot", self.snapshot)
-                if saving:
+                if state_due:
                     self._warn(self.states.begin())
                 if evaluate and not stop:
-                    # A machine that is taken away while the evaluation lasts leaves a whole state.
+                    # Complete the state first, in case the evaluation is interrupted.
                     self._finish() if end else self._warn(self.states.finish())
                     unwritten += self._run_callback("evaluation", evaluate)
                     stop = process_group.all_reduce_any(bool(caught))
@@ -271,7 +281,7 @@ class Loop:
         if trainer.images < self.end:
             number = caught[0] if caught else signal.SIGTERM
             self._print(
-                f"{number.name}: stopped with the state saved; --resume {self.folder} goes on"
+                f"{number.name}: stopped, state saved; continue with --resume {self.folder}"
             )
             raise SystemExit(128 + number)
 
@@ -280,30 +290,33 @@ class Loop:
         return before // every != self.trainer.images // every
 
     def _evaluation(self, before: int) -> Callable[[Path], dict[str, float]] | None:
-        """What measures the images, if that is due: every --eval-every kimg, and at the end."""
+        """Return `evaluate` if it is due: every --eval-every kimg, and at the end."""
         every = self.options.eval_every
         if self.trainer.images >= self.end or (every and self._is_due(before, every)):
             return self.evaluate
         return None
 
     def _finish(self) -> None:
-        """Wait for the last state, and fail where it cannot be written."""
+        """Wait for the last state; raise RunFailed if it cannot be written."""
         if problem := self.states.finish():
-            kept = sorted(p.name for p in self.folder.glob(PATTERN))
-            last = f"the last good state is {kept[-1]}" if kept else "there is no state of this run"
+            names = sorted(p.name for p in self.folder.glob(PATTERN))
+            last = f"the last good state is {names[-1]}" if names else "this run has no state"
             raise RunFailed(f"{problem}; {last}")
 
     def _warn(self, problem: object) -> None:
         if problem:
-            self._print(f"warning: {problem}; training goes on")
+            self._print(f"warning: {problem}; training continues")
 
     def _run_callback(
-        self, what: str, make: Callable[[Path], dict[str, float]]
+        self, what: str, callback: Callable[[Path], dict[str, float]]
     ) -> list[WriteFailed]:
-        """Make and record it; returns, with a warning, what a run that has begun cannot write."""
+        """Call a snapshot or evaluation and log its metrics.
+
+        Once training has begun, a failed write is a warning, and returned.
+        """
         try:
             with heartbeat(what, self._print):
-                figures = make(self.folder)
+                metrics = callback(self.folder)
         except WriteFailed as error:
             if not self.trainer.steps:
                 raise
@@ -311,9 +324,9 @@ class Loop:
             self._print(f"warning: {error}")
             return [error]
         process_group.barrier()
-        self._record(figures)
+        self._record(metrics)
         parts = [f"{self.trainer.images / 1000:9.2f} kimg  {what}"]
-        self._print("  ".join(parts + [f"{name} {value:.4g}" for name, value in figures.items()]))
+        self._print("  ".join(parts + [f"{name} {value:.4g}" for name, value in metrics.items()]))
         return []
 
     def _print(self, line: str) -> None:
@@ -321,7 +334,7 @@ class Loop:
             try:
                 tqdm.write(line, file=sys.stdout)
                 sys.stdout.flush()
-            except OSError as error:  # on a full disk, say, the line alone is lost
+            except OSError as error:  # on a full disk, for example, only this line is lost
                 if error.errno in STDOUT_GONE_ERRNOS:
                     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
                     signal.raise_signal(signal.SIGHUP)
@@ -334,7 +347,7 @@ class Loop:
                 self._warn(error)
 
     def _report(self, metrics: dict[str, torch.Tensor], keep: bool = True) -> None:
-        """One line, and one record; reading the metrics waits for the device."""
+        """Print a progress line and, if `keep`, log a record; reading the metrics syncs."""
         self.throttle.catch_up()
         values = {name: float(v) for name, v in metrics.items()}
         rate = self.throughput.read()
@@ -355,7 +368,7 @@ class Loop:
             self._record(values | {"it_per_s": rate, "img_per_s": images})
 
     def _evaluated(self) -> int:
-        """Whether the log has an evaluation at this point."""
+        """Return whether the log already has an evaluation at this point."""
         records = read_log(self.folder / "log.jsonl")
         return any(r["images"] == self.trainer.images and "evaluation_s" in r for r in records)
 

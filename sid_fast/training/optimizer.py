@@ -81,8 +81,8 @@ class AdamWithEMA:
         """
         # DDP and FSDP average over ranks; multiplying by their number gives the sum.
         self.grad_sync.backward(losses.loss, scale * self.grad_sync.ranks, sync_grads)
-        loss, distance, kept = losses.loss.detach(), losses.distance, losses.kept
-        values = torch.stack([loss, distance, kept.to(loss.dtype), torch.ones_like(loss)])
+        loss, distance, valid = losses.loss.detach(), losses.distance, losses.kept
+        values = torch.stack([loss, distance, valid.to(loss.dtype), torch.ones_like(loss)])
         self.totals += values.sum(1, dtype=torch.float64)
 
     def step(
@@ -105,7 +105,7 @@ class AdamWithEMA:
             not finite; `skipped`: no sample was valid, so nothing changed; `failed`: skipped, or
             more than half of the gradient values were not finite.
         """
-        loss, distance, kept, seen = self.grad_sync.all_reduce(self.totals.clone())
+        loss, distance, valid, samples = self.grad_sync.all_reduce(self.totals.clone())
         self.grad_sync.wait()
         nonfinite = kernels.adam_ema(
             self.local_params,
@@ -113,7 +113,7 @@ class AdamWithEMA:
             *self.local_state,
             compute_weights=self.compute_weights,
             step=self.step_count,
-            enabled=(kept > 0) & enabled,
+            enabled=(valid > 0) & enabled,
             lr=lr,
             beta1=self.beta1,
             beta2=self.beta2,
@@ -125,11 +125,11 @@ class AdamWithEMA:
         nonfinite = self.grad_sync.sum_over_shards(nonfinite)
         self.totals.zero_()
         self.grad_sync.zero()
-        skipped = kept == 0
+        skipped = valid == 0
         return {
-            "loss": loss / kept,
-            "distance": distance / kept,
-            "dropped": seen - kept,
+            "loss": loss / valid,
+            "distance": distance / valid,
+            "dropped": samples - valid,
             "nonfinite": nonfinite,
             "skipped": skipped,
             "failed": skipped | (nonfinite > self.size // 2),

@@ -20,7 +20,7 @@ class Architecture:
     skip_scale: float
     eps: float
     resample_proj: bool  # resampling skips always have a 1x1 convolution
-    attention_everywhere: bool  # in all decoder blocks of such a level, not only the last
+    attention_everywhere: bool  # in all decoder blocks of an attention level, not only the last
 
     # The corresponding arguments in upstream's pickles.
     model_type: str
@@ -51,7 +51,7 @@ ARCHITECTURES = {
 
 
 def groups_of(channels: int) -> int:
-    """Return the number of GroupNorm groups: 32, or fewer so that each has four channels."""
+    """Return the number of GroupNorm groups: 32, or fewer to keep four channels in each."""
     return min(32, channels // 4)
 
 

@@ -1,0 +1,106 @@
+"""Reading the golden data."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sid_fast import Draw, Settings, noise
+from sid_fast.models import EDMNetwork
+from sid_fast.models.edm_unet.layers import QKV
+
+SHARED = Path(os.environ.get("SID_FAST_SHARED", Path(__file__).parents[3] / "shared"))
+NETWORKS = ["ddpmpp_uncond", "ddpmpp_cond", "ncsnpp_uncond", "adm_cond"]
+TOLERANCE = 1e-4  # relative in norm, of values and gradients
+TRAJECTORY_TOLERANCE = 1e-3
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    with np.load(path) as data:
+        return {name: torch.from_numpy(np.asarray(data[name])) for name in data}
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖; NaN never passes a comparison."""
+    return float((found.detach().double() - expected.double()).norm() / expected.double().norm())
+
+
+def check_gradients(net: EDMNetwork, data: dict[str, torch.Tensor], prefix: str) -> None:
+    """Compare the gradients of all parameters with PREFIX.NAME, _head and _norm."""
+    checked = 0
+    for name, p in net.named_parameters():
+        found = p.grad
+        layer = net.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, QKV) and found is not None:
+            found = found[layer.order().argsort()]
+        if (expected := data.get(f"{prefix}.{name}")) is None:
+            expected = data.get(f"{prefix}_head.{name}")
+            if expected is None:
+                assert found is None or not found.any(), f"{name}: golden has no gradient"
+                continue
+            assert found is not None, name
+            norm = float(data[f"{prefix}_norm.{name}"])
+            assert abs(float(found.norm()) - norm) <= TOLERANCE * norm, name
+            found = found.flatten()[:512]
+        assert found is not None, name
+        if float(expected.norm()) == 0:
+            assert not found.any(), name
+        else:
+            assert relative(found, expected) <= TOLERANCE, name
+        checked += 1
+    assert checked > 50
+
+
+def golden_settings(data) -> Settings:
+    return Settings(
+        alpha=float(data["alpha"]),
+        tmax=int(data["tmax"]),
+        init_sigma=float(data["init_sigma"]),
+        fake_lr=float(data["lr"]),
+        generator_lr=float(data["glr"]),
+        fake_beta1=float(data["fake_beta1"]),
+        generator_beta1=float(data["g_beta1"]),
+        beta2=float(data["beta2"]),
+        eps=float(data["eps"]),
+        ema_halflife_kimg=float(data["ema_halflife_kimg"]),
+        ema_rampup_ratio=float(data["ema_rampup_ratio"]),
+        fake_loss_scale=float(data["ls"]),
+        generator_loss_scale=float(data["lsg"]),
+        batch_size=int(data["batch"]),
+        micro_batch=int(data["batch"]) // int(data["accumulation"]),
+    )
+
+
+def golden_draws(data, step: int) -> dict[str, list[Draw]]:
+    def draw(phase: str, i: int) -> Draw:
+        values = {
+            name: data.get(f"step{step}.{phase}.round{i}.{name}")
+            for name in ("z", "rnd_normal", "rand_t", "noise", "class_labels")
+        }
+        sigma = (
+            noise.fake_score_sigma(values["rnd_normal"])
+            if phase == "fake"
+            else noise.generator_sigma(values["rand_t"] * float(data["tmax"]) / 1000)
+        )
+        return Draw(values["z"], sigma, values["noise"], values["class_labels"])
+
+    rounds = range(int(data["accumulation"]))
+    return {
+        "fake": [draw("fake", i) for i in rounds],
+        "generator": [draw("g", i) for i in rounds],
+    }
+
+
+def trajectory_error(data, start, net, name: str) -> float:
+    """‖p − p_golden‖ / ‖p_golden − p_start‖ over all the elements recorded of one network."""
+    error = moved = 0.0
+    state = net.state_dict()  # in the published order
+    for key, p in ((key, state[key]) for key, _ in net.named_parameters()):
+        if (expected := data.get(f"final.{name}.{key}")) is None:
+            expected = data[f"final_head.{name}.{key}"]
+        expected = expected.double().flatten()
+        head = slice(None, len(expected))
+        error += float((p.detach().double().flatten()[head] - expected).square().sum())
+        moved += float((start[key].double().flatten()[head] - expected).square().sum())
+    return (error / moved) ** 0.5

@@ -1,0 +1,133 @@
+"""Trying micro-batches on a device that says when it is full, and recomputed activations."""
+
+import pytest
+import torch
+
+from sid_fast import Distiller, Settings, train
+from sid_fast.config.types import part
+from sid_fast.errors import RunFailed
+from sid_fast.models.registry import save_network
+from sid_fast.performance import fsdp
+from sid_fast.performance.activation_checkpoint import checkpoint_activations
+from sid_fast.tools import estimator
+from sid_fast.tools.micro_batch import largest_micro_batch
+from tests.helpers.networks import FAST, small_teacher
+
+
+class Device:
+    """Runs out of memory beyond `room` images."""
+
+    def __init__(self, room):
+        self.room, self.tried, self.said = room, [], []
+
+    def __call__(self, n):
+        self.tried.append(n)
+        if n > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def fit(self, batch, estimate):
+        return largest_micro_batch(batch, estimate, self, self.said.append)
+
+
+def test_the_largest_estimated_to_fit_is_tried_first_then_smaller_ones():
+    device = Device(room=20)
+    assert device.fit(96, 50) == 16
+    assert device.tried == [48, 32, 24, 16]
+    assert "48" in device.said[0]
+    assert device.said[-1].startswith("micro-batch 16 of 96")
+    device = Device(room=1000)
+    assert device.fit(96, 50) == 48
+    assert device.tried == [48]
+
+
+def test_another_process_that_is_too_small_counts(monkeypatch):
+    monkeypatch.setattr(
+        "sid_fast.performance.process_group.all_reduce_any", lambda flag: len(device.tried) < 3
+    )
+    device = Device(room=1000)
+    assert device.fit(64, 64) == 16
+
+
+def test_not_even_one_image():
+    device = Device(room=0)
+    with pytest.raises(RunFailed, match="--checkpoint-activations"):
+        device.fit(4, 0)
+    assert device.tried == [1]
+
+
+def test_other_faults_are_not_taken_for_a_full_device():
+    def broken(n):
+        raise RuntimeError("shape mismatch")
+
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        largest_micro_batch(4, 4, broken, print)
+
+
+def test_auto_takes_the_whole_batch_without_a_gpu(tmp_path, run_command):
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    arguments = ["--teacher", tmp_path / "teacher.safetensors", "--device", "cpu", "--kimg", 0.004]
+    arguments += ["--batch-size", 4, "--micro-batch", "auto", "--checkpoint-activations"]
+    assert run_command("train", *arguments, "--out", tmp_path / "run")[0] == 0
+    assert '"micro_batch": null' in (tmp_path / "run" / "config.json").read_text()
+
+
+def test_auto_keeps_what_a_state_had(tmp_path, run_command):
+    """A restart under torchrun repeats its command: on as many processes it ends on one's bits."""
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    out = tmp_path / "run"
+    arguments = ["--teacher", tmp_path / "teacher.safetensors", "--batch-size", 4, "--out", out]
+    assert run_command("train", *arguments, "--micro-batch", 2, "--kimg", 0.004)[0] == 0
+    status, error = run_command("train", "--resume", out, "--micro-batch", "auto", "--kimg", 0.008)
+    assert status == 0, error
+    assert '"micro_batch": 2' in (out / "config.json").read_text()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_auto_tries_a_whole_step_and_changes_nothing(monkeypatch, precision):
+    """On a CPU in place of the GPU, with room for three images of eight."""
+    teacher = small_teacher()
+    before = [p.clone() for p in teacher.parameters()]
+    config = train.TrainConfig(batch_size=8, dropout=0.2, augment_p=0.1, precision=precision)
+    counts = estimator.counts(teacher.config, part(config, Settings), backend="eager")
+    room = (counts.memory(3).total() + counts.memory(4).total()) // 2
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (room, room))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    steps = []
+    dry_run = Distiller.dry_run
+    monkeypatch.setattr(Distiller, "dry_run", lambda self: steps.append(self) or dry_run(self))
+    cpu = torch.device("cpu")
+    assert train.micro_batch_that_fits(teacher, config, cpu, fsdp.SINGLE_PROCESS) == 2
+    assert len(steps) == 1
+    assert steps[0].samples == 2
+    assert all(map(torch.equal, before, teacher.parameters()))
+    assert not any(o.exp_avg_sq[0].any() for o in steps[0].optimizers.values())
+
+
+def networks(distiller):
+    return distiller.teacher, distiller.generator, distiller.fake_score
+
+
+def test_recomputed_blocks_give_the_same_step():
+    """Dropout included: what was drawn is drawn again in backward."""
+    settings = Settings(dropout=0.3, eps=1.0, **FAST)
+    plain, recomputing = (Distiller(small_teacher(), settings) for _ in range(2))
+    checkpoint_activations(*networks(recomputing))
+    for _ in range(2):
+        draws = plain.draw()
+        expected, found = plain.step(draws), recomputing.step(draws)
+        assert torch.equal(found["generator/loss"], expected["generator/loss"])
+    for a, b in zip(networks(plain), networks(recomputing), strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_recomputed_blocks_keep_less():
+    config = small_teacher().config
+    # In PyTorch's form, where frozen networks too keep all that their convolutions read.
+    of = config, Settings(), [64], "eager"
+    (plain,) = estimator.steps(*of)
+    (recomputing,) = estimator.steps(*of, prepare=checkpoint_activations)
+    kinds = ("activations", "workspace")
+    before, after = (sum(step.peak[k] for k in kinds) for step in (plain, recomputing))
+    assert after < 0.55 * before
+    flops = [sum(op.flops for op in step.ops) for step in (plain, recomputing)]
+    assert 1.3 < flops[1] / flops[0] < 15.5 / 11

@@ -1,0 +1,239 @@
+"""The loop: what a run leaves behind, and how it ends when nothing is finite any more."""
+
+import errno
+import io
+import json
+import os
+import queue
+import re
+import signal
+import sys
+
+import pytest
+import torch
+
+from sid_fast.distiller import Distiller
+from sid_fast.models.registry import load_network, save_network
+from sid_fast.performance import compile
+from sid_fast.training import callbacks, loop
+from tests.helpers.networks import small_teacher
+from tests.helpers.processes import TORCHRUN, python
+
+DISTANCE = "Fréchet distance (pixels)"
+
+
+def test_a_run_that_keeps_failing_stops_with_its_last_good_state(tmp_path, run_command):
+    teacher = small_teacher()
+    teacher.model.map_layer1.bias.data[0] = torch.nan
+    save_network(tmp_path / "teacher.safetensors", teacher)
+    out = tmp_path / "run"
+    status, error = run_command(
+        "train", "--teacher", tmp_path / "teacher.safetensors", "--out", out,
+        "--batch-size", 4, "--kimg", 1, "--log-every", 10,
+    )  # fmt: skip
+    assert status == 1
+    assert error.strip().count("\n") == 0
+    assert "not one finite sample" in error
+    assert "state-000000020" in error
+    assert (out / "state-000000020").exists()
+
+
+def test_a_run_leaves_pictures_metrics_and_a_network_that_knows_itself(tmp_path, run_command):
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    out = tmp_path / "run"
+    status, _ = run_command(
+        "train", "--teacher", tmp_path / "teacher.safetensors", "--out", out, "--data", "digits",
+        "--batch-size", 4, "--kimg", 0.012, "--snapshot-every", 0.008, "--log-every", 1,
+        "--eval-every", 0.004, "--eval-images", 40, "--detector", "pixels", "--teacher-steps", 2,
+    )  # fmt: skip
+    assert status == 0
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    figures = [r for r in records if DISTANCE in r]
+    assert [r["images"] for r in figures] == [0, 4, 8, 12]
+    assert ["teacher" in r for r in figures] == [True, False, False, False]
+    assert all("kernel distance (pixels)" in r and r["evaluation_s"] > 0 for r in figures)
+    steps = [r for r in records if "fake/loss" in r]
+    assert [r["images"] for r in steps] == [4, 8, 12]
+    assert steps[0].keys() >= {"generator/loss", "generator/distance", "img_per_s", "it_per_s"}
+    for kind in ("samples-*.png", "snapshot-*.safetensors"):
+        assert [int(p.stem.split("-")[1]) for p in sorted(out.glob(kind))] == [0, 8, 12]
+    least = min(figures, key=lambda r: r[DISTANCE])["images"]
+    assert [p.name for p in out.glob("best-*")] == [f"best-{least:010d}.safetensors"]
+    assert (out / "distance.png").stat().st_size > 10_000
+    assert any((out / "tensorboard").iterdir())
+    config = json.loads((out / "config.json").read_text())
+    assert config["batch_size"] == 4
+    assert config["alpha"] == 1.2
+    # The newest snapshot of a run folder is found, and it says how to use it.
+    net = load_network(out)
+    assert net.config.init_sigma == 2.5
+    assert net.config.label_dim == 10
+
+
+def records(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_what_an_evaluation_finds_is_what_the_evaluate_command_finds(tmp_path, run_command):
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    arguments = ["--teacher", tmp_path / "teacher.safetensors", "--data", "digits"]
+    arguments += ["--batch-size", 4, "--kimg", 0.008, "--eval-every", 0.004, "--eval-images", 20]
+    arguments += ["--detector", "pixels", "--teacher-steps", 3, "--generator-lr", 0.01]
+    assert run_command("train", *arguments, "--out", tmp_path / "one")[0] == 0
+    one = [r for r in records(tmp_path / "one") if DISTANCE in r]
+
+    def evaluate(network, *more):
+        base = ["--network", network, "--data", "digits", "--detector", "pixels", "-n", 20]
+        status, error = run_command("evaluate", *base, *more, "--out", tmp_path / "r.json")
+        assert status == 0, error
+        return json.loads((tmp_path / "r.json").read_text())["reported"]
+
+    found = evaluate(tmp_path / "one")
+    assert found["frechet_distance"] == pytest.approx(one[-1][DISTANCE], rel=1e-9)
+    assert found["kernel_distance"] == pytest.approx(one[-1]["kernel distance (pixels)"])
+    found = evaluate(tmp_path / "teacher.safetensors", "--steps", 3)
+    assert found["frechet_distance"] == pytest.approx(one[0]["teacher"], rel=1e-9)
+    # Two processes find the same of the same network.
+    command = ["-m", "sid_fast.train", *arguments, "--out", tmp_path / "two"]
+    done = python(*TORCHRUN, 2, *command)
+    assert done.returncode == 0, done.stderr
+    two = [r for r in records(tmp_path / "two") if DISTANCE in r]
+    assert [r["images"] for r in two] == [0, 4, 8]
+    for name in (DISTANCE, "teacher", "kernel distance (pixels)"):
+        assert two[0][name] == pytest.approx(one[0][name], rel=1e-9)
+
+
+def test_a_resumed_run_remembers_teacher_and_best(tmp_path, run_command):
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    out = tmp_path / "run"
+    arguments = ["--teacher", tmp_path / "teacher.safetensors", "--data", "digits", "--out", out]
+    arguments += ["--batch-size", 4, "--eval-every", 0.004, "--eval-images", 20]
+    arguments += ["--detector", "pixels", "--teacher-steps", 2, "--generator-lr", 0.02]
+    assert run_command("train", *arguments, "--kimg", 0.004)[0] == 0
+    assert run_command("train", "--resume", out, "--kimg", 0.012)[0] == 0
+    figures = [r for r in records(out) if DISTANCE in r]
+    assert [r["images"] for r in figures] == [0, 4, 8, 12]
+    assert sum("teacher" in r for r in figures) == 1
+    least = min(figures, key=lambda r: r[DISTANCE])["images"]
+    assert [p.name for p in out.glob("best-*")] == [f"best-{least:010d}.safetensors"]
+
+
+@pytest.mark.parametrize("loses", [True, False])
+def test_what_ends_a_run_in_an_evaluation_finds_a_state(tmp_path, run_command, monkeypatch, loses):
+    """Killed, it makes the evaluation when it goes on; politely, it finishes it first."""
+    real = callbacks.Evaluations.__call__
+
+    def preempted(self, folder):
+        if self.trainer.images == 8:
+            if loses:
+                raise SystemExit(9)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, folder)
+
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    out = tmp_path / "run"
+    monkeypatch.setattr(callbacks.Evaluations, "__call__", preempted)
+    status, _ = run_command(
+        "train", "--teacher", tmp_path / "teacher.safetensors", "--data", "digits", "--out", out,
+        "--batch-size", 4, "--kimg", 0.016, "--eval-every", 0.008, "--eval-images", 20,
+        "--detector", "pixels", "--teacher-steps", 0,
+    )  # fmt: skip
+    assert status == (9 if loses else 128 + signal.SIGTERM)
+    monkeypatch.setattr(callbacks.Evaluations, "__call__", real)
+    assert run_command("train", "--resume", out)[0] == 0
+    assert [r["images"] for r in records(out) if DISTANCE in r] == [0, 8, 16]
+    assert (out / "state-000000004").exists()
+
+
+def test_the_time_of_an_evaluation_is_not_in_the_throughput(tmp_path, run_command, monkeypatch):
+    now = [0.0]  # a step takes a second, an evaluation a thousand
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+
+    def taking(seconds, act):
+        def call(*arguments):
+            now[0] += seconds
+            return act(*arguments)
+
+        return call
+
+    monkeypatch.setattr(Distiller, "step", taking(1, Distiller.step))
+    evaluate = callbacks.Evaluations._metrics
+    monkeypatch.setattr(callbacks.Evaluations, "_metrics", taking(1000, evaluate))
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    status, _ = run_command(
+        "train", "--teacher", tmp_path / "teacher.safetensors", "--data", "digits", "--out",
+        tmp_path / "run", "--batch-size", 4, "--kimg", 0.016, "--eval-every", 0.004,
+        "--eval-images", 20, "--detector", "pixels", "--teacher-steps", 0, "--log-every", 4,
+    )  # fmt: skip
+    assert status == 0
+    (line,) = (r for r in records(tmp_path / "run") if "it_per_s" in r)
+    assert line["it_per_s"] == 1
+    assert [r["evaluation_s"] for r in records(tmp_path / "run") if DISTANCE in r] == [1000] * 5
+
+
+def test_a_signal_within_the_first_step_ends_it_at_once(tmp_path, run_command, monkeypatch):
+    """In the middle of a compilation, say: minutes may be left of it, and there is no state."""
+
+    def compiling(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(Distiller, "step", compiling)
+    seen = []
+    monkeypatch.setattr(loop.Loop, "_print", lambda self, line: seen.append(line))
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    out = tmp_path / "run"
+    status, _ = run_command("train", "--teacher", tmp_path / "teacher.safetensors", "--out", out)
+    assert status == 128 + signal.SIGTERM
+    assert "no new state to save" in seen[-1]
+    assert not list(out.glob("state-*"))
+    assert list(out.glob("snapshot-*"))
+
+
+@pytest.mark.parametrize(
+    ("error", "steps", "ends"),
+    [
+        (errno.EIO, 3, 128 + signal.SIGHUP),
+        (errno.EPIPE, 3, 128 + signal.SIGHUP),
+        (errno.ENOSPC, 4, 0),
+    ],
+)
+def test_a_terminal_that_goes_away_stops_a_run_with_its_state(
+    tmp_path, run_command, monkeypatch, error, steps, ends
+):
+    """So does a pipe that no one reads any more; a full disk costs no more than the line."""
+
+    class Broken(io.StringIO):
+        def write(self, text):
+            if "0.01 kimg" in text:
+                raise OSError(error, os.strerror(error))
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stdout", shown := Broken())
+    monkeypatch.setattr(loop.signal, "getsignal", lambda _: signal.SIG_DFL)  # under nohup, too
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    out = tmp_path / "run"
+    status, line = run_command(
+        "train", "--teacher", tmp_path / "teacher.safetensors", "--out", out, "--batch-size", 4,
+        "--kimg", 0.016, "--log-every", 1,
+    )  # fmt: skip
+    assert status == ends, line
+    assert [p.name for p in out.glob("state-*")] == [f"state-{steps:09d}"]
+    assert ("done: snapshots" in shown.getvalue()) == (ends == 0)
+
+
+def test_nohup_is_heeded():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with loop.signals(lambda: False) as caught:
+            signal.raise_signal(signal.SIGHUP)
+        assert not caught
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_takes_long_says_so(monkeypatch):
+    monkeypatch.setattr(compile, "HEARTBEAT_SECONDS", 0.001)
+    lines = queue.Queue()
+    with compile.heartbeat("first step", lines.put):
+        assert re.match(r"first step: \d+ s so far", lines.get(timeout=60))
