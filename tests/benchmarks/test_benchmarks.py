@@ -16,7 +16,7 @@ from benchmarks.record import Record, read
 from sid_fast import Distiller, Settings
 from sid_fast.data import readers
 from sid_fast.errors import RunFailed, UserError
-from sid_fast.kernels.dispatch import choose
+from sid_fast.kernels.dispatch import choose, describe, runs
 from sid_fast.models import EDMNetwork
 from sid_fast.models.edm_unet import layers
 from sid_fast.training.step import annotate_oom
@@ -276,7 +276,7 @@ def test_the_eager_norm_has_a_rival_in_its_own_layout():
 @pytest.mark.parametrize(
     ("name", "backend", "tuned", "deterministic"),
     [
-        ("default", "eager", False, True),
+        ("default", describe(runs(torch.device("cuda"))), False, True),
         ("ours", "triton", False, True),
         ("cuDNN benchmark", "triton", True, True),
         ("cuDNN not deterministic", "triton", False, False),
@@ -443,10 +443,11 @@ def test_an_error_and_a_scale_are_each_seen_alone():
 
 def test_the_checks_are_made_for_what_a_user_gets_first(monkeypatch):
     """Each that takes steps with every backend; one that is a backend's default is not twice."""
-    assert list(check.backends()) == ["default", "triton"]
+    everything = ["default", "eager", "triton"]
+    assert list(check.backends()) == everything
     with check.dispatch.forced("triton"):
-        assert list(check.backends()) == ["default", "triton"], "whatever is forced just now"
-    monkeypatch.setattr(check.dispatch, "choose", lambda name: "triton")
+        assert list(check.backends()) == everything, "whatever is forced just now"
+    monkeypatch.setattr(check.dispatch, "runs", lambda device: {"block": "triton"})
     assert list(check.backends()) == ["default", "eager"]
     names = list(check.CHECKS)
     for name in ("trial", "graph fp32", "no waiting, graphs", "resume", "golden adm_cond"):

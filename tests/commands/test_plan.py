@@ -19,12 +19,14 @@ COUNTS = Counts(
     flop=11e12,
     forward=1e12,
     parameters=0,
+    backends="triton",
 )
 COUNTS = Counts(
     *(Counter({k: v * GIB for k, v in c.items()}) for c in (COUNTS.stays, COUNTS.image)),
     COUNTS.flop,
     COUNTS.forward,
     parameters=GIB // 4,
+    backends="triton",
 )
 SETTINGS = Settings(batch_size=64)
 

@@ -6,6 +6,7 @@ import torch
 from sid_fast import Distiller, Settings, train
 from sid_fast.config.types import part
 from sid_fast.errors import RunFailed
+from sid_fast.kernels.dispatch import runs
 from sid_fast.models.registry import save_network
 from sid_fast.performance import fsdp
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
@@ -88,7 +89,9 @@ def test_auto_tries_a_whole_step_and_changes_nothing(monkeypatch, precision):
     teacher = small_teacher()
     before = [p.clone() for p in teacher.parameters()]
     config = train.TrainConfig(batch_size=8, dropout=0.2, augment_p=0.1, precision=precision)
-    counts = estimator.counts(teacher.config, part(config, Settings), backend="eager")
+    counts = estimator.counts(
+        teacher.config, part(config, Settings), backends=runs(torch.device("cpu"))
+    )
     room = (counts.memory(3).total() + counts.memory(4).total()) // 2
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (room, room))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
