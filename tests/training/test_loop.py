@@ -33,7 +33,7 @@ def test_a_run_that_keeps_failing_stops_with_its_last_good_state(tmp_path, run_c
     )  # fmt: skip
     assert status == 1
     assert error.strip().count("\n") == 0
-    assert "not one finite sample" in error
+    assert "no finite sample" in error
     assert "state-000000020" in error
     assert (out / "state-000000020").exists()
 
