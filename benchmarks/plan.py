@@ -41,8 +41,8 @@ prints, which takes other precisions, sizes, rates and MFU too.
   {planner.LINKS["between nodes"]:.0f} between nodes.
 """
 COLUMNS = (
-    "preset", "machine", "micro-batch x rounds", "GiB a GPU (ddp / fsdp)", "TFLOP a step",
-    "ms a step", "GB sent", "ms waited for it", "img/s", "days",
+    "preset", "machine", "micro-batch x grad. accum.", "GiB per GPU (ddp / fsdp)", "TFLOP per step",
+    "ms per step", "GB sent", "ms not hidden", "images/s", "days",
 )  # fmt: skip
 
 
@@ -64,7 +64,8 @@ def main() -> None:
             size = [m.total() / estimator.GIB for m in p.memory.values()]
             rows.append(
                 f"| {name} | {gpus} x {card}, {planner.memory_of(options)} GiB "
-                f"| {p.micro_batch} x {p.rounds} | {' / '.join(f'{s:.1f}' for s in size)} "
+                f"| {p.micro_batch} x {p.grad_accum_steps} "
+                f"| {' / '.join(f'{s:.1f}' for s in size)} "
                 f"| {p.flop / 1e12:,.0f} | {(p.compute + p.exposed) * 1e3:,.0f} "
                 f"| {p.traffic / 1e9:.2f} | {p.exposed * 1e3:.0f} | {p.images_per_second:,.0f} "
                 f"| {p.days:.1f} |"
