@@ -249,8 +249,8 @@ def passes_trial(here: Here) -> tuple[float, float, str]:
     """What `--cuda-graph auto` asks of a small network in another process, before a run."""
     here.needs_gpu()
     with here.forced():
-        job = graph_trial.job(CIFAR10, SETTINGS, here.device)
-    reason = graph_trial.attempt(job, graph_trial.LIMIT)
+        job = graph_trial.probe_spec(CIFAR10, SETTINGS, here.device)
+    reason = graph_trial.run_probe(job, graph_trial.LIMIT)
     return float(bool(reason)), 0.0, reason or "in a process of its own"
 
 

@@ -1,4 +1,4 @@
-"""Write PLAN.md: what every preset would take of five machines, without a GPU.
+"""Write PLAN.md: plans of every published preset on five machines, made without a GPU.
 
 python -m benchmarks.plan
 """
@@ -23,26 +23,26 @@ MACHINES: tuple[tuple[int, Card], ...] = (
     (64, "h100"),
 )
 PRECISION: Precision = "bf16"
-HEAD = f"""# What a run takes, planned
+HEAD = f"""# Plans of the published presets
 
 **Estimates, all of them: nothing here was measured.** Made by `python -m benchmarks.plan`; each
 block is what `python -m sid_fast.plan --preset NAME --gpus N --card CARD --kernels triton`
-prints, which takes other precisions, sizes, rates and MFU too.
+prints; its options change the precision, batch, rates and MFU.
 
-- Memory is counted: a step of the real network runs on tensors without values ({PRECISION}, Triton
-  kernels, rounds of 1 and 2 images), and what is alive at its peak is linear in the images. On top
-  comes one allowance of {estimator.ALLOWANCE // estimator.GIB} GiB for the CUDA context, cuDNN's
-  workspaces and what the allocator cannot use.
-- FLOP are counted in the same step, 2 a multiply-add.
-- Time is FLOP over an **assumed** MFU of {planner.Cluster.mfu:.0%} of the card's matrix rate, and
-  communication that neither network's last backward hides, reckoned for whole networks (in parts,
-  weights are gathered too: an eighth less in 16 bit, a quarter more in float32), at an **assumed**
-  {planner.LINKS["inside a node"]:.0f} GB/s a GPU inside a node of {planner.NODE},
-  {planner.LINKS["between nodes"]:.0f} between nodes.
+- Memory is counted: a step of the real network runs on fake tensors ({PRECISION}, Triton kernels,
+  micro-batches of 1 and 2 images). Its peak is linear in the images. An allowance of
+  {estimator.ALLOWANCE // estimator.GIB} GiB is added for the CUDA context, cuDNN's workspaces and
+  the allocator's fragmentation.
+- FLOP are counted in the same step, 2 per multiply-add.
+- Time is FLOP at an **assumed** MFU of {planner.Cluster.mfu:.0%} of the card's matrix rate, plus
+  the communication that the last micro-batch's backward does not hide. Communication is estimated
+  for DDP at an **assumed** {planner.LINKS["inside a node"]:.0f} GB/s per GPU inside a node of
+  {planner.NODE} and {planner.LINKS["between nodes"]:.0f} GB/s between nodes. FSDP also gathers
+  weights: it sends an eighth less in 16 bit, a quarter more in float32.
 """
 COLUMNS = (
-    "preset", "machine", "micro-batch x rounds", "GiB a GPU (ddp / fsdp)", "TFLOP a step",
-    "ms a step", "GB sent", "ms waited for it", "img/s", "days",
+    "preset", "machine", "micro-batch x grad. accum.", "GiB per GPU (ddp / fsdp)", "TFLOP per step",
+    "ms per step", "GB sent", "ms not hidden", "images/s", "days",
 )  # fmt: skip
 
 
@@ -54,17 +54,18 @@ def main() -> None:
         config.precision = PRECISION
         settings, network = part(config, Settings), TEACHERS[name].network
         print(f"counting {name}", flush=True)
-        found = estimator.counts(network, settings)
+        counts = estimator.counts(network, settings)
         parts.append(f"## {name}\n")
         for gpus, card in MACHINES:
             options = planner.Cluster(gpus=gpus, card=card)
-            shown = planner.text(name, network, found, settings, config.kimg, options)
+            shown = planner.text(name, network, counts, settings, config.kimg, options)
             parts.append(f"```\n{shown}\n```\n")
-            p = planner.plan(found, settings, config.kimg, options)
+            p = planner.plan(counts, settings, config.kimg, options)
             size = [m.total() / estimator.GIB for m in p.memory.values()]
             rows.append(
                 f"| {name} | {gpus} x {card}, {planner.memory_of(options)} GiB "
-                f"| {p.micro_batch} x {p.rounds} | {' / '.join(f'{s:.1f}' for s in size)} "
+                f"| {p.micro_batch} x {p.grad_accum_steps} "
+                f"| {' / '.join(f'{s:.1f}' for s in size)} "
                 f"| {p.flop / 1e12:,.0f} | {(p.compute + p.exposed) * 1e3:,.0f} "
                 f"| {p.traffic / 1e9:.2f} | {p.exposed * 1e3:.0f} | {p.images_per_second:,.0f} "
                 f"| {p.days:.1f} |"

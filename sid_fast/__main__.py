@@ -1,14 +1,15 @@
-"""python -m sid_fast: what there is to run."""
+"""List the commands: python -m sid_fast."""
 
 print(
-    """Distil a pretrained EDM diffusion model into a generator that needs one step.
+    """sid_fast distils a pretrained EDM diffusion model into a one-step generator.
 
-  python -m sid_fast.train      distil a teacher
+  python -m sid_fast.train      distil a teacher into a one-step generator
   python -m sid_fast.plan       estimate memory, time and cost of a run on a given cluster
-  python -m sid_fast.generate   make images
-  python -m sid_fast.evaluate   FID, IS, KID, precision and recall
-  python -m sid_fast.pretrain   train a teacher on images of your own
+  python -m sid_fast.generate   generate images
+  python -m sid_fast.evaluate   compute FID, IS, KID, precision and recall
+  python -m sid_fast.pretrain   train a teacher on your own images
 
---help after any of them lists its options; python -m sid_fast.train --preset digits shows it all
-in a few minutes."""
+Each command lists its options with --help. To try it on a CPU, in a few minutes:
+
+  python -m sid_fast.train --preset digits"""
 )

@@ -17,29 +17,44 @@ from sid_fast.tools import estimator, planner
 
 @dataclasses.dataclass
 class PlanConfig(Settings, planner.Cluster):
+    """Options of `python -m sid_fast.plan`."""
+
     preset: str | None = None
     teacher: str | None = option(
-        None, "as for training; a published teacher is known without its file", heading="Run"
+        None,
+        "network to distil, as in python -m sid_fast.train; a published teacher is not downloaded",
+        heading="Run",
     )
-    kimg: float = option(1000.0, "length of the run, thousand images", 0.001, heading="Run")
-    kernels: str = option("auto", "as for training", heading="Run")
-    checkpoint_activations: bool = option(False, "as for training", heading="Run")
+    kimg: float = option(
+        1000.0, "length of the run in thousands of images (kimg)", 0.001, heading="Run"
+    )
+    kernels: str = option("auto", "kernel backend, as in python -m sid_fast.train", heading="Run")
+    checkpoint_activations: bool = option(
+        False,
+        "store only each block's input and recompute the block in backward",
+        heading="Run",
+    )
 
 
 def run(config: PlanConfig, given: set[str]) -> None:
+    """Count one step and print the plan."""
     check(config)
     if not config.teacher:
-        raise UserError("teacher is missing: --teacher FILE, or --preset NAME with one of its own")
+        raise UserError("teacher is missing: give --teacher FILE or --preset NAME")
     settings, cluster = part(config, Settings), part(config, planner.Cluster)
     planner.check_batch(settings, cluster.gpus)
     network = network_config(config.teacher)
-    gpu = torch.device("cuda")  # wherever this runs
+    gpu = torch.device("cuda")  # the run's device, not this machine's
     kernels.dispatch.configure(config.kernels, gpu)
     backends = kernels.dispatch.runs(gpu)
-    print("counting a step: takes about a minute …", file=sys.stderr, flush=True)
-    found = estimator.counts(network, settings, config.checkpoint_activations, backends)
+    print(
+        "counting the operations of a training step, which takes about a minute …",
+        file=sys.stderr,
+        flush=True,
+    )
+    counts = estimator.counts(network, settings, config.checkpoint_activations, backends)
     name = config.preset or config.teacher
-    print(planner.text(name, network, found, settings, config.kimg, cluster))
+    print(planner.text(name, network, counts, settings, config.kimg, cluster))
 
 
 main = cli.command(PlanConfig, run, "train", __doc__)

@@ -65,8 +65,8 @@ def run(config: PretrainConfig, given: set[str]) -> None:
     resume = cli.resume(config, given)
     check(config)
     if not config.data:
-        raise UserError("data is missing: --data images.zip names the images to learn")
-    if config.lr_rampup_kimg is None:  # as published: 10 of 200 million images
+        raise UserError("data is missing: give the training images as --data IMAGES.zip")
+    if config.lr_rampup_kimg is None:  # the ratio of EDM: 10 of 200 million images
         config.lr_rampup_kimg = config.kimg / 20
     device = process_group.pick_device(config.device)
     kernels.dispatch.configure(config.kernels, device)
@@ -100,8 +100,8 @@ def run(config: PretrainConfig, given: set[str]) -> None:
             "labels": None if method.labels is None else digest([method.labels]),
         }
         trainer = Trainer(method, settings, config.seed, sharding, fingerprint)
-        many_steps = partial(heun, num_steps=config.sampler_steps)
-        snapshots = Snapshots(config, trainer, trainer.ema, many_steps)
+        sampler = partial(heun, num_steps=config.sampler_steps)
+        snapshots = Snapshots(config, trainer, trainer.ema, sampler)
         evaluations = None
         if config.eval_every:
             evaluations = Evaluations(config, trainer, trainer.ema, data, config.sampler_steps)

@@ -1,1 +1,1 @@
-"""Settings: dataclasses with ranges and choices, and the presets."""
+"""Settings as dataclasses with ranges and choices, and presets as TOML files."""

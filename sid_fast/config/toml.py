@@ -1,4 +1,4 @@
-"""TOML, whose parser is in the standard library from Python 3.11 on."""
+"""TOML parsing: tomllib from the standard library, or tomli on Python 3.10."""
 
 import sys
 

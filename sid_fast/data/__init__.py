@@ -1,1 +1,1 @@
-"""Data sets, the embedded digits, readers and pictures."""
+"""Data sets, PNG readers, the embedded digits and image files."""

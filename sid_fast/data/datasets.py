@@ -1,4 +1,4 @@
-"""EDM data sets: a zip or folder of PNGs, with class numbers in `dataset.json`."""
+"""EDM data sets: a zip or folder of square PNGs, with class numbers in `dataset.json`."""
 
 import io
 import json
@@ -22,20 +22,24 @@ from sid_fast.errors import UserError
 from sid_fast.io.atomic import atomic_path
 
 _LABELS = "dataset.json"
-_OTHERS = {".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-_BAR_FROM = 1000  # images; fewer take no time
+_OTHER_FORMATS = {".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_BAR_MIN_IMAGES = 1000  # show a progress bar for more images
 _GREY, _RGB, _PALETTE = 0, 2, 3  # PNG colour types
 
 
 class ImageDataset:
-    """The images of an EDM data set in the order of their names, and their labels.
+    """Images of an EDM data set, sorted by name, and their labels.
 
-    Attributes: `path`; `resolution`, `channels` (1 or 3); `labels`, int64 [N] or None;
-    `label_dim`, the number of classes or 0. Indexing and `images()` give uint8 CHW, `encoded()`
-    the PNG itself. Opening looks at the names, the labels and one image; each image is checked
-    when it is read.
+    Indexing and `images()` return uint8 CHW arrays, `encoded()` returns the PNG itself. Opening
+    reads only the file names, the labels and the first image; every other image is checked when it
+    is read. Every method raises UserError, naming the file, for missing or damaged data.
 
-    Raises UserError for anything wrong with the files, naming the one at fault.
+    Attributes:
+        path: of the zip or folder.
+        resolution: height and width in pixels.
+        channels: 1 or 3.
+        labels: class numbers, int64 [N], or None.
+        label_dim: number of classes, 0 without labels.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -48,11 +52,14 @@ class ImageDataset:
             names = [file.relative_to(path).as_posix() for file in self.path.rglob("*")]
         self._names = sorted(name for name in names if name.lower().endswith(".png"))
         if not self._names:
-            seen = sorted({PurePosixPath(name).suffix.lower() for name in names} & _OTHERS)
-            way = "give a data set zip or folder"
-            if seen:
-                way = f"convert its {seen[0]} files, with magick mogrify -format png *{seen[0]} say"
-            raise UserError(f"{self.path} holds no PNG images: {way}")
+            suffixes = {PurePosixPath(name).suffix.lower() for name in names}
+            advice = "give a data set zip or folder"
+            if other := sorted(suffixes & _OTHER_FORMATS):
+                advice = (
+                    f"convert its {other[0]} files, for example with magick mogrify -format png "
+                    f"*{other[0]}"
+                )
+            raise UserError(f"{self.path} holds no PNG images: {advice}")
         self.channels, self.resolution = self._header(self._names[0], self._member(self._names[0]))
         self.labels = self._read_labels() if _LABELS in names else None
         self.label_dim = 0 if self.labels is None else int(self.labels.max()) + 1
@@ -77,31 +84,30 @@ class ImageDataset:
         return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
 
     def encoded(self, index: int) -> np.ndarray:
-        """The PNG file of an image, uint8 [bytes]; of a stored zip a view, not a copy.
+        """Return the PNG file of an image, uint8 [bytes]; a view for an uncompressed zip.
 
-        Its header says that it is an image as the others are, and no decoder would show it
-        differently from another. Whether the pixels are whole, only decoding tells.
+        The header is checked against the first image, and formats that decoders treat differently
+        are refused. Damaged pixel data shows only when it is decoded.
         """
         name = self._names[index]
         data = self._member(name)
-        found, expected = self._header(name, data), (self.channels, self.resolution)
-        if found != expected:
+        actual, expected = self._header(name, data), (self.channels, self.resolution)
+        if actual != expected:
             raise self._error(
                 name,
-                "has {} channels of {} pixels squared, the first image has {} of {}".format(
-                    *found, *expected
-                ),
+                "has {0} channels of {1}x{1} pixels, the first image has {2} of {3}x{3}: make all "
+                "images alike".format(*actual, *expected),
             )
         return data
 
     def damaged(self, index: int, why: str) -> UserError:
-        """The error to raise where an image turns out not to decode."""
+        """The error for an image that does not decode."""
         return self._error(self._names[index], f"is damaged ({why}): replace it")
 
     def images(self) -> np.ndarray:
-        """All images, uint8 [N, C, H, W]."""
+        """Read all images, uint8 [N, C, H, W]."""
         images = np.empty([len(self), self.channels, *[self.resolution] * 2], np.uint8)
-        hide = None if len(self) > _BAR_FROM else True
+        hide = None if len(self) > _BAR_MIN_IMAGES else True
         for i in tqdm(range(len(self)), desc=f"reading {self.path.name}", disable=hide):
             images[i] = self[i]
         return images
@@ -114,7 +120,7 @@ class ImageDataset:
                 f"{self.path} cannot be read ({error.strerror}): give a data set zip or folder"
             ) from error
         except Exception as error:  # damaged bytes can fail in any way
-            raise UserError(f"{self.path} is not a zip, or damaged: copy it again") from error
+            raise UserError(f"{self.path} is damaged or not a zip file: copy it again") from error
 
     def _error(self, name: str, what: str) -> UserError:
         return UserError(f"{self.path}: {name} {what}")
@@ -126,7 +132,7 @@ class ImageDataset:
             raise self._error(name, f"cannot be read ({error}): copy the data set again") from error
 
     def _member(self, name: str) -> np.ndarray:
-        """The bytes of a file; those of a stored zip are looked at where they lie."""
+        """Bytes of a file; for an uncompressed zip a view of the memory-mapped archive."""
         info = self._zip.getinfo(name) if self._zip else None
         if info is None or info.compress_type != zipfile.ZIP_STORED:
             return np.frombuffer(self._read(name), np.uint8)
@@ -141,7 +147,7 @@ class ImageDataset:
         return data
 
     def _header(self, name: str, data: np.ndarray) -> tuple[int, int]:
-        """Channels and resolution; the bit depth is known here alone, decoders hide it."""
+        """Check a PNG header; return channels and resolution. Decoders would hide the bit depth."""
         png = data.tobytes()
         if len(png) < 33 or png[:8] != b"\x89PNG\r\n\x1a\n":
             raise self._error(name, "is damaged or not a PNG: replace it")
@@ -159,7 +165,7 @@ class ImageDataset:
             pairs = json.loads(self._read(_LABELS))["labels"]
             if pairs is None:
                 return None
-            # No dict(pairs): it would take a JSON object for pairs.
+            # Not dict(pairs), which would also accept a JSON object.
             by_name = {name: label for name, label in pairs}  # noqa: C416
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise self._error(
@@ -169,7 +175,7 @@ class ImageDataset:
             raise self._error(_LABELS, f"has no label for {min(missing)}: every image needs one")
         if extra := by_name.keys() - set(self._names):
             raise self._error(
-                _LABELS, f"labels {min(extra, key=str)}, which is not there: remove it"
+                _LABELS, f"labels {min(extra, key=str)}, which does not exist: remove it"
             )
         if len(pairs) != len(by_name):
             raise self._error(_LABELS, "labels an image twice: every image needs one label")
@@ -177,7 +183,7 @@ class ImageDataset:
             if type(label) is not int or not 0 <= label < 2**31:
                 raise self._error(
                     _LABELS,
-                    f"gives {name} the label {label!r:.40}: only class numbers (0, 1, ...) are "
+                    f"gives {name} the label {label!r:.40}: only class numbers (0, 1, …) are "
                     "supported, not vectors",
                 )
         return np.array([by_name[name] for name in self._names], np.int64)
@@ -190,10 +196,17 @@ def write_dataset(
 ) -> None:
     """Write uint8 images [C, H, W], C = 1 or 3, as an EDM data set zip, atomically.
 
-    The same images and labels give the same bytes. Raises UserError if the file cannot be
-    written or images and labels differ in number.
+    The same images and labels give the same bytes.
+
+    Args:
+        path: of the zip.
+        images: arrays or tensors, of one shape.
+        labels: a class number per image, or None.
+
+    Raises:
+        UserError: the file cannot be written, or images and labels differ in number.
     """
-    hide = None if length_hint(images, _BAR_FROM + 1) > _BAR_FROM else True
+    hide = None if length_hint(images, _BAR_MIN_IMAGES + 1) > _BAR_MIN_IMAGES else True
     names: list[str] = []
     with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for i, image in enumerate(tqdm(images, desc=f"writing {path}", disable=hide)):

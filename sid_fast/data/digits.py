@@ -1,4 +1,4 @@
-"""The embedded default data: scikit-learn's handwritten digits as an EDM data set."""
+"""The embedded data set: scikit-learn's handwritten digits as an EDM data set."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ from sid_fast.io.download import cache_folder
 
 
 def open_dataset(path: str) -> ImageDataset:
-    """The data set at a path, or `digits`: 1,797 grey images of 8x8 pixels in 10 classes."""
+    """Open the data set at a path, or `digits`: 1,797 grey 8x8 images in 10 classes."""
     if path == "digits" and not Path(path).exists():
-        import sklearn.datasets  # slow to load, and needed here alone
+        import sklearn.datasets  # slow to import and used only here
 
         cached = cache_folder() / f"digits-sklearn-{sklearn.__version__}.zip"
         if not cached.exists():

@@ -1,4 +1,4 @@
-"""Network outputs to pixels, and pixels to PNG files."""
+"""Image files: single PNGs and grids."""
 
 import io
 import math
@@ -10,11 +10,11 @@ from PIL import Image
 
 from sid_fast.io.atomic import atomic_path
 
-_GRID_WIDTH = 500
+_GRID_WIDTH = 500  # pixels, at least
 
 
 def encode_png(image: np.ndarray | torch.Tensor) -> bytes:
-    """The PNG of a uint8 image [C, H, W], C = 1 or 3."""
+    """Encode a uint8 image [C, H, W], C = 1 or 3, as PNG bytes."""
     image = np.asarray(image)
     pixels = image[0] if image.shape[0] == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
     buffer = io.BytesIO()
@@ -23,7 +23,11 @@ def encode_png(image: np.ndarray | torch.Tensor) -> bytes:
 
 
 def save_png(path: str | os.PathLike[str], image: torch.Tensor) -> None:
-    """Write one uint8 image [C, H, W], C = 1 or 3, atomically; UserError if it cannot be."""
+    """Write a uint8 image [C, H, W], C = 1 or 3, as a PNG, atomically.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     with atomic_path(path) as temporary:
         temporary.write_bytes(encode_png(image.cpu()))
 
@@ -31,10 +35,17 @@ def save_png(path: str | os.PathLike[str], image: torch.Tensor) -> None:
 def save_grid(
     path: str | os.PathLike[str], images: torch.Tensor, columns: int | None = None
 ) -> None:
-    """Write uint8 images [N, C, H, W], N > 0, C = 1 or 3, as one PNG, row by row, atomically.
+    """Write images as one PNG grid, row by row, atomically.
 
-    Small images are enlarged by a whole factor so that a person can look at the grid, which is
-    near square unless `columns` is given. Raises WriteFailed if the disk does not take it.
+    Small images are enlarged by an integer factor so that the grid is about 500 pixels wide.
+
+    Args:
+        path: of the PNG.
+        images: uint8 [N, C, H, W], N > 0, C = 1 or 3.
+        columns: images per row; default: a near-square grid.
+
+    Raises:
+        WriteFailed: the file cannot be written.
     """
     count, channels, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(count))
@@ -44,7 +55,7 @@ def save_grid(
     step_y, step_x = height * scale + gap, width * scale + gap
     canvas = torch.full(
         [channels, math.ceil(count / columns) * step_y - gap, columns * step_x - gap],
-        128,  # neither black nor white, so that it is no part of an image
+        128,  # grey, so that gaps stand out from black and white images
         dtype=torch.uint8,
     )
     for i, tile in enumerate(tiles):

@@ -1,4 +1,4 @@
-"""Images of a data set to tensors, quickly: by DALI where it is installed, else by PIL."""
+"""Decode the PNGs of a data set into tensors, with DALI if installed, else with PIL."""
 
 import contextlib
 import os
@@ -11,13 +11,13 @@ import torch
 from sid_fast.data.datasets import ImageDataset
 from sid_fast.errors import UserError
 
-BATCH = 1024  # images; DALI's threads want many at a time
-THREADS = 8  # that decode
+BATCH = 1024  # images; keeps DALI's threads busy
+THREADS = 8  # for decoding
 READERS = ("auto", "dali", "plain")
 
 
 def choose(reader: str = "auto") -> str:
-    """ "dali" or "plain"; auto is DALI where it is installed, and says so where it is not."""
+    """Resolve --reader to "dali" or "plain"; auto is DALI if installed, else prints a hint."""
     if reader not in READERS:
         raise UserError(f"reader={reader!r} is unknown: choose from {', '.join(READERS)}")
     if reader == "plain":
@@ -27,8 +27,8 @@ def choose(reader: str = "auto") -> str:
     except ImportError as error:
         how = "pip install nvidia-dali-cuda130 (or -cuda120)"
         if reader == "dali":
-            raise UserError(f"reader=dali: DALI is not there ({error}): {how}") from None
-        print(f"reading without DALI, several times slower: {how}", file=sys.stderr)
+            raise UserError(f"reader=dali: DALI is not installed ({error}): {how}") from None
+        print(f"reading PNGs without DALI, several times slower: {how}", file=sys.stderr)
         return "plain"
     return "dali"
 
@@ -40,9 +40,19 @@ def read(
     reader: str = "plain",
     batch: int = BATCH,
 ) -> Iterator[torch.Tensor]:
-    """Images `indices` of a data set in this order, uint8 [≤ batch, C, R, R] on the device.
+    """Yield the images at `indices`, in order, as uint8 [≤ batch, C, R, R] on the device.
 
-    The same bits from either reader. UserError names an image that is damaged or not as the rest.
+    Both readers give the same bits.
+
+    Args:
+        data: the data set.
+        indices: of the images.
+        device: of the tensors.
+        reader: "dali" or "plain", as choose() returns it.
+        batch: images per batch with DALI; the plain reader uses 64.
+
+    Raises:
+        UserError: an image is damaged or differs in shape; the message names it.
     """
     batches = _dali(data, indices, device, batch) if reader == "dali" else _plain(data, indices)
     for images in batches:
@@ -50,7 +60,7 @@ def read(
 
 
 def _plain(data: ImageDataset, indices: Sequence[int]) -> Iterator[torch.Tensor]:
-    size = 64  # small, so that a progress bar moves
+    size = 64  # small, so that the progress bar moves
     for i in range(0, len(indices), size):
         yield torch.from_numpy(np.stack([data[k] for k in indices[i : i + size]]))
 
@@ -58,7 +68,7 @@ def _plain(data: ImageDataset, indices: Sequence[int]) -> Iterator[torch.Tensor]
 def _dali(
     data: ImageDataset, indices: Sequence[int], device: torch.device, batch: int
 ) -> Generator[torch.Tensor, None, None]:
-    """Decoded by DALI's threads, and on a GPU handed over there; no copy is made on the way."""
+    """Decode with DALI, on a GPU with its decoder there; tensors share DALI's memory."""
     from nvidia.dali import fn, pipeline_def, types
 
     gpu = device.type == "cuda"
@@ -71,7 +81,7 @@ def _dali(
         batch_size=batch,
         num_threads=min(THREADS, os.cpu_count() or 1),
         device_id=device.index if gpu else None,
-        exec_dynamic=True,  # its outputs belong to whoever holds them, so torch may keep them
+        exec_dynamic=True,  # outputs stay valid while referenced, so torch may keep them
     )
     def pipeline():
         png = fn.external_source(source=files(), dtype=types.UINT8, ndim=1, no_copy=True)
@@ -95,7 +105,7 @@ def _dali(
 def _culprit(
     data: ImageDataset, indices: Sequence[int], device: torch.device, batch: int
 ) -> UserError:
-    """The error for the first image that does not decode; DALI names a batch only."""
+    """The error for the first image that does not decode: DALI names only the batch."""
     if batch == 1:
         return data.damaged(indices[0], "it does not decode")
     with contextlib.closing(_dali(data, indices, device, 1)) as single:

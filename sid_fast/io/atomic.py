@@ -1,4 +1,4 @@
-"""Files that are either the old version or the whole new one, never half of it."""
+"""Atomic writes: a file is either the old version or the complete new one."""
 
 import os
 import secrets
@@ -9,32 +9,34 @@ from pathlib import Path
 
 from sid_fast.errors import UserError, WriteFailed
 
-# It can only be read by setting it.
+# The umask can only be read by setting it.
 os.umask(_UMASK := os.umask(0))
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that takes its place when the block succeeds.
+    """Yield a temporary path in the same folder, renamed to `path` when the block succeeds.
 
-    The block writes one file there. If it raises, the temporary file is removed and whatever
-    stood at `path` is left untouched. Parent folders are not created.
+    The block writes one file there. If it raises, the temporary file is removed and the old `path`
+    is untouched. Parent folders are not created.
 
-    Raises UserError if `path` is a folder, WriteFailed if its folder is missing or writing fails.
+    Raises:
+        UserError: `path` is a folder.
+        WriteFailed: its folder is missing, or writing fails.
     """
     target = Path(path)
     if target.is_dir():
         raise UserError(f"{target} is a folder: give the name of a file")
     if not target.parent.is_dir():
         raise WriteFailed(f"{target} cannot be written: create the folder {target.parent} first")
-    # Random rather than the process id: ranks on several nodes may share one file system.
+    # Random, since process ids of ranks on several nodes can coincide on a shared file system.
     temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
-        os.chmod(temporary, 0o666 & ~_UMASK)  # some libraries write for the owner alone
+        os.chmod(temporary, 0o666 & ~_UMASK)  # some libraries write with mode 600
         flush(temporary)
         os.replace(temporary, target)
-        flush(target.parent)  # makes the new name itself survive a power cut
+        flush(target.parent)  # the rename survives a power cut
     except OSError as error:
         raise WriteFailed(
             f"{target} cannot be written ({error.strerror or error}): "
@@ -45,7 +47,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Have the disk take a file, or the names in a folder, before anything else happens."""
+    """Call fsync on a file, or on a folder to make its directory entries durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -54,12 +56,23 @@ def flush(path: Path) -> None:
 
 
 def open_target(target: str, folder: bool = False) -> None:
-    """Make the folder that `target` is or lies in; UserError if it cannot be written there."""
-    place = Path(target) if folder else Path(target).parent
+    """Create the folder of an output and check that it is writable, before any work is done.
+
+    Args:
+        target: path of the output.
+        folder: `target` is itself the folder, not a file.
+
+    Raises:
+        UserError: the folder cannot be created or written, or `target` should be a file but is a
+            folder.
+    """
+    directory = Path(target) if folder else Path(target).parent
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=place).close()
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror})") from None
+        raise UserError(
+            f"{target} cannot be written ({error.strerror}): give a path you can write to"
+        ) from None
     if not folder and Path(target).is_dir():
         raise UserError(f"{target} is a folder: give the name of a file")

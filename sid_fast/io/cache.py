@@ -1,13 +1,13 @@
-"""The user's cache folder: downloads and compiled code."""
+"""The user's cache folder, for downloads and compiled code."""
 
 import os
 from pathlib import Path
 
 
 def user_cache() -> Path:
-    """The folder that the platform keeps for our cache, which may not exist yet.
+    """The platform's cache folder for sid_fast, which may not exist yet.
 
-    GPU images often lack platformdirs; without it this is its answer on Linux.
+    GPU container images often lack platformdirs; without it, follows the XDG rule for Linux.
     """
     try:
         from platformdirs import user_cache_dir

@@ -7,7 +7,7 @@ import torch
 
 
 def digest(tensors: Iterable[torch.Tensor]) -> str:
-    """A short fingerprint of values: the first 16 hexadecimal digits of their sha256."""
+    """Hash tensors' values: the first 16 hexadecimal digits of their sha256."""
     sha = hashlib.sha256()
     for tensor in tensors:
         sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

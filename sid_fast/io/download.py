@@ -1,4 +1,4 @@
-"""Files by path or https URL; URLs are downloaded once and checked."""
+"""Resolve a path or https URL to a local file; URLs are downloaded once and verified."""
 
 import hashlib
 import http.client
@@ -17,16 +17,19 @@ from sid_fast.io.cache import user_cache
 
 
 def fetch(source: str, others: str = "") -> Path:
-    """Return a local file for a path or an https URL.
+    """Return the local file of a path or an https URL.
 
-    others: what else the caller takes, to be named where there is no such file.
+    URLs are downloaded once, to $SID_FAST_CACHE or the user's cache folder. `URL#sha256=HEX` is
+    verified on every use; without a digest, the file's own is printed. Several processes may fetch
+    the same URL at once.
 
-    URLs are downloaded once, to the folder in $SID_FAST_CACHE or the user's cache. `URL#sha256=HEX`
-    is checked against the digest, on every use; without one the digest is printed. Several
-    processes may fetch the same URL at once.
+    Args:
+        source: the path or URL.
+        others: other inputs that the caller accepts, added to the error for a missing file.
 
-    Raises UserError if there is no such file, the URL is not https, the download fails or ends
-    early, or the digest differs.
+    Raises:
+        UserError: the file does not exist, the URL is not https, the download fails or is
+            incomplete, or the digest differs.
     """
     if "://" in source:
         url, sha256 = _split_digest(source)
@@ -50,18 +53,18 @@ def fetch(source: str, others: str = "") -> Path:
 def _split_digest(source: str) -> tuple[str, str | None]:
     url, _, fragment = source.partition("#")
     if fragment and not re.fullmatch(r"sha256=[0-9a-fA-F]{64}", fragment):
-        raise UserError(f"{source}: after # only sha256= and 64 hexadecimal digits may stand")
+        raise UserError(f"{source}: only sha256= and 64 hexadecimal digits may follow the #")
     return url, fragment.removeprefix("sha256=").lower() or None
 
 
 def cache_folder() -> Path:
-    """The folder of downloads, made if need be; UserError if it cannot be."""
+    """Return the download folder, creating it; UserError if that fails."""
     folder = Path(os.environ.get("SID_FAST_CACHE") or user_cache())
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"the cache folder {folder} cannot be made ({error.strerror}): "
+            f"the cache folder {folder} cannot be created ({error.strerror}): "
             "set SID_FAST_CACHE to a folder you can write to"
         ) from error
     return folder
@@ -90,7 +93,7 @@ def _download(url: str, path: Path) -> None:
             size = file.tell()
     except urllib.error.HTTPError as error:
         raise UserError(
-            f"{url}: the server answered {error.code} {error.reason}: check the address"
+            f"{url}: the server answered {error.code} {error.reason}: check the URL"
         ) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(
@@ -102,7 +105,7 @@ def _download(url: str, path: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
+    """Hash a file: its sha256, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -111,11 +114,11 @@ def file_sha256(path: Path) -> str:
 
 
 def _verify(url: str, path: Path, sha256: str | None) -> None:
-    found = file_sha256(path)
+    actual = file_sha256(path)
     if sha256 is None:
-        print(f"not verified; to pin it give {url}#sha256={found}", file=sys.stderr)
-    elif found != sha256:
+        print(f"not verified; to pin this version give {url}#sha256={actual}", file=sys.stderr)
+    elif actual != sha256:
         raise UserError(
-            f"{url} has sha256 {found}, not {sha256}: delete {path} if it is there "
-            "and download again, or give the URL with the digest you trust"
+            f"{url} has sha256 {actual}, not {sha256}: delete {path} if it exists "
+            "and download again, or give the digest you trust"
         )

@@ -1,9 +1,8 @@
-"""EDM teacher and SiD generator pickles, read without running anything that is in them.
+"""Read EDM teacher and SiD generator pickles without executing anything in them.
 
-Every name a pickle asks for is looked up in a short table of records, which only remember what
-they were given. What comes out is a tree of plain values and records; weights are made from it
-afterwards, by code that trusts none of it. No file that is wrong in any way gets further than a
-UserError.
+Every global that a pickle names is looked up in a short table of record classes, which only store
+their arguments. The result is a tree of plain values and records, from which untrusting code then
+builds the weights. Any malformed file ends in a UserError.
 """
 
 import io
@@ -25,9 +24,10 @@ from sid_fast.errors import UserError
 class PickledNetwork:
     """The network in a pickle: how to build it and its weights.
 
-    `class_name` is the class it was saved from, `init_kwargs` its arguments (None, bool, int,
-    float, str and lists of these), `state` its parameters and persistent buffers under the
-    names of `state_dict`, contiguous float32 on the CPU.
+    Attributes:
+        class_name: class of the pickled network.
+        init_kwargs: its constructor's arguments: None, bool, int, float, str and lists of these.
+        state: parameters and persistent buffers by state_dict name, contiguous float32 on the CPU.
     """
 
     class_name: str
@@ -36,10 +36,11 @@ class PickledNetwork:
 
 
 def read_pickle(path: str | os.PathLike[str]) -> PickledNetwork:
-    """Read the network under `ema` of an EDM or SiD pickle; nothing in the file is executed.
+    """Read the network under key `ema` of an EDM or SiD pickle; executes nothing in the file.
 
-    Raises UserError if the file is missing, cut short, damaged, holds no such network, or asks
-    for any name that these files do not need.
+    Raises:
+        UserError: the file is missing, truncated or damaged, holds no such network, or names a
+            global that these files do not need.
     """
     try:
         with open(path, "rb") as file:
@@ -60,18 +61,18 @@ def read_pickle(path: str | os.PathLike[str]) -> PickledNetwork:
 
 
 class _Refused(Exception):
-    """The pickle is readable, but not one we accept; the message says why."""
+    """The pickle is readable but not acceptable; the message says why."""
 
 
 class _CutShort(Exception):
-    """The bytes end too early."""
+    """The file is truncated."""
 
 
 class _Record:
-    """Stands for a function or class of the file: remembers its arguments, does nothing.
+    """Stand-in for a function or class named in the file: stores its arguments, does nothing.
 
-    `__setstate__` takes every BUILD, on the records and (by failing) on the classes themselves,
-    so that a pickle cannot set attributes; there is no `__dict__` for it to fill either.
+    The BUILD opcode normally sets attributes. Here it only calls `__setstate__`, which stores the
+    state on a record and fails on a record class. `__slots__` leaves no `__dict__` to fill.
     """
 
     __slots__ = ("args", "state")
@@ -112,7 +113,7 @@ class _Scalar(_Record):
 
 
 class _Dict(dict):
-    """Any kind of dict; attributes that its own class would have had are dropped."""
+    """Stand-in for every dict class; drops attributes set by BUILD."""
 
     __slots__ = ()
 
@@ -147,17 +148,17 @@ _GLOBALS: dict[tuple[str, str], Any] = {
 
 
 def _plain_keys(keys: list[Any]) -> None:
-    """Hashing a tuple of a million levels would end the process."""
+    """Refuse keys that nest: hashing a tuple a million levels deep would crash the process."""
     if any(isinstance(key, tuple | frozenset) for key in keys):
-        raise _Refused("it has dict keys or set members that are no plain values")
+        raise _Refused("it has dict keys or set members that are not plain values")
 
 
-# The unpickler written in Python: a single PUT can make the one in C allocate 64 GB.
-_Base: Any = pickle._Unpickler  # type stubs leave out its stack and its handlers
+# The pure-Python unpickler: a single PUT opcode can make the C one allocate 64 GB.
+_Base: Any = pickle._Unpickler  # type stubs lack its stack and handlers
 
 
 class _Unpickler(_Base):
-    # BYTEARRAY8 fills as many bytes as it declares, and a cache of EXT bypasses find_class.
+    # BYTEARRAY8 allocates its declared size; the EXT opcodes' cache bypasses find_class.
     dispatch: ClassVar[dict[int, Any]] = {
         code: load
         for code, load in pickle._Unpickler.dispatch.items()
@@ -197,8 +198,8 @@ class _Unpickler(_Base):
             return _GLOBALS[module, name]
         except KeyError:
             raise _Refused(
-                f"it asks for {f'{module}.{name}'!r}, which such a file does not need "
-                "(nothing was run): get the file from a source you trust"
+                f"it names {f'{module}.{name}'!r}, which such a file does not need "
+                "(nothing was executed): get the file from a source you trust"
             ) from None
 
 
@@ -215,7 +216,9 @@ def _network(data: Any) -> PickledNetwork:
     class_name = data["ema"].args[0]["class_name"]
     fields = _fields(data["ema"])
     if fields["_init_args"]:
-        raise _Refused("its network was built with unnamed arguments, which say too little")
+        raise _Refused(
+            "its network was built with positional arguments, so they cannot be identified"
+        )
     return PickledNetwork(
         class_name=str(class_name),
         init_kwargs={str(key): _plain(value) for key, value in fields["_init_kwargs"].items()},
@@ -224,7 +227,7 @@ def _network(data: Any) -> PickledNetwork:
 
 
 def _fields(module: Any) -> dict[str, Any]:
-    """The `__dict__` of a module."""
+    """The `__dict__` of a pickled module."""
     if isinstance(module, _Persistent):
         return module.args[0]["state"]
     if isinstance(module, _Container):
@@ -233,7 +236,7 @@ def _fields(module: Any) -> dict[str, Any]:
 
 
 def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers in the order of `state_dict`."""
+    """Yield parameters and persistent buffers in state_dict order."""
     fields = _fields(module)
     _visit(fields, seen)
     tensors = dict(fields["_parameters"])
@@ -248,7 +251,7 @@ def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, to
 
 
 def _visit(part: Any, seen: set[int]) -> None:
-    """Refuse a second use of any part: a small file could unfold without end that way."""
+    """Refuse a part that occurs twice: a small file could expand exponentially that way."""
     if id(part) in seen:
         raise _Refused("parts of its network are shared, which no EDM or SiD network does")
     seen.add(id(part))
@@ -263,18 +266,18 @@ def _tensor(record: Any, seen: set[int]) -> torch.Tensor:
     (raw,) = storage.args
     _visit(raw, seen)
     flat = _storage(raw)
-    if math.prod(size) > flat.numel():  # a stride of zero would repeat elements without end
+    if math.prod(size) > flat.numel():  # stride 0 would repeat elements
         raise _Refused(f"a tensor of shape {size} has a storage of {flat.numel()} elements")
     view = flat.as_strided(size, stride, offset)  # checks the bounds
     return view.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
 
 def _storage(raw: bytes) -> torch.Tensor:
-    """All elements of a storage as `torch.save` writes it in its format of before 1.6.
+    """Read all elements of a storage in torch.save's format from before 1.6.
 
-    That is five pickles (magic number, version, machine, the storage's description and its
-    key), the number of elements as int64, and the elements. The pickles are as untrusted as
-    the outer one and torch.load knows far more names than this needs.
+    The format: five pickles (magic number, version, machine, the storage's description, its key),
+    the number of elements as int64, then the elements. These pickles are as untrusted as the outer
+    one, and torch.load allows far more globals than they need.
     """
     file = io.BytesIO(raw)
     magic, version, _, description, _ = (_StorageUnpickler(file).load() for _ in range(5))
@@ -302,6 +305,6 @@ def _plain_scalar(value: Any) -> bool | int | float | str | None:
     if isinstance(value, _Scalar):
         dtype, raw = value.args
         code = f"{dtype.state[1]}{dtype.args[0]}"  # byte order, then kind and size
-        if re.fullmatch(r"[<>|][biuf][1248]", code):  # notably no objects
+        if re.fullmatch(r"[<>|][biuf][1248]", code):  # in particular no object dtype
             return np.frombuffer(raw, code).item()
     raise _Refused(f"the network's arguments hold a {type(value).__name__}, not a plain value")

@@ -1,4 +1,4 @@
-"""Our own network files: safetensors whose metadata say how to build the network."""
+"""Network snapshots: safetensors files whose metadata say how to build the network."""
 
 import json
 import os
@@ -18,9 +18,10 @@ _VERSION = 1
 def write_snapshot(
     path: str | os.PathLike[str], state: dict[str, torch.Tensor], config: dict[str, Any]
 ) -> None:
-    """Write tensors and a JSON-serialisable `config` to `path` atomically.
+    """Write tensors and a JSON-serialisable `config` to `path`, atomically.
 
-    Raises WriteFailed if the disk does not take it.
+    Raises:
+        WriteFailed: the file cannot be written.
     """
     metadata = {_KEY: json.dumps({"version": _VERSION, "config": config})}
     tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
@@ -34,10 +35,14 @@ def write_snapshot(
 def read_snapshot(
     path: str | os.PathLike[str], config_only: bool = False
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read what `write_snapshot` wrote: the tensors, on the CPU, and the config.
+    """Read a file of `write_snapshot`: its tensors, on the CPU, and its config.
 
-    config_only leaves the tensors in the file. Raises UserError if the file is missing,
-    damaged, of a newer version or not ours.
+    Args:
+        path: of the file.
+        config_only: do not read tensors; the first result is then empty.
+
+    Raises:
+        UserError: the file is missing, damaged, of another version, or not from sid_fast.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -45,7 +50,7 @@ def read_snapshot(
             if _KEY not in metadata:
                 raise UserError(
                     f"{path} is a safetensors file but was not written by sid_fast: "
-                    "give a network snapshot of a run"
+                    "give a snapshot-*.safetensors of a run"
                 )
             header = json.loads(metadata[_KEY])
             if header["version"] != _VERSION:

@@ -1,6 +1,6 @@
-"""What a step takes: FLOP, bytes and memory, counted on tensors without values.
+"""FLOP, memory traffic and peak memory of a training step, counted on fake tensors.
 
-The one memory model, behind `plan`, `--parallel auto` and every choice of a micro-batch.
+The only memory model: `plan`, `--parallel auto` and `--micro-batch auto` all use it.
 """
 
 import dataclasses
@@ -22,15 +22,16 @@ from sid_fast.tools.op_counter import Backends, Count, Op, fake
 from sid_fast.training.step import Trainer
 
 GIB = 2**30
-ALLOWANCE = 2 * GIB  # CUDA context, cuDNN's workspace and what the allocator cannot use
-# The forwards an image of an iteration costs: fake step G 1, ψ 3; generator step G 3, φ 2, ψ 2.
+ALLOWANCE = 2 * GIB  # CUDA context, cuDNN workspaces, allocator fragmentation
+# Cost of a step per image, in forward passes (a backward is 2, without weight gradients 1): fake
+# score step G 1, ψ 3; generator step G 3, φ 2, ψ 2.
 FORWARDS = 11
-SHARDED = ("weights", "gradients", "optimiser", "average")  # under fsdp, a part on every GPU
+SHARDED = ("weights", "gradients", "optimiser", "average")  # kinds that fsdp always shards
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step of one round of `images`: its operations, and bytes by kind at the peak."""
+    """A counted step of one micro-batch: its images, operations, and peak bytes by kind."""
 
     images: int
     ops: list[Op]
@@ -40,49 +41,53 @@ class Step:
 def steps(
     network: NetworkConfig,
     settings: Settings,
-    rounds: Iterable[int],
+    micro_batches: Iterable[int],
     backends: Backends = "triton",
     prepare: Callable[..., None] = lambda *nets: None,
 ) -> list[Step]:
-    """Count a step of SiD for every number of images a round.
+    """Count one SiD step of a single micro-batch, for each micro-batch size.
 
-    settings: their batch and micro-batch do not matter. backend: of the kernels, "triton" or
-    "eager". prepare: called with teacher, generator and fake score before the first step.
+    Args:
+        network: of the teacher.
+        settings: batch_size and micro_batch are ignored.
+        micro_batches: numbers of images.
+        backends: see op_counter.fake.
+        prepare: called with teacher, generator and fake score before the first step.
     """
-    found = []
+    counted = []
     with fake(backends), Count() as count:
         trainer = _trainer(lambda s: SiD(EDMNetwork(network), s), settings)
         prepare(*trainer.method.frozen.values(), *trainer.method.networks.values())
-        gc.collect()  # the float32 teacher, where a copy in another type has taken its place
+        gc.collect()  # frees the float32 teacher if a low-precision copy replaced it
         for kind, tensors in _resident(trainer).items():
-            count.call(kind, *tensors)
-        for n in rounds:
+            count.set_kind(kind, *tensors)
+        for n in micro_batches:
             count.ops, count.peak = [], Counter()
             inputs = {
                 phase.name: [phase.sample_inputs(RandomStream(trainer.counter, phase.name, n))]
                 for phase in trainer.method.phases
             }
             trainer.step(inputs)
-            found.append(Step(n, count.ops, count.peak))
-    return found
+            counted.append(Step(n, count.ops, count.peak))
+    return counted
 
 
 def _trainer(make: Callable[[Any], Method], settings: Any) -> Trainer:
-    # tf32 is fp32 on another unit; auto comes to bf16 on every GPU that is known here.
-    kind = {"tf32": "fp32", "auto": "bf16"}.get(settings.precision, settings.precision)
-    settings = dataclasses.replace(settings, batch_size=1, micro_batch=None, precision=kind)
+    # tf32 uses the memory and FLOP of fp32; auto is bf16 on every card of gpu_specs.
+    precision = {"tf32": "fp32", "auto": "bf16"}.get(settings.precision, settings.precision)
+    settings = dataclasses.replace(settings, batch_size=1, micro_batch=None, precision=precision)
     method = make(settings)
     for net in (*method.networks.values(), *method.frozen.values()):
         for p in net.parameters():
-            if p.dim() == 4:  # as Trainer lays out weights on a GPU
+            if p.dim() == 4:  # Trainer's memory format on a GPU
                 p.data = p.data.contiguous(memory_format=torch.channels_last)
     return Trainer(method, settings, sharding=fsdp.SINGLE_PROCESS)
 
 
 def _resident(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
-    """What stays from step to step, by kind.
+    """Tensors that live from step to step, by kind.
 
-    The modules' own tensors: a state_dict holds copies of reordered rows.
+    Taken from the modules, since a state_dict holds copies of reordered rows.
     """
 
     def tensors(*nets: torch.nn.Module) -> list[torch.Tensor]:
@@ -101,60 +106,74 @@ def _resident(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
 
 
 class StateMemory:
-    """What the training of a method keeps of one GPU from step to step, counted once.
+    """Memory of a method's training state, without activations; counted on first use.
 
-    make: the method for given settings, called on tensors without values.
+    Args:
+        make: builds the method from settings; called under fake tensors.
+        settings: of the run.
+        backends: see op_counter.fake.
     """
 
     def __init__(self, make: Callable[[Any], Method], settings: Any, backends: Backends = "triton"):
         self.make, self.settings, self.backends = make, settings, backends
 
     @functools.cached_property
-    def stays(self) -> Counter[str]:
+    def resident(self) -> Counter[str]:
+        """Bytes by kind on one GPU, unsharded."""
         with fake(self.backends):
-            found = _resident(_trainer(self.make, self.settings))
+            by_kind = _resident(_trainer(self.make, self.settings))
         sizes: Counter[str] = Counter()
         seen = set()
-        for kind, tensors in found.items():
+        for kind, tensors in by_kind.items():
             for storage in (v.untyped_storage() for v in tensors):
-                if storage._cdata not in seen:  # views of one tensor count once
+                if storage._cdata not in seen:  # count views of one tensor once
                     seen.add(storage._cdata)
                     sizes[kind] += storage.nbytes()
         return sizes
 
     def nbytes(self, shards: int = 1, reshard_after_forward: bool = False) -> int:
-        """In so many shards; see sharded()."""
-        return sharded(self.stays, shards, reshard_after_forward).total()
+        """Bytes per GPU over `shards` shards; see sharded()."""
+        return sharded(self.resident, shards, reshard_after_forward).total()
 
 
-def sharded(stays: Counter[str], shards: int, reshard_after_forward: bool = False) -> Counter[str]:
-    """What of it a GPU keeps in so many shards.
+def sharded(
+    resident: Counter[str], shards: int, reshard_after_forward: bool = False
+) -> Counter[str]:
+    """Bytes by kind that each GPU keeps when the resident tensors are sharded.
 
-    reshard_after_forward: weights are gathered block by block. Otherwise each GPU keeps all of the
-    weights that it computes with, the teacher's too.
+    Args:
+        resident: bytes by kind, unsharded.
+        shards: number of GPUs per replica.
+        reshard_after_forward: weights are gathered block by block. Otherwise each GPU keeps all
+            weights that it computes with, the teacher's included.
     """
-    found = Counter(stays)
+    per_gpu = Counter(resident)
     if shards == 1 and not reshard_after_forward:
-        return found
+        return per_gpu
     for kind in SHARDED:
-        found[kind] //= shards
+        per_gpu[kind] //= shards
     if reshard_after_forward:
-        found["teacher"] //= shards
-        found["copies"] = 0
-    elif not stays["copies"]:
-        found["gathered"] = stays["weights"]
-    return found
+        per_gpu["teacher"] //= shards
+        per_gpu["copies"] = 0
+    elif not resident["copies"]:
+        per_gpu["gathered"] = resident["weights"]
+    return per_gpu
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What is counted of a step: bytes that stay and that an image adds, by kind; FLOP an image.
+    """Counts of a step, from which memory() extrapolates.
 
-    forward: FLOP of one forward of one image; parameters: of one network; backends: see
-    op_counter.fake.
+    Attributes:
+        resident: bytes by kind that do not depend on the micro-batch.
+        image: bytes by kind that each image of the micro-batch adds.
+        flop: FLOP of a step per image.
+        forward: FLOP of one forward pass of one image.
+        parameters: of one network.
+        backends: see op_counter.fake.
     """
 
-    stays: Counter[str]
+    resident: Counter[str]
     image: Counter[str]
     flop: float
     forward: float
@@ -164,17 +183,17 @@ class Counts:
     def memory(
         self, images: int, gpus: int = 1, shards: int = 1, reshard_after_forward: bool = False
     ) -> Counter[str]:
-        """Bytes by kind on one of so many GPUs, at the peak of a micro-batch of `images`.
+        """Peak bytes by kind on each of `gpus` GPUs, at a micro-batch of `images`.
 
         shards, reshard_after_forward: see sharded().
         """
-        found = sharded(self.stays, shards, reshard_after_forward)
+        peak = sharded(self.resident, shards, reshard_after_forward)
         for kind, nbytes in self.image.items():
-            found[kind] += images * nbytes
+            peak[kind] += images * nbytes
         if gpus > 1:
-            found["reduction"] = self.stays["gradients"] // 2  # of one network at a time
-        found["allowance"] = ALLOWANCE
-        return found
+            peak["reduction"] = self.resident["gradients"] // 2  # one network at a time
+        peak["allowance"] = ALLOWANCE
+        return peak
 
 
 def counts(
@@ -183,19 +202,23 @@ def counts(
     recompute: bool = False,
     backends: Backends = "triton",
 ) -> Counts:
-    """Count a step at one image and at two; memory is linear in them.
+    """Count a step with one image and one with two; memory is linear in the images.
 
-    recompute: with --checkpoint-activations; backends: see op_counter.fake.
+    Args:
+        network: of the teacher.
+        settings: of the run.
+        recompute: with --checkpoint-activations.
+        backends: see op_counter.fake.
     """
     prepare = {"prepare": checkpoint_activations} if recompute else {}
-    forwards = FORWARDS + 4 * recompute  # of ψ, and of G, φ and ψ, once more
+    forwards = FORWARDS + 4 * recompute  # recomputed: ψ; G, φ and ψ
     one, two = steps(network, settings, [1, 2], backends, **prepare)
     kinds = {*one.peak, *two.peak}
     image = Counter({kind: two.peak[kind] - one.peak[kind] for kind in kinds})
     with torch.device("meta"):
         parameters = sum(p.numel() for p in EDMNetwork(network).parameters())
     return Counts(
-        stays=Counter({kind: one.peak[kind] - image[kind] for kind in kinds}),
+        resident=Counter({kind: one.peak[kind] - image[kind] for kind in kinds}),
         image=image,
         flop=(flop := sum(op.flops for op in two.ops) / 2),
         forward=flop / forwards,
@@ -205,17 +228,25 @@ def counts(
 
 
 def estimated_micro_batch(
-    found: Counts,
+    counts: Counts,
     batch: int,
-    room: float,
+    available: float,
     gpus: int,
     shards: int,
     reshard_after_forward: bool = False,
 ) -> int:
-    """The largest divisor of `batch`, images a GPU, that fits into room bytes; 0: not even one."""
+    """The largest micro-batch, a divisor of `batch`, estimated to fit; 0 if one image does not.
+
+    Args:
+        counts: of a step.
+        batch: images per GPU and step.
+        available: bytes of GPU memory.
+        gpus: number of GPUs.
+        shards: GPUs per replica.
+        reshard_after_forward: see sharded().
+    """
 
     def fits(n: int) -> bool:
-        return found.memory(n, gpus, shards, reshard_after_forward).total() <= room
+        return counts.memory(n, gpus, shards, reshard_after_forward).total() <= available
 
-    fitting = filter(fits, divisors(batch))
-    return next(fitting, 0)
+    return next(filter(fits, divisors(batch)), 0)

@@ -1,4 +1,4 @@
-"""How many images a round: the most that fit, by trying."""
+"""--micro-batch auto: find the largest micro-batch that fits by trying steps."""
 
 import gc
 from collections.abc import Callable
@@ -11,25 +11,32 @@ from sid_fast.performance import process_group
 
 
 def largest_micro_batch(
-    batch: int, estimate: int, try_step: Callable[[int], None], say: Callable[[str], None]
+    batch: int, estimate: int, try_step: Callable[[int], None], log: Callable[[str], None]
 ) -> int:
-    """The largest divisor of `batch`, no more than `estimate`, that no process is too small for.
+    """The largest divisor of `batch`, at most `estimate`, whose step fits on every rank.
 
-    batch: images a step and process. try_step(n) does the work of a round of n images without
-    exchanging anything, and raises torch.OutOfMemoryError where they do not fit; the next
-    smaller is tried then, on all processes. say takes a line on what was decided. Raises
-    RunFailed where not even one image fits.
+    A size that fails on one rank is given up on all, and the next smaller divisor is tried.
+
+    Args:
+        batch: images per step and rank.
+        estimate: the first size to try; 0 counts as 1.
+        try_step: runs a step of n images without collectives; raises torch.OutOfMemoryError if
+            they do not fit.
+        log: prints a line.
+
+    Raises:
+        RunFailed: a single image does not fit.
     """
     for n in divisors(batch):
         if n > max(estimate, 1):
             continue
         if not process_group.all_reduce_any(_runs_out(try_step, n)):
-            say(f"micro-batch {n} of {batch} images: the largest that fits")
+            log(f"micro-batch: {n} of {batch} images per GPU, the largest that fits")
             return n
-        say(f"micro-batch {n} was estimated to fit and does not: trying the next smaller")
+        log(f"micro-batch: {n} images do not fit, trying the next smaller size")
     raise RunFailed(
-        "out of memory with a micro-batch of one image: --checkpoint-activations takes less, and "
-        "so do more GPUs or a larger one; python -m sid_fast.plan estimates them"
+        "out of GPU memory with a micro-batch of one image: use --checkpoint-activations, more "
+        "GPUs or larger ones; python -m sid_fast.plan estimates what each needs"
     )
 
 

@@ -1,8 +1,8 @@
-"""What a step costs, counted without running it: FLOP, bytes through memory, and peak memory.
+"""Count the FLOP, memory traffic and peak memory of operations without running them.
 
-Everything runs on fake tensors, which have shapes and types but no values: the networks of 300 M
-parameters take seconds, on any machine. Whatever would make a step depend on its numbers (a value
-read by the host, a mask, a size taken from data) raises here, as it would break a CUDA graph.
+Everything runs on fake tensors, which have shapes and dtypes but no values, so networks of 300 M
+parameters take seconds on any machine. An operation that depends on values (a host-device sync, a
+boolean mask, a size computed from data) raises here; it would also break a CUDA graph.
 """
 
 import contextlib
@@ -24,36 +24,41 @@ from sid_fast import kernels
 from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.performance.mixed_precision import TYPES
 
-Backends = str | Mapping[str, str]  # one for all operations, or by operation
-ALLOCATION = 512  # bytes that torch's allocator rounds to
+Backends = str | Mapping[str, str]  # for all operations, or by operation
+ALLOCATION = 512  # bytes; torch's CUDA allocator rounds sizes up to a multiple
 
 
 @register_flop_formula(torch.ops.sid_fast.attention)
 def _attention_flop(qkv_shape, heads, *args, out_shape=None, **kwargs) -> int:
-    """Queries times keys and weights times values, 2 FLOP a multiply-add."""
+    """Two matrix products, QKᵀ and weights times V, 2 FLOP per multiply-add."""
     n, c3, height, width = qkv_shape
     return 2 * 2 * n * (height * width) ** 2 * (c3 // 3)
 
 
 @register_flop_formula(torch.ops.sid_fast.attention_backward)
 def _attention_backward_flop(grad_shape, qkv_shape, *args, out_shape=None, **kwargs) -> int:
-    """Twice the forward, as of any product; what the kernel recomputes is not counted."""
+    """Twice the forward, as for any product; the kernel's recomputation is not counted."""
     return 2 * _attention_flop(qkv_shape, 0)
 
 
 @register_flop_formula(torch.ops.aten.addmm_)
 def _addmm_flop(self_shape, a_shape, b_shape, out_shape=None, **kwargs) -> int:
-    """A product added onto what is there."""
+    """In-place accumulation of a matrix product."""
     return 2 * a_shape[0] * a_shape[1] * b_shape[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """One operation on the device, as if it ran alone: every input read once, every output written.
+    """One operation on the device, assumed to read every input and write every output once.
 
-    flops: of convolutions and matrix products, 2 a multiply-add; nbytes: read and written; layer:
-    the innermost module it ran in, where that was asked for; shape: of its first output; launches:
-    see _launches.
+    Attributes:
+        name: of the torch operation.
+        kind: convolution, linear, attention, group norm, update, resampling or pointwise.
+        layer: the innermost module that it ran in; "" unless Count notes layers.
+        flops: of convolutions and matrix products, 2 per multiply-add; else 0.
+        nbytes: read and written.
+        shape: of the first output.
+        launches: kernels that it starts; see _launches.
     """
 
     name: str
@@ -89,11 +94,17 @@ KINDS = {
 
 # Operations whose first argument is written without being read.
 OVERWRITES = ("copy_", "zero_", "fill_", "_foreach_zero_", "_foreach_copy_")
-MAKES_NOTHING = ("empty", "empty_like", "empty_strided", "new_empty", "_local_scalar_dense")
+IGNORED = (  # they start no kernel
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "_local_scalar_dense",
+)
 
 
 def _size(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor's own numbers; what is broadcast is there once."""
+    """Bytes of a tensor; broadcast dimensions count once."""
     strides = zip(tensor.shape, tensor.stride(), strict=True)
     return math.prod(size for size, stride in strides if stride) * tensor.element_size()
 
@@ -102,33 +113,35 @@ def _tensors(tree) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-# A list operation on CUDA takes so many tensors a launch, by how many lists it walks, and so many
-# chunks of them (aten/src/ATen/native/cuda/MultiTensorApply.cuh).
+# A launch of a CUDA list operation takes at most LIST_TENSORS[number of lists] tensors and
+# LIST_BLOCKS chunks of LIST_CHUNK elements (aten/src/ATen/native/cuda/MultiTensorApply.cuh).
 LIST_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 LIST_BLOCKS, LIST_CHUNK = 320, 65536
 
 
 def _launches(name: str, args: tuple, made: list[torch.Tensor]) -> int:
-    """The kernels that an operation starts on a GPU.
+    """Number of kernels that an operation starts on a GPU.
 
-    One, with three exceptions. The group norm's backward kernel is followed by a sum over samples
-    for x_bias and one for weight and bias, where those are wanted; attention's backward is two
-    kernels. A `_foreach` operation walks its lists in chunks of LIST_CHUNK numbers, LIST_TENSORS
-    tensors and LIST_BLOCKS chunks a launch; where types or layouts differ inside a list (or, other
-    than for copies, between lists) it falls back on one launch a tensor.
+    One, with three exceptions. The group norm's backward adds a sum over samples for x_bias and
+    one for weight and bias, if their gradients are needed. Attention's backward is two kernels. A
+    `_foreach` operation starts one launch per full set of LIST_TENSORS tensors or LIST_BLOCKS
+    chunks; if dtypes or layouts differ within a list (or between lists, except for copies), it
+    falls back to one launch per tensor.
     """
     if name == "group_norm_backward":
-        wanted = args[-1]
-        return 1 + wanted[0] + wanted[1]
+        needed = args[-1]
+        return 1 + needed[0] + needed[1]
     if name == "attention_backward":
         return 2
     if not name.startswith("_foreach_"):
         return 1
     lists = [value for value in args if isinstance(value, list | tuple)]
     lists += [made] if made else []
-    types = [{t.dtype for t in tensors} for tensors in lists]
-    alike = max(map(len, types)) == 1 and (name == "_foreach_copy_" or len(set.union(*types)) == 1)
-    if not alike or any(len(set(map(_layout, row))) > 1 for row in zip(*lists, strict=True)):
+    dtypes = [{t.dtype for t in tensors} for tensors in lists]
+    uniform = max(map(len, dtypes)) == 1 and (
+        name == "_foreach_copy_" or len(set.union(*dtypes)) == 1
+    )
+    if not uniform or any(len(set(map(_layout, row))) > 1 for row in zip(*lists, strict=True)):
         return len(lists[0])
     launches = tensors = blocks = 0
     for tensor in lists[0]:
@@ -143,19 +156,24 @@ def _launches(name: str, args: tuple, made: list[torch.Tensor]) -> int:
 
 
 def _layout(tensor: torch.Tensor) -> tuple:
-    """Sizes, and strides wherever they matter."""
+    """Sizes and strides, with strides of size-1 dimensions set to 0."""
     strides = zip(tensor.shape, tensor.stride(), strict=True)
     return tuple((size, stride if size > 1 else 0) for size, stride in strides)
 
 
 class Count(TorchDispatchMode):
-    """Counts the operations in the block, and the memory of the tensors that are alive.
+    """Context that records operations and tracks the memory of live tensors.
 
-    layers: note in which module each operation runs.
+    A tensor made in the context is of kind "activations" once autograd has saved it, "copies" if
+    it is a weight cast to another dtype, else "workspace"; set_kind() changes that.
 
-    ops are the operations; live and peak are bytes by kind of tensor, now and when their sum was
-    largest. A tensor made in the block is "activations" once autograd has saved it, "copies" if
-    it is a weight in another type, else "workspace"; `call` gives it another kind.
+    Args:
+        layers: note the module that each operation runs in.
+
+    Attributes:
+        ops: the operations, in order.
+        live: bytes by kind of tensor, now.
+        peak: bytes by kind of tensor when their sum was largest.
     """
 
     def __init__(self, layers: bool = False):
@@ -165,21 +183,21 @@ class Count(TorchDispatchMode):
         self.peak: Counter[str] = Counter()
         self._modules = ModuleTracker() if layers else None
         self._held: dict[int, tuple[weakref.ref, str]] = {}  # storages by address
-        self._within = contextlib.ExitStack()
+        self._contexts = contextlib.ExitStack()
 
     def __enter__(self):
         if self._modules:
-            self._within.enter_context(self._modules)
+            self._contexts.enter_context(self._modules)
         hooks = torch.autograd.graph.saved_tensors_hooks(self._saved, lambda tensor: tensor)
-        self._within.enter_context(hooks)
+        self._contexts.enter_context(hooks)
         return super().__enter__()
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        self._within.close()
+        self._contexts.close()
 
-    def call(self, kind: str, *tensors: torch.Tensor) -> None:
-        """From here on these tensors are of this kind."""
+    def set_kind(self, kind: str, *tensors: torch.Tensor) -> None:
+        """Count these tensors as of this kind from here on."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             address, nbytes = storage._cdata, -(-storage.nbytes() // ALLOCATION) * ALLOCATION
@@ -200,7 +218,7 @@ class Count(TorchDispatchMode):
 
     def _saved(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._kind(tensor) == "workspace":
-            self.call("activations", tensor)
+            self.set_kind("activations", tensor)
         return tensor
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -212,8 +230,8 @@ class Count(TorchDispatchMode):
         name = func._overloadpacket.__name__
         weight = name == "_to_copy" and self._kind(inputs[0]) not in TRANSIENT
         for tensor in made:
-            self.call("copies" if weight else "workspace", tensor)
-        if (made or func._schema.is_mutable) and name not in MAKES_NOTHING:
+            self.set_kind("copies" if weight else "workspace", tensor)
+        if (made or func._schema.is_mutable) and name not in IGNORED:
             self._note(name, func, args, kwargs, out, inputs, made)
         return out
 
@@ -221,7 +239,7 @@ class Count(TorchDispatchMode):
         written = [
             tensor
             for argument, value in zip(func._schema.arguments, args, strict=False)
-            if argument.is_write and argument.name != "grads"  # written where not finite
+            if argument.is_write and argument.name != "grads"  # written only where not finite
             for tensor in _tensors(value)
         ]
         read = inputs[len(written) :] if name in OVERWRITES else inputs
@@ -247,19 +265,17 @@ TRANSIENT = (None, "workspace", "activations")
 
 class _Fake(FakeTensorMode):
     def __deepcopy__(self, memo):
-        return self  # tensors copied with their module stay in one mode
+        return self  # tensors copied with their module keep the same mode
 
 
 @contextlib.contextmanager
 def fake(backends: Backends = "triton") -> Iterator[None]:
-    """Tensors made in the block have no values.
+    """Make all tensors in the block fake, and count the kernels of `backends`.
 
     Args:
-        backends: the backend to count, or one per operation; "default" for a GPU's defaults.
-            Random numbers are always counted as the Triton kernel draws them.
+        backends: one backend, or a mapping from operations to backends, eager for those not in
+            it. Random numbers are always counted as the Triton kernel draws them.
     """
-    if backends == "default":
-        backends = kernels.dispatch.DEFAULTS["cuda"]
     if isinstance(backends, Mapping):
         backends = dict.fromkeys(kernels.dispatch.OPERATIONS, "eager") | dict(backends)
     forced = kernels.dispatch.forced
@@ -274,7 +290,14 @@ def forward(
     backends: Backends = "triton",
     images: int = 1,
 ) -> list[Op]:
-    """The operations of a forward of so many images, with the layers they are in."""
+    """Count the operations of one forward pass, with their layers.
+
+    Args:
+        config: of the network, which gets random weights and eval mode.
+        precision: fp32, tf32, bf16 or fp16.
+        backends: see fake.
+        images: batch size.
+    """
     with fake(backends), torch.no_grad():
         net = EDMNetwork(config).eval().requires_grad_(False)
         net.compute_in(TYPES[precision])

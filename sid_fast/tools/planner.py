@@ -1,4 +1,4 @@
-"""Memory, time and cost of a run on a given cluster, estimated without a GPU."""
+"""Estimate memory, time and cost of a run on a given cluster, without a GPU."""
 
 import dataclasses
 from collections import Counter
@@ -10,82 +10,95 @@ from sid_fast.models import NetworkConfig
 from sid_fast.tools.estimator import GIB, Counts, estimated_micro_batch
 from sid_fast.tools.gpu_specs import card
 
-NODE = 8  # GPUs that NVLink joins
-LINKS = {"inside a node": 300.0, "between nodes": 40.0}  # GB/s a GPU sends and receives
-FEW = 16  # images a micro-batch below which a GPU of today is not kept busy
+NODE = 8  # GPUs joined by NVLink
+LINKS = {"inside a node": 300.0, "between nodes": 40.0}  # GB/s per GPU and direction
+MIN_EFFICIENT_MICRO_BATCH = 16  # images; fewer leave a current GPU underused
 
 _cluster = partial(option, heading="Cluster")
 
 
 @dataclasses.dataclass
 class Cluster:
-    """The machine that a run is planned for."""
+    """The cluster that a run is planned for."""
 
-    gpus: int = _cluster(1, "how many GPUs", 1, 2**20)
-    card: Card = _cluster("h200", "which GPU")
-    memory: float | None = _cluster(None, "GiB of a GPU; default: the card's", 1)
+    gpus: int = _cluster(1, "number of GPUs", 1, 2**20)
+    card: Card = _cluster("h200", "GPU model")
+    memory: float | None = _cluster(None, "memory per GPU, GiB; default: that of --card", 1)
     tflops: float | None = _cluster(
-        None, "matrix rate of a GPU, TFLOP/s; default: the card's at this precision", 1e-3
+        None,
+        "peak dense matrix rate per GPU, TFLOP/s; default: that of --card at --precision",
+        1e-3,
     )
-    mfu: float = _cluster(0.5, "part of that rate the whole step is taken to reach", 0.01, 1)
+    mfu: float = _cluster(0.5, "assumed fraction of that rate that a whole step reaches", 0.01, 1)
     link: float | None = _cluster(
-        None, "GB/s a GPU sends to the others; default: 300 to 8 GPUs, 40 beyond", 1e-3
+        None, "bandwidth per GPU and direction, GB/s; default: 300 up to 8 GPUs, 40 above", 1e-3
     )
 
 
 def precision_of(settings: Settings) -> str:
-    """auto comes to bf16 on every card that is known here."""
+    """Resolve precision auto: bf16 on every card of gpu_specs."""
     return "bf16" if settings.precision == "auto" else settings.precision
 
 
 def check_batch(settings: Settings, gpus: int) -> None:
-    """UserError for a batch that so many GPUs cannot share."""
+    """Raise UserError if the batch does not divide evenly over the GPUs."""
     grad_accum_steps(dataclasses.replace(settings, micro_batch=None), gpus)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run takes of a machine: all of it is an estimate. Times in seconds, sizes in bytes.
+    """Estimated resources of a run.
 
-    memory: by way of sharing ("ddp", "fsdp") and kind, in rounds of micro_batch images, which is
-    0 where not even one fits. traffic: what a GPU sends in a step. exposed: the part of a step
-    that waits for it.
+    Attributes:
+        memory: peak bytes per GPU by layout ("one GPU", or "ddp" and "fsdp") and by kind.
+        micro_batch: images per micro-batch, the largest that fits; 0 if one image does not fit.
+        grad_accum_steps: micro-batches per step and GPU.
+        flop: FLOP per step, over all GPUs.
+        compute: seconds of computation per step.
+        traffic: bytes that each GPU sends per step.
+        communication: seconds to send them.
+        exposed: seconds of communication per step that computation does not hide.
+        images_per_second: training images per second, over all GPUs.
+        days: length of the run.
     """
 
     memory: dict[str, Counter[str]]
     micro_batch: int
-    rounds: int
+    grad_accum_steps: int
     flop: float
     compute: float
     traffic: float
-    exchange: float
+    communication: float
     exposed: float
     images_per_second: float
     days: float
 
 
-def plan(found: Counts, settings: Settings, kimg: float, options: Cluster) -> Plan:
-    """Reckon with what was counted."""
+def plan(counts: Counts, settings: Settings, kimg: float, options: Cluster) -> Plan:
+    """Estimate a run of `kimg` thousand images on a cluster from the counts of one step."""
     gpus, batch = options.gpus, settings.batch_size
-    ways = ("ddp", "fsdp") if gpus > 1 else ("one GPU",)
-    room = memory_of(options) * GIB
-    micro = estimated_micro_batch(found, batch // gpus, room, gpus, shards=gpus)
+    layouts = ("ddp", "fsdp") if gpus > 1 else ("one GPU",)
+    available = memory_of(options) * GIB
+    micro = estimated_micro_batch(counts, batch // gpus, available, gpus, shards=gpus)
     rate = options.mfu * tflops_of(settings, options) * 1e12
-    compute = found.flop * batch / gpus / rate
-    # An all-reduce is a reduce-scatter and an all-gather, each of all numbers but one's own part.
-    traffic = 2 * (gpus - 1) / gpus * found.stays["gradients"]
-    exchange = traffic / (link_of(options) * 1e9)
-    # Either network's gradients travel while the last round's backward (two forwards) goes on.
-    exposed = max(0.0, exchange - 2 * 2 * found.forward * micro / rate)
+    compute = counts.flop * batch / gpus / rate
+    # All-reduce = reduce-scatter + all-gather; each sends all but the GPU's own 1/gpus.
+    traffic = 2 * (gpus - 1) / gpus * counts.resident["gradients"]
+    communication = traffic / (link_of(options) * 1e9)
+    # Each network's all-reduce overlaps its last micro-batch's backward (the FLOP of 2 forwards).
+    exposed = max(0.0, communication - 2 * 2 * counts.forward * micro / rate)
     seconds = compute + exposed
     return Plan(
-        memory={w: found.memory(max(micro, 1), gpus, gpus if w == "fsdp" else 1) for w in ways},
+        memory={
+            layout: counts.memory(max(micro, 1), gpus, gpus if layout == "fsdp" else 1)
+            for layout in layouts
+        },
         micro_batch=micro,
-        rounds=batch // gpus // micro if micro else 0,
-        flop=found.flop * batch,
+        grad_accum_steps=batch // gpus // micro if micro else 0,
+        flop=counts.flop * batch,
         compute=compute,
         traffic=traffic,
-        exchange=exchange,
+        communication=communication,
         exposed=exposed,
         images_per_second=batch / seconds,
         days=kimg * 1000 / batch * seconds / 86400,
@@ -93,111 +106,119 @@ def plan(found: Counts, settings: Settings, kimg: float, options: Cluster) -> Pl
 
 
 def memory_of(options: Cluster) -> float:
+    """Memory per GPU, GiB."""
     return options.memory or card(options.card).memory
 
 
 def tflops_of(settings: Settings, options: Cluster) -> float:
+    """Peak dense matrix rate per GPU, TFLOP/s."""
     return options.tflops or card(options.card).tflops[precision_of(settings)]
 
 
 def link_of(options: Cluster) -> float:
+    """Bandwidth per GPU and direction, GB/s."""
     return options.link or LINKS["inside a node" if options.gpus <= NODE else "between nodes"]
 
 
 def text(
     name: str,
     network: NetworkConfig,
-    found: Counts,
+    counts: Counts,
     settings: Settings,
     kimg: float,
     options: Cluster,
 ) -> str:
-    """The plan as it is printed."""
-    p = plan(found, settings, kimg, options)
+    """Format the plan as the report that `python -m sid_fast.plan` prints."""
+    p = plan(counts, settings, kimg, options)
     gpus, batch, memory = options.gpus, settings.batch_size, memory_of(options)
-    million = found.parameters / 1e6
-    tb_s = f"{options.mfu:.0%} of {tflops_of(settings, options):.0f} TFLOP/s a GPU"
+    million = counts.parameters / 1e6
+    rate = f"{options.mfu:.0%} of {tflops_of(settings, options):.0f} TFLOP/s per GPU"
     lines = [
         f"{name}: {network}, {million:.1f} M parameters, {precision_of(settings)}, "
-        f"kernels: {describe(found.backends)}",
-        f"on {gpus} x {options.card}, {memory:g} GiB each; estimates, nothing here is measured",
+        f"kernels: {describe(counts.backends)}",
+        f"on {gpus} x {options.card}, {memory:g} GiB each; all numbers are estimates",
         "",
-        f"memory of a GPU, GiB{''.join(f'{way:>10}' for way in p.memory)}",
+        f"memory per GPU, GiB {''.join(f'{layout:>10}' for layout in p.memory)}",
     ]
     kinds = list(dict.fromkeys(kind for m in p.memory.values() for kind in m))
     for kind in sorted(kinds, key=lambda k: ORDER.index(k)):
         values = [m[kind] / GIB for m in p.memory.values()]
         if any(values):
-            lines.append(f"  {ABOUT[kind]:18}{''.join(f'{v:10.2f}' for v in values)}")
+            lines.append(f"  {KIND_NAMES[kind]:18}{''.join(f'{v:10.2f}' for v in values)}")
     totals = "".join(f"{m.total() / GIB:10.2f}" for m in p.memory.values())
-    lines += [f"  {'sum':18}{totals}", ""]
+    lines += [f"  {'total':18}{totals}", ""]
     if not p.micro_batch:
-        return "\n".join([*lines, *_advice(found, options)])
+        return "\n".join([*lines, *_advice(counts, options)])
     lines += [
-        f"largest micro-batch  {p.micro_batch} of {batch // gpus} images a GPU: "
-        f"{p.rounds} round{'s' if p.rounds > 1 else ''} a step",
-        f"work a step          {amount(p.flop)}FLOP: {amount(found.flop)}FLOP an image, "
-        f"{found.flop / found.forward:.0f} forwards",
-        f"time a step          {p.compute * 1e3:,.1f} ms at {tb_s} (MFU assumed)",
+        f"largest micro-batch  {p.micro_batch} of {batch // gpus} images per GPU: "
+        f"{p.grad_accum_steps} micro-batch{'es' if p.grad_accum_steps > 1 else ''} per step",
+        f"work per step        {amount(p.flop)}FLOP: {amount(counts.flop)}FLOP per image, "
+        f"{counts.flop / counts.forward:.0f} forward passes",
+        f"compute per step     {p.compute * 1e3:,.1f} ms at {rate} (assumed MFU)",
     ]
     if gpus > 1:
         hidden = (
-            f"{p.exposed * 1e3:.1f} ms of it wait"
+            f"{p.exposed * 1e3:.1f} ms not hidden by computation"
             if p.exposed
-            else "the last round's backward hides it"
+            else "hidden by the last micro-batch's backward"
         )
         lines.append(
-            f"communication        {p.traffic / 1e9:.2f} GB a GPU and step, "
-            f"{p.exchange * 1e3:.1f} ms at {link_of(options):g} GB/s (assumed); {hidden}"
+            f"communication        {p.traffic / 1e9:.2f} GB per GPU and step, "
+            f"{p.communication * 1e3:.1f} ms at {link_of(options):g} GB/s (assumed); {hidden}"
         )
     lines.append(
-        f"the whole run        {amount(kimg * 1e3)}img at {p.images_per_second:,.0f} img/s: "
-        f"{p.days:.1f} days, {p.days * gpus:.1f} GPU days"
+        f"whole run            {amount(kimg * 1e3).rstrip()} images at "
+        f"{p.images_per_second:,.0f} images/s: {p.days:.1f} days, {p.days * gpus:.1f} GPU-days"
     )
     if p.memory.get("ddp", Counter()).total() > memory * GIB:
-        lines.append("note: only sharded does it fit: --parallel fsdp")
-    if p.micro_batch < FEW:
+        lines.append("note: fits only when sharded: use --parallel fsdp")
+    if p.micro_batch < MIN_EFFICIENT_MICRO_BATCH:
         lines.append(
-            f"note: rounds of {p.micro_batch} will not keep a GPU busy: expect a lower MFU; "
-            + ("fewer GPUs cost less" if p.rounds == 1 else "--checkpoint-activations makes room")
+            f"note: a micro-batch of {p.micro_batch} underuses a GPU, so expect a lower MFU; "
+            + (
+                "fewer GPUs would cost less"
+                if p.grad_accum_steps == 1
+                else "--checkpoint-activations allows a larger one"
+            )
         )
     return "\n".join(lines)
 
 
 def amount(value: float) -> str:
-    """Three digits with their prefix, for a unit to follow."""
+    """Format with three digits and an SI prefix, ready for a unit: 1234 gives "1.23 k"."""
     sizes = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1.0}
     prefix = next((p for p, size in sizes.items() if value >= size), "")
     return f"{value / sizes[prefix]:.3g} {prefix}"
 
 
-ABOUT = {
+KIND_NAMES = {
     "teacher": "teacher",
     "weights": "weights, float32",
     "gradients": "gradients",
-    "optimiser": "optimiser's state",
-    "average": "moving average",
+    "optimiser": "optimizer state",
+    "average": "EMA",
     "copies": "16-bit weights",
     "gathered": "gathered weights",
-    "reduction": "reduction",
+    "reduction": "all-reduce buffers",
     "activations": "activations",
     "workspace": "workspace",
-    "allowance": "allowance",
+    "allowance": "CUDA and allocator",
 }
-ORDER = list(ABOUT)
+ORDER = list(KIND_NAMES)
 
 
-def _advice(found: Counts, options: Cluster) -> list[str]:
-    """What to change where not one image fits."""
-    need = found.memory(1, options.gpus, shards=options.gpus).total() / GIB
-    ways = [f"a card of {need:.1f} GiB or more (--card, --memory)"]
-    if found.image["activations"] > GIB / 4:
-        ways.append("--checkpoint-activations")
-    if not found.stays["copies"]:
-        ways.append("--precision bf16, for half the activations")
-    more = found.memory(1, 8 * options.gpus, shards=8 * options.gpus).total() / GIB
+def _advice(counts: Counts, options: Cluster) -> list[str]:
+    """Lines on what to change if a single image does not fit."""
+    need = counts.memory(1, options.gpus, shards=options.gpus).total() / GIB
+    remedies = [f"a GPU of {need:.1f} GiB or more (--card, --memory)"]
+    if counts.image["activations"] > GIB / 4:
+        remedies.append("--checkpoint-activations")
+    if not counts.resident["copies"]:
+        remedies.append("--precision bf16, for half the activations")
+    more = counts.memory(1, 8 * options.gpus, shards=8 * options.gpus).total() / GIB
     if more <= memory_of(options):
-        ways.append(f"--gpus {8 * options.gpus}, sharded: {more:.1f} GiB each")
-    return [f"does not fit: one image takes {need:.1f} GiB of {memory_of(options):g}. Instead:"] + [
-        f"  - {way}" for way in ways
-    ]
+        remedies.append(f"--gpus {8 * options.gpus}, sharded: {more:.1f} GiB each")
+    head = (
+        f"does not fit: one image takes {need:.1f} GiB, a GPU has {memory_of(options):g}. Instead:"
+    )
+    return [head, *(f"  - {line}" for line in remedies)]

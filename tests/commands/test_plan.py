@@ -14,7 +14,7 @@ from tests.helpers.networks import small_teacher
 
 # 1 GiB of weights a network, 1 GiB of activations and 11 TFLOP an image.
 COUNTS = Counts(
-    stays=Counter(teacher=1, weights=2, gradients=2, optimiser=2, average=1, copies=1),
+    resident=Counter(teacher=1, weights=2, gradients=2, optimiser=2, average=1, copies=1),
     image=Counter(activations=1, workspace=0),
     flop=11e12,
     forward=1e12,
@@ -22,7 +22,7 @@ COUNTS = Counts(
     backends="triton",
 )
 COUNTS = Counts(
-    *(Counter({k: v * GIB for k, v in c.items()}) for c in (COUNTS.stays, COUNTS.image)),
+    *(Counter({k: v * GIB for k, v in c.items()}) for c in (COUNTS.resident, COUNTS.image)),
     COUNTS.flop,
     COUNTS.forward,
     parameters=GIB // 4,
@@ -35,7 +35,7 @@ def test_the_largest_micro_batch_that_fits_is_a_divisor():
     fits = 9 + 2 + 16  # what stays, the allowance, and 16 images
     for memory, micro in ((fits, 16), (fits - 0.01, 8), (fits + 15, 16), (80, 64), (11.5, 0)):
         found = planned(COUNTS, SETTINGS, 1000, Cluster(memory=memory))
-        assert (found.micro_batch, found.rounds) == (micro, 64 // micro if micro else 0)
+        assert (found.micro_batch, found.grad_accum_steps) == (micro, 64 // micro if micro else 0)
     assert found.memory["one GPU"].total() == 12 * GIB
     assert ALLOWANCE == 2 * GIB
 
@@ -54,14 +54,14 @@ def test_shards_and_traffic():
     found = planned(COUNTS, SETTINGS, 1000, Cluster(gpus=4, memory=80, tflops=100, mfu=1, link=1))
     plain, sharded = found.memory["ddp"], found.memory["fsdp"]
     assert found.micro_batch == 16
-    assert found.rounds == 1
+    assert found.grad_accum_steps == 1
     assert plain["reduction"] == sharded["reduction"] == GIB
     for kind in ("weights", "gradients", "optimiser", "average"):
         assert sharded[kind] * 4 == plain[kind], kind
     for kind in ("teacher", "copies", "activations"):
         assert sharded[kind] == plain[kind], kind
     assert found.traffic == 2 * 0.75 * 2 * GIB
-    assert found.exchange == pytest.approx(3 * GIB / 1e9)
+    assert found.communication == pytest.approx(3 * GIB / 1e9)
     # Two networks' backwards of 2 forwards each of 16 images, at 100 TFLOP/s.
     assert found.exposed == pytest.approx(3 * GIB / 1e9 - 4 * 16 / 100)
     options = {"gpus": 4, "memory": 25, "tflops": 100, "mfu": 1}
@@ -74,13 +74,13 @@ def test_shards_and_traffic():
 
 def test_a_plan_says_what_to_change_where_nothing_fits():
     shown = text("x", small_teacher().config, COUNTS, SETTINGS, 1, Cluster(memory=8))
-    assert "does not fit: one image takes 12.0 GiB of 8." in shown
+    assert "does not fit: one image takes 12.0 GiB, a GPU has 8." in shown
     assert "--card" in shown
     assert "--checkpoint-activations" in shown
     assert "--gpus 8, sharded: 6.9 GiB each" in shown
     assert "bf16" not in shown.partition("Instead")[2]  # it is in bf16
     shown = text("x", small_teacher().config, COUNTS, SETTINGS, 1, Cluster(memory=9, gpus=8))
-    assert "only sharded does it fit" in shown
+    assert "fits only when sharded" in shown
 
 
 def test_plan_of_a_teacher_without_a_gpu(tmp_path, monkeypatch, capsys):
@@ -91,16 +91,16 @@ def test_plan_of_a_teacher_without_a_gpu(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(plan.main, "sid_fast.plan")
     shown, said = capsys.readouterr()
-    assert said.startswith("counting a step")
+    assert said.startswith("counting the operations")
     assert not stopped.value.code
-    assert "2 x h200, 24 GiB each; estimates" in shown
-    for part in ("moving average", "activations", "allowance", "ddp      fsdp"):
+    assert "2 x h200, 24 GiB each; all numbers are estimates" in shown
+    for part in ("EMA", "activations", "CUDA and allocator", "ddp      fsdp"):
         assert part in shown
-    assert "32 of 32 images a GPU: 1 round a step" in shown
-    assert "11 forwards" in shown
+    assert "32 of 32 images per GPU: 1 micro-batch per step" in shown
+    assert "11 forward passes" in shown
     assert "40% of 790 TFLOP/s" in shown
     assert "GB/s (assumed)" in shown
-    assert "2 Mimg at" in shown
+    assert "2 M images at" in shown
 
 
 @pytest.mark.parametrize(

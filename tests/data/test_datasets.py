@@ -135,12 +135,12 @@ def test_containers(tmp_path):
     refused(tmp_path, "no PNG images")
     refused(make_zip(tmp_path / "empty.zip", {}), "no PNG images")
     (tmp_path / "text.zip").write_bytes(b"hello")
-    refused(tmp_path / "text.zip", "not a zip, or damaged")
+    refused(tmp_path / "text.zip", "damaged or not a zip file")
     write_dataset(tmp_path / "cut.zip", RGB)
     data = (tmp_path / "cut.zip").read_bytes()
     for keep in range(0, len(data) - 1, 50):
         (tmp_path / "cut.zip").write_bytes(data[:keep])
-        refused(tmp_path / "cut.zip", "not a zip, or damaged")
+        refused(tmp_path / "cut.zip", "damaged or not a zip file")
 
 
 @pytest.mark.parametrize("kind", ["jpg", "JPEG", "webp"])
@@ -148,13 +148,13 @@ def test_a_folder_of_other_pictures_names_the_way_out(tmp_path, kind):
     (tmp_path / "cats").mkdir()
     for name in (f"cats/1.{kind}", "readme.txt"):
         (tmp_path / name).write_bytes(b"")
-    refused(tmp_path, f"no PNG images: convert its .{kind.lower()} files, with magick mogrify")
+    refused(tmp_path, f"no PNG images: convert its .{kind.lower()} files, for example with magick")
     refused(make_zip(tmp_path / "a.zip", {f"1.{kind}": b""}), f"convert its .{kind.lower()} files")
 
 
 GOOD = png(colour())
 IMAGES = {
-    "mixed size": (png(colour(size=4)), "has 3 channels of 4 pixels squared, the first"),
+    "mixed size": (png(colour(size=4)), "has 3 channels of 4x4 pixels, the first"),
     "mixed channels": (png(colour()[..., 0]), "has 1 channels of 8"),
     "not square": (png(colour()[:4]), "8x4 pixels"),
     "alpha": (png(np.zeros((8, 8, 4), np.uint8)), "alpha or is not 8-bit"),

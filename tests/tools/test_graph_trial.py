@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def job(**settings):
-    return graph_trial.job(small_teacher().config, Settings(**FAST | settings), CPU)
+    return graph_trial.probe_spec(small_teacher().config, Settings(**FAST | settings), CPU)
 
 
 @pytest.fixture
@@ -28,7 +28,9 @@ def stand_in(monkeypatch):
 @pytest.mark.parametrize("micro_batch", [None, 1])
 def test_graphs_that_make_the_eager_steps_pass(stand_in, micro_batch):
     made = job(batch_size=8, micro_batch=micro_batch, dropout=0.2, precision="bf16")
-    assert made["settings"]["batch_size"] == graph_trial.IMAGES * (1 if micro_batch is None else 5)
+    assert made["settings"]["batch_size"] == graph_trial.MICRO_BATCH * (
+        1 if micro_batch is None else 5
+    )
     graph_trial.run(made)
 
 
@@ -46,24 +48,24 @@ def test_graphs_that_repeat_their_random_numbers_do_not(stand_in, monkeypatch):
 
     monkeypatch.setattr(step, "counter_of", watched)
     monkeypatch.setattr(recorder.Recorded, "__call__", repeats)
-    with pytest.raises(RuntimeError, match="from eager ones"):
+    with pytest.raises(RuntimeError, match="replayed and eager steps differ"):
         graph_trial.run(job(dropout=0.2))
 
 
 def test_a_trial_says_why_it_failed():
     """In a process of its own, which here lacks a GPU."""
-    reason = graph_trial.attempt(job(), graph_trial.LIMIT)
-    assert reason.startswith("a trial failed: ")
+    reason = graph_trial.run_probe(job(), graph_trial.LIMIT)
+    assert reason.startswith("the test on a small network failed: ")
     assert "\n" not in reason
 
 
 @pytest.mark.parametrize(
     ("end", "reason"),
     [
-        ("os.abort()", "a trial was ended by SIGABRT"),
-        ("time.sleep(60)", "a trial did not end in 1 s"),
-        ("sys.exit('no\\nsuch thing')", "a trial failed: such thing"),
-        ("os._exit(3)", "a trial failed: exit status 3"),
+        ("os.abort()", "the test on a small network was killed by SIGABRT"),
+        ("time.sleep(60)", "the test on a small network took longer than 1 s"),
+        ("sys.exit('no\\nsuch thing')", "the test on a small network failed: such thing"),
+        ("os._exit(3)", "the test on a small network failed: exit status 3"),
         ("assert 'RANK' not in os.environ and sys.stdin.read()", ""),
     ],
 )
@@ -74,12 +76,12 @@ def test_a_trial_may_end_as_it_likes(tmp_path, monkeypatch, end, reason):
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setenv("RANK", "1")
     began = time.monotonic()
-    assert graph_trial.attempt({}, 1 if "sleep" in end else 60) == reason
+    assert graph_trial.run_probe({}, 1 if "sleep" in end else 60) == reason
     assert time.monotonic() - began < 30
 
 
 def test_the_first_process_of_a_node_makes_the_trial_for_all(monkeypatch):
-    monkeypatch.setattr(graph_trial, "attempt", lambda *_: "it broke")
+    monkeypatch.setattr(graph_trial, "run_probe", lambda *_: "it broke")
     arguments = small_teacher().config, Settings(**FAST), CPU
     assert graph_trial.failure_reason(*arguments) == "it broke"
     monkeypatch.setenv("LOCAL_RANK", "1")

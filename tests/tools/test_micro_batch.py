@@ -35,7 +35,7 @@ def test_the_largest_estimated_to_fit_is_tried_first_then_smaller_ones():
     assert device.fit(96, 50) == 16
     assert device.tried == [48, 32, 24, 16]
     assert "48" in device.said[0]
-    assert device.said[-1].startswith("micro-batch 16 of 96")
+    assert device.said[-1].startswith("micro-batch: 16 of 96")
     device = Device(room=1000)
     assert device.fit(96, 50) == 48
     assert device.tried == [48]

@@ -159,7 +159,7 @@ def test_activations_are_what_autograd_saves():
     with op_counter.fake(), op_counter.Count() as count:
         weight = torch.empty(8, 8, 3, 3, requires_grad=True)
         x = torch.empty(4, 8, 16, 16)
-        count.call("weights", weight)
+        count.set_kind("weights", weight)
         y = torch.nn.functional.silu(torch.nn.functional.conv2d(x, weight, padding=1))
         assert count.live["activations"] == 2 * x.nbytes
         assert count.live["workspace"] == x.nbytes
