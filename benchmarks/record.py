@@ -36,7 +36,8 @@ class Form:
     round of micro_batch images. Memory is in GiB; floor_share is the part of the time that the
     counted bytes or FLOP would take; to_ours is the time as a multiple of that of the variant
     "ours", over_plain the images a second as one of those of "plain", each measured in turns with
-    it; status is "ok", or why there are no figures: they are null.
+    it; wait_share is the part of the steps that waited for their images; status is "ok", or why
+    there are no figures: they are null.
     """
 
     keys: tuple[str, ...]
@@ -63,7 +64,7 @@ FORMS = {
         timed=False,
     ),
     "check": Form(("name",), ("status", "found", "bound", "seconds", "note"), timed=False),
-    "evaluation": Form(("stage", "variant"), ("images", "img_s", "over_plain")),
+    "evaluation": Form(("stage", "variant"), ("images", "img_s", "over_plain", "wait_share")),
     "roofline": Form(
         ("scope", "layer", "kind"),
         ("calls", "gflop", "mb", "floor_us", "bound"),

@@ -211,7 +211,8 @@ def _evaluation(result: Result, stem: Path) -> tuple[list[str], list[Path]]:
     rows, head = result["rows"], f"{result['detector']} on {result['data']}, by stage"
     draw_bars(path, f"{head}\n{provenance(result)}", rows, ("stage",), "variant")
     ratios = [
-        f"In turns, {row['variant']} reads {row['over_plain']:.2f} times as fast as plain.\n"
+        f"In turns, {row['variant']} {'feeds' if row['stage'] == 'feed' else 'reads'} "
+        f"{row['over_plain']:.2f} times as fast as plain.\n"
         for row in rows
         if row["over_plain"] is not None and row["variant"] != "plain"
     ]

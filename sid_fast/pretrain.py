@@ -3,6 +3,7 @@
 python -m sid_fast.pretrain --data images.zip --out runs/teacher
 """
 
+import contextlib
 import dataclasses
 from functools import partial
 from pathlib import Path
@@ -10,10 +11,18 @@ from pathlib import Path
 import torch
 
 from sid_fast import augment, cli, kernels
-from sid_fast.config.types import Architecture, PretrainSettings, RunOptions, check, option, part
+from sid_fast.config.types import (
+    Architecture,
+    PretrainSettings,
+    RunOptions,
+    check,
+    grad_accum_steps,
+    option,
+    part,
+)
 from sid_fast.data.digits import open_dataset
+from sid_fast.data.feed import ImageFeed
 from sid_fast.errors import UserError
-from sid_fast.io.digest import digest
 from sid_fast.methods.edm import EDM
 from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.performance import fsdp, mixed_precision, process_group
@@ -84,21 +93,20 @@ def run(config: PretrainConfig, given: set[str]) -> None:
         dropout=config.dropout,
     )
     with process_group.joined(device, config.parallel, config.timeout):
-        settings, images = part(config, PretrainSettings), data.images()
+        settings = part(config, PretrainSettings)
+        grad_accum_steps(settings, process_group.world_size())
         state = estimator.StateMemory(
-            lambda s: EDM(EDMNetwork(network), s, images[:1], None),
+            lambda s: EDM(EDMNetwork(network), s),
             mixed_precision.resolve_precision(settings, device),
             kernels.dispatch.runs(device),
         )
         sharding = fsdp.plan(config.parallel, device, state.nbytes, config.shard_group)
+        feed = ImageFeed(
+            data, settings.batch_size, config.seed, device, sharding.rank, sharding.ranks
+        )
         torch.manual_seed(seed_of(config.seed, "weights"))
-        net = EDMNetwork(network).to(device)
-        method = EDM(net, settings, images, data.labels)
-        fingerprint = {
-            **{f"network {k}": v for k, v in network.to_dict().items()},
-            "data": digest([method.images]),
-            "labels": None if method.labels is None else digest([method.labels]),
-        }
+        method = EDM(EDMNetwork(network).to(device), settings, feed)
+        fingerprint = {f"network {k}": v for k, v in network.to_dict().items()}
         trainer = Trainer(method, settings, config.seed, sharding, fingerprint)
         sampler = partial(heun, num_steps=config.sampler_steps)
         snapshots = Snapshots(config, trainer, trainer.ema, sampler)
@@ -108,8 +116,9 @@ def run(config: PretrainConfig, given: set[str]) -> None:
         name = f"teacher-{config.preset or Path(config.data).stem}"
         backends = kernels.dispatch.report(device)
         where = f"on {device} in {trainer.settings.precision}, kernels: {backends}, {sharding.text}"
-        headline = f"training a teacher ({network}) on {len(data):,} images, {where}"
-        Loop(trainer, config, snapshots, name, headline, evaluations).run(resume)
+        headline = f"training a teacher ({network}) on {len(data):,} images {feed.text}, {where}"
+        with contextlib.closing(feed):
+            Loop(trainer, config, snapshots, name, headline, evaluations).run(resume)
 
 
 main = cli.command(PretrainConfig, run, "pretrain", __doc__)

@@ -1,5 +1,6 @@
 """EDM data sets: a zip or folder of square PNGs, with class numbers in `dataset.json`."""
 
+import hashlib
 import io
 import json
 import mmap
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from sid_fast.data.images import encode_png
 from sid_fast.errors import UserError
 from sid_fast.io.atomic import atomic_path
+from sid_fast.io.download import cache_folder, file_sha256
 
 _LABELS = "dataset.json"
 _OTHER_FORMATS = {".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -187,6 +189,28 @@ class ImageDataset:
                     "supported, not vectors",
                 )
         return np.array([by_name[name] for name in self._names], np.int64)
+
+
+def content_digest(data: ImageDataset) -> str:
+    """The sha256 of a data set's files.
+
+    Hashing takes about a second per GB, so the result is cached under the files' paths, sizes,
+    inodes and times; a change in any of them hashes the files again.
+    """
+    identity = hashlib.sha256()
+    for path in data.files:
+        s = path.stat()
+        times = s.st_mtime_ns, s.st_ctime_ns  # ctime cannot be set back
+        identity.update(repr((os.path.abspath(path), s.st_size, s.st_ino, *times)).encode())
+    record = cache_folder() / f"content-{identity.hexdigest()[:32]}.txt"
+    if record.exists():
+        return record.read_text()
+    content = hashlib.sha256()
+    for path in data.files:
+        content.update(bytes.fromhex(file_sha256(path)))
+    with atomic_path(record) as temporary:
+        temporary.write_text(content.hexdigest())
+    return content.hexdigest()
 
 
 def write_dataset(

@@ -1,4 +1,4 @@
-"""Image files: single PNGs and grids."""
+"""Pixels to network inputs, and to PNG files."""
 
 import io
 import math
@@ -11,6 +11,11 @@ from PIL import Image
 from sid_fast.io.atomic import atomic_path
 
 _GRID_WIDTH = 500  # pixels, at least
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """Convert uint8 images to float32 in [−1, 1], the range of network inputs."""
+    return images.float() / 127.5 - 1
 
 
 def encode_png(image: np.ndarray | torch.Tensor) -> bytes:

@@ -1,9 +1,10 @@
 """Decode the PNGs of a data set into tensors, with DALI if installed, else with PIL."""
 
+import collections
 import contextlib
 import os
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -11,8 +12,9 @@ import torch
 from sid_fast.data.datasets import ImageDataset
 from sid_fast.errors import UserError
 
-BATCH = 1024  # images; keeps DALI's threads busy
-THREADS = 8  # for decoding
+BATCH = 1024  # images; DALI's threads want many at a time
+PLAIN_BATCH = 64  # small, so that a progress bar moves
+THREADS = 8  # that decode
 READERS = ("auto", "dali", "plain")
 
 
@@ -54,31 +56,50 @@ def read(
     Raises:
         UserError: an image is damaged or differs in shape; the message names it.
     """
-    batches = _dali(data, indices, device, batch) if reader == "dali" else _plain(data, indices)
-    for images in batches:
+    size = batch if reader == "dali" else PLAIN_BATCH
+    batches = (indices[i : i + size] for i in range(0, len(indices), size))
+    for images in read_batches(data, batches, device, reader, size):
         yield images.to(device)
 
 
-def _plain(data: ImageDataset, indices: Sequence[int]) -> Iterator[torch.Tensor]:
-    size = 64  # small, so that the progress bar moves
-    for i in range(0, len(indices), size):
-        yield torch.from_numpy(np.stack([data[k] for k in indices[i : i + size]]))
+def read_batches(
+    data: ImageDataset,
+    batches: Iterable[Sequence[int]],
+    device: torch.device,
+    reader: str,
+    size: int,
+) -> Generator[torch.Tensor, None, None]:
+    """Yield one tensor per batch of at most `size` indices, uint8 [len, C, R, R].
+
+    `batches` may be infinite. DALI decodes on the device, the plain reader on the host. Raises
+    UserError as `read` does.
+    """
+    return _dali(data, batches, device, size) if reader == "dali" else _plain(data, batches)
+
+
+def _plain(
+    data: ImageDataset, batches: Iterable[Sequence[int]]
+) -> Generator[torch.Tensor, None, None]:
+    for batch in batches:
+        yield torch.from_numpy(np.stack([data[k] for k in batch]))
 
 
 def _dali(
-    data: ImageDataset, indices: Sequence[int], device: torch.device, batch: int
+    data: ImageDataset, batches: Iterable[Sequence[int]], device: torch.device, size: int
 ) -> Generator[torch.Tensor, None, None]:
     """Decode with DALI, on a GPU with its decoder there; tensors share DALI's memory."""
     from nvidia.dali import fn, pipeline_def, types
 
     gpu = device.type == "cuda"
+    pending: collections.deque[Sequence[int]] = collections.deque()  # DALI reads ahead
 
     def files() -> Iterator[list[np.ndarray]]:
-        for i in range(0, len(indices), batch):
-            yield [data.encoded(k) for k in indices[i : i + batch]]
+        for batch in batches:
+            pending.append(batch)
+            yield [data.encoded(k) for k in batch]
 
     @pipeline_def(
-        batch_size=batch,
+        batch_size=size,
         num_threads=min(THREADS, os.cpu_count() or 1),
         device_id=device.index if gpu else None,
         exec_dynamic=True,  # outputs stay valid while referenced, so torch may keep them
@@ -91,24 +112,27 @@ def _dali(
             output_type=types.GRAY if data.channels == 1 else types.RGB,
         )
 
-    pipe, done = pipeline(), 0
+    pipe = pipeline()
     pipe.build()
-    while done < len(indices):
+    while True:
         try:
             (images,) = pipe.run()
+        except StopIteration:
+            return
         except RuntimeError as error:
-            raise _culprit(data, indices[done:], device, batch) from error
-        done += len(images)
+            unread = [k for batch in pending for k in batch]
+            raise _culprit(data, unread, device, size) from error
+        pending.popleft()
         yield torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
 
 
 def _culprit(
-    data: ImageDataset, indices: Sequence[int], device: torch.device, batch: int
+    data: ImageDataset, unread: Sequence[int], device: torch.device, size: int
 ) -> UserError:
-    """The error for the first image that does not decode: DALI names only the batch."""
-    if batch == 1:
-        return data.damaged(indices[0], "it does not decode")
-    with contextlib.closing(_dali(data, indices, device, 1)) as single:
+    """The error for the first image that does not decode; DALI names a batch only."""
+    if size == 1:
+        return data.damaged(unread[0], "it does not decode")
+    with contextlib.closing(_dali(data, [[k] for k in unread], device, 1)) as single:
         try:
             for _ in single:
                 pass

@@ -2,13 +2,12 @@
 
 import dataclasses
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from sid_fast.data.datasets import ImageDataset
+from sid_fast.data.datasets import ImageDataset, content_digest
 from sid_fast.data.readers import read
 from sid_fast.errors import UserError
 from sid_fast.evaluation.features import Detector, Pixels
@@ -20,7 +19,7 @@ from sid_fast.evaluation.sample import (
     shard_by_rank,
 )
 from sid_fast.io.atomic import atomic_path
-from sid_fast.io.download import cache_folder, fetch, file_sha256
+from sid_fast.io.download import cache_folder, fetch
 from sid_fast.io.safetensors import read_snapshot, write_snapshot
 from sid_fast.performance import process_group
 
@@ -120,25 +119,3 @@ def real_stats(
         return measured
     features = measured.features if measured else None
     return dataclasses.replace(read_reference(ref, detector), features=features)
-
-
-def content_digest(data: ImageDataset) -> str:
-    """The sha256 of a data set's files.
-
-    Hashing takes about a second per GB, so the result is cached under the files' paths, sizes,
-    inodes and times; a change in any of them hashes the files again.
-    """
-    identity = hashlib.sha256()
-    for path in data.files:
-        s = path.stat()
-        times = s.st_mtime_ns, s.st_ctime_ns  # ctime cannot be set back
-        identity.update(repr((os.path.abspath(path), s.st_size, s.st_ino, *times)).encode())
-    record = cache_folder() / f"content-{identity.hexdigest()[:32]}.txt"
-    if record.exists():
-        return record.read_text()
-    content = hashlib.sha256()
-    for path in data.files:
-        content.update(bytes.fromhex(file_sha256(path)))
-    with atomic_path(record) as temporary:
-        temporary.write_text(content.hexdigest())
-    return content.hexdigest()

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from sid_fast import kernels
+from sid_fast.data.feed import ImageFeed
 from sid_fast.kernels import Losses
 from sid_fast.models import EDMNetwork
 
@@ -26,26 +27,14 @@ class RandomStream:
         counter: int64 [3] on the device, see kernels.random.
         phase: Name of the phase.
         n: Number of samples.
-        host_counter: The same counter on the CPU.
 
     Raises:
         ValueError: A name is drawn twice, which would repeat the same numbers.
     """
 
-    def __init__(
-        self,
-        counter: torch.Tensor,
-        phase: str,
-        n: int,
-        host_counter: torch.Tensor | None = None,
-    ):
-        self.counter, self.phase, self.n, self.host_counter = counter, phase, n, host_counter
+    def __init__(self, counter: torch.Tensor, phase: str, n: int):
+        self.counter, self.phase, self.n = counter, phase, n
         self.drawn: set[int] = set()
-
-    def on_host(self) -> "RandomStream":
-        """Return this stream on the CPU: the same numbers, without a host-device sync."""
-        counter = self.counter if self.host_counter is None else self.host_counter
-        return RandomStream(counter.cpu(), self.phase, self.n)
 
     def uniform(self, name: str, *shape: int) -> torch.Tensor:
         """Draw from U[0, 1): float32 [n, *shape]."""
@@ -106,6 +95,8 @@ class Method:
         progress: Metrics shown in the progress line, with their labels.
         fingerprint: Values that must match for a checkpoint to be resumed, besides settings and
             seed.
+        feed: Real images for sample_inputs, or None. The trainer loads each step's images before
+            the step.
     """
 
     networks: Mapping[str, EDMNetwork]
@@ -114,6 +105,7 @@ class Method:
     phases: tuple[Phase, ...]
     progress: ClassVar[Mapping[str, str]]
     fingerprint: Mapping[str, Any]
+    feed: ImageFeed | None = None
 
 
 def one_hot_labels(

@@ -8,11 +8,12 @@ y is an augmented training image. SiD's fake score minimises the same loss on ge
 import dataclasses
 from typing import ClassVar
 
-import numpy as np
 import torch
 
 from sid_fast import augment, losses, noise
 from sid_fast.config.types import PretrainSettings
+from sid_fast.data.feed import ImageFeed
+from sid_fast.data.images import to_float
 from sid_fast.kernels import Losses
 from sid_fast.methods.base import Method, Phase, RandomStream
 from sid_fast.models import EDMNetwork
@@ -43,23 +44,14 @@ class EDM(Method):
     Args:
         net: The untrained network.
         settings: Training settings.
-        images: uint8 [N, C, R, R], kept in host memory.
-        labels: Class indices, int64 [N], or None; kept in host memory.
+        feed: Images, with labels if the network takes any. Without a feed nothing can be sampled.
     """
 
     averaged = "teacher"
     progress: ClassVar = {"loss": "loss", "distance": "‖D-y‖²"}
 
-    def __init__(
-        self,
-        net: EDMNetwork,
-        settings: PretrainSettings,
-        images: np.ndarray,
-        labels: np.ndarray | None,
-    ):
-        self.net, self.settings = net, settings
-        self.images = torch.from_numpy(images)
-        self.labels = None if labels is None else torch.from_numpy(labels)
+    def __init__(self, net: EDMNetwork, settings: PretrainSettings, feed: ImageFeed | None = None):
+        self.net, self.settings, self.feed = net, settings, feed
         self.networks, self.frozen = {"teacher": net}, {}
         self.phases = (
             Phase("", "teacher", self.sample_inputs, self.loss, self.lr, settings.beta1),
@@ -67,7 +59,10 @@ class EDM(Method):
 
     def loss(self, inputs: RealImages) -> Losses:
         """Compute the denoising loss of each sample, [n]."""
-        return losses.fake_score_loss(self.net, *dataclasses.astuple(inputs))
+        return losses.fake_score_loss(
+            self.net, inputs.y, inputs.sigma, inputs.noise, inputs.class_labels,
+            inputs.augment_labels,
+        )  # fmt: skip
 
     def lr(self, images: int) -> float:
         """Return the learning rate, ramped up linearly over the first lr_rampup_kimg."""
@@ -75,15 +70,10 @@ class EDM(Method):
         return s.lr * min(1.0, (images + s.batch_size) / max(s.lr_rampup_kimg * 1000, 1e-8))
 
     def sample_inputs(self, rng: RandomStream) -> RealImages:
-        """Sample and augment n images, and sample their noise levels and noise."""
-        device = rng.counter.device
-        u = rng.on_host().uniform("images", 2).double()  # two draws of 24 bits: 48-bit index
-        index = ((u[:, 0] + u[:, 1] * 2**-24) * len(self.images)).long()
-        y = (self.images[index].float() / 127.5 - 1).to(device)
-        labels = augment_labels = None
-        if self.labels is not None:
-            labels = torch.zeros(rng.n, self.net.config.label_dim)
-            labels = labels.scatter_(1, self.labels[index][:, None], 1.0).to(device)
+        """Take n images, augment them, and sample their noise levels and noise."""
+        assert self.feed is not None
+        images, labels = self.feed.take(rng.counter, rng.n)
+        y, augment_labels = to_float(images), None
         if self.settings.augment_p:
             y, augment_labels = augment.apply(y, augment.draw(rng, self.settings.augment_p))
         sigma = noise.fake_score_sigma(rng.normal("sigma", 1, 1, 1))

@@ -123,6 +123,23 @@ class Throughput:
         return rate
 
 
+class InputWaits:
+    """The share of this rank's steps that waited for real images, since the last reading."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self._last = self._now()
+
+    def _now(self) -> tuple[int, int]:
+        feed = self.trainer.method.feed
+        return self.trainer.steps, feed.waits if feed else 0
+
+    def read(self) -> float:
+        """Return the share, from 0 to 1, and start over."""
+        (steps, waits), self._last = self._last, self._now()
+        return (self._last[1] - waits) / max(self._last[0] - steps, 1)
+
+
 class Loop:
     """Runs a trainer to its end and writes logs, snapshots and states into a run folder.
 
@@ -223,7 +240,7 @@ class Loop:
 
     def _steps(self, caught: list[signal.Signals]) -> None:
         trainer, options = self.trainer, self.options
-        self.throughput = Throughput()
+        self.throughput, self.waits = Throughput(), InputWaits(trainer)
         failures: torch.Tensor | int = 0
         faults: dict[str, torch.Tensor] = {}
         stop = False
@@ -363,6 +380,9 @@ class Loop:
             *(f"{label} {values[name]:.4g}" for name, label in progress.items()),
         ]
         parts += [f"{k} {v:.0f}" for k, v in values.items() if k.endswith(FAULT_METRICS) and v]
+        if self.trainer.method.feed:
+            values["input_waits"] = share = self.waits.read()
+            parts += [f"{share:.1%} of steps waited for images"] * (share > 0)
         self._print("  ".join(parts))
         if keep:
             self._record(values | {"it_per_s": rate, "img_per_s": images})

@@ -10,7 +10,7 @@ import torch
 from sid_fast.config.types import check, grad_accum_steps, resume_fingerprint
 from sid_fast.errors import OutOfMemory
 from sid_fast.methods.base import Method, Phase, RandomStream, stream_number
-from sid_fast.performance import fsdp, mixed_precision
+from sid_fast.performance import fsdp, mixed_precision, process_group
 from sid_fast.performance.compile import compile_blocks
 from sid_fast.performance.cuda_graphs import MAX_SINGLE_GRAPH_MICRO_BATCHES, GraphedStep
 from sid_fast.training.optimizer import AdamWithEMA, ema_beta
@@ -69,11 +69,16 @@ class Trainer:
         self.method, self.seed = method, seed
         run = {"seed": seed, "random numbers": RANDOM_NUMBERS}
         self.resume_fingerprint = resume_fingerprint(s) | run | dict(fingerprint or {})
+        if feed := method.feed:
+            given = feed.batch_size, feed.rank, feed.world_size
+            if given != (s.batch_size, self.rank, self.ranks):
+                raise ValueError(f"the feed's batch_size, rank and world_size are {given}")
+            with process_group.main_process_first():  # one process of a node reads the files
+                self.resume_fingerprint |= feed.fingerprint()
         self.steps = self.images = 0
 
         # Values that change every step stay on the device, where a CUDA graph can read them.
         self.counter = counter_of(seed, self.device)
-        self.host_counter = counter_of(seed, torch.device("cpu"))  # the same, for draws on the host
         scalar: dict[str, Any] = {"dtype": torch.float64, "device": self.device}
         self.ema_beta = torch.zeros((), **scalar)
         self.lr = {phase.network: torch.zeros((), **scalar) for phase in method.phases}
@@ -135,6 +140,8 @@ class Trainer:
         s = self.settings
         decay = ema_beta(self.images, s.batch_size, s.ema_halflife_kimg, s.ema_rampup_ratio)
         self.ema_beta.fill_(decay)
+        if inputs is None:
+            self._load_images()
         metrics = self.graphs() if self.graphs and inputs is None else self.run(inputs)
         self.steps += 1
         self.images += s.batch_size
@@ -193,7 +200,11 @@ class Trainer:
         scale = phase.loss_scale / self.settings.batch_size
         optimizer.backward(losses, scale, last)
         self.counter[2].add_(n)
-        self.host_counter[2].add_(n)
+
+    def _load_images(self) -> None:
+        """Stage the real images of the next step, if the method takes any."""
+        if self.method.feed:
+            self.method.feed.load(self.steps)
 
     def _enter(self, phase: Phase) -> None:
         """Unfreeze this phase's network alone, and restart at the rank's first sample."""
@@ -203,14 +214,12 @@ class Trainer:
 
     def _count_step(self) -> None:
         self.counter[1].fill_(self.steps)
-        self.host_counter[1].fill_(self.steps)
 
     def _count_from(self, first: int) -> None:
         self.counter[2].fill_(first)
-        self.host_counter[2].fill_(first)
 
     def _stream(self, phase: Phase, n: int) -> RandomStream:
-        return RandomStream(self.counter, phase.name, n, self.host_counter)
+        return RandomStream(self.counter, phase.name, n)
 
     def update(self, phase: Phase) -> dict[str, torch.Tensor]:
         """End a phase: average gradients over ranks, replace non-finite ones, Adam, EMA."""
@@ -228,6 +237,7 @@ class Trainer:
         n = self.samples // self.grad_accum_steps
         inputs: dict[str, list[Any]] = {}
         self._count_step()
+        self._load_images()
         for phase in self.method.phases:
             inputs[phase.name] = []
             for i in range(self.grad_accum_steps):

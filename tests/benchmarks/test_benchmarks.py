@@ -15,6 +15,7 @@ from benchmarks import baselines, breakdown, check, evaluation, kernels, rooflin
 from benchmarks.record import Record, read
 from sid_fast import Distiller, Settings
 from sid_fast.data import readers
+from sid_fast.data.feed import ImageFeed
 from sid_fast.errors import RunFailed, UserError
 from sid_fast.kernels.dispatch import choose, describe, runs
 from sid_fast.models import EDMNetwork
@@ -475,6 +476,9 @@ def test_an_evaluation_is_kept_stage_by_stage(monkeypatch, tmp_path):
         order.append(kind)
         return readers.read(data, indices, device)
 
+    def feed_plainly(*arguments, resident, reader):
+        return ImageFeed(*arguments, resident=resident, reader="plain")
+
     def cut_off(*_):
         raise KeyboardInterrupt
 
@@ -482,6 +486,7 @@ def test_an_evaluation_is_kept_stage_by_stage(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation, "choose", lambda: "dali")
     monkeypatch.setattr(evaluation, "read", read_plainly)
     monkeypatch.setattr(evaluation.references, "read", read_plainly)
+    monkeypatch.setattr(evaluation, "ImageFeed", feed_plainly)
     out = tmp_path / "evaluation.json"
     options = evaluation.Options(images=20, rounds=2, device="cpu", out=str(out))
     evaluation.run(options, set())
@@ -490,6 +495,10 @@ def test_an_evaluation_is_kept_stage_by_stage(monkeypatch, tmp_path):
     parts = {"images", "detector", "moments"}
     assert set(rows) >= {(part, of) for part in parts for of in ("reference", "generated")}
     assert ("Fréchet distance", "comparison") in rows
+    for way in ("resident", "dali", "plain"):
+        assert rows["feed", way]["over_plain"] > 0
+        assert 0 <= rows["fed step", way]["wait_share"] <= 1
+    assert rows["fed step", "resident"]["wait_share"] == 0
     dali, plain = (rows["reading", kind] for kind in ("dali", "plain"))
     assert plain["over_plain"] == 1
     assert dali["over_plain"] > 0
@@ -502,11 +511,13 @@ def test_an_evaluation_is_kept_stage_by_stage(monkeypatch, tmp_path):
         assert row["img_s"] == pytest.approx(2e4 / row["ms"]["p50"])
     shown = summary.evaluated([dali, *(row for row in rows.values() if row["img_s"] is None)])
     assert shown[1].endswith(f"{dali['over_plain']:.2f}")
+    shown_wait = summary.evaluated([rows["fed step", "resident"]])
+    assert shown_wait[1].endswith(" 0%")
     assert shown[2].startswith("Fréchet")
     monkeypatch.setattr(evaluation, "compare", cut_off)
     with pytest.raises(KeyboardInterrupt):
         evaluation.run(options, set())
-    assert len(read(out)["rows"]) == 2 + 3 + 3
+    assert len(read(out)["rows"]) == 2 + 3 + 3 + 3 + 3
 
 
 def test_the_ratio_of_the_readers_is_of_the_same_turn(monkeypatch, tmp_path):

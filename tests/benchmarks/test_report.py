@@ -33,7 +33,13 @@ def results(tmp_path):
     )  # fmt: skip
     for kind, ratio in (("dali", 4.321), ("plain", 1.0)):
         evaluation.add(
-            stage="reading", variant=kind, ms=ms(1, 2, 3), images=9, img_s=4.5, over_plain=ratio
+            stage="reading",
+            variant=kind,
+            ms=ms(1, 2, 3),
+            images=9,
+            img_s=4.5,
+            over_plain=ratio,
+            wait_share=None,
         )
     steps = record.Record(tmp_path / "results" / "breakdown.json", "breakdown", device="NVIDIA Z")
     for kind, name, floor in (("update", "all", 0.5), ("update", "adam_ema_kernel", None)):

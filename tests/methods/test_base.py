@@ -104,16 +104,6 @@ def test_a_name_is_drawn_once_a_phase():
         rng.normal("z", 3)
 
 
-def test_the_host_draws_what_the_device_draws():
-    trainer = toy.trainer()
-    trainer.step()
-    trainer._count_step()
-    for phase in trainer.method.phases:
-        trainer._enter(phase)
-        on_device, on_host = (trainer._stream(phase, 2) for _ in range(2))
-        assert torch.equal(on_device.uniform("x", 4), on_host.on_host().uniform("x", 4))
-
-
 def test_every_network_takes_one_phase():
     class Twice(toy.FixedImage):
         def __init__(self, image):

@@ -6,6 +6,7 @@ import torch
 
 from sid_fast.config.types import PretrainSettings
 from sid_fast.data.digits import open_dataset
+from sid_fast.data.feed import ImageFeed
 from sid_fast.methods.edm import EDM
 from sid_fast.models import EDMNetwork
 from sid_fast.training.step import Trainer
@@ -18,7 +19,8 @@ def pretrainer(seed: int = 0, **settings) -> Trainer:
     torch.manual_seed(0)
     values = {"batch_size": 32, "lr_rampup_kimg": 0.1, "lr": 3e-3, "augment_p": 0.2} | settings
     settings = PretrainSettings(**values)
-    return Trainer(EDM(EDMNetwork(SMALL), settings, data.images(), data.labels), settings, seed)
+    feed = ImageFeed(data, settings.batch_size, seed, torch.device("cpu"))
+    return Trainer(EDM(EDMNetwork(SMALL), settings, feed), settings, seed)
 
 
 def weights(trainer: Trainer) -> torch.Tensor:
