@@ -121,12 +121,13 @@ def forced(names: str | Mapping[str, str] | None) -> Iterator[None]:
         _forced = before
 
 
-def configure(text: str, device: torch.device) -> None:
+def configure(text: str, device: torch.device, deterministic: bool = False) -> None:
     """Apply the value of --kernels for runs on a device.
 
     Args:
         text: comma-separated backends: NAME for all operations, OPERATION=NAME for one.
         device: where the operations will run.
+        deterministic: refuse backends that may give other bits in another run.
 
     Raises:
         UserError: if an operation or backend is unknown, or cannot run on the device.
@@ -141,6 +142,11 @@ def configure(text: str, device: torch.device) -> None:
     backends = _resolve_all(names, device).values()
     if device.type == "cpu" and "apex" in backends:
         raise UserError(f"kernels={text}: apex runs on NVIDIA GPUs only, not on {device}")
+    if deterministic and "apex" in backends:
+        raise UserError(
+            f"kernels={text}: apex's group norm does not promise to be deterministic: choose "
+            "triton, or leave out --deterministic"
+        )
     if device.type == "cpu" and "triton" in backends and os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError(
             f"kernels={text}: Triton runs on a CPU only in its interpreter, for tests; "

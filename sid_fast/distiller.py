@@ -54,8 +54,7 @@ class Distiller(Trainer):
         }
         if mixed_precision.TYPES[settings.precision] != torch.float32:
             teacher = copy.deepcopy(teacher)
-        weights = None if label_weights is None else label_weights.to(device)
-        method = SiD(teacher, settings, weights)
+        method = SiD(teacher, settings, label_weights)
         super().__init__(
             method, settings, seed, sharding, fingerprint, cuda_graph=cuda_graph, compile=compile
         )

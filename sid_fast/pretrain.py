@@ -77,8 +77,8 @@ def run(config: PretrainConfig, given: set[str]) -> None:
         raise UserError("data is missing: give the training images as --data IMAGES.zip")
     if config.lr_rampup_kimg is None:  # the ratio of EDM: 10 of 200 million images
         config.lr_rampup_kimg = config.kimg / 20
-    device = process_group.pick_device(config.device)
-    kernels.dispatch.configure(config.kernels, device)
+    device = process_group.pick_device(config.device, config.deterministic)
+    kernels.dispatch.configure(config.kernels, device, config.deterministic)
     data = open_dataset(config.data)
     network = NetworkConfig(
         architecture=config.architecture,

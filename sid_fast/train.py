@@ -103,8 +103,8 @@ def run(config: TrainConfig, given: set[str]) -> None:
             f"eval_every={config.eval_every} needs a reference: give real images as --data, or "
             "their statistics as --ref"
         )
-    device = process_group.pick_device(config.device)
-    kernels.dispatch.configure(config.kernels, device)
+    device = process_group.pick_device(config.device, config.deterministic)
+    kernels.dispatch.configure(config.kernels, device, config.deterministic)
     data = open_dataset(config.data) if config.data else None
     with process_group.joined(device, config.parallel, config.timeout):
         if auto and resume and read_header(resume)["processes"] != process_group.world_size():

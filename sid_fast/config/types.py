@@ -203,8 +203,13 @@ class RunOptions:
     kernels: str = _machine(
         "auto",
         "kernel backend: auto, eager (PyTorch), triton or cuda; OPERATION=BACKEND overrides it for "
-        "one operation (triton,group_norm=eager). auto: eager, but triton for random numbers on a "
-        "GPU",
+        "one operation (triton,group_norm=eager). auto: on a GPU triton for the group norm, the "
+        "losses, random numbers and Adam, else eager; on a CPU eager, with Adam in C++",
+    )
+    deterministic: bool = _machine(
+        False,
+        "make a GPU run bit-exact, across kill -9 and --resume too, with slower algorithms; a CPU "
+        "run always is",
     )
     parallel: Parallel = _machine(
         "auto",

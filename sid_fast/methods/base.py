@@ -109,18 +109,17 @@ class Method:
 
 
 def one_hot_labels(
-    rng: RandomStream, label_dim: int, weights: torch.Tensor | None = None
+    rng: RandomStream, label_dim: int, cumulative: torch.Tensor | None = None
 ) -> torch.Tensor | None:
     """Sample one-hot class labels, float32 [n, label_dim]; None if label_dim is 0.
 
-    weights [label_dim]: relative class frequencies; uniform if None.
+    cumulative [label_dim]: running sum of the relative class frequencies, float64; uniform if None.
     """
     if not label_dim:
         return None
     u = rng.uniform("labels")
-    if weights is None:
+    if cumulative is None:
         classes = (u * label_dim).long().clamp_(max=label_dim - 1)
     else:
-        cumulative = weights.double().cumsum(0)
         classes = torch.searchsorted(cumulative[:-1], u * cumulative[-1], right=True)
     return torch.zeros(rng.n, label_dim, device=u.device).scatter_(1, classes[:, None], 1.0)

@@ -72,7 +72,11 @@ class SiD(Method):
                 f"augment_p={s.augment_p}: the teacher takes no augmentation labels, so "
                 "augmented images would leak into the generator; use augment_p 0"
             )
-        self.settings, self.label_weights = settings, label_weights
+        self.settings = settings
+        self.label_cumulative = None
+        if label_weights is not None:  # summed on the host: CUDA's cumsum is not deterministic
+            device = next(teacher.parameters()).device
+            self.label_cumulative = label_weights.cpu().double().cumsum(0).to(device)
         self.teacher = teacher
         self.generator, self.fake_score = copy.deepcopy(teacher), copy.deepcopy(teacher)
         self.generator.config = dataclasses.replace(
@@ -137,5 +141,5 @@ class SiD(Method):
     ) -> Draw:
         config = self.teacher.config
         shape = config.channels, config.resolution, config.resolution
-        labels = one_hot_labels(rng, config.label_dim, self.label_weights)
+        labels = one_hot_labels(rng, config.label_dim, self.label_cumulative)
         return Draw(rng.normal("z", *shape), sigma, rng.normal("noise", *shape), labels, parameters)

@@ -20,8 +20,12 @@ from sid_fast.errors import RunFailed, UserError
 from sid_fast.performance import determinism, failure
 
 
-def pick_device(name: str = "auto") -> torch.device:
+def pick_device(name: str = "auto", deterministic: bool = False) -> torch.device:
     """Select a device by name (auto, cpu, cuda, cuda:1); auto is the local rank's GPU, or else cpu.
+
+    Args:
+        name: The device.
+        deterministic: On a GPU, use algorithms that give the same bits in every run.
 
     Raises:
         UserError: There is no such device.
@@ -42,8 +46,8 @@ def pick_device(name: str = "auto") -> torch.device:
                 f"device={device} does not exist: {torch.cuda.device_count()} GPUs are visible; "
                 "use fewer processes, or cpu"
             )
+        determinism.configure(deterministic)
         torch.cuda.set_device(device)
-        determinism.enable()
     return device
 
 

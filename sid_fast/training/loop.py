@@ -18,7 +18,7 @@ from tqdm import tqdm
 from sid_fast.config.types import RunOptions, smaller_micro_batch
 from sid_fast.errors import OutOfMemory, RunFailed, UserError, WriteFailed
 from sid_fast.io.atomic import atomic_path
-from sid_fast.performance import process_group
+from sid_fast.performance import determinism, process_group
 from sid_fast.performance.compile import heartbeat
 from sid_fast.training.checkpoint import (
     PATTERN,
@@ -197,6 +197,7 @@ class Loop:
                 "0: use one on a file system that all nodes share"
             )
         with contextlib.ExitStack() as stack:
+            stack.enter_context(determinism.refusals())
             log = Log(self.folder, self.trainer.images if resume else -1) if first else None
             self.log = log and stack.enter_context(log)
             self.bar = stack.enter_context(
