@@ -67,8 +67,8 @@ def noised(
 ) -> Noised:
     """Add noise σε to images y and scale them for the network (arXiv 2206.00364, table 1).
 
-    The backward pass replaces a sample's incoming gradient by 0 if it is not finite. If the sample
-    overflowed inside a network, the loss drops it and returns a gradient of 0, which the network's
+    The backward pass zeroes a sample's incoming gradient if it is not finite. This happens if the
+    sample overflows inside a network: the loss drops it with a gradient of 0, which the network's
     backward pass turns into 0·inf = NaN.
 
     Args:

@@ -147,6 +147,7 @@ def test_kernels_option(text, wanted, monkeypatch):
         ("triton,softmax=eager", ["operation 'softmax'", "group_norm, attention"]),
         ("attention=cuda", ["no backend 'cuda' for attention", "auto, eager, triton"]),
         ("triton,", ["no backend ''", "auto"]),
+        ("attention=reference", ["now called `eager`"]),
         ("group_norm=apex", ["NVIDIA's", "PyPI", "auto, eager, triton"]),
         ("adam_ema=apex", ["apex", "auto, eager, triton, cuda"]),
     ],
