@@ -193,13 +193,13 @@ def test_a_host_is_a_step_ahead_of_its_device_and_does_not_wait_without_end(monk
 
 def test_connections_between_devices_are_left_open_where_one_may_still_wait(monkeypatch):
     closed = []
-    group = SimpleNamespace(hosts="hosts", patient="patient", saving="saving")
+    group = SimpleNamespace(control="control", long_wait="long_wait", checkpoint="checkpoint")
     monkeypatch.setattr(process_group, "world_size", lambda: 2)
     monkeypatch.setattr(process_group, "_group", group)
     monkeypatch.setattr(failure, "unclean_exit", False)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", closed.append)
     process_group._leave(torch.device("cuda", 0), orderly=False)
-    assert closed == ["hosts", "patient", "saving"]
+    assert closed == ["control", "long_wait", "checkpoint"]
     assert failure.unclean_exit
     assert process_group._group is None
 
