@@ -1,1 +1,1 @@
-"""What looks at whole steps from outside: estimates, GPU figures, the micro-batch."""
+"""Estimates of training steps, GPU specifications, the micro-batch search, the graph test."""
