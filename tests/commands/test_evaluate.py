@@ -38,7 +38,7 @@ def results(run_command, tmp_path, *arguments) -> dict:
     return json.loads(out.read_text())
 
 
-def test_the_figures_of_a_network_are_those_of_its_images(
+def test_metrics_of_a_network_equal_those_of_its_images(
     run_command, teacher, real, script, tmp_path, capsys
 ):
     base = ["--network", teacher, "--data", real, "--detector", script, "--trust", "--seeds"]
@@ -67,7 +67,7 @@ def test_the_figures_of_a_network_are_those_of_its_images(
     assert results(run_command, tmp_path, *base[:-1])["reported"] == pytest.approx(figures)
 
 
-def test_three_processes_find_what_one_finds(
+def test_three_processes_report_the_metrics_of_one(
     run_command, teacher, script, real, tmp_path, monkeypatch
 ):
     base = ["--network", teacher, "--data", real, "-n", 10, "--device", "cpu"]
@@ -169,7 +169,7 @@ def test_a_reference_of_another_shape_is_refused(run_command, teacher, tmp_path)
 # --- real images
 
 
-def test_real_images_are_near_and_noise_and_blur_are_far(run_command, tmp_path):
+def test_real_images_are_close_and_noise_increases_the_distance(run_command, tmp_path):
     data = SHARED / "data" / "cifar10-32x32-20k.zip"
     detector = SHARED / "data" / "detector-cifar10-resnet56.pt"
     if not (data.exists() and detector.exists()):

@@ -63,7 +63,7 @@ def test_train_without_a_teacher_says_how_to_give_one(run_command):
 def test_train_notes_a_data_set_without_labels(
     run_command, monkeypatch, tmp_path, labels, label_dim, noted
 ):
-    """Where the teacher takes some: nothing tells how often its classes are to be drawn."""
+    """A conditional teacher needs class frequencies, which unlabelled data lacks."""
     write_dataset(tmp_path / "data.zip", np.zeros((2, 1, 8, 8), np.uint8), labels)
     network = EDMNetwork(dataclasses.replace(SMALL, label_dim=label_dim))
     save_network(tmp_path / "teacher.safetensors", network)

@@ -37,7 +37,7 @@ def test_inception_is_fetched_and_checked(script, monkeypatch):
     assert asked == [f"{features.INCEPTION}#sha256={features.INCEPTION_SHA256}"]
 
 
-def test_features_do_not_depend_on_the_company(script):
+def test_features_do_not_depend_on_the_rest_of_the_batch(script):
     images = torch.from_numpy(pictures(10, 3))
     detector = load_detector(str(script), CPU, trust=True, batch=4)
     with torch.autocast("cpu", torch.bfloat16):

@@ -23,7 +23,7 @@ class Overwriting:
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_replayed_generation_makes_the_same_images(device, monkeypatch, steps):
-    """The last group filled up, and over several batches; so too where the capture fails."""
+    """With a partial last group, over several batches, and after a failed capture."""
     net = small_teacher().to(device).eval()
     size = group_size(device, 8)
     monkeypatch.setattr(sample, "GENERATION_BATCH", size + 3)

@@ -1,4 +1,4 @@
-"""The networks against numbers of the published ones, and what is refused when built."""
+"""The networks against recorded numbers of the original, and configurations that are refused."""
 
 import dataclasses
 

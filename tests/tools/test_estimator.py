@@ -16,7 +16,7 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def cifar():
-    """Two steps of a round of one image and of two, of the real network in bf16."""
+    """Steps of CIFAR-10's network in bf16: one of one image, two of two images."""
     preset = presets("train")["cifar10-uncond"]
     settings = Settings(dropout=preset["dropout"], augment_p=preset["augment_p"])
     return estimator.steps(
@@ -34,7 +34,7 @@ def test_a_step_is_eleven_forwards(cifar):
 
 
 def test_a_step_does_the_same_every_time(cifar):
-    """What a CUDA graph needs: no operation or shape depends on the step or the numbers."""
+    """As a CUDA graph needs: no operation or shape depends on the step or on values."""
     assert cifar[1].ops == cifar[2].ops
     assert cifar[1].peak == cifar[2].peak
 
@@ -65,7 +65,7 @@ def test_memory_is_what_the_networks_and_the_images_need(cifar):
     ],
 )
 @pytest.mark.parametrize("backend", ["triton", "eager"])
-def test_a_step_that_reads_its_numbers_fails(monkeypatch, read, error, backend):
+def test_a_step_that_reads_a_value_fails(monkeypatch, read, error, backend):
     finite = losses.finite
 
     def spoiled(*tensors):

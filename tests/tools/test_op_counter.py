@@ -20,7 +20,7 @@ from tests.helpers.networks import SMALL
         ("imagenet64-cond", 219.3, 295.9, 541, 95, 22),
     ],
 )
-def test_a_forward_of_the_published_networks_costs_what_is_known(
+def test_flop_and_layers_of_the_published_networks(
     name, gflop, million, tensors, norms, attentions
 ):
     network = TEACHERS[name].network
@@ -84,7 +84,7 @@ def test_a_round_starts_few_small_kernels(preset):
     )
 
 
-def test_what_is_broadcast_is_read_once():
+def test_a_broadcast_operand_is_read_once():
     with op_counter.fake(), op_counter.Count() as count:
         torch.add(torch.empty(8, 16), torch.empty(16).expand(8, 16))
         torch.empty(100).zero_()
