@@ -23,6 +23,7 @@ from tests.helpers.networks import FAST, small_teacher, weights
 TRAJECTORIES = ["ddpmpp_uncond", "adm_cond"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "compile"), [*((name, False) for name in TRAJECTORIES), ("ddpmpp_uncond", True)]
 )

@@ -67,6 +67,7 @@ def test_metrics_of_a_network_equal_those_of_its_images(
     assert results(run_command, tmp_path, *base[:-1])["reported"] == pytest.approx(figures)
 
 
+@pytest.mark.slow
 def test_three_processes_report_the_metrics_of_one(
     run_command, teacher, script, real, tmp_path, monkeypatch
 ):
@@ -169,6 +170,7 @@ def test_a_reference_of_another_shape_is_refused(run_command, teacher, tmp_path)
 # --- real images
 
 
+@pytest.mark.slow
 def test_real_images_are_close_and_noise_increases_the_distance(run_command, tmp_path):
     data = SHARED / "data" / "cifar10-32x32-20k.zip"
     detector = SHARED / "data" / "detector-cifar10-resnet56.pt"

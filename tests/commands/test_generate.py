@@ -25,6 +25,7 @@ def pngs(folder):
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 def test_the_same_images_at_any_batch_size_and_number_of_processes(network, tmp_path, run_command):
     base = ["--network", network, "--init-sigma", 2.5, "--seeds", "0-7"]
     for batch in (8, 3, 1):

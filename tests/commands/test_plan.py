@@ -9,6 +9,7 @@ from sid_fast.models.registry import save_network
 from tests.helpers.networks import small_teacher
 
 
+@pytest.mark.slow
 def test_plan_of_a_teacher_without_a_gpu(tmp_path, monkeypatch, capsys):
     save_network(tmp_path / "teacher.safetensors", small_teacher())
     arguments = ["--teacher", tmp_path / "teacher.safetensors", "--batch-size", 64, "--gpus", 2]

@@ -43,6 +43,7 @@ def lines_of(processes: int, *arguments: object) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_every_sharding_plan_matches_the_golden_trajectory(golden, tmp_path):
     for processes, modes in TRAJECTORIES.items():
         cases = [f"ddpmpp_uncond:{mode}" for mode in modes]
@@ -51,6 +52,7 @@ def test_every_sharding_plan_matches_the_golden_trajectory(golden, tmp_path):
         assert len(lines) == 3 * len(cases), lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", SMALL)
 def test_faults_graphs_and_cuts_of_a_small_network(processes, tmp_path):
     cases = SMALL[processes]
@@ -68,6 +70,7 @@ def command(tmp_path_factory):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_on_two_processes_writes_the_files_of_one(command, tmp_path):
     done = python(
         *TORCHRUN, 2, *command, "--kimg", 0.02, "--out", tmp_path / "run", "--parallel", "fsdp"
@@ -79,6 +82,7 @@ def test_a_run_on_two_processes_writes_the_files_of_one(command, tmp_path):
     assert done.stdout.count("kimg  100 %") == 1, "more than one process speaks"
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_named_and_the_restart_ends_the_run(command, tmp_path):
     out = tmp_path / "run"
     arguments = [

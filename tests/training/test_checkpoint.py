@@ -66,6 +66,7 @@ def same_end(found, expected) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", [1, 3, 6])
 def test_a_killed_and_resumed_run_is_bit_exact(command, tmp_path, moment):
     arguments, whole = command
@@ -89,6 +90,7 @@ def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("send", [signal.SIGTERM, signal.SIGINT])
 def test_sigterm_saves_a_state_of_the_last_step(command, tmp_path, send):
     arguments, whole = command
