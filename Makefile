@@ -9,7 +9,7 @@ ARGS ?=
 
 help:
 	@echo "make train   set up $(VENV) and distil the embedded digits teacher (minutes on a CPU)"
-	@echo "make test    set up $(VENV) and run all tests"
+	@echo "make test    set up $(VENV) and run all tests; ARGS='-m \"not slow\"' runs the quick ones"
 	@echo "make lint    check style, types and layers"
 	@echo "make release build the sdist and, from it, the wheel into dist/"
 

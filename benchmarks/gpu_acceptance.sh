@@ -125,7 +125,7 @@ check=("$python" -m benchmarks.check --append --out "$out/check.json" --only)
 train=("$python" -m benchmarks.train --append --seconds BUDGET --out "$out/train.json")
 kernels=("$python" -m benchmarks.kernels --append --seconds BUDGET --out "$out/kernels.json")
 pytest=(-q -p no:cacheprovider -o addopts= -rfE)
-tests=(tests/kernels/test_{attention,group_norm,sid_loss,augment,adam_ema}.py
+tests=(tests/kernels/group_norm tests/kernels/test_{attention,sid_loss,augment,adam_ema}.py
     tests/models/test_fused.py)
 processes=$(nproc)
 ((processes > 8)) && processes=8

@@ -17,7 +17,12 @@ if not torch.cuda.is_available():  # Triton kernels run in its interpreter; it r
     os.environ["TRITON_INTERPRET"] = "1"
 
 from sid_fast import cli
+from sid_fast.data.datasets import write_dataset
+from sid_fast.models.registry import save_network
+from tests.helpers.detector import save_detector
 from tests.helpers.golden import SHARED
+from tests.helpers.images import pictures
+from tests.helpers.networks import small_teacher
 
 
 def pytest_collection_modifyitems(items):
@@ -61,3 +66,32 @@ def run_command(monkeypatch, capsys):
         return int(stopped.value.code or 0), capsys.readouterr().err
 
     return run
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """The folder of SID_FAST_CACHE, empty."""
+    monkeypatch.setenv("SID_FAST_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def script(tmp_path_factory) -> Path:
+    """A detector as a TorchScript file."""
+    path = tmp_path_factory.mktemp("detector") / "toy.pt"
+    save_detector(path)
+    return path
+
+
+@pytest.fixture
+def teacher(tmp_path) -> Path:
+    """A small network as a file."""
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    return tmp_path / "teacher.safetensors"
+
+
+@pytest.fixture
+def real(tmp_path) -> Path:
+    """A zip of 23 random images."""
+    write_dataset(tmp_path / "real.zip", pictures(23))
+    return tmp_path / "real.zip"

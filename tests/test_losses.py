@@ -1,4 +1,4 @@
-"""Both losses against numbers of the published ones, and what a non-finite sample may not do."""
+"""Both losses against recorded numbers, and with non-finite samples."""
 
 import pytest
 import torch
@@ -75,10 +75,10 @@ def test_a_nan_sample_is_dropped_and_the_others_match_golden(golden):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("spoil", ["y", "noise", "sigma"])
-def test_the_others_gradients_are_exactly_theirs(golden, value, spoil):
-    """Wherever it comes from: to the bit those of a batch whose loss leaves it out, and those of
+def test_a_bad_sample_does_not_change_the_other_gradients(golden, value, spoil):
+    """They equal those of a loss that omits the sample, and of a batch without it.
 
-    the batch without it as far as convolutions of another batch size round alike.
+    The first bit for bit, the second up to the rounding of convolutions at another batch size.
     """
     teacher, fake_score, data = load(golden, "ddpmpp_uncond")
     kept = torch.tensor([True, True, False, True, True])
@@ -106,7 +106,7 @@ def test_the_others_gradients_are_exactly_theirs(golden, value, spoil):
 
 
 def test_a_network_that_overflows_on_one_sample_spoils_only_that_sample():
-    """Finite inputs, NaN out: the sample's gradient is 0 and not 0·NaN."""
+    """Finite inputs give NaN: the sample's gradient is 0, not 0·NaN."""
 
     class Network:
         config, compute_dtype = NetworkConfig("ddpmpp", resolution=4), torch.float32

@@ -1,4 +1,4 @@
-"""The teacher's sampler against numbers of the published one."""
+"""The teacher's sampler against recorded numbers of the original."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""One image a seed, whatever is made beside it."""
+"""The generate command: each seed gives one image, whatever the batch; bad input is refused."""
 
 import zipfile
 
@@ -25,6 +25,7 @@ def pngs(folder):
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 def test_the_same_images_at_any_batch_size_and_number_of_processes(network, tmp_path, run_command):
     base = ["--network", network, "--init-sigma", 2.5, "--seeds", "0-7"]
     for batch in (8, 3, 1):
@@ -70,3 +71,28 @@ def test_seeds_are_read_as_written():
     assert parse_seeds("0-2,7, 9-9") == [0, 1, 2, 7, 9]
     assert torch.Generator().manual_seed(2**63 - 1)
     assert parse_seeds(str(2**63 - 1)) == [2**63 - 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--seeds", "5-1"], ["'5-1'"]),
+        (["--seeds", "x"], ["'x'", "0-63"]),
+        (["--grid", "grid.jpg"], ["grid.jpg", ".png"]),
+        (["--out", "x.tar"], ["x.tar", "folder", ".zip or .npz"]),
+        (["--out", "x.PNG"], ["x.PNG", "folder"]),
+        (["--network", "x" * 5000], ["xxx"]),
+        (["--class", "10"], ["class=10", "0 to 9"]),
+        (["--class", "-1"], ["class"]),
+        (["--network", "none"], ["none"]),
+    ],
+)
+def test_generate_refuses(run_command, teacher, monkeypatch, tmp_path, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    base = ["--network", teacher, "--out", "out"]
+    status, error = run_command("generate", *base, *arguments)
+    assert status == 2
+    assert error.strip().count("\n") == 0
+    for word in words:
+        assert word in error
+    assert list(tmp_path.iterdir()) == [teacher]

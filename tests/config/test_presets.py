@@ -1,4 +1,4 @@
-"""Every preset is one that its command can run."""
+"""Every preset is valid for its command."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""DALI and the plain reader: the same bits, every image once, and what is damaged is named."""
+"""DALI and the PIL reader: identical bits, each image once, damaged files named."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ def test_a_folder_is_read_like_a_zip(tmp_path, kind):
 
 @pytest.mark.parametrize("batch", [1, 4, 7, 100])
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_every_image_once_whatever_does_not_divide(tmp_path, kind, batch, processes):
+def test_every_image_is_read_once_for_uneven_batches_and_ranks(tmp_path, kind, batch, processes):
     images = np.arange(11, dtype=np.uint8)[:, None, None, None] + np.zeros((1, 3, 4, 4), np.uint8)
     write_dataset(tmp_path / "a.zip", images)
     data = ImageDataset(tmp_path / "a.zip")
@@ -67,8 +67,8 @@ def test_every_image_once_whatever_does_not_divide(tmp_path, kind, batch, proces
         assert torch.cat(parts)[:, 0, 0, 0].tolist() == list(mine)
 
 
-def test_batches_stay_what_they_were(tmp_path, kind):
-    """No copy is made, and yet later batches do not overwrite those that are still held."""
+def test_later_batches_do_not_overwrite_earlier_ones(tmp_path, kind):
+    """Batches share memory with the reader; those still held keep their values."""
     images = colour(40).transpose(0, 3, 1, 2)
     write_dataset(tmp_path / "a.zip", images)
     parts = list(read(ImageDataset(tmp_path / "a.zip"), range(40), CPU, kind, batch=2))
@@ -101,7 +101,7 @@ def test_a_damaged_image_is_named_and_nothing_after_it_is_read(tmp_path, kind, w
         (lambda: png(colour(1)[0, ..., 0]), "1 channels"),
     ],
 )
-def test_what_would_be_read_wrongly_is_refused_by_name(tmp_path, kind, bad, words):
+def test_unsupported_images_are_refused_by_name(tmp_path, kind, bad, words):
     files = {f"{i}.png": png(p) for i, p in enumerate(colour(3))} | {"2.png": bad()}
     data = ImageDataset(make_zip(tmp_path / "a.zip", files))
     with pytest.raises(UserError, match=rf"2\.png .*{words}"):

@@ -1,4 +1,4 @@
-"""Several processes do what one does, however they share the networks."""
+"""Several processes produce the results of one, under every sharding plan."""
 
 import os
 import re
@@ -43,7 +43,8 @@ def lines_of(processes: int, *arguments: object) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_every_layout_meets_the_golden_trajectory(golden, tmp_path):
+@pytest.mark.slow
+def test_every_sharding_plan_matches_the_golden_trajectory(golden, tmp_path):
     for processes, modes in TRAJECTORIES.items():
         cases = [f"ddpmpp_uncond:{mode}" for mode in modes]
         cases += ["adm_cond:fsdp"] * (processes == 2)
@@ -51,6 +52,7 @@ def test_every_layout_meets_the_golden_trajectory(golden, tmp_path):
         assert len(lines) == 3 * len(cases), lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", SMALL)
 def test_faults_graphs_and_cuts_of_a_small_network(processes, tmp_path):
     cases = SMALL[processes]
@@ -68,7 +70,8 @@ def command(tmp_path_factory):
     ]  # fmt: skip
 
 
-def test_a_run_on_two_processes_leaves_what_one_leaves(command, tmp_path):
+@pytest.mark.slow
+def test_a_run_on_two_processes_writes_the_files_of_one(command, tmp_path):
     done = python(
         *TORCHRUN, 2, *command, "--kimg", 0.02, "--out", tmp_path / "run", "--parallel", "fsdp"
     )
@@ -79,6 +82,7 @@ def test_a_run_on_two_processes_leaves_what_one_leaves(command, tmp_path):
     assert done.stdout.count("kimg  100 %") == 1, "more than one process speaks"
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_named_and_the_restart_ends_the_run(command, tmp_path):
     out = tmp_path / "run"
     arguments = [
@@ -141,8 +145,8 @@ def test_buckets_are_sent_in_order_while_backward_goes_on(monkeypatch, dtype):
         assert torch.equal(bucket, at_sending), "it changed behind its sending"
 
 
-def test_gradients_of_float32_are_those_that_autograd_adds_up(monkeypatch):
-    """To the bit, in buckets of any size, over three rounds, the second time anew."""
+def test_synchronised_gradients_equal_those_of_autograd(monkeypatch):
+    """Bit-exact with small buckets and three micro-batches, in a second step too."""
     plain, ours = (small_teacher().requires_grad_(True) for _ in range(2))
     monkeypatch.setattr(ddp.DDPGradSync, "BUCKET", 2**10)
     gradients = ddp.DDPGradSync(ours)
@@ -163,7 +167,7 @@ def test_gradients_of_float32_are_those_that_autograd_adds_up(monkeypatch):
 
 
 class Event:
-    """Of a device that has come as far as `ended` says."""
+    """A CUDA event that has completed once `ended` reaches its number."""
 
     made, ended = 0, 0
 
@@ -175,7 +179,7 @@ class Event:
         return self.number <= Event.ended
 
 
-def test_a_host_is_a_step_ahead_of_its_device_and_does_not_wait_without_end(monkeypatch):
+def test_the_host_runs_at_most_one_step_ahead_and_times_out(monkeypatch):
     monkeypatch.setattr(process_group, "world_size", lambda: 2)
     monkeypatch.setattr(process_group, "_group", SimpleNamespace(minutes=0.001))
     monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -191,7 +195,7 @@ def test_a_host_is_a_step_ahead_of_its_device_and_does_not_wait_without_end(monk
     pace.catch_up()
 
 
-def test_connections_between_devices_are_left_open_where_one_may_still_wait(monkeypatch):
+def test_after_a_failure_device_groups_are_not_destroyed(monkeypatch):
     closed = []
     group = SimpleNamespace(control="control", long_wait="long_wait", checkpoint="checkpoint")
     monkeypatch.setattr(process_group, "world_size", lambda: 2)
@@ -223,7 +227,7 @@ def test_running_out_of_memory_names_the_phase_and_the_next_micro_batch(
     assert smaller_micro_batch(Settings(batch_size=2, micro_batch=1)) is None
 
 
-def test_a_layout_that_cannot_be_is_refused():
+def test_an_impossible_sharding_plan_is_refused():
     cpu = torch.device("cpu")
     with pytest.raises(UserError, match="shard_group=3"):
         fsdp.plan("hsdp", cpu, lambda shards, reshard_after_forward: 0, shard_group=3)
@@ -240,7 +244,7 @@ def test_a_layout_that_cannot_be_is_refused():
         (43.9, 4, (2, 4), True),
     ],
 )
-def test_auto_goes_by_the_memory(monkeypatch, memory, node, mesh, reshard_after_forward):
+def test_auto_chooses_by_memory(monkeypatch, memory, node, mesh, reshard_after_forward):
     properties = SimpleNamespace(total_memory=memory * 1e6)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(process_group, "world_size", lambda: 8)

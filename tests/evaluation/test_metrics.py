@@ -107,7 +107,7 @@ def test_moments_of_batches_are_those_of_the_whole(features):
         assert np.allclose(covariance.numpy(), expected, rtol=1e-6, atol=1e-8)
 
 
-def test_a_sample_knows_its_covariance_over_n(features):
+def test_feature_stats_give_the_covariance_over_n(features):
     real, _ = features
     some = FeatureStats(*moments(real), count=len(real))
     for correction in (0, 1):

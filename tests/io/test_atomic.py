@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Files are written atomically."""
 
 import os
 
@@ -34,7 +34,7 @@ def test_an_exception_leaves_the_old_file(tmp_path, error):
     assert os.listdir(tmp_path) == ["a.bin"]
 
 
-def test_writers_at_the_same_time_do_not_meet(tmp_path):
+def test_concurrent_writers_do_not_interfere(tmp_path):
     with atomic_path(tmp_path / "a.bin") as first, atomic_path(tmp_path / "a.bin") as second:
         first.write_bytes(b"first")
         second.write_bytes(b"second")
@@ -42,7 +42,7 @@ def test_writers_at_the_same_time_do_not_meet(tmp_path):
     assert os.listdir(tmp_path) == ["a.bin"]
 
 
-def test_bytes_reach_the_disk_before_the_name(tmp_path, monkeypatch):
+def test_the_file_is_synced_before_the_rename(tmp_path, monkeypatch):
     calls = []
     real_fsync, real_replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), real_fsync(fd)))

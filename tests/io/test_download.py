@@ -179,7 +179,7 @@ def test_teachers(paths):
 
 @pytest.mark.parametrize("chosen", [None, "", "elsewhere"])
 def test_the_cache_needs_no_platformdirs(tmp_path, monkeypatch, chosen):
-    """A bare GPU machine has none: downloads and compiled code lie where it would put them."""
+    """A bare GPU machine lacks it; the cache is then where platformdirs would put it."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("SID_FAST_CACHE", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)

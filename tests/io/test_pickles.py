@@ -1,4 +1,4 @@
-"""Published pickles: what is read from them, and that nothing in them ever runs."""
+"""Published pickles: what is read, what is refused, and that their code never runs."""
 
 import collections
 import copyreg

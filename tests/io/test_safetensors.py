@@ -1,4 +1,4 @@
-"""Our own network files."""
+"""Snapshots in safetensors files: read, written, refused."""
 
 import json
 import os

@@ -407,6 +407,7 @@ def test_the_library_declares_its_functions(library, device):
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no CUDA compiler")
 @pytest.mark.skipif(not shutil.which("cmake"), reason="no CMake")
+@pytest.mark.slow
 def test_cuda_library_compiles_for_the_three_architectures(tmp_path):
     path = build(tmp_path)
     assert _cuda.load(path).sid_fast_adam_ema_cuda.restype is ctypes.c_int

@@ -1,4 +1,4 @@
-"""The augmentation against upstream's golden data, its kernel also against float64."""
+"""The augmentation kernel and its eager form against float64."""
 
 import numpy as np
 import pytest
@@ -8,8 +8,8 @@ from sid_fast import augment, kernels
 from sid_fast.kernels import dispatch
 from sid_fast.kernels._triton import tl, triton
 from sid_fast.kernels.augment import _cos_sin, augment_eager, bytes_moved, flop
-from sid_fast.methods.base import RandomStream
-from tests.helpers.golden import TOLERANCE, read, relative
+from tests.helpers.augmentation import stream, to_device
+from tests.helpers.golden import relative
 
 # Relative error of the kernel in norm: coordinates are accurate to 1e-6 of the image's size.
 KERNEL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -19,26 +19,6 @@ KERNEL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 8e-3, torch.float16: 1e
 def backend(request):
     with dispatch.forced(request.param):
         yield request.param
-
-
-def to_device(parameters, device):
-    return {name: v.to(device) for name, v in parameters.items()}
-
-
-def stream(n, seed=0):
-    return RandomStream(torch.tensor([seed, 0, 0]), "fake", n)
-
-
-def test_augmentation_matches_golden(golden, device, backend):
-    data = read(golden / "augment.npz")
-    parameters = {k.removeprefix("param."): v for k, v in data.items() if k.startswith("param.")}
-    n = len(data["images"]) if backend == "eager" or device.type == "cuda" else 2
-    parameters = to_device({k: v[..., :n] for k, v in parameters.items()}, device)
-    augmented, labels = augment.apply(data["images"][:n].to(device), parameters)
-    if backend == "eager":
-        assert torch.equal(labels.cpu(), data["labels"])
-    assert relative(labels.cpu(), data["labels"][:n]) <= 1e-6
-    assert relative(augmented.cpu(), data["augmented"][:n]) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -97,37 +77,6 @@ def test_cosine_and_sine_are_accurate_to_an_ulp(device):
     assert float((cos - x.double().cos()).abs().max()) <= 2**-23
     assert float((sin - x.double().sin()).abs().max()) <= 2**-23
     assert float((sin / x - (x.double().sin() / x)).nan_to_num(0).abs().max()) <= 2**-23
-
-
-def test_traced_without_a_break(device):
-    images = torch.randn(2, 3, 8, 8, device=device)
-    parameters = to_device(augment.draw(stream(2), 1.0), device)
-    traced = torch.compile(augment.apply, fullgraph=True, backend="eager")(images, parameters)
-    for a, b in zip(traced, augment.apply(images, parameters), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_an_image_with_no_transform_drawn_stays_unchanged():
-    parameters = augment.draw(stream(4), 0.0) | {"xflip": torch.zeros(4, dtype=torch.long)}
-    images = torch.randn(4, 3, 8, 8)
-    augmented, labels = augment.apply(images, parameters)
-    assert not labels.any()
-    # The wavelet filters' reconstruction is almost exact.
-    assert relative(augmented, images) < 1e-3
-
-
-def test_draws_follow_their_probabilities():
-    n = 20_000
-    q = augment.draw(stream(n), 0.3)
-    rate = {name: float((v != 0).float().mean()) for name, v in q.items()}
-    assert rate["xflip"] == pytest.approx(0.5, abs=0.02)
-    assert rate["yflip"] == pytest.approx(0.15, abs=0.02)
-    for name in ("scale", "rotate", "aniso", "translate"):
-        assert rate[name] == pytest.approx(0.3, abs=0.02), name
-    assert rate["aniso_rotate"] == pytest.approx(0.5, abs=0.02)
-    turned = q["rotate"][q["rotate"] != 0]
-    assert float(turned.abs().max()) <= np.pi
-    assert float(turned.std()) == pytest.approx(np.pi / 3**0.5, rel=0.05)
 
 
 def test_bytes_and_flop_equal_a_count_by_hand():

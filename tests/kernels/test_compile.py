@@ -117,6 +117,7 @@ def test_kernels_import_without_triton():
 ESTIMATES = Path(__file__).with_name("estimates.json")
 
 
+@pytest.mark.slow
 def test_instructions_per_element_match_the_table(tmp_path):
     """After an intended change, run compile --check tests/kernels/estimates.json --write."""
     pinned = json.loads(ESTIMATES.read_text())["triton"]

@@ -1,4 +1,4 @@
-"""The seam between a method and the machine: a third method is one class of its own."""
+"""A new method is one class: it trains, resumes, shards and replays."""
 
 import dataclasses
 
@@ -16,13 +16,13 @@ def values(trainer):
     return [v.clone() for v in trainer.state_dict().values()]
 
 
-def test_it_trains():
+def test_a_new_method_trains():
     trainer = toy.trainer(settings=dataclasses.replace(toy.SETTINGS, dropout=0.0))
     losses = [float(trainer.step()["loss"]) for _ in range(30)]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
-def test_it_resumes_to_the_same_bits(tmp_path):
+def test_a_new_method_resumes_bit_exactly(tmp_path):
     whole = toy.trainer()
     for _ in range(4):
         whole.step()
@@ -38,7 +38,7 @@ def test_it_resumes_to_the_same_bits(tmp_path):
     assert all(map(torch.equal, values(second), values(whole)))
 
 
-def test_it_replays(monkeypatch, device):
+def test_a_new_method_replays(monkeypatch, device):
     if device.type == "cuda":
         pytest.skip("benchmarks.check replays on a GPU")
     recorder.stand_in(monkeypatch.setattr)

@@ -54,7 +54,7 @@ def test_the_network_learns_in_training_mode_and_is_told_of_the_warps():
     assert augment_labels.any(dim=1).all()
 
 
-def test_a_stopped_teacher_goes_on_to_the_same_bits(tmp_path, run_command):
+def test_a_stopped_teacher_resumes_bit_exactly(tmp_path, run_command):
     base = [
         "--data", "digits", "--model-channels", 16, "--channel-mult", "1,2", "--num-blocks", 1,
         "--attention-resolutions", "", "--batch-size", 4, "--state-every", 0.008,
@@ -93,7 +93,7 @@ def test_the_learning_rate_rises_over_a_20th_of_the_run(tmp_path, run_command):
     assert config["lr_rampup_kimg"] == 0.016 / 20
 
 
-def test_latest_is_of_the_command_that_asks(tmp_path, run_command, monkeypatch):
+def test_resume_latest_finds_runs_of_the_same_command_only(tmp_path, run_command, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["--data", "digits", "--batch-size", 4, "--model-channels", 16]
     arguments += ["--channel-mult", "1", "--num-blocks", 1, "--sampler-steps", 1]

@@ -1,4 +1,4 @@
-"""The networks against numbers of the published ones, and what is refused when built."""
+"""The networks against recorded numbers of the original, and configurations that are refused."""
 
 import dataclasses
 
@@ -25,6 +25,7 @@ def test_forward_and_gradients_match_golden(golden, name):
     check_gradients(net, data, "grad")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddpmpp_uncond", "adm_cond"])
 def test_the_kernels_match_golden(golden, name):
     """The same with every Triton kernel in place: interpreted, or on the GPU."""

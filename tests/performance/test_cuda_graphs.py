@@ -1,6 +1,6 @@
-"""CUDA graphs: when there are any, and that rehearsal and replay make the same steps.
+"""CUDA graphs: when they are used, and that replayed steps equal eager ones.
 
-Where there is no GPU operations are recorded in place of launches: see recorder.py.
+Without a GPU, operations are recorded in place of launches: see tests/helpers/recorder.py.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from tests.helpers.processes import tensors_of
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def test_what_the_option_comes_to():
+def test_cuda_graph_option_on_each_device():
     assert cuda_graphs.resolve_cuda_graph("auto", CUDA) == (True, "")
     assert cuda_graphs.resolve_cuda_graph("on", CUDA) == (True, "")
     assert cuda_graphs.resolve_cuda_graph("off", CUDA) == (False, "")
@@ -44,7 +44,7 @@ def stand_in(monkeypatch, device):
 
 @pytest.mark.parametrize("micro_batch", [4, 1, None])
 def test_a_replayed_run_is_the_eager_one(stand_in, device, micro_batch):
-    """Dropout, warps and a first moment included; the two rehearsals leave no trace."""
+    """With dropout, augmentation and a first moment; the two warm-ups leave no trace."""
     settings = Settings(
         **FAST | {"batch_size": 8},
         dropout=0.2,
@@ -65,7 +65,7 @@ def test_a_replayed_run_is_the_eager_one(stand_in, device, micro_batch):
 
 
 def test_recomputed_blocks_replay_too(stand_in, device):
-    """Their dropout is a function of its seed: no random state has to be put back."""
+    """Dropout is a function of its seed, so no random state has to be restored."""
     settings = Settings(**FAST, dropout=0.3, eps=1.0)
     found = []
     for replayed in (False, True):
@@ -77,8 +77,8 @@ def test_recomputed_blocks_replay_too(stand_in, device):
     assert torch.equal(*found)
 
 
-def test_a_rehearsal_is_two_rounds_of_a_phase(stand_in, monkeypatch):
-    """Of 8 rounds: more would cost minutes of a published preset, and settle nothing else."""
+def test_a_warm_up_runs_two_micro_batches_of_each_phase(stand_in, monkeypatch):
+    """Of 8 micro-batches: more would cost minutes with a published preset, for nothing."""
     calls, backward = [], Distiller.backward
 
     def counted(self, phase, inputs=None, *, first=False, last=False):
@@ -154,7 +154,7 @@ def state_of(distiller):
 
 @pytest.mark.parametrize(("micro_batch", "at"), [(None, 1), (1, 1), (1, 3), (1, 6)])
 def test_under_auto_a_failed_capture_leaves_the_eager_run(failing, micro_batch, at):
-    """To the bit: weights, sums, gradients and random states, and that of the caller."""
+    """Bit-exact: weights, optimizer states, gradients, and random states, the caller's too."""
     settings = Settings(
         **FAST | {"batch_size": 8}, dropout=0.2, generator_beta1=0.9, micro_batch=micro_batch
     )
@@ -196,8 +196,8 @@ def test_where_graphs_are_required_a_failed_capture_says_why_and_the_way_out(fai
     assert distiller.enabled
 
 
-def test_a_capture_that_runs_out_of_memory_is_told_by_its_kind(stand_in, monkeypatch):
-    """A smaller micro-batch helps, and a benchmark has its turn alone."""
+def test_a_capture_that_runs_out_of_memory_raises_out_of_memory(stand_in, monkeypatch):
+    """So that a smaller micro-batch is tried, or a benchmark runs its variant alone."""
 
     def full(*_):
         try:
@@ -211,8 +211,8 @@ def test_a_capture_that_runs_out_of_memory_is_told_by_its_kind(stand_in, monkeyp
         distiller.step()
 
 
-def test_a_capture_that_failed_elsewhere_is_not_used_here(stand_in, monkeypatch):
-    """Processes that replay and processes that do not would send in different orders."""
+def test_a_capture_that_failed_on_another_rank_is_not_used(stand_in, monkeypatch):
+    """Ranks that replay and ranks that do not would issue collectives in different orders."""
     answers = iter([True, False])
     monkeypatch.setattr(cuda_graphs.process_group, "all_reduce_any", lambda failed: next(answers))
     monkeypatch.setattr(
@@ -224,7 +224,7 @@ def test_a_capture_that_failed_elsewhere_is_not_used_here(stand_in, monkeypatch)
     assert not distiller.graphs.graphs
 
 
-def test_a_device_that_a_capture_has_broken_is_not_gone_on_with(failing, monkeypatch):
+def test_a_capture_that_breaks_the_device_ends_the_run(failing, monkeypatch):
     made = failing(1)
     monkeypatch.setattr(cuda_graphs, "still_works", lambda *_: False)
     distiller = Distiller(small_teacher(), Settings(**FAST), cuda_graph="auto")
@@ -240,10 +240,10 @@ def test_a_device_that_a_capture_has_broken_is_not_gone_on_with(failing, monkeyp
 
 
 @pytest.mark.parametrize("refused", ["", "a trial was ended by SIGABRT"])
-def test_a_run_goes_on_without_graphs_and_says_so_in_a_line(
+def test_a_run_without_graphs_prints_one_line_and_continues(
     failing, refused, monkeypatch, tmp_path, run_command
 ):
-    """After a trial that failed, or a capture of its own, to the bits of --cuda-graph off."""
+    """After a failed trial or capture, bit-exact with --cuda-graph off."""
     monkeypatch.setattr(train, "resolve_cuda_graph", lambda choice, *_: (choice != "off", ""))
     monkeypatch.setattr(train.graph_trial, "failure_reason", lambda *_: refused)
     made = failing(1)
@@ -287,8 +287,8 @@ class Generator:
         self.capturing = state.capturing
 
 
-def test_what_torch_leaves_behind_a_failed_capture_is_cleaned_up(monkeypatch):
-    """By name, since no GPU is needed: pool, generators, stream and the list of graphs."""
+def test_torchs_state_after_a_failed_capture_is_cleaned_up(monkeypatch):
+    """Pool, generators, stream and the list of graphs, by name: no GPU is needed."""
     calls = []
     graph = SimpleNamespace(
         register_generator_state=lambda _: None, reset=lambda: calls.append("reset")
@@ -320,7 +320,7 @@ def test_what_torch_leaves_behind_a_failed_capture_is_cleaned_up(monkeypatch):
 
 
 def test_a_warm_up_leaves_no_garbage_for_the_capture(monkeypatch):
-    """Autograd's nodes in a cycle would bring the warm-up's stream into it."""
+    """Autograd nodes in a cycle would bring the warm-up's stream into the capture."""
 
     class Node:
         pass
@@ -344,7 +344,7 @@ def test_a_warm_up_leaves_no_garbage_for_the_capture(monkeypatch):
     assert not any(ref() for ref in refs)
 
 
-def test_what_is_said_on_purpose_hides_its_cause():
+def test_the_reason_is_the_message_of_our_own_error():
     def fail():
         try:
             raise RuntimeError("CUDA out of memory. 2.00 GiB. GPU 0 has a total …")

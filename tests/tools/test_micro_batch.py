@@ -1,4 +1,4 @@
-"""Trying micro-batches on a device that says when it is full, and recomputed activations."""
+"""Trying micro-batches until one fits in memory, and activation checkpointing."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_the_largest_estimated_to_fit_is_tried_first_then_smaller_ones():
     assert device.tried == [48]
 
 
-def test_another_process_that_is_too_small_counts(monkeypatch):
+def test_every_rank_must_fit(monkeypatch):
     monkeypatch.setattr(
         "sid_fast.performance.process_group.all_reduce_any", lambda flag: len(device.tried) < 3
     )
@@ -56,7 +56,7 @@ def test_not_even_one_image():
     assert device.tried == [1]
 
 
-def test_other_faults_are_not_taken_for_a_full_device():
+def test_other_errors_are_not_taken_for_out_of_memory():
     def broken(n):
         raise RuntimeError("shape mismatch")
 
@@ -73,7 +73,7 @@ def test_auto_takes_the_whole_batch_without_a_gpu(tmp_path, run_command):
 
 
 def test_auto_keeps_what_a_state_had(tmp_path, run_command):
-    """A restart under torchrun repeats its command: on as many processes it ends on one's bits."""
+    """torchrun restarts with the same command, and the resumed run must be bit-exact."""
     save_network(tmp_path / "teacher.safetensors", small_teacher())
     out = tmp_path / "run"
     arguments = ["--teacher", tmp_path / "teacher.safetensors", "--batch-size", 4, "--out", out]
@@ -111,7 +111,7 @@ def networks(distiller):
 
 
 def test_recomputed_blocks_give_the_same_step():
-    """Dropout included: what was drawn is drawn again in backward."""
+    """With dropout, whose mask backward computes again."""
     settings = Settings(dropout=0.3, eps=1.0, **FAST)
     plain, recomputing = (Distiller(small_teacher(), settings) for _ in range(2))
     checkpoint_activations(*networks(recomputing))

@@ -1,4 +1,4 @@
-"""A run that was stopped at any moment and resumed ends on the bits of one that was not."""
+"""Resuming is bit-exact, whenever a run was stopped."""
 
 import errno
 import json
@@ -66,8 +66,9 @@ def same_end(found, expected) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", [1, 3, 6])
-def test_killed_and_resumed_ends_on_the_same_bits(command, tmp_path, moment):
+def test_a_killed_and_resumed_run_is_bit_exact(command, tmp_path, moment):
     arguments, whole = command
     out = tmp_path / "run"
 
@@ -89,8 +90,9 @@ def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("send", [signal.SIGTERM, signal.SIGINT])
-def test_a_polite_signal_saves_the_step_it_stopped_at(command, tmp_path, send):
+def test_sigterm_saves_a_state_of_the_last_step(command, tmp_path, send):
     arguments, whole = command
     out = tmp_path / "run"
 
@@ -117,7 +119,7 @@ def test_only_the_newest_states_are_kept_and_nothing_half_written(command):
         assert found == [0, 40, 80, 120, 160]
 
 
-def test_going_on_from_an_older_state_keeps_what_it_writes(tmp_path):
+def test_a_run_resumed_from_an_older_state_keeps_its_new_states(tmp_path):
     settings = Settings(batch_size=4)
     distiller = Distiller(small_teacher(), settings)
     for steps in (8, 9, 10, 9):
@@ -126,7 +128,7 @@ def test_going_on_from_an_older_state_keeps_what_it_writes(tmp_path):
         assert states(tmp_path) == [newest]
 
 
-def test_a_state_to_be_looked_at_leaves_those_before_it(tmp_path):
+def test_a_state_written_with_keep_all_removes_no_older_state(tmp_path):
     settings = Settings(batch_size=4)
     distiller = Distiller(small_teacher(), settings)
     writer = States(tmp_path, distiller, settings, keep=1)
@@ -189,7 +191,7 @@ def test_a_damaged_state_is_refused_before_it_is_used(tmp_path):
 
 
 def test_reading_a_state_executes_nothing(tmp_path):
-    """torch.distributed.checkpoint's own file of metadata is a pickle: it is not even looked at."""
+    """torch.distributed.checkpoint's metadata file is a pickle; it is never opened."""
 
     class Evil:
         def __reduce__(self):
@@ -204,7 +206,7 @@ def test_reading_a_state_executes_nothing(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_what_is_written_is_the_state_at_the_step_it_was_asked_for(tmp_path):
+def test_a_state_holds_the_step_at_which_its_writing_began(tmp_path):
     settings = Settings(batch_size=4, fake_lr=1e-2, generator_lr=1e-2)
     distiller = Distiller(small_teacher(), settings)
     expected = {k: v.detach().clone() for k, v in distiller.state_dict().items()}
@@ -275,7 +277,7 @@ def test_a_full_disk_at_the_end_is_a_failure_with_the_last_good_state_intact(
 
 @pytest.mark.parametrize(("at", "status"), [(0, 2), (16, 0), (32, 1)])
 def test_a_snapshot_that_cannot_be_written(tmp_path, monkeypatch, run_command, at, status):
-    """At the start there is no run, on the way a warning, at the end a failure behind the state."""
+    """At the start it is an error, later a warning, at the end a failure after the state."""
     save_network(tmp_path / "teacher.safetensors", small_teacher())
     real = safetensors.save_file
 
@@ -297,7 +299,7 @@ def test_a_snapshot_that_cannot_be_written(tmp_path, monkeypatch, run_command, a
     assert made == ([n for n in (0, 8, 16, 24, 32) if n != at] if at else [])
 
 
-def test_torchrun_s_restart_goes_on_from_this_run_s_last_state(tmp_path, monkeypatch, run_command):
+def test_a_torchrun_restart_resumes_the_last_state_of_its_run(tmp_path, monkeypatch, run_command):
     monkeypatch.chdir(tmp_path)
     save_network("teacher.safetensors", small_teacher())
     arguments = ["train", "--teacher", "teacher.safetensors", "--batch-size", 4, "--kimg", 0.008]
@@ -313,8 +315,8 @@ def test_torchrun_s_restart_goes_on_from_this_run_s_last_state(tmp_path, monkeyp
     assert names == ["state-000000002", "state-000000004"]
 
 
-def test_a_restart_without_a_name_takes_up_no_other_run(tmp_path, monkeypatch):
-    """torchrun calls every run "none" that is not told apart by --standalone or --rdzv-id."""
+def test_a_restart_without_a_run_id_resumes_no_other_run(tmp_path, monkeypatch):
+    """torchrun gives every run the id "none" unless --standalone or --rdzv-id is set."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "003-other").mkdir(parents=True)
     (tmp_path / "runs" / "003-other" / "config.json").write_text('{"launch": "none"}')

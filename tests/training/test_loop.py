@@ -1,4 +1,4 @@
-"""The loop: what a run leaves behind, and how it ends when nothing is finite any more."""
+"""The loop: the files of a run, its evaluations, and how it ends."""
 
 import errno
 import io
@@ -74,7 +74,7 @@ def records(out) -> list[dict]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def test_what_an_evaluation_finds_is_what_the_evaluate_command_finds(tmp_path, run_command):
+def test_evaluations_equal_those_of_the_evaluate_command(tmp_path, run_command):
     save_network(tmp_path / "teacher.safetensors", small_teacher())
     arguments = ["--teacher", tmp_path / "teacher.safetensors", "--data", "digits"]
     arguments += ["--batch-size", 4, "--kimg", 0.008, "--eval-every", 0.004, "--eval-images", 20]
@@ -119,8 +119,8 @@ def test_a_resumed_run_remembers_teacher_and_best(tmp_path, run_command):
 
 
 @pytest.mark.parametrize("loses", [True, False])
-def test_what_ends_a_run_in_an_evaluation_finds_a_state(tmp_path, run_command, monkeypatch, loses):
-    """Killed, it makes the evaluation when it goes on; politely, it finishes it first."""
+def test_a_run_stopped_during_an_evaluation_has_a_state(tmp_path, run_command, monkeypatch, loses):
+    """After SIGKILL the resumed run repeats the evaluation; after SIGTERM it is finished first."""
     real = callbacks.Evaluations.__call__
 
     def preempted(self, folder):
@@ -172,7 +172,7 @@ def test_the_time_of_an_evaluation_is_not_in_the_throughput(tmp_path, run_comman
 
 
 def test_a_signal_within_the_first_step_ends_it_at_once(tmp_path, run_command, monkeypatch):
-    """In the middle of a compilation, say: minutes may be left of it, and there is no state."""
+    """A compilation may take minutes more, and there is no state to lose."""
 
     def compiling(self):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -198,10 +198,10 @@ def test_a_signal_within_the_first_step_ends_it_at_once(tmp_path, run_command, m
         (errno.ENOSPC, 4, 0),
     ],
 )
-def test_a_terminal_that_goes_away_stops_a_run_with_its_state(
+def test_a_closed_terminal_stops_the_run_and_saves_its_state(
     tmp_path, run_command, monkeypatch, error, steps, ends
 ):
-    """So does a pipe that no one reads any more; a full disk costs no more than the line."""
+    """So does a closed pipe; a full disk only loses the line."""
 
     class Broken(io.StringIO):
         def write(self, text):
@@ -222,7 +222,7 @@ def test_a_terminal_that_goes_away_stops_a_run_with_its_state(
     assert ("done: snapshots" in shown.getvalue()) == (ends == 0)
 
 
-def test_nohup_is_heeded():
+def test_nohup_is_respected():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with loop.signals(lambda: False) as caught:
@@ -232,7 +232,7 @@ def test_nohup_is_heeded():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_what_takes_long_says_so(monkeypatch):
+def test_slow_stages_print_a_heartbeat(monkeypatch):
     monkeypatch.setattr(compile, "HEARTBEAT_SECONDS", 0.001)
     lines = queue.Queue()
     with compile.heartbeat("first step", lines.put):

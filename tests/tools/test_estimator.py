@@ -1,0 +1,78 @@
+"""What a training step computes and holds: FLOP, operations and memory."""
+
+import dataclasses
+
+import pytest
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from sid_fast import Settings, losses
+from sid_fast.cli import presets
+from sid_fast.models.teachers import TEACHERS
+from sid_fast.tools import estimator, op_counter
+from tests.helpers.networks import SMALL
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def cifar():
+    """Steps of CIFAR-10's network in bf16: one of one image, two of two images."""
+    preset = presets("train")["cifar10-uncond"]
+    settings = Settings(dropout=preset["dropout"], augment_p=preset["augment_p"])
+    return estimator.steps(
+        TEACHERS["cifar10-uncond"].network,
+        dataclasses.replace(settings, precision="bf16"),
+        [1, 2, 2],
+    )
+
+
+def test_a_step_is_eleven_forwards(cifar):
+    forward = sum(op.flops for op in op_counter.forward(TEACHERS["cifar10-uncond"].network))
+    for step in cifar:
+        found = sum(op.flops for op in step.ops) / step.images
+        assert found == pytest.approx(estimator.FORWARDS * forward, rel=0.01)
+
+
+def test_a_step_does_the_same_every_time(cifar):
+    """As a CUDA graph needs: no operation or shape depends on the step or on values."""
+    assert cifar[1].ops == cifar[2].ops
+    assert cifar[1].peak == cifar[2].peak
+
+
+def test_memory_is_what_the_networks_and_the_images_need(cifar):
+    weights = 55_733_891 * 4 / MIB
+    small, large = ({k: v / MIB for k, v in step.peak.items()} for step in cifar[:2])
+    for kind, networks in (
+        ("teacher", 0.5),  # in 16 bit
+        ("weights", 2),
+        ("gradients", 2),
+        ("optimiser", 2),  # β1 = 0 keeps no first moment
+        ("average", 1),
+        ("copies", 1),  # of two networks in 16 bit, their GroupNorms excepted
+    ):
+        assert small[kind] == large[kind]
+        assert small[kind] == pytest.approx(networks * weights, rel=0.1), kind
+    # Rounding to whole allocations aside, the rest goes with the images, or with a weight's size.
+    assert large["activations"] == pytest.approx(2 * small["activations"], rel=0.02)
+    assert small["workspace"] < large["workspace"] < 2 * small["workspace"]
+
+
+@pytest.mark.parametrize(
+    ("read", "error"),
+    [
+        (lambda x: x.sum().item(), DataDependentOutputException),
+        (lambda x: x[x > 0], DynamicOutputShapeException),
+    ],
+)
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+def test_a_step_that_reads_a_value_fails(monkeypatch, read, error, backend):
+    finite = losses.finite
+
+    def spoiled(*tensors):
+        read(tensors[0])
+        return finite(*tensors)
+
+    estimator.steps(SMALL, Settings(), [1], backend)
+    monkeypatch.setattr(losses, "finite", spoiled)
+    with pytest.raises(error):
+        estimator.steps(SMALL, Settings(), [1], backend)
