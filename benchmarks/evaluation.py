@@ -42,6 +42,8 @@ WARM_UP = 512  # images
 
 @dataclasses.dataclass
 class Options:
+    """Options of the command."""
+
     detector: str = option("", "pixels, inception or a TorchScript file; default: pixels on a CPU")
     trust: bool = option(False, "run a TorchScript file that is not known here")
     images: int = option(0, "images to generate; default: 50,000, on a CPU 1,000", 0)

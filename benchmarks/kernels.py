@@ -83,6 +83,8 @@ CPU_CASES = 3  # per kernel on a CPU: the smallest
 
 @dataclasses.dataclass
 class Options:
+    """Options of the command."""
+
     kernel: str = option("", f"one of {', '.join(compile.MODULES)}; default: all")
     dtype: str = option("bf16", "fp32, bf16 or fp16, or a comma-separated list")
     batch: str = option("micro", "micro: a preset's micro-batch; fill: tensors that fill a GPU")

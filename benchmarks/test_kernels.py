@@ -14,6 +14,7 @@ DEVICE = process_group.pick_device()
 
 
 def calls():
+    """Yield a parameter set for each case, provider and mode."""
     for case in kernels.cases(kernels.Options(), DEVICE):
         for provider in case.providers:
             if DEVICE.type == "cuda" or provider != "compile":
@@ -24,6 +25,7 @@ def calls():
 
 @pytest.mark.parametrize(("case", "provider", "mode"), list(calls()))
 def test_kernel(benchmark, case, provider, mode):
+    """Time one call."""
     try:
         call = timing.ColdCacheTimer(kernels.make_calls(case, provider, DEVICE)[mode], DEVICE)
     except Exception as error:  # a library without a kernel for the shape

@@ -143,6 +143,8 @@ ON_CPU = (
 
 @dataclasses.dataclass
 class Options:
+    """Options of the command."""
+
     preset: str = option("", "comma-separated presets; default: digits on a CPU, else all")
     micro_batch: tuple[int, ...] = option((), "images per step; default: 8, 16, … while they fit")
     variants: str = option(
@@ -212,6 +214,7 @@ class Running:
             yield
 
     def __call__(self) -> None:
+        """Run a step."""
         with self.settings():
             self.step()
 

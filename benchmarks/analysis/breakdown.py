@@ -34,6 +34,8 @@ SINGLE = 40  # rows for single operations, and for kernels: the longest
 
 @dataclasses.dataclass
 class Options:
+    """Options of the command."""
+
     preset: str | None = option(None, "default: digits on a CPU, else cifar10-uncond")
     micro_batch: int | None = option(None, "images per step; default: 64, or 8 on a CPU", 1)
     precision: str | None = option(None, "bf16, fp16 or fp32; default: bf16, or fp32 on a CPU")

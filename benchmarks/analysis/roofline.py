@@ -36,6 +36,8 @@ COLOURS = {
 
 @dataclasses.dataclass
 class Options:
+    """Options of the command."""
+
     preset: str | None = None
     card: Card = option("h200", "the GPU to estimate for")
     precision: str = option("bf16", "fp32, tf32, bf16 or fp16")
