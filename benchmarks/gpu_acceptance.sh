@@ -163,7 +163,8 @@ if ((gpu)); then
         --timed-seconds 6 --max-steps 10 --variants "default,sid_fast,$fixed"
     part "checks of networks" 20 "${check[@]}" "test_network"
     part "kernel tests" 35 "${unit_tests[@]}" \
-        tests/test_{attention,group_norm,sid_loss,augment,adam_ema,fused}.py
+        tests/kernels/test_{attention,group_norm,sid_loss,augment,adam_ema}.py \
+        tests/models/test_fused.py
     part "kernels" 30 "${kernels[@]}" --baselines \
         "eager,eager NCHW,fused Adam,apex,sdpa cudnn,sdpa flash,sdpa efficient"
     part "training, all variants" 40 "${train[@]}" --micro-batch 64,256,8 \
@@ -185,7 +186,7 @@ else
     part "training, Triton kernels" 12 "${train[@]}" --variants "sid_fast fp32"
     part "checks of networks" 20 "${check[@]}" "test_network and cifar10-uncond and fp32"
     part "kernel tests" 15 env PYTEST_ADDOPTS="-k 'hand or limit'" \
-        "${unit_tests[@]}" tests/test_sid_loss.py
+        "${unit_tests[@]}" tests/kernels/test_sid_loss.py
     part "kernels" 15 "${kernels[@]}" --dtype fp32 --kernel sid_loss --baselines eager
     part "training, all variants" 15 "${train[@]}" --variants "sid_fast fp32,published"
     part "breakdown" 30 "${breakdown[@]}" --micro-batch 1

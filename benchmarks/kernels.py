@@ -145,7 +145,7 @@ def channels_last(*shape: int, device: torch.device, dtype: torch.dtype) -> torc
 
 
 def group_norm_case(variant: str, place: tuple[int, ...], dtype: str, fill: bool, device) -> Case:
-    """Make the case of a norm in a network; variant and place as in group_norm.PLACES."""
+    """Make the case of a norm in a network; variant and place as in group_norm.NORM_SHAPES."""
     *channels, side = place
     total, kind, parts = sum(channels), DTYPES[dtype], variant.split()
     resolution = 64 if side == 64 or total % 192 == 0 else 32
@@ -158,10 +158,10 @@ def group_norm_case(variant: str, place: tuple[int, ...], dtype: str, fill: bool
         shapes["skip"] = (n, channels[1], side, side)
     if parts[0] in ("sum", "norm2"):
         shapes["residual"], shapes["x_bias"] = shapes["x"], (channels[0],)
-    for name in {"add": ("add",), "film": ("add", "scale", "shift")}.get(parts[-1], ()):
+    for name in {"add": ("add",), "scale_shift": ("add", "scale", "shift")}.get(parts[-1], ()):
         shapes[name] = (n, total)
     names = (*shapes, "weight", "bias")
-    upstream_grads = group_norm._arguments(variant, backward=True)
+    upstream_grads = group_norm.kernel_arguments(variant, backward=True)
 
     def inputs():
         tensors = []
@@ -202,8 +202,8 @@ def group_norm_case(variant: str, place: tuple[int, ...], dtype: str, fill: bool
 
 def group_norm_cases(dtypes, fill, device) -> Iterator[Case]:
     """Yield every norm of the networks."""
-    for dtype, variant in itertools.product(dtypes, group_norm.PLACES):
-        for place in group_norm.PLACES[variant]:
+    for dtype, variant in itertools.product(dtypes, group_norm.NORM_SHAPES):
+        for place in group_norm.NORM_SHAPES[variant]:
             yield group_norm_case(variant, place, dtype, fill, device)
 
 
@@ -501,7 +501,7 @@ def measure(case: Case, device: torch.device, rates: dict, baselines: set[str]) 
             case.flop[i] / (rates["fp32" if case.dtype == "fp32" else "bf16"] * 1e12),
         )
         for provider in wanted:
-            row = {
+            row: dict[str, Any] = {
                 "name": case.name, "shape": case.shape, "dtype": case.dtype,
                 "provider": provider, "mode": mode,
             }  # fmt: skip

@@ -275,8 +275,8 @@ def compare(old: Path, new: Path) -> None:
     for name in ("benchmark", "device"):
         values = [sorted({row[name] for row in rows}) for rows in (before, after)]
         if values[0] != values[1]:
-            was, now = (", ".join(each) for each in values)
-            raise UserError(f"{old} and {new} cannot be compared: {name} {was}, not {now}")
+            a, b = (", ".join(each) for each in values)
+            raise UserError(f"{old} and {new} cannot be compared: {name} {a}, not {b}")
 
     def by_key(rows: list[Row]) -> dict[tuple, Row]:
         return {tuple(row[name] for name in KEYS[row["benchmark"]]): row for row in _timed(rows)}
@@ -284,16 +284,19 @@ def compare(old: Path, new: Path) -> None:
     was, now = by_key(before), by_key(after)
     print(f"{old}: {provenance(before)}\n{new}: {provenance(after)}")
     counts = {"slower": 0, "faster": 0, "missing": 0}
-    for key, a in was.items():
-        b = now.get(key)
-        verdict = "missing" if b is None else ""
-        if b is not None and b["ms_p20"] > a["ms_p80"]:
+    for key, before_row in was.items():
+        after_row = now.get(key)
+        if after_row is None:
+            verdict = "missing"
+        elif after_row["ms_p20"] > before_row["ms_p80"]:
             verdict = "slower"
-        if b is not None and b["ms_p80"] < a["ms_p20"]:
+        elif after_row["ms_p80"] < before_row["ms_p20"]:
             verdict = "faster"
-        if verdict:
-            counts[verdict] += 1
-            print(f"{verdict:7} {' '.join(map(str, key))}", _range(a), *([_range(b)] if b else []))
+        else:
+            continue
+        counts[verdict] += 1
+        ranges = [_range(row) for row in (before_row, after_row) if row]
+        print(f"{verdict:7} {' '.join(map(str, key))}", *ranges)
     summary = f"{len(was)} rows: {', '.join(f'{n} {verdict}' for verdict, n in counts.items())}"
     print(f"{summary}, {len(now.keys() - was.keys())} new")
     if counts["slower"]:

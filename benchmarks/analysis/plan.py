@@ -1,4 +1,4 @@
-"""Write PLAN.md: estimated memory and time of every preset on five machines.
+"""Write PLAN.md: plans of every published preset on five machines, made without a GPU.
 
 python -m benchmarks.analysis.plan
 """
@@ -23,25 +23,26 @@ MACHINES: tuple[tuple[int, Card], ...] = (
     (64, "h100"),
 )
 PRECISION: Precision = "bf16"
-HEAD = f"""# Estimated cost of a run
+HEAD = f"""# Plans of the published presets
 
-**All figures are estimates; nothing was measured.** `python -m benchmarks.analysis.plan` writes
-this page. Each block is the output of `python -m sid_fast.plan --preset NAME --gpus N --card CARD
---kernels triton`, which also takes other precisions, micro-batches, bandwidths and MFU.
+**All figures are estimates; nothing was measured.** Made by
+`python -m benchmarks.analysis.plan`; each block is what `python -m sid_fast.plan --preset NAME --gpus N --card CARD --kernels triton`
+prints; its options change the precision, batch, rates and MFU.
 
-- Memory: a step of the real network runs on fake tensors ({PRECISION}, Triton kernels,
-  micro-batches of 1 and 2 images); its peak is linear in the images. The CUDA context, cuDNN's
-  workspaces and fragmentation add {estimator.ALLOWANCE // estimator.GIB} GiB.
-- FLOP: counted in the same step, 2 per multiply-add.
-- Time: FLOP over an **assumed** MFU of {planner.Cluster.mfu:.0%} of the GPU's matrix rate, plus the
-  communication that the last backward pass of each network does not hide, for DDP. Sharding also
-  gathers weights: an eighth less traffic in 16 bit, a quarter more in float32. **Assumed**
-  bandwidth per GPU: {planner.LINKS["inside a node"]:.0f} GB/s inside a node of {planner.NODE} GPUs,
-  {planner.LINKS["between nodes"]:.0f} GB/s between nodes.
+- Memory is counted: a step of the real network runs on fake tensors ({PRECISION}, Triton kernels,
+  micro-batches of 1 and 2 images). Its peak is linear in the images. An allowance of
+  {estimator.ALLOWANCE // estimator.GIB} GiB is added for the CUDA context, cuDNN's workspaces and
+  the allocator's fragmentation.
+- FLOP are counted in the same step, 2 per multiply-add.
+- Time is FLOP at an **assumed** MFU of {planner.Cluster.mfu:.0%} of the card's matrix rate, plus
+  the communication that the last micro-batch's backward does not hide. Communication is estimated
+  for DDP at an **assumed** {planner.LINKS["inside a node"]:.0f} GB/s per GPU inside a node of
+  {planner.NODE} and {planner.LINKS["between nodes"]:.0f} GB/s between nodes. FSDP also gathers
+  weights: it sends an eighth less in 16 bit, a quarter more in float32.
 """
 COLUMNS = (
-    "preset", "machine", "micro-batch x accumulation", "GiB per GPU (ddp / fsdp)",
-    "TFLOP per step", "ms per step", "GB sent", "ms exposed", "img/s", "days",
+    "preset", "machine", "micro-batch x grad. accum.", "GiB per GPU (ddp / fsdp)", "TFLOP per step",
+    "ms per step", "GB sent", "ms not hidden", "images/s", "days",
 )  # fmt: skip
 
 
@@ -64,7 +65,8 @@ def main() -> None:
             size = [m.total() / estimator.GIB for m in p.memory.values()]
             rows.append(
                 f"| {name} | {gpus} x {card}, {planner.memory_of(options)} GiB "
-                f"| {p.micro_batch} x {p.rounds} | {' / '.join(f'{s:.1f}' for s in size)} "
+                f"| {p.micro_batch} x {p.grad_accum_steps} "
+                f"| {' / '.join(f'{s:.1f}' for s in size)} "
                 f"| {p.flop / 1e12:,.0f} | {(p.compute + p.exposed) * 1e3:,.0f} "
                 f"| {p.traffic / 1e9:.2f} | {p.exposed * 1e3:.0f} | {p.images_per_second:,.0f} "
                 f"| {p.days:.1f} |"

@@ -21,7 +21,7 @@ from sid_fast.data.digits import open_dataset
 from sid_fast.evaluation import frechet_distance, moments
 from sid_fast.io.atomic import atomic_path
 from sid_fast.sampling import to_uint8
-from sid_fast.training.random_streams import gallery
+from sid_fast.training.random_streams import fixed_grid_inputs
 
 FOLDER = RESULTS / "precision"
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
@@ -43,7 +43,7 @@ def curve(precision: Precision, seed: int, real: tuple[torch.Tensor, torch.Tenso
         load_network("digits"), Settings(precision=precision, **SETTINGS), seed=seed
     )
     trainer.ema.compute_dtype = torch.float32  # compare weights, not inference precision
-    z, labels = gallery(trainer.ema.config, 0, IMAGES)
+    z, labels = fixed_grid_inputs(trainer.ema.config, 0, IMAGES)
     sigma = torch.full((IMAGES,), trainer.settings.init_sigma)
 
     @torch.no_grad()

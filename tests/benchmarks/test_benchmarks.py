@@ -8,18 +8,19 @@ from unittest.mock import Mock
 import pytest
 import torch
 from click.testing import CliRunner
-from golden import relative
-from gpu import checks
 
 from benchmarks import baselines, evaluation, kernels, train
 from benchmarks.analysis import breakdown, roofline
 from benchmarks.results import Results, read
 from sid_fast import Distiller, Settings
 from sid_fast.data import readers
+from sid_fast.data.feed import ImageFeed
 from sid_fast.errors import RunFailed, UserError
-from sid_fast.kernels.dispatch import choose
+from sid_fast.kernels.dispatch import describe, runs
 from sid_fast.models import EDMNetwork
 from sid_fast.training.step import annotate_oom
+from tests.gpu import checks
+from tests.helpers.golden import relative
 
 CPU = torch.device("cpu")
 
@@ -234,7 +235,7 @@ class Crowded:
     def __init__(self, variant, *_):
         need = {"large": 2, "too large": 3}.get(variant.kernels, 1)
         if Crowded.alive + need > 2:
-            with annotate_oom("fake step, round 1 of 1"):  # as in Distiller
+            with annotate_oom("fake step, micro-batch 1 of 1"):  # as in Distiller
                 raise torch.OutOfMemoryError("no room")
         Crowded.alive += need
         self.need, self.peak = need, [0.0, 0.0]
@@ -265,7 +266,7 @@ def test_a_variant_that_does_not_fit_is_timed_after_the_others(monkeypatch, smal
 def test_running_out_of_memory_while_timed_is_a_row(monkeypatch, small, tmp_path):
     class Growing(Crowded):
         def __call__(self):
-            with annotate_oom("fake step, round 1 of 1"):
+            with annotate_oom("fake step, micro-batch 1 of 1"):
                 raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(train, "Running", Growing)
@@ -296,7 +297,7 @@ def test_eager_nchw_gets_contiguous_inputs():
 @pytest.mark.parametrize(
     ("name", "backend", "tuned", "deterministic"),
     [
-        ("default", "eager", False, True),
+        ("default", describe(runs(torch.device("cuda"))), False, True),
         ("sid_fast", "triton", False, True),
         ("cuDNN benchmark", "triton", True, True),
         ("cuDNN not deterministic", "triton", False, False),
@@ -308,7 +309,7 @@ def test_a_variant_has_the_settings_of_its_name(name, backend, tuned, determinis
     running = object.__new__(train.Running)
     running.variant, running.device = train.VARIANTS[name], torch.device("cuda")
     with train.kernels.dispatch.forced("triton"), running.settings():
-        assert {choose(operation) for operation in train.kernels.dispatch.OPERATIONS} == {backend}
+        assert describe(runs(running.device)) == backend
         cudnn = torch.backends.cudnn
         assert (cudnn.benchmark, cudnn.deterministic) == (tuned, deterministic)
     assert running.variant.uses_graphs == (name != "published")
@@ -350,6 +351,9 @@ def test_an_evaluation_writes_every_stage(monkeypatch, tmp_path):
         order.append(kind)
         return readers.read(data, indices, device)
 
+    def feed_plainly(*arguments, resident, reader):
+        return ImageFeed(*arguments, resident=resident, reader="plain")
+
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -357,6 +361,7 @@ def test_an_evaluation_writes_every_stage(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation, "choose", lambda: "dali")
     monkeypatch.setattr(evaluation, "read", read_plainly)
     monkeypatch.setattr(evaluation.references, "read", read_plainly)
+    monkeypatch.setattr(evaluation, "ImageFeed", feed_plainly)
     out = tmp_path / "evaluation.jsonl"
     options = evaluation.Options(images=20, rounds=2, device="cpu", out=str(out))
     evaluation.run(options, set())
@@ -365,6 +370,11 @@ def test_an_evaluation_writes_every_stage(monkeypatch, tmp_path):
     parts = {"images", "detector", "moments"}
     assert set(rows) >= {(part, of) for part in parts for of in ("reference", "generated")}
     assert ("Fréchet distance", "comparison") in rows
+    for source in ("resident", "dali", "plain"):
+        assert rows["feed", source]["speedup"] > 0
+        assert 0 <= rows["fed step", source]["wait_share"] <= 1
+    assert rows["fed step", "resident"]["wait_share"] == 0
+    assert evaluation.line(rows["fed step", "resident"]).endswith(" 0%")
     dali, plain = (rows["reading", kind] for kind in ("dali", "plain"))
     assert plain["speedup"] == 1
     assert dali["speedup"] > 0
@@ -380,7 +390,7 @@ def test_an_evaluation_writes_every_stage(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation, "compare", interrupt)
     with pytest.raises(KeyboardInterrupt):
         evaluation.run(options, set())
-    assert len(read(out)) == 2 + 3 + 3
+    assert len(read(out)) == 2 + 3 + 3 + 3 + 3
 
 
 def test_the_speedup_compares_readers_within_a_round(monkeypatch, tmp_path):

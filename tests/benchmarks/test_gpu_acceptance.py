@@ -13,7 +13,7 @@ import pytest
 from benchmarks import kernels, train
 from sid_fast.cli import presets
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Replaces Python on a machine with a GPU: logs its command lines, and hangs in one of them.
 STAND_IN = r"""#!/usr/bin/env bash
 case $1 in

@@ -6,11 +6,7 @@ import pytest
 
 from benchmarks import results
 from sid_fast.errors import UserError, WriteFailed
-
-ROW = dict(
-    name="group_norm", shape="256@32x32", dtype="bf16", provider="triton", mode="forward",
-    ms_p20=1.0, ms_p50=2.0, ms_p80=3.0, gb_s=10.0, tflop_s=0.1, floor_share=0.5, status="ok",
-)  # fmt: skip
+from tests.helpers.results import ROW
 
 
 def test_every_row_is_in_the_file_before_the_next(tmp_path):

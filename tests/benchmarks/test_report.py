@@ -3,10 +3,10 @@
 import re
 
 import pytest
-from test_record import ROW
 
 from benchmarks import report, results
 from sid_fast import cli
+from tests.helpers.results import ROW
 
 
 def ms(low, middle, high):

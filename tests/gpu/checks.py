@@ -20,13 +20,6 @@ from typing import Any
 
 import pytest
 import torch
-from golden import (
-    TRAJECTORY_TOLERANCE,
-    golden_draws,
-    golden_settings,
-    read,
-    trajectory_error,
-)
 
 from sid_fast import Draw, Settings, load_network
 from sid_fast.config.types import Precision
@@ -42,6 +35,13 @@ from sid_fast.performance import cuda_graphs, fsdp, mixed_precision, process_gro
 from sid_fast.performance.cuda_graphs import CapturedGraph, warm_up
 from sid_fast.tools import estimator, graph_trial
 from sid_fast.tools.graph_trial import network
+from tests.helpers.golden import (
+    TRAJECTORY_TOLERANCE,
+    golden_draws,
+    golden_settings,
+    read,
+    trajectory_error,
+)
 
 GOLDEN = Path(os.environ.get("SID_FAST_SHARED", Path(__file__).parents[3] / "shared")) / "golden"
 TINY = NetworkConfig(
@@ -79,7 +79,7 @@ class Context:
     def use_backend(self) -> Iterator[None]:
         """Run the steps in the block with the backend."""
         with dispatch.forced(BACKENDS[self.backend]):
-            if not self.cuda and "triton" in map(dispatch.choose, dispatch.OPERATIONS):
+            if not self.cuda and "triton" in dispatch.runs(self.device).values():
                 pytest.skip("needs a GPU: the interpreter takes minutes for a step")
             yield
 
@@ -117,7 +117,7 @@ def flat(tensors) -> torch.Tensor:
 
 def weights(distiller: Distiller) -> torch.Tensor:
     nets = distiller.fake_score, distiller.generator, distiller.ema
-    return flat(fsdp.local([p for net in nets for p in net.parameters()]))
+    return flat(fsdp.local_shards([p for net in nets for p in net.parameters()]))
 
 
 def relative_distance(actual: Distiller, expected: Distiller, start: torch.Tensor) -> float:
@@ -240,8 +240,8 @@ def capture_trial(ctx: Context) -> Outcome:
     """The trial in another process passes that `--cuda-graph auto` makes before a run."""
     ctx.needs_gpu()
     with ctx.use_backend():
-        job = graph_trial.job(CIFAR10, SETTINGS, ctx.device)
-    reason = graph_trial.attempt(job, graph_trial.LIMIT)
+        spec = graph_trial.probe_spec(CIFAR10, SETTINGS, ctx.device)
+    reason = graph_trial.run_probe(spec, graph_trial.LIMIT)
     return float(bool(reason)), 0.0, reason or "in a separate process"
 
 
@@ -418,7 +418,7 @@ def memory_estimate(ctx: Context, teacher: str, images: int) -> Outcome:
     config = TEACHERS[teacher].network
     settings = dataclasses.replace(SETTINGS, batch_size=images, precision="bf16")
     with ctx.use_backend():
-        (step,) = estimator.steps(config, settings, [images], dispatch.choose("block"))
+        (step,) = estimator.steps(config, settings, [images], dispatch.runs(ctx.device))
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -440,7 +440,7 @@ def deterministic() -> Iterator[None]:
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False
-    mixed_precision.pick("fp32", torch.device("cpu"))
+    mixed_precision.set_precision("fp32", torch.device("cpu"))
     try:
         yield
     finally:
@@ -457,7 +457,7 @@ NETWORKS = {
 def backends() -> dict[str, str | None]:
     """Backends to check, as arguments of dispatch.forced: the default, then the others."""
     with dispatch.forced(None):
-        default = {dispatch.choose(name) for name in dispatch.OPERATIONS}
+        default = set(dispatch.runs(torch.device("cuda")).values())
     others = [name for name in ("eager", "triton") if default != {name}]
     return {"default": None, **{name: name for name in others}}
 

@@ -5,9 +5,9 @@ import math
 import os
 
 import pytest
-from gpu import checks
 
 from benchmarks.results import Results
+from tests.gpu import checks
 
 
 @functools.cache

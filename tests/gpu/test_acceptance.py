@@ -4,7 +4,8 @@ import gc
 
 import pytest
 import torch
-from gpu import checks
+
+from tests.gpu import checks
 
 pytestmark = pytest.mark.gpu
 each_backend = pytest.mark.parametrize("backend", checks.BACKENDS)

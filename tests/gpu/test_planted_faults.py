@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from gpu import checks
 
 from sid_fast import Distiller
 from sid_fast.kernels.dispatch import choose
 from sid_fast.models.edm_unet import layers
+from tests.gpu import checks
 
 CPU = torch.device("cpu")
 
@@ -65,7 +65,7 @@ def test_network_sees_scaled_norms(smaller, monkeypatch, kind, factors):
     def off(*args, **more):
         out = original(*args, **more)
         by = torch.tensor(factors).repeat(out.y.shape[1] // 2)[:, None, None].to(out.y.dtype)
-        return out._replace(y=out.y * by) if choose("group_norm") == "triton" else out
+        return out._replace(y=out.y * by) if choose("group_norm", CPU) == "triton" else out
 
     original = layers.kernels.group_norm
     monkeypatch.setattr(layers.kernels, "group_norm", off)
@@ -90,10 +90,11 @@ def test_within_sees_error_and_scale_separately():
 
 
 def test_every_backend_is_checked_once_the_default_first(monkeypatch):
-    assert list(checks.backends()) == ["default", "triton"]
+    everything = ["default", "eager", "triton"]
+    assert list(checks.backends()) == everything
     with checks.dispatch.forced("triton"):
-        assert list(checks.backends()) == ["default", "triton"], "whatever is forced at the moment"
-    monkeypatch.setattr(checks.dispatch, "choose", lambda name: "triton")
+        assert list(checks.backends()) == everything, "whatever is forced at the moment"
+    monkeypatch.setattr(checks.dispatch, "runs", lambda device: {"block": "triton"})
     assert list(checks.backends()) == ["default", "eager"]
 
 
