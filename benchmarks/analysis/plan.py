@@ -25,9 +25,10 @@ MACHINES: tuple[tuple[int, Card], ...] = (
 PRECISION: Precision = "bf16"
 HEAD = f"""# Plans of the published presets
 
-**All figures are estimates; nothing was measured.** Made by
-`python -m benchmarks.analysis.plan`; each block is what `python -m sid_fast.plan --preset NAME --gpus N --card CARD --kernels triton`
-prints; its options change the precision, batch, rates and MFU.
+**All figures are estimates; nothing was measured.** `python -m benchmarks.analysis.plan` writes
+this page. Each block is the output of
+`python -m sid_fast.plan --preset NAME --gpus N --card CARD --kernels triton`,
+whose other options change the precision, batch, rates and MFU.
 
 - Memory is counted: a step of the real network runs on fake tensors ({PRECISION}, Triton kernels,
   micro-batches of 1 and 2 images). Its peak is linear in the images. An allowance of
