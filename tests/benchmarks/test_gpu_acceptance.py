@@ -102,11 +102,16 @@ def test_the_commands_are_valid_and_ordered_by_value(session):
 
 
 def _selected(keywords):
-    """Acceptance checks that `-k keywords` selects."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
-    command += ["-o", "addopts=", ROOT / "tests/gpu/test_acceptance.py", "-k", keywords]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=500)
-    return {line for line in done.stdout.splitlines() if "::" in line}
+    """Acceptance checks that `-k keywords` selects, collected in this process."""
+    names = set()
+
+    class Collector:
+        def pytest_collection_finish(self, session):
+            names.update(item.name for item in session.items)
+
+    options = ["--collect-only", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "-k", keywords]
+    pytest.main([*options, str(ROOT / "tests/gpu/test_acceptance.py")], plugins=[Collector()])
+    return names
 
 
 def test_an_interrupted_run_prints_its_summary(session):
