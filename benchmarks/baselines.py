@@ -1,8 +1,7 @@
-"""SiD as others would run it on the same networks: what the training benchmark compares with.
+"""PyTorch implementations of the SiD step, with which the training benchmark compares sid_fast.
 
-They share with sid_fast the networks' plain form, the random draws and the augmentation (the
-published one sizes its padding from the data, for which the host waits once more), and nothing of
-its step.
+They share sid_fast's eager networks, random draws and augmentation, and nothing of its step. The
+published augmentation sizes its padding from the data, which costs one more host synchronisation.
 """
 
 import copy
@@ -21,12 +20,16 @@ from sid_fast.training.optimizer import ema_beta
 from sid_fast.training.random_streams import counter_of
 
 
-class Plain:
-    """One iteration as the published recipe makes it (arXiv 2404.04057, algorithm 1).
+class PublishedBaseline:
+    """The step as in the published recipe (arXiv 2404.04057, algorithm 1).
 
-    Eager, NCHW, a boolean mask over the batch, losses read by the host, gradients cleaned and the
-    average kept tensor by tensor. dtype is the type the networks compute in, their weights cast
-    whenever they are used.
+    Eager, NCHW, a boolean mask over the batch, the loss read by the host, gradient clean-up and EMA
+    tensor by tensor.
+
+    Args:
+        teacher: the pretrained network.
+        settings: of a run; one micro-batch of batch_size images.
+        dtype: the networks compute in it and cast their weights at every use.
     """
 
     def __init__(self, teacher: EDMNetwork, settings: Settings, dtype: torch.dtype):
@@ -46,38 +49,45 @@ class Plain:
         self.images = 0
 
     def adam(self, net: EDMNetwork, lr: float, beta1: float) -> torch.optim.Adam:
+        """Make the optimiser of a network."""
         s = self.settings
         return torch.optim.Adam(net.parameters(), lr=lr, betas=(beta1, s.beta2), eps=s.eps or 1e-8)
 
     def step(self) -> None:
+        """Update fake score, generator and EMA."""
         s = self.settings
-        self.descend("fake", self.fake_score, self.fake_adam, s.fake_loss_scale)
-        self.descend("generator", self.generator, self.generator_adam, s.generator_loss_scale)
-        self.average(ema_beta(self.images, s.batch_size, s.ema_halflife_kimg, s.ema_rampup_ratio))
+        self.update("fake", self.fake_score, self.fake_adam, s.fake_loss_scale)
+        self.update("generator", self.generator, self.generator_adam, s.generator_loss_scale)
+        self.update_ema(
+            ema_beta(self.images, s.batch_size, s.ema_halflife_kimg, s.ema_rampup_ratio)
+        )
         self.images += s.batch_size
         self.counter[1].add_(1)
 
-    def descend(
+    def update(
         self, phase: str, net: EDMNetwork, adam: torch.optim.Optimizer, scale: float
     ) -> None:
+        """Take one optimiser step of a network."""
         rng = RandomStream(self.counter, phase, self.settings.batch_size)
         draw = next(p for p in self.method.phases if p.name == phase).sample_inputs(rng)
         adam.zero_grad(set_to_none=True)
         loss = self.fake_loss(draw) if phase == "fake" else self.generator_loss(draw)
-        loss = self.kept(loss).sum() * (scale / self.settings.batch_size)
+        loss = self.mask_invalid(loss).sum() * (scale / self.settings.batch_size)
         loss.backward()
-        self.read(loss)
-        self.clean(net)
+        self.report(loss)
+        self.clean_gradients(net)
         adam.step()
 
-    def images_of(self, draw: Draw) -> torch.Tensor:
+    def generate(self, draw: Draw) -> torch.Tensor:
+        """Run the generator on the draw's latents."""
         sigma = torch.full((len(draw.z),), self.settings.init_sigma, device=draw.z.device)
         return self.generator(draw.z * self.settings.init_sigma, sigma, draw.class_labels)
 
     def fake_loss(self, draw: Draw) -> torch.Tensor:
+        """Compute the fake score's denoising loss, per element."""
         with torch.no_grad():
             self.generator.eval()
-            y, labels = self.images_of(draw), None
+            y, labels = self.generate(draw), None
             if draw.augment is not None:
                 y, labels = augment.apply(y, draw.augment)
         self.fake_score.requires_grad_(True).train()
@@ -88,8 +98,9 @@ class Plain:
         return weight * (f - y) ** 2
 
     def generator_loss(self, draw: Draw) -> torch.Tensor:
+        """Compute the generator's SiD loss, per element."""
         self.generator.train()
-        y = self.images_of(draw)
+        y = self.generate(draw)
         self.fake_score.requires_grad_(False).eval()
         x_t = y + draw.sigma * draw.noise
         r, f = (net(x_t, draw.sigma, draw.class_labels) for net in (self.teacher, self.fake_score))
@@ -98,28 +109,32 @@ class Plain:
         d = r - f
         return d * ((r - y) - self.settings.alpha * d) / w
 
-    def kept(self, loss: torch.Tensor) -> torch.Tensor:
-        return loss[torch.isfinite(loss).flatten(1).all(1)]  # of a size that the host must learn
+    def mask_invalid(self, loss: torch.Tensor) -> torch.Tensor:
+        """Drop samples with a non-finite loss; the result's size synchronises with the host."""
+        return loss[torch.isfinite(loss).flatten(1).all(1)]
 
-    def read(self, loss: torch.Tensor) -> None:
+    def report(self, loss: torch.Tensor) -> None:
+        """Read the loss on the host."""
         loss.item()
 
-    def clean(self, net: EDMNetwork) -> None:
+    def clean_gradients(self, net: EDMNetwork) -> None:
+        """Replace non-finite gradients."""
         for p in net.parameters():
             if p.grad is not None:
                 torch.nan_to_num_(p.grad, nan=0.0, posinf=1e5, neginf=-1e5)
 
-    def average(self, beta: float) -> None:
-        with torch.no_grad():
-            for average, p in zip(self.ema.parameters(), self.generator.parameters(), strict=True):
-                average.copy_(p.lerp(average, beta))
+    @torch.no_grad()
+    def update_ema(self, beta: float) -> None:
+        """Move the EMA towards the generator."""
+        for average, p in zip(self.ema.parameters(), self.generator.parameters(), strict=True):
+            average.copy_(p.lerp(average, beta))
 
 
-class Skilled(Plain):
-    """The same by a user who knows PyTorch well.
+class OptimisedBaseline(PublishedBaseline):
+    """The same step with PyTorch's own optimisations.
 
-    Channels-last, torch.compile over whole networks in `mode`, PyTorch's fused attention and fused
-    Adam, one call for the average of all tensors, nothing read by the host.
+    Channels-last, torch.compile over whole networks in `mode`, fused attention, fused Adam, one
+    foreach call for the EMA, no host synchronisation.
     """
 
     def __init__(self, teacher: EDMNetwork, settings: Settings, dtype: torch.dtype, mode: str):
@@ -130,6 +145,7 @@ class Skilled(Plain):
             net.model.compile(mode=mode, dynamic=False)
 
     def adam(self, net: EDMNetwork, lr: float, beta1: float) -> torch.optim.Adam:
+        """Make the fused optimiser of a network."""
         s, cuda = self.settings, next(net.parameters()).is_cuda
         betas = beta1, s.beta2
         return torch.optim.Adam(
@@ -137,22 +153,26 @@ class Skilled(Plain):
         )
 
     def step(self) -> None:
-        torch.compiler.cudagraph_mark_step_begin()  # where the mode makes graphs
+        """Update fake score, generator and EMA."""
+        torch.compiler.cudagraph_mark_step_begin()  # for modes that capture CUDA graphs
         with mock.patch.object(kernels, "attention", sdpa):
             super().step()
 
-    def images_of(self, draw: Draw) -> torch.Tensor:
+    def generate(self, draw: Draw) -> torch.Tensor:
+        """Run the generator on channels-last latents."""
         z = draw.z.contiguous(memory_format=torch.channels_last)
-        return super().images_of(dataclasses.replace(draw, z=z))
+        return super().generate(dataclasses.replace(draw, z=z))
 
-    def kept(self, loss: torch.Tensor) -> torch.Tensor:
+    def mask_invalid(self, loss: torch.Tensor) -> torch.Tensor:
+        """Zero the non-finite elements of the loss."""
         return torch.where(torch.isfinite(loss), loss, 0.0)
 
-    def read(self, loss: torch.Tensor) -> None:
-        pass
+    def report(self, loss: torch.Tensor) -> None:
+        """Leave the loss on the device."""
 
     @torch.no_grad()
-    def average(self, beta: float) -> None:
+    def update_ema(self, beta: float) -> None:
+        """Move the EMA towards the generator."""
         torch._foreach_lerp_(
             list(self.ema.parameters()), list(self.generator.parameters()), 1 - beta
         )

@@ -1,29 +1,32 @@
-"""Seconds of an evaluation by stage, and images a second of the readers and of training's feed.
+"""Time the stages of an evaluation, and how images reach evaluation and training.
 
     python -m benchmarks.evaluation --detector inception --images 50000
 
-The readers of PNGs take turns over the whole data set, and so do the ways to feed it to training
-steps ("feed": nothing happens between the batches). Steps of a teacher's training ("fed step") then
-show what share of them waits for images. Last come the pass over the real images, the pass that
-generates and looks at as many as --images says, and the comparison of the two. On a GPU this is
-FID over 50,000 images of the CIFAR-10 network; on a CPU the same at a reduced size, as a check of
-itself and for the ratio of the readers. Networks have random weights: the time does not depend on
-them.
+Stages, in this order:
+
+- `reading`: all images, with the fastest reader and with `plain`, interleaved.
+- `feed`: batches for training steps, without steps: kept on the device, or read; interleaved.
+- `fed step`: steps of a teacher's training on these batches.
+- the statistics of the real images; generating --images images and their statistics; comparing.
+
+Networks have random weights, which do not affect the time. By default a GPU evaluates FID of 50,000
+images of the CIFAR-10 network, a CPU 1,000 images of a small one. `speedup` is the throughput over
+that of `plain`, `wait_share` the share of steps that waited for images.
 """
 
 import contextlib
 import copy
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks import measure
-from benchmarks.record import RESULTS, Record, percentiles
+from benchmarks import timing
+from benchmarks.results import RESULTS, Results, times
 from benchmarks.train import network
 from sid_fast import cli
 from sid_fast.config.types import PretrainSettings, check, option
@@ -51,24 +54,28 @@ SMALL = NetworkConfig(
 )  # fmt: skip
 INIT_SIGMA = 2.5
 WARM_UP = 512  # images
-BATCH = 512  # images a training step; a step of a network on a CPU takes a micro-batch
+BATCH = 512  # images per training step; on a CPU one micro-batch
 MICRO_BATCH = 32
-STEPS = 10  # with a network, after one that compiles
+STEPS = 10  # timed, after one that compiles
 
 
 @dataclasses.dataclass
 class Options:
+    """Options of the command."""
+
     detector: str = option("", "pixels, inception or a TorchScript file; default: pixels on a CPU")
     trust: bool = option(False, "run a TorchScript file that is not known here")
     images: int = option(0, "images to generate; default: 50,000, on a CPU 1,000", 0)
-    data: str = option("", "zip of real images; default: as many made up as are generated")
-    rounds: int = option(3, "turns of the readers, and passes", 1)
+    data: str = option("", "zip of real images; default: --images synthetic ones")
+    rounds: int = option(3, "repetitions of every stage", 1)
     device: str = option("auto", "auto, cpu or cuda")
-    out: str | None = option(None, "the result file; default: benchmarks/results/evaluation.json")
+    out: str | None = option(
+        None, "result file to append to; default: benchmarks/results/evaluation.jsonl"
+    )
 
 
-def pictures(path: Path, n: int, resolution: int) -> ImageDataset:
-    """n images that compress about as photographs do: smooth, with a little noise."""
+def synthetic_images(path: Path, n: int, resolution: int) -> ImageDataset:
+    """Write n smooth, slightly noisy images, which compress about as well as photographs."""
     rng = np.random.default_rng(0)
     size = (n, 3, resolution, resolution)
     coarse = rng.normal(128, 60, (n, 3, resolution // 8, resolution // 8))
@@ -78,50 +85,55 @@ def pictures(path: Path, n: int, resolution: int) -> ImageDataset:
 
 
 class Bench:
-    """Measures and writes rows, what is done first."""
+    """Times the stages and writes a row after each."""
 
-    def __init__(self, record: Record, device: torch.device, rounds: int):
-        self.record, self.device, self.rounds = record, device, rounds
+    def __init__(self, results: Results, device: torch.device, rounds: int):
+        self.results, self.device, self.rounds = results, device, rounds
 
     def readers(self, data: ImageDataset, best: str) -> None:
-        """The best reader and the plain one in turns, over all images of a data set."""
+        """Time `best` and the plain reader, interleaved, on all images of a data set."""
         kinds = dict.fromkeys((best, "plain"))
 
-        def whole(kind: str) -> None:
+        def read_all(kind: str) -> None:
             assert sum(map(len, read(data, range(len(data)), self.device, kind))) == len(data)
 
-        calls = {kind: partial(whole, kind) for kind in kinds}
-        found = measure.in_turns(calls, self.device, 0, self.rounds, self.rounds)
-        times = {kind: [ms for ms, _ in found[kind]] for kind in kinds}
-        for kind in kinds:
-            pairs = zip(times["plain"], times[kind], strict=True)
-            ratio = measure.median([plain / ms for plain, ms in pairs])
-            self.add("reading", kind, times[kind], len(data), ratio)
+        calls = {kind: partial(read_all, kind) for kind in kinds}
+        self.compare("reading", calls, len(data))
+
+    def compare(self, stage: str, calls: Mapping[str, Callable[[], object]], images: int) -> None:
+        """Time calls interleaved; `speedup` is relative to "plain" in the same round."""
+        timed = timing.interleaved(calls, self.device, 0, self.rounds, self.rounds)
+        plain = [ms for ms, _ in timed["plain"]]
+        for variant in calls:
+            ms = [ms for ms, _ in timed[variant]]
+            ratios = [a / b for a, b in zip(plain, ms, strict=True)]
+            self.add(stage, variant, ms, images, speedup=timing.median(ratios))
 
     def feeds(self, data: ImageDataset, best: str, net: EDMNetwork) -> None:
-        """The ways to feed training steps, in turns; with steps of the network, one by one."""
+        """Time the sources of training batches, alone and with steps of a network."""
         batch = min(BATCH, len(data))
         count = len(data) // batch
         counter = torch.zeros(3, dtype=torch.int64, device=self.device)
-        ways = {"resident": (True, "plain"), best: (False, best), "plain": (False, "plain")}
-        feeds = {way: self.feed(data, batch, *how) for way, how in ways.items()}
+        sources = {"resident": (True, "plain"), best: (False, best), "plain": (False, "plain")}
+
+        def make(source: str, batch: int) -> ImageFeed:
+            resident, reader = sources[source]
+            return ImageFeed(data, batch, 0, self.device, resident=resident, reader=reader)
+
+        feeds = {source: make(source, batch) for source in sources}
         begun = dict.fromkeys(feeds, 0)
 
-        def alone(way: str) -> None:
-            for step in range(begun[way], begun[way] + count):
-                feeds[way].load(step)
-                feeds[way].take(counter, batch)
-            begun[way] += count
+        def take_epoch(source: str) -> None:
+            for step in range(begun[source], begun[source] + count):
+                feeds[source].load(step)
+                feeds[source].take(counter, batch)
+            begun[source] += count
 
-        for way in feeds:
-            alone(way)
-        calls = {way: partial(alone, way) for way in feeds}
-        found = measure.in_turns(calls, self.device, 0, self.rounds, self.rounds)
-        times = {way: [ms for ms, _ in turns] for way, turns in found.items()}
-        for way, feed in feeds.items():
-            pairs = zip(times["plain"], times[way], strict=True)
-            ratio = measure.median([plain / ms for plain, ms in pairs])
-            self.add("feed", way, times[way], count * batch, ratio)
+        for source in feeds:
+            take_epoch(source)
+        calls = {source: partial(take_epoch, source) for source in feeds}
+        self.compare("feed", calls, count * batch)
+        for feed in feeds.values():
             feed.close()
 
         micro_batch = min(MICRO_BATCH, len(data))
@@ -130,58 +142,56 @@ class Bench:
         elif batch % micro_batch:
             micro_batch = batch
         settings = PretrainSettings(batch_size=batch, micro_batch=micro_batch, augment_p=0.0)
-        for way, how in ways.items():
-            with contextlib.closing(self.feed(data, batch, *how)) as feed:
+        for source in sources:
+            with contextlib.closing(make(source, batch)) as feed:
                 trainer = Trainer(EDM(copy.deepcopy(net), settings, feed), settings)
                 trainer.step()
                 before = feed.waits
-                steps = [measure.once(trainer.step, self.device)[0] for _ in range(STEPS)]
-                self.add("fed step", way, steps, batch, waits=(feed.waits - before) / STEPS)
+                ms = [timing.time_call(trainer.step, self.device)[0] for _ in range(STEPS)]
+                waits = (feed.waits - before) / STEPS
+                self.add("fed step", source, ms, batch, wait_share=waits)
 
-    def feed(self, data: ImageDataset, batch: int, resident: bool, reader: str) -> ImageFeed:
-        return ImageFeed(data, batch, 0, self.device, resident=resident, reader=reader)
-
-    def passes(
+    def stages(
         self, variant: str, images: int | None, work: Callable[[StageTimer], FeatureStats | dict]
     ):
-        """A row for every stage of some work, on so many images; returns what the work does."""
-        times: dict[str, list[float]] = {}
+        """Write a row for every stage that `work` times; returns the result of `work`."""
+        ms: dict[str, list[float]] = {}
         for _ in range(self.rounds):
-            clock = StageTimer(self.device)
-            found = work(clock)
-            for stage, seconds in clock.seconds.items():
-                times.setdefault(stage, []).append(seconds * 1e3)
-        for stage, ms in times.items():
-            self.add(stage, variant, ms, images)
-        return found
+            timer = StageTimer(self.device)
+            result = work(timer)
+            for stage, seconds in timer.seconds.items():
+                ms.setdefault(stage, []).append(seconds * 1e3)
+        for stage, values in ms.items():
+            self.add(stage, variant, values, images)
+        return result
 
-    def add(
-        self, stage: str, variant: str, times: list[float], images, ratio=None, waits=None
-    ) -> None:
-        ms = percentiles(times)
-        row = {"stage": stage, "variant": variant, "ms": ms, "images": images}
-        row |= {"img_s": images and images / ms["p50"] * 1e3, "over_plain": ratio}
-        row["wait_share"] = waits
-        self.record.add(**row)
+    def add(self, stage: str, variant: str, ms: list[float], images: int | None, **columns) -> None:
+        """Append a row to the results and print it."""
+        row = {"stage": stage, "variant": variant, **times(ms), **columns}
+        if images is not None:
+            row |= {"images": images, "img_s": images / row["ms_p50"] * 1e3}
+        self.results.add(row)
         print(line(row), flush=True)
 
 
 HEAD = (
-    f"{'stage':22} {'of':12} {'images':>7} {'seconds':>9} {'img/s':>9} {'over plain':>10} "
-    f"{'waits':>6}"
+    f"{'stage':22} {'variant':12} {'images':>7} {'seconds':>9} {'img/s':>9} {'speedup':>7} "
+    f"{'waits':>5}"
 )
 
 
 def line(row: dict) -> str:
-    formats = {"images": "", "img_s": ".0f", "over_plain": ".2f", "wait_share": ".0%"}
-    images, rate, ratio, waits = (
-        "" if row.get(name) is None else format(row[name], spec) for name, spec in formats.items()
+    """Format a row for the terminal, below HEAD."""
+    formats = {"images": "", "img_s": ".0f", "speedup": ".2f", "wait_share": ".0%"}
+    images, rate, speedup, waits = (
+        format(row[name], spec) if name in row else "" for name, spec in formats.items()
     )
-    text = f"{row['stage']:22} {row['variant']:12} {images:>7} {row['ms']['p50'] / 1e3:9.3f}"
-    return f"{text} {rate:>9} {ratio:>10} {waits:>6}".rstrip()
+    head = f"{row['stage']:22} {row['variant']:12} {images:>7} {row['ms_p50'] / 1e3:9.3f}"
+    return f"{head} {rate:>9} {speedup:>7} {waits:>5}".rstrip()
 
 
 def run(options: Options, given: set[str]) -> None:
+    """Run the command."""
     check(options)
     device = process_group.pick_device(options.device)
     cuda = device.type == "cuda"
@@ -190,39 +200,38 @@ def run(options: Options, given: set[str]) -> None:
     name = options.detector or ("inception" if cuda else "pixels")
     detector = load_detector(name, device, options.trust)
     with tempfile.TemporaryDirectory() as folder:
-        made_up = Path(folder) / "made-up.zip"
-        data = (
-            ImageDataset(options.data)
-            if options.data
-            else pictures(made_up, count, config.resolution)
-        )
+        if options.data:
+            data = ImageDataset(options.data)
+        else:
+            data = synthetic_images(Path(folder) / "synthetic.zip", count, config.resolution)
         config = dataclasses.replace(
             config, resolution=data.resolution, channels=data.channels, label_dim=data.label_dim
         )
         net = network(config, device)
-        path = Path(options.out or RESULTS / "evaluation.json")
-        record = Record(
-            path, "evaluation", detector=detector.name, network=str(net.config),
+        results = Results(
+            options.out or RESULTS / "evaluation.jsonl",
+            "evaluation",
+            detector=detector.name,
+            network=str(net.config),
             data=data.path.name,
-        )  # fmt: skip
-        print(f"{record.head['device']}, {detector.name}, {len(data)} real images\n{HEAD}")
-        bench = Bench(record, device, options.rounds)
+        )
+        print(f"{results.columns['device']}, {detector.name}, {len(data)} real images\n{HEAD}")
+        bench = Bench(results, device, options.rounds)
         best = choose()
         bench.readers(data, best)
         bench.feeds(data, best, net)
         net.requires_grad_(False).eval()
 
-        def generate(n: int, clock: StageTimer) -> FeatureStats:
-            return compute_stats(
-                generate_batches(net, range(n), INIT_SIGMA), n, detector, clock, "generated"
-            )
+        def generate(n: int, timer: StageTimer) -> FeatureStats:
+            batches = generate_batches(net, range(n), INIT_SIGMA)
+            return compute_stats(batches, n, detector, timer, "generated")
 
         generate(min(count, WARM_UP), StageTimer(device))
-        look_at_real = partial(references.measure, data, detector, reader=best)
-        real = bench.passes("reference", len(data), lambda clock: look_at_real(timer=clock))
-        sample = bench.passes("generated", count, partial(generate, count))
-        bench.passes("comparison", None, partial(compare, real, sample, detector))
-    print(f"kept as {record.path} and .csv")
+        reference = partial(references.measure, data, detector, reader=best)
+        real = bench.stages("reference", len(data), lambda timer: reference(timer=timer))
+        sample = bench.stages("generated", count, partial(generate, count))
+        bench.stages("comparison", None, partial(compare, real, sample, detector))
+    print(f"results: {results.path}")
 
 
 main = cli.command(Options, run, None, __doc__)

@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
-# Check and measure this tree on a GPU, in one command with a time budget.
+# Check and measure this tree on one GPU within a time budget.
 #
 #   benchmarks/gpu_acceptance.sh [FOLDER] [SECONDS]      (default: benchmarks/results/acceptance, 480)
 #
-# Needs a Python ($PYTHON, python3) with torch, triton, pytest and the packages that sid_fast imports
-# (platformdirs may be missing); nothing is installed or fetched. The most valuable parts come first,
-# each within a share of the time left: what a user gets by default, then Triton's kernels, then the
-# unit tests and the rest. Meanwhile Triton's kernels compile in the background. Results are complete
-# after every row, so a run that is cut off counts as far as it came; SIGTERM and Ctrl-C end it with
-# its summary. A tree without its history is told its commit in $SID_FAST_COMMIT. Without a GPU every
-# part runs in small, as a rehearsal.
+# Needs a Python ($PYTHON, default python3) with torch, triton, pytest and the dependencies of
+# sid_fast except platformdirs; installs and downloads nothing. The most valuable parts run first,
+# each within a share of the remaining time: the default backend, then the Triton kernels, then unit
+# tests and the rest. Triton kernels compile in the background meanwhile. Results are written row by
+# row; SIGTERM and Ctrl-C end the run with its summary. $SID_FAST_COMMIT names the commit of a tree
+# without git history. Without a GPU a rehearsal runs every part with tiny inputs.
 set -u
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -21,11 +20,11 @@ log=$out/acceptance.log
 : >"$log"
 exec > >(trap '' INT TERM && exec tee -a "$log") 2>&1
 
-# The packages as the wheel lays them out, made of links.
+# Links that lay out the packages like the wheel.
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 mkdir -p "$site/sid_fast/kernels"
-ln -s "$root"/sid_fast/* "$site/sid_fast/" 2>/dev/null # but for a link to kernels, if there is one
+ln -s "$root"/sid_fast/* "$site/sid_fast/" 2>/dev/null # fails for a link to kernels
 ln -s "$root"/kernels/* "$site/sid_fast/kernels/"
 ln -s "$root/benchmarks" "$root/tests" "$root/pyproject.toml" "$site/"
 cd "$site" || exit 2
@@ -44,7 +43,7 @@ finish() {
     [[ $warming ]] && kill "$warming" 2>/dev/null
     echo
     printf '%s\n' "${summary[@]}"
-    "$python" -m benchmarks.summary "$out"
+    "$python" -m benchmarks.report --results "$out" --out "$out/README.md"
 }
 cut_off() {
     trap '' INT TERM
@@ -55,8 +54,8 @@ cut_off() {
 }
 trap cut_off INT TERM
 
-# part NAME SHARE COMMAND…: run within SHARE percent of the time that is left; BUDGET in the command
-# is that many seconds, less what it takes to stop.
+# part NAME SHARE COMMAND…: run a command within SHARE percent of the remaining time. BUDGET in the
+# command becomes three quarters of those seconds, so that it can stop by itself.
 part() {
     local name=$1 share=$2 start=$SECONDS budget status
     shift 2
@@ -67,15 +66,15 @@ part() {
     fi
     echo
     echo "== $name, at most $budget s"
-    # In the background: a signal that comes meanwhile does not wait for it.
+    # In the background, so that bash handles signals at once.
     timeout --signal=INT --kill-after=30 "$budget" "${@//BUDGET/$((budget * 3 / 4))}" </dev/null &
     running=$!
-    wait "$running" 2>/dev/null # in which bash would tell of one that had to be killed
+    wait "$running" 2>/dev/null # hides the message that a job was killed
     status=$?
     running=
     case $status in
         0) status=done ;;
-        124 | 137) status="out of time, kept what it had" ;;
+        124 | 137) status="out of time, results so far kept" ;;
         *) status="exit status $status" ;;
     esac
     summary+=("$name: $status after $((SECONDS - start)) s")
@@ -83,7 +82,7 @@ part() {
 
 "$python" - <<'END' || exit 2
 import torch, triton
-gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: a rehearsal"
+gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: rehearsal"
 print(f"torch {torch.__version__}, triton {triton.__version__}, {gpu}")
 END
 gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
@@ -106,7 +105,7 @@ else
     summary+=("building kernels/csrc: no cmake here")
 fi
 
-# warm: wait for the kernels that compile in the background, at most SHARE percent of the time left.
+# warm SHARE: wait for the background compilation, at most SHARE percent of the remaining time.
 warm() {
     local end=$((SECONDS + (seconds - SECONDS) * $1 / 100))
     while kill -0 "$warming" 2>/dev/null && ((SECONDS < end)); do
@@ -121,79 +120,82 @@ warm() {
     tail -n 5 "$out/warm_up.log"
 }
 
-check=("$python" -m benchmarks.check --append --out "$out/check.json" --only)
-train=("$python" -m benchmarks.train --append --seconds BUDGET --out "$out/train.json")
-kernels=("$python" -m benchmarks.kernels --append --seconds BUDGET --out "$out/kernels.json")
-pytest=(-q -p no:cacheprovider -o addopts= -rfE)
-tests=(tests/kernels/group_norm tests/kernels/test_{attention,sid_loss,augment,adam_ema}.py
-    tests/models/test_fused.py)
+# Keywords select the checks; pytest fails if none matches.
+export SID_FAST_CHECKS=$out/check.jsonl
+check=("$python" -m pytest -v -s --tb=short -p no:cacheprovider -o addopts=)
+check+=(tests/gpu/test_acceptance.py -k)
+train=("$python" -m benchmarks.train --seconds BUDGET --out "$out/train.jsonl")
+kernels=("$python" -m benchmarks.kernels --seconds BUDGET --out "$out/kernels.jsonl")
+breakdown=("$python" -m benchmarks.analysis.breakdown --out "$out/breakdown.jsonl")
+rm -f "$out"/{check,train,kernels,breakdown,evaluation}.jsonl # runs append to them
 processes=$(nproc)
 ((processes > 8)) && processes=8
-if "$python" -c 'import xdist' 2>/dev/null; then
-    pytest=("$python" -m pytest -n "$processes" "${pytest[@]}")
-else
-    pytest=("$python" -m benchmarks.spread "$processes" "${pytest[@]}")
-fi
-# Several parts append to a file, in which nothing older may be.
-rm -f "$out"/{check,train,kernels,breakdown,evaluation}.{json,csv}
 
-# On a machine that others use as well, more threads wait for one another.
-((gpu)) || export TRITON_INTERPRET=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-small=() # of the warm-up, without a GPU
-((gpu)) || small=(--kernel sid_loss --dtype fp32 --processes 1)
-timeout --kill-after=5 "$seconds" "$python" -m benchmarks.warm_up "${small[@]}" </dev/null \
-    >"$out/warm_up.log" 2>&1 &
+test_file() { # tail ignores SIGINT, so that it prints pytest's summary of an interrupted run
+    set -o pipefail
+    "$python" -m pytest -q -rfE -p no:cacheprovider -o addopts= "$1" 2>&1 |
+        (trap '' INT && exec tail -n 25)
+}
+export -f test_file
+export python processes
+# shellcheck disable=SC2016
+unit_tests=(bash -c 'printf "%s\n" "$@" | xargs -P "$processes" -I{} bash -c "test_file {}"' -)
+
+# With more threads than free cores, threads wait for each other.
+((gpu)) || export SID_FAST_GPU_REHEARSAL=1 TRITON_INTERPRET=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+compile=(--compile-only --dtype "bf16,fp32" --parts "$processes")
+((gpu)) || compile=(--compile-only --dtype fp32 --kernel sid_loss --parts "$processes")
+seq 0 $((processes - 1)) | timeout --kill-after=5 "$seconds" xargs -P "$processes" -I{} \
+    "$python" -m benchmarks.kernels "${compile[@]}" --part {} >"$out/warm_up.log" 2>&1 &
 warming=$!
 
 if ((gpu)); then
     fixed="published,published bf16"
-    variants="default,ours,$fixed,no graphs,ours fp32,cuDNN benchmark,cuDNN not deterministic"
-    variants+=",no fused block,no fused group norm,no fused attention,no fused loss"
-    variants+=",no fused optimiser,CUDA optimiser,no channels-last"
-    part "checks of the default" 30 "${check[@]}" "default: "
+    variants="default,sid_fast,$fixed,no graphs,sid_fast fp32,cuDNN benchmark"
+    variants+=",cuDNN not deterministic,no fused block,no fused group norm,no fused attention"
+    variants+=",no fused loss,no fused optimiser,CUDA optimiser,no channels-last"
+    part "checks of the default" 30 "${check[@]}" "test_step and default"
     warm 20
-    part "training, default" 20 "${train[@]}" --preset cifar10-uncond --micro-batch 64,8 --share 6 \
-        --turns 10 --variants "default,$fixed"
-    part "checks of Triton's kernels" 30 "${check[@]}" "triton: "
-    part "training, Triton's kernels" 25 "${train[@]}" --micro-batch 64 --share 6 --turns 10 \
-        --variants "default,ours,$fixed"
-    part "checks of networks" 20 "${check[@]}" "network "
-    part "kernel tests" 35 "${pytest[@]}" "${tests[@]}"
-    part "kernels" 30 "${kernels[@]}" --rivals \
+    part "training, default" 20 "${train[@]}" --preset cifar10-uncond --micro-batch 64,8 \
+        --timed-seconds 6 --max-steps 10 --variants "default,$fixed"
+    part "checks of the Triton kernels" 30 "${check[@]}" "test_step and not default"
+    part "training, Triton kernels" 25 "${train[@]}" --micro-batch 64 \
+        --timed-seconds 6 --max-steps 10 --variants "default,sid_fast,$fixed"
+    part "checks of networks" 20 "${check[@]}" "test_network"
+    part "kernel tests" 35 "${unit_tests[@]}" \
+        tests/kernels/group_norm/test_*.py tests/kernels/test_{attention,sid_loss,augment,adam_ema}.py \
+        tests/models/test_fused.py
+    part "kernels" 30 "${kernels[@]}" --baselines \
         "eager,eager NCHW,fused Adam,apex,sdpa cudnn,sdpa flash,sdpa efficient"
-    part "training, all variants" 40 "${train[@]}" --micro-batch 64,256,8 --share 8 --turns 10 \
-        --variants "$variants"
-    part "breakdown" 20 "$python" -m benchmarks.breakdown --out "$out/breakdown.json"
-    part "training, compiled rivals" 50 "${train[@]}" --preset cifar10-uncond,ffhq64 \
-        --micro-batch 64,8 --share 8 \
-        --variants "default,ours,skilled default mode,skilled graphs,skilled,compile"
-    part "late checks" 40 "${check[@]}" "late: "
-    part "training, in parts" 30 "${train[@]}" --preset cifar10-uncond --micro-batch 64,8 --share 6 \
-        --variants "ours,fsdp,fsdp no graphs"
-    part "kernels, compiled rivals" 70 "${kernels[@]}" --rivals compile
-else # small, and in each part something
-    check=("${check[@]:0:6}" --steps 1 --only)
-    part "checks of the default" 12 "${check[@]}" "default: re"
+    part "training, all variants" 40 "${train[@]}" --micro-batch 64,256,8 \
+        --timed-seconds 8 --max-steps 10 --variants "$variants"
+    part "breakdown" 20 "${breakdown[@]}"
+    part "training, torch.compile" 50 "${train[@]}" --preset cifar10-uncond,ffhq64 \
+        --micro-batch 64,8 --timed-seconds 8 \
+        --variants "default,sid_fast,optimised default mode,optimised graphs,optimised,compile"
+    part "late checks" 40 "${check[@]}" "test_late"
+    part "training, sharded" 30 "${train[@]}" --preset cifar10-uncond --micro-batch 64,8 \
+        --timed-seconds 6 --variants "sid_fast,fsdp,fsdp no graphs"
+    part "kernels, torch.compile" 70 "${kernels[@]}" --baselines compile
+else
+    part "checks of the default" 12 "${check[@]}" "test_step and default and (repeats or resume)"
     warm 10
-    part "training, default" 15 "${train[@]}" --micro-batch 1 --turns 1 --share 1 \
-        --variants "published,default"
-    part "checks of Triton's kernels" 12 "${check[@]}" "triton: "
-    part "training, Triton's kernels" 12 "${train[@]}" --micro-batch 1 --turns 1 --share 1 \
-        --variants "ours fp32"
-    part "checks of networks" 20 "${check[@]}" "network cifar10-uncond fp32"
-    part "kernel tests" 15 "${pytest[@]}" tests/kernels/test_sid_loss.py -k "hand or limit"
-    part "kernels" 15 "${kernels[@]}" --dtype fp32 --kernel sid_loss --rivals eager
-    part "training, all variants" 15 "${train[@]}" --micro-batch 1 --turns 1 --share 1 \
-        --variants "ours fp32,published"
-    part "breakdown" 30 "$python" -m benchmarks.breakdown --micro-batch 1 \
-        --out "$out/breakdown.json"
-    part "training, compiled rivals" 25 "${train[@]}" --micro-batch 1 --turns 1 --share 1 \
-        --variants "published,skilled graphs"
-    part "late checks" 25 "${check[@]}" "late: memory"
-    part "training, in parts" 35 "${train[@]}" --micro-batch 1 --turns 1 --share 1 --variants fsdp
-    part "kernels, compiled rivals" 40 "${kernels[@]}" --dtype fp32 --kernel sid_loss \
-        --rivals nothing
+    train+=(--micro-batch 1 --max-steps 1 --timed-seconds 1)
+    part "training, default" 15 "${train[@]}" --variants "published,default"
+    part "checks of the Triton kernels" 12 "${check[@]}" "test_step and not default"
+    part "training, Triton kernels" 12 "${train[@]}" --variants "sid_fast fp32"
+    part "checks of networks" 20 "${check[@]}" "test_network and cifar10-uncond and fp32"
+    part "kernel tests" 15 env PYTEST_ADDOPTS="-k 'hand or limit'" \
+        "${unit_tests[@]}" tests/kernels/test_sid_loss.py
+    part "kernels" 15 "${kernels[@]}" --dtype fp32 --kernel sid_loss --baselines eager
+    part "training, all variants" 15 "${train[@]}" --variants "sid_fast fp32,published"
+    part "breakdown" 30 "${breakdown[@]}" --micro-batch 1
+    part "training, torch.compile" 25 "${train[@]}" --variants "published,optimised graphs"
+    part "late checks" 25 "${check[@]}" "test_late and memory"
+    part "training, sharded" 35 "${train[@]}" --variants fsdp
+    part "kernels, torch.compile" 40 "${kernels[@]}" --dtype fp32 --kernel sid_loss \
+        --baselines nothing
 fi
 part "evaluation" 90 "$python" -m benchmarks.evaluation --detector pixels \
-    --images $((gpu ? 5000 : 100)) --out "$out/evaluation.json"
+    --images $((gpu ? 5000 : 100)) --out "$out/evaluation.jsonl"
 finish

@@ -1,22 +1,22 @@
-"""The kernels and their rivals under pytest-benchmark.
+"""The cases of benchmarks.kernels under pytest-benchmark.
 
 pytest benchmarks --benchmark-json FILE
 
-Shapes and providers are those of `python -m benchmarks.kernels`, which also says how close each
-comes to its floor. On a CPU, a few small shapes of every kernel, and no compiler.
+A CPU runs only the smallest shapes of each kernel, and no torch.compile.
 """
 
 import pytest
 
-from benchmarks import kernels, measure
+from benchmarks import kernels, timing
 from sid_fast.performance import process_group
 
 DEVICE = process_group.pick_device()
 
 
 def calls():
+    """Yield a parameter set for each case, provider and mode."""
     for case in kernels.cases(kernels.Options(), DEVICE):
-        for provider in case.forms:
+        for provider in case.providers:
             if DEVICE.type == "cuda" or provider != "compile":
                 for mode in ("forward", "backward")[: 1 + case.differentiable]:
                     name = f"{case.name} {case.shape} {case.dtype} {mode}"
@@ -25,14 +25,15 @@ def calls():
 
 @pytest.mark.parametrize(("case", "provider", "mode"), list(calls()))
 def test_kernel(benchmark, case, provider, mode):
+    """Time one call."""
     try:
-        call = measure.Cold(kernels.prepared(case, provider, DEVICE)[mode], DEVICE)
-    except Exception as error:  # a rival without a kernel for the shape
-        pytest.skip(measure.reason(error))
+        call = timing.ColdCacheTimer(kernels.make_calls(case, provider, DEVICE)[mode], DEVICE)
+    except Exception as error:  # a library without a kernel for the shape
+        pytest.skip(timing.failure_reason(error))
 
     def run():
         call.function()
-        measure.synchronize(DEVICE)
+        timing.synchronize(DEVICE)
 
     benchmark.group = f"{case.name} {case.shape} {case.dtype} {mode}"
     at = mode == "backward"

@@ -1,7 +1,6 @@
-"""The acceptance run: its commands exist, in order of value, and its end is always orderly."""
+"""The acceptance run: its commands are valid and ordered by value, and it always ends orderly."""
 
 import importlib
-import itertools
 import os
 import signal
 import subprocess
@@ -11,20 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import check, kernels, train
-from benchmarks.record import Record
+from benchmarks import kernels, train
 from sid_fast.cli import presets
 
 ROOT = Path(__file__).parents[2]
-ROW = {"name": "x", "found": 1.0, "bound": 2.0, "seconds": 0.1, "note": "", "status": "pass"}
-# Stands for Python on a machine with a GPU: keeps its command lines, and takes its time for one.
+# Replaces Python on a machine with a GPU: logs its command lines, and hangs in one of them.
 STAND_IN = r"""#!/usr/bin/env bash
 case $1 in
     -) cat >/dev/null ;;
-    -c) [[ $2 == *cuda* ]] && echo 1 ;; # without xdist
+    -c) [[ $2 == *cuda* ]] && echo 1 ;;
     -m)
         printf '%s\x1f' "${@:2}" >>"$CALLS" && echo >>"$CALLS"
-        [[ $2 == "$SLOW" ]] && sleep 300
+        [[ "$*" == *"$SLOW"* && $SLOW ]] && sleep 300
         true
         ;;
 esac
@@ -33,7 +30,7 @@ esac
 
 @pytest.fixture
 def session(tmp_path):
-    """session(seconds, slow) -> the process, in a group of its own, and what gives its calls."""
+    """session(seconds, slow) -> the process, in its own group, and a function listing its calls."""
     started = []
 
     def start(seconds, slow=""):
@@ -66,65 +63,75 @@ def session(tmp_path):
         process.stdout.close()
 
 
-def test_the_commands_are_those_that_there_are_in_order_of_value(session):
+def test_the_commands_are_valid_and_ordered_by_value(session):
     process, calls = session(480)
     shown = process.communicate(timeout=100)[0]
     assert process.returncode == 0
     assert "kernels/csrc: exit status 1" in shown
-    made = [(name, *rest) for name, *rest in calls() if name != "benchmarks.warm_up"]
-    assert len(made) == len(calls()) - 1, "kernels compile in the background, once"
-    order = (
-        "check train check train check spread kernels train breakdown train check train kernels "
-        "evaluation summary"
+    made = [tuple(call) for call in calls() if "--compile-only" not in call]
+    parts = [call for call in calls() if "--compile-only" in call]
+    assert len(parts) == int(parts[0][parts[0].index("--parts") + 1]), "one process for each part"
+    checks = [args[-1] for name, *args in made if "tests/gpu/test_acceptance.py" in args]
+    units = [args[-1] for name, *args in made if name == "pytest" and args[-2:-1] == ["addopts="]]
+    assert len(units) > 4
+    assert all((ROOT / file).exists() for file in units)
+    order = [name.removeprefix("benchmarks.") for name, *args in made if args[-1] not in units]
+    expected = (
+        "pytest train pytest train pytest kernels train analysis.breakdown train pytest train "
+        "kernels evaluation report"
     )
-    assert [name for name, *_ in made] == [f"benchmarks.{name}" for name in order.split()]
-    spread = next(rest for name, *rest in made if name == "benchmarks.spread")
-    files = [file for file in spread if file.startswith("tests/")]
-    assert int(spread[0]) > 0
-    assert files
-    assert all((ROOT / file).exists() for file in files)
-    only, variants = [], []
-    for name, *arguments in made[:-1]:
-        if name == "benchmarks.spread":
+    assert order == expected.split()
+    variants = []
+    for name, *arguments in made:
+        if name in ("pytest", "benchmarks.report"):
             continue
-        command = importlib.import_module(name).main
-        given = command.make_context(name, arguments).params
+        given = importlib.import_module(name).main.make_context(name, [*arguments]).params
         assert "BUDGET" not in "".join(arguments)
-        if name == "benchmarks.check":
-            only.append(given["only"])
         if name == "benchmarks.train":
-            variants.append(train.chosen(given["variants"], train.VARIANTS, "variants"))
-            train.chosen(given["preset"], presets("train"), "preset")
+            variants.append(train.parse_list(given["variants"], train.VARIANTS, "variants"))
+            train.parse_list(given["preset"], presets("train"), "preset")
         if name == "benchmarks.kernels":
             known = {"eager", kernels.NCHW, "compile", "fused Adam", "apex", *kernels.BACKENDS}
-            assert set(given["rivals"].split(",")) <= known
-    # What a user gets is checked and timed first, and no check is left out.
-    assert only[0] == "default: "
+            assert set(given["baselines"].split(",")) <= known
+    # The default backend is checked and timed first, and no check is left out.
+    assert checks[0] == "test_step and default"
     assert variants[0][0] == "default"
-    assert "ours" not in variants[0]
-    parts = [[name for name in check.CHECKS if which in name] for which in only]
-    assert all(parts)
-    assert sorted(itertools.chain(*parts)) == sorted(check.CHECKS)
+    assert "sid_fast" not in variants[0]
+    assert _selected(" or ".join(f"({keywords})" for keywords in checks)) == _selected("")
+    assert all(map(_selected, checks))
 
 
-def test_a_session_that_is_cut_off_leaves_its_summary(session):
-    """Its process group is sent SIGTERM; the part that ran is in a group of its own."""
-    process, calls = session(480, slow="benchmarks.kernels")
-    while not any(name == "benchmarks.kernels" for name, *_ in calls()):
+def _selected(keywords):
+    """Acceptance checks that `-k keywords` selects, collected in this process."""
+    names = set()
+
+    class Collector:
+        def pytest_collection_finish(self, session):
+            names.update(item.name for item in session.items)
+
+    options = ["--collect-only", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "-k", keywords]
+    pytest.main([*options, str(ROOT / "tests/gpu/test_acceptance.py")], plugins=[Collector()])
+    return names
+
+
+def test_an_interrupted_run_prints_its_summary(session):
+    """SIGTERM goes to the script's process group; `timeout` puts the running part in its own."""
+    process, calls = session(480, slow="benchmarks.kernels --seconds")
+    while not any("--baselines" in call for call in calls()):
         assert process.poll() is None
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGTERM)
-    shown = process.communicate(timeout=100)[0]  # which ends when nothing holds the pipe any more
+    shown = process.communicate(timeout=100)[0]  # returns when no process holds the pipe
     assert process.returncode == 128 + signal.SIGTERM
     assert "checks of the default: done" in shown
     assert "cut off after" in shown
     assert "breakdown" not in shown
-    assert [name for name, *_ in calls()][-2:] == ["benchmarks.kernels", "benchmarks.summary"]
+    assert [name for name, *_ in calls()][-2:] == ["benchmarks.kernels", "benchmarks.report"]
 
 
-def test_what_compiles_in_the_background_ends_with_a_run_that_is_cut_off(session):
-    process, calls = session(480, slow="benchmarks.warm_up")
-    while not any(name == "benchmarks.check" for name, *_ in calls()):
+def test_an_interrupted_run_stops_the_background_compilation(session):
+    process, calls = session(480, slow="--compile-only")
+    while not any("tests/gpu/test_acceptance.py" in call for call in calls()):
         assert process.poll() is None
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGTERM)
@@ -132,14 +139,13 @@ def test_what_compiles_in_the_background_ends_with_a_run_that_is_cut_off(session
     assert process.returncode == 128 + signal.SIGTERM
 
 
-def test_a_session_without_time_leaves_a_summary(tmp_path):
-    """The tree is imported through its links, and nothing in it is written to."""
-    Record(tmp_path / "other.json", "check").add(**ROW)
+def test_a_run_without_time_prints_a_summary(tmp_path):
+    """It imports the tree through links and writes nothing into it."""
     command = [ROOT / "benchmarks" / "gpu_acceptance.sh", tmp_path, "5"]
     environment = os.environ | {"PYTHON": sys.executable, "SID_FAST_COMMIT": "abc"}
-    found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
-    assert found.returncode == 0, found.stdout + found.stderr
-    assert "commit abc, 5 s" in found.stdout
-    assert "checks of the default: no time left" in found.stdout
-    assert "1 pass, 0 fail" in found.stdout
-    assert (tmp_path / "acceptance.log").read_text() in found.stdout
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "commit abc, 5 s" in done.stdout
+    assert "checks of the default: no time left" in done.stdout
+    assert "README.md: 0 result files" in done.stdout
+    assert (tmp_path / "acceptance.log").read_text() in done.stdout

@@ -1,76 +1,72 @@
-"""Result files are whole after every row, and say what a row may hold."""
+"""Result files hold every row as soon as it is measured, with its provenance."""
 
-import csv
 import json
 
 import pytest
 
-from benchmarks import record
-from sid_fast.errors import UserError
+from benchmarks import results
+from sid_fast.errors import UserError, WriteFailed
 from tests.helpers.results import ROW
 
 
-def test_every_row_is_on_the_disk_before_the_next(tmp_path):
-    path = tmp_path / "h200" / "kernels.json"
-    result = record.Record(path, "kernels", device="NVIDIA H200", preset="x")
+def test_every_row_is_in_the_file_before_the_next(tmp_path):
+    path = tmp_path / "h200" / "kernels.jsonl"
+    file = results.Results(path, "kernels", device="NVIDIA H200", preset="x")
     for n in (1, 2):
-        result.add(**ROW)
-        found = record.read(path)
-        assert found["rows"] == [ROW] * n
-        assert (found["benchmark"], found["device"], found["preset"]) == (
-            "kernels", "NVIDIA H200", "x",
-        )  # fmt: skip
-        assert found["commit"]
-        assert found["versions"]["torch"]
-        assert "T" in found["date"]
-        with open(path.with_suffix(".csv"), newline="") as file:
-            rows = list(csv.DictReader(file))
-        assert len(rows) == n
-        assert rows[-1]["ms_p80"] == "3.0"
-        assert rows[-1]["name"] == "group_norm"
-    assert sorted(p.name for p in path.parent.iterdir()) == ["kernels.csv", "kernels.json"]
+        file.add(ROW | {"shape": str(n)})
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [line["shape"] for line in lines] == ["1", "2"][:n]
+    assert lines == results.read(path)
+    row = lines[-1]
+    assert ROW.items() <= (row | {"shape": ROW["shape"]}).items()
+    assert (row["benchmark"], row["device"], row["preset"]) == ("kernels", "NVIDIA H200", "x")
+    assert set(results.PROVENANCE) <= set(row)
+    assert row["commit"]
+    assert row["torch"]
+    assert "T" in row["date"]
+    assert not any(isinstance(value, dict | list) for value in row.values()), "columns are flat"
+
+
+def test_a_later_row_replaces_an_earlier_one_of_the_same_keys(tmp_path, monkeypatch):
+    path = tmp_path / "kernels.jsonl"
+    for commit, ms in (("abc", 1.0), ("abd", 3.0)):
+        monkeypatch.setenv("SID_FAST_COMMIT", commit)
+        results.Results(path, "kernels").add(ROW | {"ms_p50": ms})
+        results.Results(path, "kernels").add(ROW | {"mode": "backward", "ms_p50": ms})
+    rows = results.read(path)
+    assert [(r["mode"], r["ms_p50"], r["commit"]) for r in rows] == [
+        ("forward", 3.0, "abd"), ("backward", 3.0, "abd")
+    ]  # fmt: skip
+    assert len(path.read_text().splitlines()) == 4
 
 
 @pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        ({"speed": 1}, "speed"),
-        ({"gb_s": ...}, "gb_s"),
-        ({"ms": {"p50": 1.0}}, "p50"),
-    ],
+    ("change", "word"), [({"mode": ...}, "mode"), ({"gb_s": float("nan")}, "JSON")]
 )
-def test_a_row_of_another_form_is_refused_and_leaves_the_file(tmp_path, change, word):
-    result = record.Record(tmp_path / "kernels.json", "kernels")
-    result.add(**ROW)
-    row = {k: v for k, v in (ROW | change).items() if v is not ...}
+def test_a_row_without_a_key_or_with_nan_is_refused(tmp_path, change, word):
+    path = tmp_path / "kernels.jsonl"
+    file = results.Results(path, "kernels")
+    file.add(ROW)
+    before = path.read_text()
     with pytest.raises(ValueError, match=word):
-        result.add(**row)
-    assert len(record.read(tmp_path / "kernels.json")["rows"]) == 1
+        file.add({k: v for k, v in (ROW | change).items() if v is not ...})
+    assert path.read_text() == before
 
 
-def test_columns_stand_in_the_order_of_the_form(tmp_path):
-    """What a row is of first, whatever order it is given in."""
-    result = record.Record(tmp_path / "kernels.json", "kernels")
-    result.add(**dict(reversed(ROW.items())))
-    expected = [*result.form.keys, "ms", *result.form.figures]
-    assert list(record.read(result.path)["rows"][0]) == expected
-    header = result.path.with_suffix(".csv").read_text().partition("\n")[0]
-    assert header.split(",")[:6] == [*result.form.keys, "ms_p20"]
+def test_a_folder_in_the_way_is_named(tmp_path):
+    with pytest.raises(WriteFailed, match=str(tmp_path)):
+        results.Results(tmp_path, "kernels").add(ROW)
 
 
-def test_percentiles():
-    assert record.percentiles([float(n) for n in range(11)]) == {"p20": 2, "p50": 5, "p80": 8}
+def test_times():
+    assert results.times([float(n) for n in range(11)]) == {
+        "ms_p20": 2, "ms_p50": 5, "ms_p80": 8
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"rows": []}', '{"benchmark": "x", "rows": []}'])
-def test_what_is_no_result_is_named(tmp_path, text):
-    path = tmp_path / "odd.json"
+@pytest.mark.parametrize("text", ["{", "[]", '{"alpha": 1}', '{"benchmark": "x"}', "1"])
+def test_another_file_is_refused_by_name(tmp_path, text):
+    path = tmp_path / "odd.jsonl"
     path.write_text(text)
-    with pytest.raises(UserError, match=r"odd\.json"):
-        record.read(path)
-
-
-def test_a_result_without_rows_is_not_written(tmp_path):
-    record.Record(tmp_path / "kernels.json", "kernels")
-    assert not list(tmp_path.iterdir())
-    assert json.dumps(record.surroundings())
+    with pytest.raises(UserError, match=r"odd\.jsonl"):
+        results.read(path)

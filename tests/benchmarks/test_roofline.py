@@ -1,10 +1,11 @@
-"""Floors are the longer of compute and memory, summed over what a layer runs."""
+"""Floors: the larger of compute and memory time, summed over the operations of a layer."""
 
 import re
 
 import pytest
 
-from benchmarks import record, roofline
+from benchmarks import results
+from benchmarks.analysis import roofline
 from sid_fast.errors import UserError
 from sid_fast.tools import op_counter
 from sid_fast.tools.gpu_specs import Specs
@@ -17,7 +18,7 @@ def op(flops, nbytes, layer="a", kind="convolution"):
     return op_counter.Op("x", kind, layer, flops, nbytes, (1,))
 
 
-def test_the_floor_is_the_longer_of_compute_and_memory():
+def test_the_floor_is_the_larger_of_compute_and_memory():
     assert roofline.floor(op(10**14, 10**12), CARD, "bf16") == (1.0, "compute")
     assert roofline.floor(op(10**12, 10**12), CARD, "bf16") == (0.5, "memory")
 
@@ -37,23 +38,23 @@ def test_norms_are_their_layers_alone():
     assert roofline.norms(ops) == (2, 12)
 
 
-def test_the_command_counts_draws_and_keeps(tmp_path, monkeypatch, capsys):
+def test_the_command_writes_results_and_a_figure(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(roofline, "network_config", lambda teacher: SMALL)
     options = roofline.Options(preset="digits", images=4, out=str(tmp_path))
     roofline.run(options, set())
     shown = capsys.readouterr().out
     assert "ESTIMATE for h200: 790 TFLOP/s, 4.3 TB/s (measured" in shown
-    calls, reference_calls = re.findall(r"group norms of a forward, .*: (\d+) operations", shown)
-    assert int(calls) < int(reference_calls)
+    calls, eager_calls = re.findall(r"group norms, forward, .*: (\d+) operations", shown)
+    assert int(calls) < int(eager_calls)
     assert "enc.8x8_block0.norm0" in shown
     assert "the whole step" in shown
-    found = record.read(tmp_path / "digits-h200-bf16.json")
-    assert found["device"] == "estimate for h200"
-    scopes = [row["scope"] for row in found["rows"]]
+    rows = results.read(tmp_path / "digits-h200-bf16.jsonl")
+    assert {row["device"] for row in rows} == {"estimate for h200"}
+    scopes = [row["scope"] for row in rows]
     assert set(scopes) == {"forward", "step"}
-    step = [row for row in found["rows"] if row["scope"] == "step"]
-    assert sum(row["floor_us"] for row in step) / 1e3 == pytest.approx(found["floor_ms"])
-    assert sum(row["gflop"] for row in step) == pytest.approx(found["flop"] / 1e9)
+    step = [row for row in rows if row["scope"] == "step"]
+    floor = re.search(r"a micro-batch of 4 takes at least ([\d.]+) ms", shown)[1]
+    assert sum(row["floor_us"] for row in step) / 1e3 == pytest.approx(float(floor), abs=0.01)
     assert (tmp_path / "digits-h200-bf16.png").stat().st_size > 20_000
 
 

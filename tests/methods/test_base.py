@@ -40,7 +40,7 @@ def test_a_new_method_resumes_bit_exactly(tmp_path):
 
 def test_a_new_method_replays(monkeypatch, device):
     if device.type == "cuda":
-        pytest.skip("benchmarks.check replays on a GPU")
+        pytest.skip("tests/gpu replays on a GPU")
     recorder.stand_in(monkeypatch.setattr)
     found = []
     for cuda_graph in (False, True):

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import passes
+from benchmarks.analysis import passes
 from sid_fast import Distiller, Settings
 from sid_fast.kernels import dispatch
 from sid_fast.models import EDMNetwork, NetworkConfig

@@ -127,7 +127,7 @@ def failing_graph(at, leaves):
 @pytest.fixture
 def failing(stand_in, monkeypatch, device):
     if device.type == "cuda":
-        pytest.skip("the stand-in is for a CPU; benchmarks.check plants a failure on a GPU")
+        pytest.skip("the stand-in is for a CPU; tests/gpu plants a failure on a GPU")
 
     def plant(at, leaves=lambda: None):
         kind, made = failing_graph(at, leaves)

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from benchmarks import passes
+from benchmarks.analysis import passes
 from sid_fast.models import EDMNetwork
 from sid_fast.models.teachers import TEACHERS
 from sid_fast.tools import op_counter
@@ -73,7 +73,7 @@ def test_a_list_operation_takes_the_launches_it_takes_on_cuda(sizes, types, copi
 
 @pytest.mark.parametrize("preset", ["cifar10-uncond", "ffhq64"])
 def test_a_round_starts_few_small_kernels(preset):
-    step = passes.of_round(preset, "triton")
+    step = passes.of_micro_batch(preset, "triton")
     found = passes.launches(step, 3 * 64**2)
     assert sum(n for kind, (n, _) in found.items() if kind.startswith("pointwise")) <= 300
     names = Counter(op.name for op in step.ops)

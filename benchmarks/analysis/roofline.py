@@ -1,10 +1,10 @@
-"""Counted FLOP, bytes and floor of every layer and of the whole step, without a GPU.
+"""Estimate the roofline of every layer and of the whole step, without a GPU.
 
-python -m benchmarks.roofline --preset cifar10-uncond --card h200
+    python -m benchmarks.analysis.roofline --preset cifar10-uncond --card h200
 
-The floor of an operation is the longer of its FLOP at the card's matrix rate and its bytes at the
-card's bandwidth, every operation on its own reading its inputs and writing its outputs once. It is
-an estimate of the least time, not a measurement.
+The floor of an operation is the larger of FLOP over the GPU's matrix rate and bytes over its memory
+bandwidth, if it reads its inputs and writes its outputs once. FLOP and bytes are counted; nothing
+is measured.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks.record import RESULTS, Record
+from benchmarks.results import RESULTS, Results
 from sid_fast import cli
 from sid_fast.cli import presets
 from sid_fast.config.types import Card, Settings, check, option, part
@@ -36,31 +36,33 @@ COLOURS = {
 
 @dataclasses.dataclass
 class Options:
+    """Options of the command."""
+
     preset: str | None = None
     card: Card = option("h200", "the GPU to estimate for")
     precision: str = option("bf16", "fp32, tf32, bf16 or fp16")
-    images: int = option(64, "images a round", 1, 2**16)
-    kernels: str = option("triton", "triton, or eager for PyTorch's own operations")
-    out: str | None = option(None, "folder of the result; default: benchmarks/results/roofline")
+    images: int = option(64, "images per micro-batch", 1, 2**16)
+    kernels: str = option("triton", "backend of the kernels: triton or eager")
+    out: str | None = option(None, "folder of the results; default: benchmarks/results/roofline")
 
 
 def floor(op: op_counter.Op, card: Specs, precision: str) -> tuple[float, str]:
-    """The least seconds of an operation, and which of compute and memory bounds it."""
+    """Return the minimum seconds of an operation and its bound: compute or memory."""
     compute = op.flops / (card.tflops[precision] * 1e12)
     memory = op.nbytes / (card.bandwidth * 1e12)
     return max(compute, memory), "compute" if compute > memory else "memory"
 
 
 def rows(scope: str, ops: Iterable[op_counter.Op], card: Specs, precision: str) -> list[dict]:
-    """A row for every layer and kind of operation, in the order in which they first run."""
+    """Make a row for every layer and kind of operation, in order of first execution."""
     groups: dict[tuple[str, str], list[op_counter.Op]] = {}
     for op in ops:
         groups.setdefault((op.layer.removeprefix("EDMNetwork."), op.kind), []).append(op)
-    found = []
+    table = []
     for (layer, kind), members in groups.items():
         floors = [floor(op, card, precision) for op in members]
         longest = max(floors)
-        found.append(
+        table.append(
             {
                 "scope": scope,
                 "layer": layer,
@@ -72,16 +74,17 @@ def rows(scope: str, ops: Iterable[op_counter.Op], card: Specs, precision: str) 
                 "bound": longest[1],
             }
         )
-    return found
+    return table
 
 
 def norms(ops: Iterable[op_counter.Op]) -> tuple[int, float]:
-    """Operations and bytes of the group norms with what is fused around them."""
+    """Count operations and bytes of the group norms, including the operations fused into them."""
     within = [op for op in ops if "norm" in op.layer.rpartition(".")[2]]
     return len(within), sum(op.nbytes for op in within)
 
 
-def show(title: str, table: list[dict], images: int) -> None:
+def show(title: str, table: list[dict]) -> None:
+    """Print a table of rows and their sum."""
     total = sum(row["floor_us"] for row in table)
     print(
         f"\n{title}\n{'layer':34} {'kind':12} calls      GFLOP        MB  FLOP/B  floor us      %"
@@ -100,7 +103,7 @@ def _sum(table: list[dict]) -> dict:
 
 
 def draw(path: Path, title: str, layers: list[dict], step: list[dict], card: Specs, rate: float):
-    """Left: the layers of a forward under the card's roof. Right: the step's floor by kind."""
+    """Draw the layers of a forward pass under the roofline, and the step's floor by kind."""
     figure = Figure(figsize=(13, 5), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.4, 1))
     figure.suptitle(title)
@@ -125,8 +128,8 @@ def draw(path: Path, title: str, layers: list[dict], step: list[dict], card: Spe
     left.annotate(f"{rate:g} TFLOP/s", (ridge, rate), xytext=(6, 6), textcoords="offset points")
     left.set(
         xscale="log", yscale="log", xlim=(0.5, 1e4), ylim=(card.bandwidth / 3, rate * 2),
-        xlabel="FLOP a byte", ylabel="TFLOP/s at the floor",
-        title="layers of a forward; area is their part of its floor",
+        xlabel="FLOP per byte", ylabel="TFLOP/s at the floor",
+        title="layers of a forward pass; area: share of its floor",
     )  # fmt: skip
     left.grid(alpha=0.3)
     left.legend(loc="lower right", markerscale=0.6)
@@ -143,6 +146,7 @@ def draw(path: Path, title: str, layers: list[dict], step: list[dict], card: Spe
 
 
 def run(options: Options, given: set[str]) -> None:
+    """Run the command."""
     check(options)
     known = presets("train")
     if not options.preset:
@@ -155,51 +159,53 @@ def run(options: Options, given: set[str]) -> None:
     assert config.teacher
     network, settings = network_config(config.teacher), part(config, Settings)
     print(
-        f"{options.preset}: {network}; {precision}, rounds of {images}, {options.kernels} kernels"
+        f"{options.preset}: {network}; {precision}, micro-batch {images}, {options.kernels} kernels"
     )
     print(f"ESTIMATE for {options.card}: {chosen.tflops[precision]:g} TFLOP/s, ", end="")
     print(f"{chosen.bandwidth:g} TB/s ({chosen.source})")
 
     forward = op_counter.forward(network, precision, options.kernels, images)
     layers = rows("forward", forward, chosen, precision)
-    show("a forward, layer by layer", layers, images)
-    published = op_counter.forward(network, precision, "eager", images)
-    for form, ops in ((options.kernels, forward), ("PyTorch's form", published)):
+    show("forward pass by layer", layers)
+    eager = op_counter.forward(network, precision, "eager", images)
+    for backend, ops in ((options.kernels, forward), ("eager", eager)):
         calls, nbytes = norms(ops)
-        print(f"group norms of a forward, {form}: {calls} operations, {nbytes / 1e6:,.0f} MB")
+        print(f"group norms, forward, {backend}: {calls} operations, {nbytes / 1e6:,.0f} MB")
     settings = dataclasses.replace(settings, precision=precision)
     (step,) = estimator.steps(network, settings, [images], options.kernels)
     kinds = rows("step", step.ops, chosen, precision)
-    show("the whole step", kinds, images)
+    show("the whole step", kinds)
     floor_s = sum(row["floor_us"] for row in kinds) / 1e6
     flop = sum(op.flops for op in step.ops)
     mfu = flop / floor_s / (chosen.tflops[precision] * 1e12)
     print(
-        f"\nestimate: a round of {images} takes at least {floor_s * 1e3:.2f} ms "
+        f"\nestimate: a micro-batch of {images} takes at least {floor_s * 1e3:.2f} ms "
         f"({images / floor_s:,.0f} img/s, MFU {mfu:.0%}); compute alone "
         f"{flop / chosen.tflops[precision] / 1e9:.2f} ms"
     )
 
     folder = Path(options.out) if options.out else RESULTS / "roofline"
     name = f"{options.preset}-{options.card}-{precision}"
-    record = Record(
-        folder / f"{name}.json",
+    path = folder / f"{name}.jsonl"
+    path.unlink(missing_ok=True)  # counted anew, not measured once more
+    results = Results(
+        path,
         "roofline",
         device=f"estimate for {options.card}",
+        load=None,
         preset=options.preset,
         precision=precision,
         images=images,
         kernels=options.kernels,
-        floor_ms=floor_s * 1e3,
-        flop=flop,
     )
-    record.extend(layers + kinds)
+    for row in layers + kinds:
+        results.add(row)
     title = f"{options.preset}, {precision}, {images} images: estimate for {options.card}, counted"
     draw(folder / f"{name}.png", title, layers, kinds, chosen, chosen.tflops[precision])
-    print(f"kept as {folder / name}.json, .csv, .png")
+    print(f"results: {path}, and .png")
 
 
 main = cli.command(Options, run, "train", __doc__)
 
 if __name__ == "__main__":
-    cli.main(main, "benchmarks.roofline")
+    cli.main(main, "benchmarks.analysis.roofline")

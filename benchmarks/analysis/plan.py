@@ -1,6 +1,6 @@
 """Write PLAN.md: plans of every published preset on five machines, made without a GPU.
 
-python -m benchmarks.plan
+python -m benchmarks.analysis.plan
 """
 
 from pathlib import Path
@@ -25,9 +25,10 @@ MACHINES: tuple[tuple[int, Card], ...] = (
 PRECISION: Precision = "bf16"
 HEAD = f"""# Plans of the published presets
 
-**Estimates, all of them: nothing here was measured.** Made by `python -m benchmarks.plan`; each
-block is what `python -m sid_fast.plan --preset NAME --gpus N --card CARD --kernels triton`
-prints; its options change the precision, batch, rates and MFU.
+**All figures are estimates; nothing was measured.** `python -m benchmarks.analysis.plan` writes
+this page. Each block is the output of
+`python -m sid_fast.plan --preset NAME --gpus N --card CARD --kernels triton`,
+whose other options change the precision, batch, rates and MFU.
 
 - Memory is counted: a step of the real network runs on fake tensors ({PRECISION}, Triton kernels,
   micro-batches of 1 and 2 images). Its peak is linear in the images. An allowance of
@@ -48,6 +49,7 @@ COLUMNS = (
 
 @click.command(help=__doc__)
 def main() -> None:
+    """Run the command."""
     parts, rows = [], []
     for name in TEACHERS:
         config = TrainConfig(**presets("train")[name])
@@ -71,9 +73,9 @@ def main() -> None:
                 f"| {p.days:.1f} |"
             )
     table = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *rows]
-    with atomic_path(Path(__file__).with_name("PLAN.md")) as temporary:
+    with atomic_path(Path(__file__).parents[1] / "PLAN.md") as temporary:
         temporary.write_text("\n".join([HEAD, *table, "", *parts]), "utf-8")
 
 
 if __name__ == "__main__":
-    cli.main(main, "benchmarks.plan")
+    cli.main(main, "benchmarks.analysis.plan")

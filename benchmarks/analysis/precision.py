@@ -1,13 +1,12 @@
-"""Short digits runs in float32 and in 16 bit, over seeds: do their distances fall together?
+"""Compare the learning curves of short digits runs in fp32, bf16 and fp16, over seeds.
 
-    python -m benchmarks.precision
+    python -m benchmarks.analysis.precision
 
-On a CPU 16 bit is emulated for the most part and takes about twenty times as long. Keeps
-results/precision/digits.json and .png.
+Writes results/precision/digits.json and .png. Most CPUs emulate 16 bit, at about a twentieth of the
+speed of float32.
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import click
@@ -15,6 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from benchmarks.results import RESULTS
 from sid_fast import Distiller, Settings, cli, load_network
 from sid_fast.config.types import Precision
 from sid_fast.data.digits import open_dataset
@@ -23,7 +23,7 @@ from sid_fast.io.atomic import atomic_path
 from sid_fast.sampling import to_uint8
 from sid_fast.training.random_streams import fixed_grid_inputs
 
-RESULTS = Path(__file__).parent / "results" / "precision"
+FOLDER = RESULTS / "precision"
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
 SEEDS = 0, 1, 2
 STEPS, EVERY, IMAGES = 48, 8, 500
@@ -33,16 +33,16 @@ SETTINGS: dict[str, Any] = dict(
 
 
 def features(images: torch.Tensor) -> torch.Tensor:
-    """Pixels, in [-1, 1]."""
+    """Flatten images to pixels in [-1, 1]."""
     return images.flatten(1).double() / 127.5 - 1
 
 
 def curve(precision: Precision, seed: int, real: tuple[torch.Tensor, torch.Tensor]) -> list[float]:
-    """Distances of the average's images at the start and after every EVERY steps."""
+    """Return Fréchet distances of the EMA's images at the start and every EVERY steps."""
     trainer = Distiller(
         load_network("digits"), Settings(precision=precision, **SETTINGS), seed=seed
     )
-    trainer.ema.compute_dtype = torch.float32  # the weights are compared, not how they are run
+    trainer.ema.compute_dtype = torch.float32  # compare weights, not inference precision
     z, labels = fixed_grid_inputs(trainer.ema.config, 0, IMAGES)
     sigma = torch.full((IMAGES,), trainer.settings.init_sigma)
 
@@ -51,21 +51,22 @@ def curve(precision: Precision, seed: int, real: tuple[torch.Tensor, torch.Tenso
         images = to_uint8(trainer.ema(z * sigma[0], sigma, labels))
         return frechet_distance(*moments(features(images)), *real)
 
-    found = [distance()]
+    distances = [distance()]
     for step in tqdm(range(1, STEPS + 1), desc=f"{precision}, seed {seed}"):
         metrics = trainer.step()
         assert not metrics["generator/skipped"]
         assert not metrics["fake/skipped"]
         if step % EVERY == 0:
-            found.append(distance())
-    return found
+            distances.append(distance())
+    return distances
 
 
 def draw(curves: dict[str, list[list[float]]]) -> None:
+    """Draw the curves of all seeds, one colour per precision."""
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     kimg = [i * EVERY * SETTINGS["batch_size"] / 1000 for i in range(STEPS // EVERY + 1)]
-    # Wide to narrow: where the lines lie on each other, all of them are seen.
+    # Wide to narrow, so that coinciding lines all stay visible.
     styles = ("lightgray", 7), ("tab:blue", 3), ("tab:red", 1)
     for (colour, width), (precision, runs) in zip(styles, curves.items(), strict=False):
         for i, run in enumerate(runs):
@@ -79,23 +80,24 @@ def draw(curves: dict[str, list[list[float]]]) -> None:
     axes.set_ylim(0)
     axes.grid(alpha=0.3)
     axes.legend()
-    with atomic_path(RESULTS / "digits.png") as temporary:
+    with atomic_path(FOLDER / "digits.png") as temporary:
         figure.savefig(temporary, format="png")
 
 
 @click.command(help=__doc__)
 def main() -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    """Run the command."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
     real = moments(features(torch.from_numpy(open_dataset("digits").images())))
     curves: dict[str, list[list[float]]] = {}
     for precision in PRECISIONS:
         for seed in SEEDS:
             curves.setdefault(precision, []).append(curve(precision, seed, real))
-            with atomic_path(RESULTS / "digits.json") as temporary:
+            with atomic_path(FOLDER / "digits.json") as temporary:
                 text = json.dumps({"settings": SETTINGS, "every": EVERY, "distances": curves})
                 temporary.write_text(text + "\n", "utf-8")
             draw(curves)
 
 
 if __name__ == "__main__":
-    cli.main(main, "benchmarks.precision")
+    cli.main(main, "benchmarks.analysis.precision")

@@ -1,20 +1,21 @@
-"""How things are timed: by events on a GPU, in turns, after a warm-up, on random data."""
+"""Timing: CUDA events on a GPU, interleaved calls, warm-up, peak rates of the device."""
 
 import time
 from collections.abc import Callable, Mapping
 
 import torch
 
-L2_FLUSH = 2**28  # bytes written between two launches, several times any second-level cache
+FLUSH_BYTES = 2**28  # written between two launches: several times any L2 cache
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait for the device; returns at once on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def once(function: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Milliseconds that a call takes on the device, and until it returns to the host."""
+def time_call(function: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Time one call; returns (device ms, ms until the call returns to the host)."""
     synchronize(device)
     if device.type != "cuda":
         start = time.perf_counter()
@@ -31,34 +32,36 @@ def once(function: Callable[[], object], device: torch.device) -> tuple[float, f
     return begin.elapsed_time(end), host
 
 
-def in_turns(
+def interleaved(
     functions: Mapping[str, Callable[[], object]],
     device: torch.device,
     seconds: float,
-    most: int = 30,
-    least: int = 3,
+    max_rounds: int = 30,
+    min_rounds: int = 3,
 ) -> dict[str, list[tuple[float, float]]]:
-    """`once` of every function, one after the other, for about so many seconds altogether.
+    """Time every function once per round with `time_call`, for about `seconds` in total.
 
-    Each is called at least `least` and at most `most` times, so that what drifts (clocks, other
-    work on the machine) meets all of them alike.
+    Clock changes and other load on the machine then affect all functions alike.
     """
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     end = time.perf_counter() + seconds
-    for turn in range(most):
-        if turn >= least and time.perf_counter() > end:
+    for done in range(max_rounds):
+        if done >= min_rounds and time.perf_counter() > end:
             break
         for name, function in functions.items():
-            found[name].append(once(function, device))
-    return found
+            times[name].append(time_call(function, device))
+    return times
 
 
-class Cold:
-    """A function of few launches as a CUDA graph, called with nothing of its data in the cache.
+class ColdCacheTimer:
+    """Times a function as a CUDA graph, with the L2 cache flushed before every call.
 
-    Calling it flushes and replays; on a CPU it just calls. What it times is then the device's
-    work, not the host's launches. make() returns the function, on the stream of the capture:
-    autograd's backward runs where its forward ran.
+    The times exclude the host's launches. On a CPU the function is called as it is.
+
+    Args:
+        make: returns the function; called on the capture's stream, because autograd runs a
+            backward pass on the stream of its forward pass.
+        device: where the function runs.
     """
 
     def __init__(self, make: Callable[[], Callable[[], object]], device: torch.device):
@@ -81,10 +84,10 @@ class Cold:
         self.function = self.graph.replay
 
     def times(self, repeats: int) -> list[float]:
-        """So many times of the function, ms."""
+        """Times of `repeats` calls, ms."""
         if self.device.type != "cuda":
-            return [once(self.function, self.device)[0] for _ in range(repeats)]
-        cache = torch.empty(L2_FLUSH, dtype=torch.uint8, device=self.device)
+            return [time_call(self.function, self.device)[0] for _ in range(repeats)]
+        cache = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=self.device)
         events = []
         for _ in range(repeats):
             cache.zero_()
@@ -97,11 +100,12 @@ class Cold:
         return [begin.elapsed_time(end) for begin, end in events]
 
 
-def ceilings(device: torch.device) -> dict[str, float]:
-    """The device at its best: "bf16" and "fp32" products, TFLOP/s, and "copy", TB/s both ways.
+def peak_rates(device: torch.device) -> dict[str, float]:
+    """Measure the device's peak rates.
 
-    The fastest of the turns, of products of some milliseconds: beside other programs a short one
-    on all cores mostly waits for the core that it shares.
+    Returns "bf16" and "fp32", matrix products in TFLOP/s, and "copy", bytes read and written in
+    TB/s. Each is the fastest of up to 20 rounds; a CPU's products take milliseconds, since a
+    shorter one on all cores mostly waits for a core that another process uses.
     """
     cuda = device.type == "cuda"
     n = 8192 if cuda else 512
@@ -116,17 +120,24 @@ def ceilings(device: torch.device) -> dict[str, float]:
     }
     for function in functions.values():
         function()
-    times = in_turns(functions, device, seconds=2, most=20)
+    times = interleaved(functions, device, seconds=2, max_rounds=20)
     work = {"bf16": 2 * n**3, "fp32": 2 * n**3, "copy": 2 * source.numel()}
     return {name: work[name] / min(ms for ms, _ in times[name]) / 1e9 for name in functions}
 
 
+def rate_columns(rates: Mapping[str, float]) -> dict[str, float]:
+    """Name peak rates as columns of a result file."""
+    units = {"bf16": "tflop_s", "fp32": "tflop_s", "copy": "tb_s"}
+    return {f"rate_{name}_{units[name]}": rate for name, rate in rates.items()}
+
+
 def median(values: list[float]) -> float:
+    """Return the median, the mean of the middle two of an even number."""
     return float(torch.tensor(values, dtype=torch.float64).quantile(0.5))
 
 
-def reason(error: Exception) -> str:
-    """Why something has no figures, in a line."""
+def failure_reason(error: Exception) -> str:
+    """Describe an error in one line of at most 160 characters."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     text = " ".join(str(error).split())

@@ -1,10 +1,11 @@
-"""Counts the passes over feature maps that a block makes, in the published form and in ours.
+"""Count each block's passes over feature maps, with the eager and the Triton backend.
 
-    python -m benchmarks.passes > benchmarks/PASSES.md
-    python -m benchmarks.passes --launches       the kernel launches of a training round, by kind
+    python -m benchmarks.analysis.passes > benchmarks/PASSES.md
+    python -m benchmarks.analysis.passes --launches > benchmarks/LAUNCHES.md
 
-Runs on fake tensors, in seconds: a pass is an operation that reads or writes a tensor of
-activation size, its bytes are those tensors'. Convolutions count like all others.
+A pass is an operation, convolutions included, that reads or writes a feature map; its bytes are
+those of the feature maps. Runs on fake tensors, in seconds. --launches counts the kernel launches
+of a micro-batch by kind.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from sid_fast.models.edm_unet.unet import Block
 from sid_fast.models.teachers import TEACHERS
 from sid_fast.tools import estimator
 
-BATCH = 61  # a prime, by which the sizes of weights do not divide
+BATCH = 61  # a prime that divides no weight's size, which tells activations from weights
 
 # Operations that move no data.
 FREE = {
@@ -35,7 +36,7 @@ FREE = {
     "new_empty_strided", "permute", "select", "slice", "split", "split_with_sizes", "t",
     "transpose", "unsqueeze", "view", "_unsafe_view", "_reshape_alias",
 }  # fmt: skip
-# What a fast path consists of; all else is idle.
+# Compute; every other ATen operation on a feature map is an idle pass: copy, cast, pointwise.
 WORK = {
     "convolution", "convolution_backward", "mm", "addmm", "addmm_", "bmm", "_softmax",
     "_softmax_backward_data", "native_group_norm", "native_group_norm_backward",
@@ -44,49 +45,53 @@ WORK = {
 
 @dataclasses.dataclass
 class Pass:
+    """One operation on a feature map."""
+
     name: str  # "aten::convolution"
     bytes: int
     backward: bool
 
     @property
     def idle(self) -> bool:
-        """Neither convolution, matrix product, attention nor group norm."""
+        """Whether it is neither convolution, matrix product, attention nor group norm."""
         library, _, name = self.name.partition("::")
         return library == "aten" and name not in WORK
 
 
 class Passes(TorchDispatchMode):
-    """Notes every operation on a tensor of BATCH samples of more than `image` numbers each.
+    """Records every operation on a tensor of BATCH samples with more than `image` elements each.
 
-    A vector for each sample, such as what conditions the blocks, is none.
+    Per-sample vectors, such as embeddings, are not feature maps.
     """
 
     def __init__(self, image: int):
         super().__init__()
         self.image, self.backward = image, False
-        self.found: list[Pass] = []
+        self.passes: list[Pass] = []
 
-    def activation(self, t: object) -> bool:
+    def is_feature_map(self, t: object) -> bool:
+        """Whether the operand is a feature map."""
         if not isinstance(t, torch.Tensor):
             return False
         vectors = t.dim() == 2 and BATCH in t.shape
         return t.numel() % BATCH == 0 and t.numel() > self.image * BATCH and not vectors
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """Run an operation and record it."""
         out = function(*args, **(kwargs or {}))
         name = function.name().partition(".")[0]
-        inputs = [t for t in tree_leaves((args, kwargs)) if self.activation(t)]
-        outputs = [t for t in tree_leaves(out) if self.activation(t)]
+        inputs = [t for t in tree_leaves((args, kwargs)) if self.is_feature_map(t)]
+        outputs = [t for t in tree_leaves(out) if self.is_feature_map(t)]
         outputs = [t for t in outputs if not any(t is i for i in inputs)]
         library, _, short = name.partition("::")
         if (inputs or outputs) and library != "prim" and short not in FREE:
             moved = sum(t.numel() * t.element_size() for t in inputs + outputs)
-            self.found.append(Pass(name, moved, self.backward))
+            self.passes.append(Pass(name, moved, self.backward))
         return out
 
 
 def of_network(config: NetworkConfig, backend: str, dtype: torch.dtype) -> list[Pass]:
-    """The passes of a training network, of its image's gradient too; form: see --kernels."""
+    """Count the passes of a network, forward and backward to parameters and image."""
     with FakeTensorMode(), dispatch.forced(backend):
         net = EDMNetwork(config).train()
         net.compute_in(dtype)
@@ -95,10 +100,10 @@ def of_network(config: NetworkConfig, backend: str, dtype: torch.dtype) -> list[
             out = net(x, torch.ones(BATCH))
             mode.backward = True
             out.sum().backward()
-        return mode.found
+        return mode.passes
 
 
-# A block of each type: what it is, and where it stands in the network of a preset.
+# One block of each type: description -> network and name of the block.
 CIFAR10 = NetworkConfig("ddpmpp", resolution=32, augment_dim=9, dropout=0.13)
 IMAGENET64 = NetworkConfig(
     "adm", resolution=64, label_dim=1000, model_channels=192, channel_mult=(1, 2, 3, 4),
@@ -119,30 +124,30 @@ BLOCKS = {
 }
 
 
-def sides(name: str, block: Block) -> int:
-    """Pixels along a side where the block reads."""
+def input_size(name: str, block: Block) -> int:
+    """Return the height and width of a block's input."""
     side = int(name.split(".")[1].split("x")[0])
     return {"down": side * 2, "up": side // 2}.get(block.conv0.resample or "", side)
 
 
 def of_block(config: NetworkConfig, name: str, backend: str, dtype: torch.dtype) -> list[Pass]:
-    """The passes of one block in training, its input summed up and its gradients given.
+    """Count the passes of one block in training, forward and backward.
 
-    An encoder's output has a second reader, in the decoder.
+    An encoder block's output has two consumers: the next block and the decoder's skip connection.
     """
     fused = backend != "eager"
     with FakeTensorMode(), dispatch.forced(backend):
         net = EDMNetwork(config).train()
         block = net.model.get_submodule(name)
         assert isinstance(block, Block)
-        side = sides(name, block)
+        side = input_size(name, block)
         encoder = name.startswith("enc.")
 
         def features(channels: int) -> torch.Tensor:
             x = torch.empty(BATCH, channels, side, side, dtype=dtype, requires_grad=True)
             return x.to(memory_format=torch.channels_last) if fused else x
 
-        # A decoder's cat: as wide a skip as makes up what the block reads.
+        # A decoder block reads the concatenation of x and a skip tensor.
         right = 0
         if not encoder and "_block" in name:
             right = block.fan_in - block.conv0.weight.shape[0]
@@ -164,51 +169,53 @@ def of_block(config: NetworkConfig, name: str, backend: str, dtype: torch.dtype)
             mode.backward = True
             wanted = [x, *([residual] if fused else []), *([] if skip is None else [skip])]
             torch.autograd.grad(ends, [*wanted, *block.parameters()], grads, allow_unused=True)
-        return mode.found
+        return mode.passes
 
 
 def row(passes: list[Pass]) -> str:
-    """Passes and bytes an image, forward and backward."""
+    """Format passes and MiB per image, forward and backward, as table cells."""
     cells = []
     for backward in (False, True):
-        of = [p for p in passes if p.backward == backward]
-        cells += [f"{len(of)} ({sum(p.idle for p in of)})"]
-        cells += [f"{sum(p.bytes for p in of) / BATCH / 2**20:.2f}"]
+        some = [p for p in passes if p.backward == backward]
+        cells += [f"{len(some)} ({sum(p.idle for p in some)})"]
+        cells += [f"{sum(p.bytes for p in some) / BATCH / 2**20:.2f}"]
     return " | ".join(cells)
 
 
 def lines() -> Iterator[str]:
+    """Yield the lines of PASSES.md."""
     yield "# Passes over feature maps, by block"
     yield ""
     yield (
-        "Counted on fake tensors by `python -m benchmarks.passes`: operations that read or write a "
-        "feature map, in brackets those that are neither convolution, matrix product, attention "
-        "nor group norm, and MiB an image that they move. A block in training; its tail counts "
-        "where it is added up, which in our form is the next block's first norm. PyTorch's group "
-        "norm counts as one pass though it reads its input twice. What is idle in ADM's backward "
-        "adds up partial sums of the gradient of qkv's bias."
+        "Estimates, counted on fake tensors by `python -m benchmarks.analysis.passes`: operations "
+        "that read or write a feature map and the MiB per image that they move, for a block in "
+        "training. In brackets: those that are neither convolution, matrix product, attention nor "
+        "group norm. The residual sum at the end of a block counts where it is computed; in "
+        "sid_fast that is the next block's first norm. PyTorch's group norm counts as one pass, "
+        "although it reads its input twice. The one such pass in ADM's backward sums partial "
+        "gradients of qkv's bias."
     )
     yield ""
-    yield "| block | form | forward | MiB | backward | MiB |"
+    yield "| block | backend | forward | MiB | backward | MiB |"
     yield "|---|---|---|---|---|---|"
-    forms = {
-        "published, float32": ("eager", torch.float32),
-        "published, bfloat16": ("eager", torch.bfloat16),
-        "ours, bfloat16": ("triton", torch.bfloat16),
+    backends = {
+        "eager, float32": ("eager", torch.float32),
+        "eager, bfloat16": ("eager", torch.bfloat16),
+        "triton, bfloat16": ("triton", torch.bfloat16),
     }
-    for title, place in BLOCKS.items():
-        for form, how in forms.items():
-            yield f"| {title} | {form} | {row(of_block(*place, *how))} |"
+    for title, block in BLOCKS.items():
+        for name, backend in backends.items():
+            yield f"| {title} | {name} | {row(of_block(*block, *backend))} |"
     for title, config in {"CIFAR-10": CIFAR10, "ImageNet 64": IMAGENET64}.items():
-        for form, how in forms.items():
-            yield f"| whole network, {title} | {form} | {row(of_network(config, *how))} |"
+        for name, backend in backends.items():
+            yield f"| whole network, {title} | {name} | {row(of_network(config, *backend))} |"
 
 
 PRESETS = ("cifar10-uncond", "ffhq64", "imagenet64-cond")
 
 
-def of_round(preset: str, backend: str, precision: Precision = "bf16") -> estimator.Step:
-    """Both phases of a preset, one round of BATCH images each."""
+def of_micro_batch(preset: str, backend: str, precision: Precision = "bf16") -> estimator.Step:
+    """Count both phases of a preset, one micro-batch of BATCH images each."""
     given = cli.presets("train")[preset]
     fields = {f.name for f in dataclasses.fields(Settings)}
     settings = Settings(**{k: v for k, v in given.items() if k in fields})
@@ -218,12 +225,12 @@ def of_round(preset: str, backend: str, precision: Precision = "bf16") -> estima
 
 
 def launches(step: estimator.Step, image: int) -> dict[str, tuple[int, int]]:
-    """Kernel launches of a step and the bytes they move, by kind.
+    """Count kernel launches of a step and the bytes they move, by kind.
 
-    Pointwise operations and reductions are "feature maps" where their result is one of more than
-    `image` numbers a sample, and "small" elsewhere. Small ones are also listed one by one.
+    Pointwise operations and reductions count as "feature maps" if their result has more than
+    `image` elements per sample, else as "small"; small ones are also listed by operation.
     """
-    found: dict[str, list[int]] = {}
+    counts: dict[str, list[int]] = {}
     for op in step.ops:
         kind = op.kind
         if kind == "pointwise":
@@ -231,21 +238,23 @@ def launches(step: estimator.Step, image: int) -> dict[str, tuple[int, int]]:
             kind = "pointwise, feature maps" if large else "pointwise, small"
         names = [kind] if kind != "pointwise, small" else [kind, f"- {op.name}"]
         for name in names:
-            row = found.setdefault(name, [0, 0])
+            row = counts.setdefault(name, [0, 0])
             row[0] += op.launches
             row[1] += op.nbytes
-    return {name: (count, nbytes) for name, (count, nbytes) in found.items()}
+    return {name: (count, nbytes) for name, (count, nbytes) in counts.items()}
 
 
 def launch_lines() -> Iterator[str]:
-    yield "# Kernel launches of a training round"
+    """Yield the lines of LAUNCHES.md."""
+    yield "# Kernel launches of one micro-batch"
     yield ""
     yield (
-        f"Counted on fake tensors by `python -m benchmarks.passes --launches`: fake-score and "
-        f"generator phase, one round of {BATCH} images each, in bfloat16. An operation is one "
-        "launch; group norm backward adds a sum over samples for each parameter gradient, "
-        "attention backward is two kernels, and list operations are split as in "
-        "MultiTensorApply.cuh. The eager update is counted as one launch here and is some 13,000."
+        "Estimates, counted on fake tensors by `python -m benchmarks.analysis.passes --launches`: "
+        f"fake-score and generator phase, one micro-batch of {BATCH} images each, in bfloat16. An "
+        "operation counts as one launch, except: group norm backward also sums each parameter "
+        "gradient over samples, attention backward is two kernels, and foreach operations are "
+        "split as in MultiTensorApply.cuh. The eager update counts as one launch; it is about "
+        "13,000."
     )
     yield ""
     yield "| preset | backend | kind | launches | MiB |"
@@ -253,7 +262,7 @@ def launch_lines() -> Iterator[str]:
     for preset in PRESETS:
         network = TEACHERS[preset].network
         for backend in ("triton", "eager"):
-            step = of_round(preset, backend)
+            step = of_micro_batch(preset, backend)
             rows = launches(step, network.channels * network.resolution**2)
             kinds = Counter({k: v[0] for k, v in rows.items() if not k.startswith("- ")})
             total = sum(kinds.values()), sum(op.nbytes for op in step.ops)
@@ -272,11 +281,12 @@ def _mib(step: estimator.Step) -> str:
 
 
 @click.command(help=__doc__)
-@click.option("--launches", "count_launches", is_flag=True, help="launches of a round instead")
+@click.option("--launches", "count_launches", is_flag=True, help="Count kernel launches instead.")
 def main(count_launches: bool) -> None:
+    """Run the command."""
     for line in launch_lines() if count_launches else lines():
         print(line, flush=True)
 
 
 if __name__ == "__main__":
-    cli.main(main, "benchmarks.passes")
+    cli.main(main, "benchmarks.analysis.passes")

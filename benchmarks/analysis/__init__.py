@@ -1,0 +1,1 @@
+"""Counted estimates and one-off studies: no GPU is timed here."""
