@@ -1,17 +1,12 @@
 """Fixtures: where the recorded numbers are, the device of a kernel, and running a command."""
 
-import os
-
-import torch
-
-if not torch.cuda.is_available():  # has to be known before anything imports triton
-    os.environ["TRITON_INTERPRET"] = "1"
-
 import importlib
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 if not torch.cuda.is_available():  # Triton kernels run in its interpreter; it reads this once
     os.environ["TRITON_INTERPRET"] = "1"
@@ -36,6 +31,7 @@ def pytest_collection_modifyitems(items):
 def poisoned():
     """Memory that is allocated without being initialised is NaN."""
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
 

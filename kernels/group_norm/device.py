@@ -40,7 +40,7 @@ def reciprocal(x):
 
 @triton.jit
 def sigmoid(x, keep):
-    """Compute sigmoid(x)/keep in four instructions; dividing by `keep` adds none."""
+    """Divide the sigmoid of x by keep, in four instructions; the division adds none."""
     return reciprocal(exp2(x * -1.4426950408889634) * keep + keep)
 
 

@@ -35,11 +35,12 @@ def configure(deterministic: bool) -> None:
             )
         os.environ[WORKSPACE] = FIXED
     if deterministic:
+        # Filling new tensors with NaN is a debugging aid, and extra launches.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         from torch._inductor import config  # slow to import
 
         config.deterministic = True  # torch.compile would choose reductions by timing them
     torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # extra launches, for debugging
 
 
 @contextlib.contextmanager
