@@ -139,6 +139,7 @@ def test_an_interrupted_run_stops_the_background_compilation(session):
     assert process.returncode == 128 + signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_a_run_without_time_prints_a_summary(tmp_path):
     """It imports the tree through links and writes nothing into it."""
     command = [ROOT / "benchmarks" / "gpu_acceptance.sh", tmp_path, "5"]

@@ -57,6 +57,7 @@ def smaller(monkeypatch):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 @pytest.mark.parametrize("factors", [(1.0, 1.0), (1.1, 1.1), (1.05, 0.95)], ids=str)
 def test_network_sees_scaled_norms(smaller, monkeypatch, kind, factors):
