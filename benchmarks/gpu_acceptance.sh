@@ -158,7 +158,7 @@ if ((gpu)); then
     warm 20
     part "training, default" 20 "${train[@]}" --preset cifar10-uncond --micro-batch 64,8 \
         --timed-seconds 6 --max-steps 10 --variants "default,$fixed"
-    part "checks of the Triton kernels" 30 "${check[@]}" "test_step and not default"
+    part "checks of the Triton kernels" 30 "${check[@]}" "test_step and triton"
     part "training, Triton kernels" 25 "${train[@]}" --micro-batch 64 \
         --timed-seconds 6 --max-steps 10 --variants "default,sid_fast,$fixed"
     part "checks of networks" 20 "${check[@]}" "test_network"
@@ -176,13 +176,14 @@ if ((gpu)); then
     part "late checks" 40 "${check[@]}" "test_late"
     part "training, sharded" 30 "${train[@]}" --preset cifar10-uncond --micro-batch 64,8 \
         --timed-seconds 6 --variants "sid_fast,fsdp,fsdp no graphs"
+    part "checks of the eager backend" 50 "${check[@]}" "test_step and eager"
     part "kernels, torch.compile" 70 "${kernels[@]}" --baselines compile
 else
     part "checks of the default" 12 "${check[@]}" "test_step and default and (repeats or resume)"
     warm 10
     train+=(--micro-batch 1 --max-steps 1 --timed-seconds 1)
     part "training, default" 15 "${train[@]}" --variants "published,default"
-    part "checks of the Triton kernels" 12 "${check[@]}" "test_step and not default"
+    part "checks of the Triton kernels" 12 "${check[@]}" "test_step and triton"
     part "training, Triton kernels" 12 "${train[@]}" --variants "sid_fast fp32"
     part "checks of networks" 20 "${check[@]}" "test_network and cifar10-uncond and fp32"
     part "kernel tests" 15 env PYTEST_ADDOPTS="-k 'hand or limit'" \

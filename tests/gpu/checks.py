@@ -458,7 +458,7 @@ def backends() -> dict[str, str | None]:
     """Backends to check, as arguments of dispatch.forced: the default, then the others."""
     with dispatch.forced(None):
         default = set(dispatch.runs(torch.device("cuda")).values())
-    others = [name for name in ("eager", "triton") if default != {name}]
+    others = [name for name in ("triton", "eager") if default != {name}]
     return {"default": None, **{name: name for name in others}}
 
 

@@ -91,7 +91,7 @@ def test_within_sees_error_and_scale_separately():
 
 
 def test_every_backend_is_checked_once_the_default_first(monkeypatch):
-    everything = ["default", "eager", "triton"]
+    everything = ["default", "triton", "eager"]
     assert list(checks.backends()) == everything
     with checks.dispatch.forced("triton"):
         assert list(checks.backends()) == everything, "whatever is forced at the moment"
