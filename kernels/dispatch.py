@@ -17,6 +17,7 @@ OPERATIONS = {
     "group_norm": ("triton", "apex"),
     "attention": ("triton",),
     "sid_loss": ("triton",),
+    "sida_loss": ("triton",),
     "augment": ("triton",),
     "random": ("triton",),
     "adam_ema": ("triton", "cuda"),
