@@ -9,13 +9,16 @@ from sid_fast.kernels.augment import augment
 from sid_fast.kernels.group_norm import GroupNormOutput, group_norm
 from sid_fast.kernels.random import random
 from sid_fast.kernels.sid_loss import Losses, fake_score_loss, generator_loss, noised
+from sid_fast.kernels.sida_loss import adversarial_loss, discriminator_loss
 
 __all__ = [
     "GroupNormOutput",
     "Losses",
     "adam_ema",
+    "adversarial_loss",
     "attention",
     "augment",
+    "discriminator_loss",
     "fake_score_loss",
     "generator_loss",
     "group_norm",

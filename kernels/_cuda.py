@@ -10,7 +10,7 @@ def load(path: Path) -> ctypes.CDLL:
     """Load the library at `path` and declare its functions' argument types."""
     lib = ctypes.CDLL(str(path))
     arguments: list[type[ctypes._SimpleCData]] = [ctypes.c_void_p] * 6
-    arguments += [ctypes.c_int64, *[ctypes.c_double] * 3, ctypes.c_int]
+    arguments += [ctypes.c_int64, *[ctypes.c_double] * 4, ctypes.c_int]
     lib.sid_fast_adam_ema_host.argtypes = arguments
     lib.sid_fast_adam_ema_host.restype = None
     if hasattr(lib, "sid_fast_adam_ema_cuda"):

@@ -43,12 +43,14 @@ def adam_ema(
     eps: float,
     ema_beta: float | torch.Tensor = 0.0,
     compute_weights: list[torch.Tensor | None] | None = None,
+    clip: float | None = None,
+    clipped: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Apply Adam (arXiv 1412.6980, algorithm 1) to cleaned gradients, then ema ← p + β(ema − p).
 
     All tensors in the lists are updated in place. Gradients are cleaned first, as upstream does:
-    NaN → 0, ±inf → ±1e5. Scalars that are tensors need no host synchronisation, and a CUDA graph
-    can replay the update with new values.
+    NaN → 0, ±inf → ±1e5; then their values are clipped, if asked. Scalars that are tensors need no
+    host synchronisation, and a CUDA graph can replay the update with new values.
 
     Args:
         params: the parameters, float32; the other lists are in the same order, float32 unless
@@ -67,6 +69,8 @@ def adam_ema(
         ema_beta: decay of the EMA, a number or a float64 scalar tensor (1 − β needs the precision).
         compute_weights: 16-bit copies of the parameters, all bfloat16 or all float16, each in its
             parameter's memory order or channels-last; None for a parameter without a copy.
+        clip: largest absolute value of a gradient; None for no limit.
+        clipped: int64 scalar tensor that the number of clipped gradient values is written to.
 
     Returns:
         The number of non-finite gradient values, an int64 scalar tensor.
@@ -81,10 +85,13 @@ def adam_ema(
             return value.to(torch.float64)
         return torch.full((), value, dtype=torch.float64, device=step.device)
 
-    return _adam_ema(
+    counts = _adam_ema(
         params, grads, exp_avg, exp_avg_sq, ema, compute_weights or [],
-        step, enabled, scalar(lr), beta1, beta2, eps, scalar(ema_beta),
+        step, enabled, scalar(lr), beta1, beta2, eps, scalar(ema_beta), clip or 0.0,
     )  # fmt: skip
+    if clipped is not None:
+        clipped.copy_(counts[1])
+    return counts[0]
 
 
 def _run_adam_ema(
@@ -101,28 +108,30 @@ def _run_adam_ema(
     beta2: float,
     eps: float,
     ema_beta: torch.Tensor,
+    clip: float,
 ) -> torch.Tensor:
+    """int64 [2]: how many gradient values were not finite, and clipped. clip 0: none are."""
     lists = params, grads, exp_avg, exp_avg_sq, ema, compute_weights
     backend = choose("adam_ema", step.device)
     if backend == "eager":
-        return adam_ema_eager(*lists, step, enabled, lr, beta1, beta2, eps, ema_beta)
+        return adam_ema_eager(*lists, step, enabled, lr, beta1, beta2, eps, ema_beta, clip)
 
     table = _table(*lists)
     step += enabled
-    nonfinite = torch.zeros((), dtype=torch.int64, device=step.device)
+    counts = torch.zeros(2, dtype=torch.int64, device=step.device)
     compute_dtype = next((COMPUTE_DTYPES[t.dtype] for t in compute_weights if t is not None), 0)
     programs = min(len(table), _resident_programs(step.device))
     if backend == "triton":
         _adam_ema_kernel[(programs,)](
-            table, step, enabled, lr, ema_beta, nonfinite, len(table),
-            beta1, beta2, eps, bool(exp_avg), bool(ema), compute_dtype, CHUNK, COLUMNS, num_warps=8,
+            table, step, enabled, lr, ema_beta, counts, len(table), beta1, beta2, eps,
+            bool(exp_avg), bool(ema), compute_dtype, clip, CHUNK, COLUMNS, num_warps=8,
         )  # fmt: skip
-        return nonfinite
+        return counts
 
     library = _cuda.library()
     assert library is not None  # otherwise `choose` would not return "cuda"
-    pointers = [t.data_ptr() for t in (table, step, enabled, lr, ema_beta, nonfinite)]
-    arguments = *pointers, len(table), beta1, beta2, eps, compute_dtype
+    pointers = [t.data_ptr() for t in (table, step, enabled, lr, ema_beta, counts)]
+    arguments = *pointers, len(table), beta1, beta2, eps, clip, compute_dtype
     if step.is_cuda:
         with torch.cuda.device(step.device):
             stream = torch.cuda.current_stream().cuda_stream
@@ -132,7 +141,7 @@ def _run_adam_ema(
                 )
     else:
         library.sid_fast_adam_ema_host(*arguments)
-    return nonfinite
+    return counts
 
 
 def _resident_programs(device: torch.device) -> int:
@@ -143,7 +152,7 @@ def _resident_programs(device: torch.device) -> int:
 
 
 def _adam_ema_like(params, grads, exp_avg, exp_avg_sq, ema, compute_weights, step, *_):
-    return step.new_empty((), dtype=torch.int64)
+    return step.new_empty(2, dtype=torch.int64)
 
 
 _MUTATED = ("params", "grads", "exp_avg", "exp_avg_sq", "ema", "compute_weights", "step")
@@ -164,6 +173,7 @@ def adam_ema_eager(
     beta2,
     eps,
     ema_beta,
+    clip=0.0,
 ) -> torch.Tensor:
     """Apply `adam_ema` in plain PyTorch, in float32 or float64; lr and ema_beta are tensors.
 
@@ -172,6 +182,10 @@ def adam_ema_eager(
     flat = torch.cat([_flat(g) for g in grads])
     nonfinite = (flat - flat).count_nonzero()  # NaN where a value is not finite, else 0
     flat.nan_to_num_(nan=0.0, posinf=1e5, neginf=-1e5)
+    clipped = torch.zeros_like(nonfinite)
+    if clip:
+        clipped = (flat.abs() > clip).count_nonzero()
+        flat.clamp_(-clip, clip)
     pieces = flat.split([g.numel() for g in grads])
     torch._foreach_copy_([_flat(g) for g in grads], pieces)
 
@@ -203,7 +217,7 @@ def adam_ema_eager(
         torch._foreach_copy_(rounded, [moved[i] for i in copied])
         _write(enabled, targets, rounded)
     _write(enabled, params, moved)
-    return nonfinite
+    return torch.stack([nonfinite, clipped])
 
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -369,9 +383,10 @@ def _element_pointers(row, column: tl.constexpr, offsets, FULL: tl.constexpr):
 
 @triton.jit
 def _chunk(
-    row, nonfinite, is_enabled, step_size, correction2_sqrt, ema_weight,
+    row, counts, is_enabled, step_size, correction2_sqrt, ema_weight,
     BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, MOMENT: tl.constexpr,
-    EMA: tl.constexpr, COMPUTE: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
+    EMA: tl.constexpr, COMPUTE: tl.constexpr, CLIP: tl.constexpr, CHUNK: tl.constexpr,
+    FULL: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.arange(0, CHUNK)
     count = tl.load(row + 6).to(tl.int32)
@@ -393,9 +408,19 @@ def _chunk(
     finite = tl.abs(g) < float("inf")
     g = tl.where(finite, g, tl.where(g > 0, 1e5, tl.where(g < 0, -1e5, 0.0)))
     bad = CHUNK - tl.sum(finite.to(tl.int32))
-    if bad > 0:  # write only gradients that needed cleaning
-        tl.store(grads, g, mask=inside & (finite == 0))
-        tl.atomic_add(nonfinite, bad.to(tl.int64), sem="relaxed")
+    changed = finite == 0
+    changes = bad
+    if CLIP > 0:
+        over = tl.abs(g) > CLIP
+        g = tl.minimum(tl.maximum(g, -CLIP), CLIP)
+        clipped = tl.sum(over.to(tl.int32))
+        changed |= over
+        changes += clipped
+    if changes > 0:  # write only gradients that changed
+        tl.store(grads, g, mask=inside & changed)
+        tl.atomic_add(counts, bad.to(tl.int64), sem="relaxed")
+        if CLIP > 0:
+            tl.atomic_add(counts + 1, clipped.to(tl.int64), sem="relaxed")
 
     if is_enabled:
         first = g
@@ -431,9 +456,10 @@ def _chunk(
 
 @triton.jit
 def _adam_ema_kernel(
-    table, step, enabled, lr, ema_beta, nonfinite, rows,
+    table, step, enabled, lr, ema_beta, counts, rows,
     BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, MOMENT: tl.constexpr,
-    EMA: tl.constexpr, COMPUTE: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
+    EMA: tl.constexpr, COMPUTE: tl.constexpr, CLIP: tl.constexpr, CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     is_enabled = tl.load(enabled)
     step_size, correction2_sqrt, ema_weight = _coefficients(step, lr, ema_beta, BETA1, BETA2)
@@ -441,13 +467,13 @@ def _adam_ema_kernel(
         row = table + r * COLUMNS
         if tl.load(row + 10) != 0:
             _chunk(
-                row, nonfinite, is_enabled, step_size, correction2_sqrt, ema_weight,
-                BETA1, BETA2, EPS, MOMENT, EMA, COMPUTE, CHUNK, True,
+                row, counts, is_enabled, step_size, correction2_sqrt, ema_weight,
+                BETA1, BETA2, EPS, MOMENT, EMA, COMPUTE, CLIP, CHUNK, True,
             )  # fmt: skip
         else:
             _chunk(
-                row, nonfinite, is_enabled, step_size, correction2_sqrt, ema_weight,
-                BETA1, BETA2, EPS, MOMENT, EMA, COMPUTE, CHUNK, False,
+                row, counts, is_enabled, step_size, correction2_sqrt, ema_weight,
+                BETA1, BETA2, EPS, MOMENT, EMA, COMPUTE, CLIP, CHUNK, False,
             )  # fmt: skip
 
 
@@ -455,14 +481,14 @@ def configurations() -> Iterator[tuple]:
     """Yield (label, kernel, signature, constants, warps, stages); see kernels.compile."""
     signature = {
         "table": "*i64", "step": "*fp64", "enabled": "*i1", "lr": "*fp64", "ema_beta": "*fp64",
-        "nonfinite": "*i64", "rows": "i32",
+        "counts": "*i64", "rows": "i32",
     }  # fmt: skip
-    for beta1 in (0.0, 0.9):
-        for ema in (False, True):
-            for compute in (0, 1, 2):
-                constants = dict(
-                    BETA1=beta1, BETA2=0.999, EPS=1e-8, MOMENT=beta1 > 0, EMA=ema, COMPUTE=compute,
-                    CHUNK=CHUNK, COLUMNS=COLUMNS,
-                )  # fmt: skip
-                label = f"adam_ema beta1={beta1} ema={ema:d} compute={compute}"
-                yield label, _adam_ema_kernel, signature, constants, 8, 1
+    updates = [(beta1, ema, 0.0) for beta1 in (0.0, 0.9) for ema in (False, True)]
+    for beta1, ema, clip in [*updates, (0.0, False, 1.0)]:
+        for compute in (0, 1, 2):
+            constants = dict(
+                BETA1=beta1, BETA2=0.999, EPS=1e-8, MOMENT=beta1 > 0, EMA=ema, COMPUTE=compute,
+                CLIP=clip, CHUNK=CHUNK, COLUMNS=COLUMNS,
+            )  # fmt: skip
+            label = f"adam_ema beta1={beta1} ema={ema:d} compute={compute}{' clip' * (clip > 0)}"
+            yield label, _adam_ema_kernel, signature, constants, 8, 1

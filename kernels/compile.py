@@ -35,7 +35,9 @@ from sid_fast.kernels._triton import INTERPRETED, triton
 # runs. Types are Triton's ("*bf16", "fp32", "i32"); a suffix ":16" promises that the value is a
 # multiple of 16, which pointers from torch always are. configurations() takes an architecture if
 # launches depend on it.
-MODULES = ("adam_ema", "attention", "augment", "dropout", "group_norm", "random", "sid_loss")
+MODULES = (
+    "adam_ema", "attention", "augment", "dropout", "group_norm", "random", "sid_loss", "sida_loss",
+)  # fmt: skip
 
 # Maximum shared memory per block, in bytes (CUDA C++ programming guide, "Compute Capabilities").
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}

@@ -17,6 +17,7 @@ OPERATIONS = {
     "group_norm": ("triton", "apex"),
     "attention": ("triton",),
     "sid_loss": ("triton",),
+    "sida_loss": ("triton",),
     "augment": ("triton",),
     "random": ("triton",),
     "adam_ema": ("triton", "cuda"),
@@ -34,7 +35,7 @@ def available_backends() -> list[str]:
 # Counted bytes and launches decide (GroupNorm 203 GiB -> 119 a CIFAR-10 step of 64 images, Adam
 # 13,000 launches -> 2); `python -m sid_fast.tune` times all backends on the machine itself.
 DEFAULTS = {
-    "cuda": dict.fromkeys(("group_norm", "sid_loss", "random", "adam_ema"), "triton"),
+    "cuda": dict.fromkeys(("group_norm", "sid_loss", "sida_loss", "random", "adam_ema"), "triton"),
     "cpu": {"adam_ema": "cuda"},  # the host build of the same C++
 }
 

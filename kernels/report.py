@@ -152,6 +152,13 @@ def _sid_loss(label: str, constants: dict, images: int) -> Work:
     return Work(images, elements, moved, (-(-constants["SIZE"] // constants["BLOCK"]),))
 
 
+def _sida_loss(label: str, constants: dict, images: int) -> Work:
+    logits = images * constants["POSITIONS"]
+    moved = _module("sida_loss").bytes_moved(logits, label.split()[0])
+    blocks = -(-images // constants["GROUP"])
+    return Work(blocks, logits, moved, (-(-constants["GROUP"] // constants["ROWS"]),))
+
+
 def _augment(_, constants: dict, images: int) -> Work:
     rows, columns = (
         -(-2 * (constants[side] + 6) // constants["BLOCK"]) for side in ("HEIGHT", "WIDTH")
@@ -181,4 +188,5 @@ WORK = {
     "group_norm": _group_norm,
     "random": _random,
     "sid_loss": _sid_loss,
+    "sida_loss": _sida_loss,
 }

@@ -5,7 +5,7 @@
 """
 
 from sid_fast import augment, losses, noise, sampling
-from sid_fast.config.types import Settings
+from sid_fast.config.types import Settings, SiDASettings
 from sid_fast.distiller import Distiller
 from sid_fast.methods.sid import Draw
 from sid_fast.models.registry import load_network, save_network
@@ -14,6 +14,7 @@ __all__ = [
     "Distiller",
     "Draw",
     "Settings",
+    "SiDASettings",
     "augment",
     "load_network",
     "losses",

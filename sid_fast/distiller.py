@@ -1,4 +1,4 @@
-"""Distiller: SiD as a Python object, for use without the command line."""
+"""Distiller: SiD and SiDA as a Python object, for use without the command line."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -6,9 +6,13 @@ from typing import Literal
 
 import torch
 
-from sid_fast.config.types import Settings, check
+from sid_fast.config.types import Settings, SiDASettings, check, grad_accum_steps
+from sid_fast.data.datasets import ImageDataset
+from sid_fast.data.feed import ImageFeed
+from sid_fast.errors import UserError
 from sid_fast.io.digest import digest
 from sid_fast.methods.sid import Draw, SiD
+from sid_fast.methods.sida import SiDA, check_images
 from sid_fast.models import EDMNetwork
 from sid_fast.performance import fsdp, mixed_precision
 from sid_fast.training.step import Trainer
@@ -18,7 +22,7 @@ class Distiller(Trainer):
     """Distils a teacher f_φ into a one-step generator G_θ, with the help of a fake score f_ψ.
 
     `generator`, `fake_score` and `ema`, the EMA of the generator, are modules initialised from the
-    teacher; their state_dicts use upstream's names.
+    teacher; their state_dicts use upstream's names. SiDASettings make the method SiDA.
 
     Args:
         teacher: A network on the device to train on. It is frozen in place; with 16-bit precision a
@@ -27,11 +31,13 @@ class Distiller(Trainer):
         seed: Determines every random number.
         label_weights: Relative class frequencies, [label_dim]; uniform if None.
         sharding: See Trainer.
+        data: Real images for SiDA; without them, every step needs draws.
+        generator: Network of the teacher's shape from which SiDA's generator and EMA start (SiD²A).
         cuda_graph: See Trainer.
         compile: See Trainer.
 
     Raises:
-        UserError: The settings cannot be used.
+        UserError: The settings, data or generator cannot be used.
     """
 
     def __init__(
@@ -42,6 +48,8 @@ class Distiller(Trainer):
         label_weights: torch.Tensor | None = None,
         sharding: fsdp.ShardingPlan | None = None,
         *,
+        data: ImageDataset | None = None,
+        generator: EDMNetwork | None = None,
         cuda_graph: bool | Literal["auto"] = False,
         compile: bool = False,
     ):
@@ -54,7 +62,19 @@ class Distiller(Trainer):
         }
         if mixed_precision.TYPES[settings.precision] != torch.float32:
             teacher = copy.deepcopy(teacher)
-        method = SiD(teacher, settings, label_weights)
+        sharding = sharding or fsdp.replicated()
+        if isinstance(settings, SiDASettings):
+            grad_accum_steps(settings, sharding.ranks)  # refuses before the images are read
+            feed = None
+            if data is not None:
+                check_images(data, teacher.config)
+                shares = sharding.rank, sharding.ranks
+                feed = ImageFeed(data, settings.batch_size, seed, device, *shares)
+            method: SiD = SiDA(teacher, settings, label_weights, feed, generator)
+        elif data is not None or generator is not None:
+            raise UserError("data and generator are of SiDA: give SiDASettings")
+        else:
+            method = SiD(teacher, settings, label_weights)
         super().__init__(
             method, settings, seed, sharding, fingerprint, cuda_graph=cuda_graph, compile=compile
         )
@@ -66,7 +86,7 @@ class Distiller(Trainer):
 
         Args:
             draws: One Draw per micro-batch and phase, {"fake": […], "generator": […]}; sampled if
-                None.
+                None. While SiDA's generator rests (generator_start_kimg), its draws are ignored.
 
         Returns:
             Metrics of both phases as fake/NAME and generator/NAME; see AdamWithEMA.step.

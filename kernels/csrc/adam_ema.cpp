@@ -5,18 +5,17 @@
 using namespace sid_fast;
 
 void sid_fast_adam_ema_host(const void* table, const double* step, const uint8_t* enabled,
-                            const double* lr, const double* ema_beta, int64_t* nonfinite,
+                            const double* lr, const double* ema_beta, int64_t* counts,
                             int64_t rows, double beta1, double beta2, double eps,
-                            int compute_dtype) {
-  const Coefficients c = coefficients(*step, *lr, *ema_beta, beta1, beta2, eps);
+                            double clip, int compute_dtype) {
+  const Coefficients c = coefficients(*step, *lr, *ema_beta, beta1, beta2, eps, clip);
   for (int64_t r = 0; r < rows; ++r) {
     const Row& row = static_cast<const Row*>(table)[r];
     for (int64_t i = 0; i < row.count; ++i) {
-      const float g = clean(row.g[i]);
-      if (!finite(row.g[i])) {
-        row.g[i] = g;
-        ++*nonfinite;
-      }
+      const float found = row.g[i], cleaned = clean(found), g = limited(c, cleaned);
+      counts[0] += !finite(found);
+      counts[1] += beyond(c, cleaned);
+      row.g[i] = g;
       if (!*enabled) continue;
       float first = g;
       if (row.exp_avg) first = row.exp_avg[i] = moment(c, g, row.exp_avg[i]);

@@ -28,8 +28,17 @@ __device__ void write(T* to, int64_t i, const Vector<T, Width>& x) {
   *reinterpret_cast<Vector<T, Width>*>(to + i) = x;
 }
 
+// Gradient values of a thread that were not finite, and clipped.
+struct Counts {
+  int nonfinite = 0, clipped = 0;
+  __device__ void operator+=(const Counts& other) {
+    nonfinite += other.nonfinite;
+    clipped += other.clipped;
+  }
+};
+
 template <int Width>
-__device__ int update(const Row& row, const Coefficients& c, bool enabled, int compute_dtype,
+__device__ Counts update(const Row& row, const Coefficients& c, bool enabled, int compute_dtype,
                       int64_t i) {
   Vector<float, Width> g = read<Width>(row.g, i), p, first, second, ema;
   if (enabled) {
@@ -38,14 +47,16 @@ __device__ int update(const Row& row, const Coefficients& c, bool enabled, int c
     if (row.exp_avg) first = read<Width>(row.exp_avg, i);
     if (row.ema) ema = read<Width>(row.ema, i);
   }
-  int bad = 0;
+  Counts counts;
 #pragma unroll
   for (int k = 0; k < Width; ++k) {
-    bad += !finite(g.at[k]);
+    counts.nonfinite += !finite(g.at[k]);
     g.at[k] = clean(g.at[k]);
+    counts.clipped += beyond(c, g.at[k]);
+    g.at[k] = limited(c, g.at[k]);
   }
-  if (bad) write(row.g, i, g);
-  if (!enabled) return bad;
+  if (counts.nonfinite + counts.clipped) write(row.g, i, g);
+  if (!enabled) return counts;
 
   Vector<uint16_t, Width> compute_weight;
 #pragma unroll
@@ -67,40 +78,41 @@ __device__ int update(const Row& row, const Coefficients& c, bool enabled, int c
     for (int k = 0; k < Width; ++k)
       row.compute_weight[compute_weight_offset(row, i + k)] = compute_weight.at[k];
   }
-  return bad;
+  return counts;
 }
 
 __global__ void __launch_bounds__(kThreads, 3)
     adam_ema(const Row* table, const double* step, const uint8_t* enabled, const double* lr,
-             const double* ema_beta, unsigned long long* nonfinite, int64_t rows, double beta1,
-             double beta2, double eps, int compute_dtype) {
+             const double* ema_beta, unsigned long long* counts, int64_t rows, double beta1,
+             double beta2, double eps, double clip, int compute_dtype) {
   // About a hundred float64 instructions: one thread computes them for the block.
   __shared__ Coefficients c;
-  if (threadIdx.x == 0) c = coefficients(*step, *lr, *ema_beta, beta1, beta2, eps);
+  if (threadIdx.x == 0) c = coefficients(*step, *lr, *ema_beta, beta1, beta2, eps, clip);
   __syncthreads();
 
   const bool on = *enabled;
-  int bad = 0;
+  Counts found;
   for (int64_t r = blockIdx.x; r < rows; r += gridDim.x) {
     const Row row = table[r];
     if (row.full) {
-      bad += update<4>(row, c, on, compute_dtype, 4 * threadIdx.x);
+      found += update<4>(row, c, on, compute_dtype, 4 * threadIdx.x);
     } else {
       for (int i = threadIdx.x; i < row.count; i += kThreads)
-        bad += update<1>(row, c, on, compute_dtype, i);
+        found += update<1>(row, c, on, compute_dtype, i);
     }
   }
-  if (bad) atomicAdd(nonfinite, bad);
+  if (found.nonfinite) atomicAdd(counts, found.nonfinite);
+  if (found.clipped) atomicAdd(counts + 1, found.clipped);
 }
 
 }  // namespace
 
 int sid_fast_adam_ema_cuda(const void* table, const double* step, const uint8_t* enabled,
-                           const double* lr, const double* ema_beta, int64_t* nonfinite,
-                           int64_t rows, double beta1, double beta2, double eps, int compute_dtype,
-                           int blocks, void* stream) {
+                           const double* lr, const double* ema_beta, int64_t* counts,
+                           int64_t rows, double beta1, double beta2, double eps, double clip,
+                           int compute_dtype, int blocks, void* stream) {
   adam_ema<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
       static_cast<const Row*>(table), step, enabled, lr, ema_beta,
-      reinterpret_cast<unsigned long long*>(nonfinite), rows, beta1, beta2, eps, compute_dtype);
+      reinterpret_cast<unsigned long long*>(counts), rows, beta1, beta2, eps, clip, compute_dtype);
   return cudaGetLastError();
 }

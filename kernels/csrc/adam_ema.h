@@ -34,11 +34,11 @@ static_assert(sizeof(Row) == 11 * sizeof(int64_t), "a row of the table is 11 int
 
 struct Coefficients {
   float beta1, one_minus_beta1, beta2, one_minus_beta2, eps;
-  float step_size, correction2_sqrt, ema_weight;
+  float step_size, correction2_sqrt, ema_weight, clip;
 };
 
 SID_FAST_BOTH Coefficients coefficients(double step, double lr, double ema_beta, double beta1,
-                                        double beta2, double eps) {
+                                        double beta2, double eps, double clip) {
   return {float(beta1),
           float(1 - beta1),
           float(beta2),
@@ -46,7 +46,8 @@ SID_FAST_BOTH Coefficients coefficients(double step, double lr, double ema_beta,
           float(eps),
           float(lr / (1 - pow(beta1, step))),
           float(sqrt(1 - pow(beta2, step))),
-          float(1 - ema_beta)};
+          float(1 - ema_beta),
+          float(clip)};
 }
 
 SID_FAST_BOTH bool finite(float x) { return fabsf(x) < INFINITY; }
@@ -54,6 +55,14 @@ SID_FAST_BOTH bool finite(float x) { return fabsf(x) < INFINITY; }
 SID_FAST_BOTH float clean(float g) {
   if (finite(g)) return g;
   return g > 0 ? 1e5f : g < 0 ? -1e5f : 0.0f;
+}
+
+SID_FAST_BOTH bool beyond(const Coefficients& c, float g) {
+  return c.clip > 0 && fabsf(g) > c.clip;  // of a clean gradient
+}
+
+SID_FAST_BOTH float limited(const Coefficients& c, float g) {
+  return beyond(c, g) ? copysignf(c.clip, g) : g;
 }
 
 SID_FAST_BOTH float moment(const Coefficients& c, float g, float first) {

@@ -2,8 +2,9 @@
 // memory, _cuda to device memory.
 //
 // table: [rows] of sid_fast::Row. step (counting this update), lr, ema_beta: double scalars.
-// enabled: one byte. nonfinite: int64 counter, incremented. compute_dtype: 0 none, 1 bfloat16,
-// 2 float16. _cuda launches `blocks` blocks asynchronously and returns a cudaError.
+// enabled: one byte. counts: two int64 counters, incremented: gradient values that were not finite,
+// and clipped; clip 0 clips none. compute_dtype: 0 none, 1 bfloat16, 2 float16. _cuda launches
+// `blocks` blocks asynchronously and returns a cudaError.
 #pragma once
 
 #include <cstdint>
@@ -16,12 +17,12 @@
 
 SID_FAST_EXPORT void sid_fast_adam_ema_host(const void* table, const double* step,
                                             const uint8_t* enabled, const double* lr,
-                                            const double* ema_beta, int64_t* nonfinite,
+                                            const double* ema_beta, int64_t* counts,
                                             int64_t rows, double beta1, double beta2, double eps,
-                                            int compute_dtype);
+                                            double clip, int compute_dtype);
 
 SID_FAST_EXPORT int sid_fast_adam_ema_cuda(const void* table, const double* step,
                                            const uint8_t* enabled, const double* lr,
-                                           const double* ema_beta, int64_t* nonfinite,
+                                           const double* ema_beta, int64_t* counts,
                                            int64_t rows, double beta1, double beta2, double eps,
-                                           int compute_dtype, int blocks, void* stream);
+                                           double clip, int compute_dtype, int blocks, void* stream);

@@ -85,7 +85,35 @@ def grad_accum_steps(settings: Any, ranks: int = 1) -> int:
             f"batch_size={batch} is not a multiple of {micro_text}{ranks} process"
             f"{'es' if ranks > 1 else ''}; the nearest multiple is {nearest}"
         )
+    _check_groups(settings, ranks)
     return batch // chunk if micro else 1
+
+
+def _check_groups(settings: Any, ranks: int) -> None:
+    """Raise UserError, naming the nearest that works, if a micro-batch would cut a group."""
+    group, share = group_size(settings), settings.batch_size // ranks
+    micro = settings.micro_batch or share
+    if micro % group == 0:
+        return
+    whole = [n for n in divisors(share) if n % group == 0]
+    if whole:
+        nearest = min(whole, key=lambda n: (abs(n - micro), n))
+        raise UserError(
+            f"micro_batch={micro} cuts groups of adversarial_group={group} images; the "
+            f"nearest that does not is {nearest}"
+        )
+    fits = [r for r in range(1, ranks) if settings.batch_size % (r * group) == 0]
+    way = f"at most {fits[-1]} process{'es' * (fits[-1] > 1)} can share it, and " if fits else ""
+    nearest = min(divisors(micro), key=lambda n: (abs(n - group), n))
+    raise UserError(
+        f"adversarial_group={group} does not divide {share} images a process (batch_size="
+        f"{settings.batch_size} on {ranks}): {way}the nearest group that does is {nearest}"
+    )
+
+
+def group_size(settings: Any) -> int:
+    """Consecutive samples that must share a micro-batch (SiDA); 1 if samples are independent."""
+    return getattr(settings, "adversarial_group", 1)
 
 
 def resume_fingerprint(settings: Any) -> dict[str, Any]:
@@ -99,10 +127,13 @@ def divisors(n: int) -> list[int]:
 
 
 def smaller_micro_batch(settings: Any, ranks: int = 1) -> int | None:
-    """The next smaller micro-batch that divides each rank's batch; None if there is none."""
-    local_batch = settings.batch_size // ranks
+    """The next smaller micro-batch that divides each rank's batch; None if there is none.
+
+    It holds whole groups; see group_size.
+    """
+    local_batch, group = settings.batch_size // ranks, group_size(settings)
     current = settings.micro_batch or local_batch
-    return next((n for n in divisors(local_batch) if n < current), None)
+    return next((n for n in divisors(local_batch) if n < current and n % group == 0), None)
 
 
 PRECISION = (
@@ -155,6 +186,29 @@ class Settings:
     dropout: float = _method(0.0, "dropout probability of fake score and generator", 0, 0.999)
     augment_p: float = _method(
         0.0, "augmentation probability of the fake score's images; 0: none", 0, 1
+    )
+
+
+@dataclasses.dataclass
+class SiDASettings(Settings):
+    """Settings of SiDA: SiD with real images and an adversarial term."""
+
+    alpha: float = _method(1.0, "α of the generator loss, the weight of its second term", -0.5, 2)
+    discriminator_loss_scale: float = _method(1.0, "factor of the discriminator's loss", 0)
+    adversarial_loss_scale: float = _method(
+        0.01, "factor of the generator's adversarial loss, times the values in an image", 0
+    )
+    adversarial_group: int = _method(
+        32, "images that share the mean of an adversarial loss; divides the micro-batch", 1
+    )
+    generator_start_kimg: float = _method(
+        100.0, "kimg before the generator learns; until then only the fake score does", 0
+    )
+    adversarial_start_kimg: float = _method(
+        200.0, "kimg before the generator's loss includes the adversarial one", 0
+    )
+    fake_grad_clip: float | None = _method(
+        1.0, "clips each value of the fake score's gradient to ± this", 1e-12
     )
 
 

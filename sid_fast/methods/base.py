@@ -13,7 +13,6 @@ import torch
 
 from sid_fast import kernels
 from sid_fast.data.feed import ImageFeed
-from sid_fast.kernels import Losses
 from sid_fast.models import EDMNetwork
 
 
@@ -61,27 +60,39 @@ def stream_number(*names: str) -> int:
 class Phase:
     """One part of a step: minimises a loss over one network.
 
-    The objective is loss_scale / batch_size · Σ loss over the valid samples of the batch.
+    The objective is loss_scale / batch_size · Σ loss over the valid samples of the batch. With
+    terms, Σ loss becomes the sum of several fields, each times its own factor.
 
     Attributes:
         name: Prefix of the phase's metrics; "" for the only phase of a method.
         network: Key of the trained network. All others are frozen and in eval mode meanwhile.
         sample_inputs: Samples the inputs of rng.n samples.
-        loss: Computes each sample's loss and validity from these inputs. It must mask non-finite
+        loss: Computes each sample's loss and validity from these inputs, as kernels.Losses or
+            another NamedTuple with the fields loss and kept. It must mask non-finite
             samples before any network (losses.finite, losses.mask_invalid): inside one they would
             reach the gradient of every weight.
         lr: Learning rate as a function of the images seen so far.
         beta1: Adam's β₁.
         loss_scale: Constant factor of the loss.
+        terms: The fields to be minimised and their factors, functions of the images seen so far;
+            empty: loss alone.
+        metrics: The fields whose means over the valid samples are reported.
+        grad_clip: Limit of each gradient value; None: no limit.
+        active: Whether a step that starts at so many images includes the phase. Otherwise network,
+            optimizer and EMA stay as they are.
     """
 
     name: str
     network: str
     sample_inputs: Callable[[RandomStream], Any]
-    loss: Callable[[Any], Losses]
+    loss: Callable[[Any], Any]  # kernels.Losses, or another NamedTuple with a field `kept`
     lr: Callable[[int], float]
     beta1: float = 0.0
     loss_scale: float = 1.0
+    terms: Mapping[str, Callable[[int], float]] = dataclasses.field(default_factory=dict)
+    metrics: tuple[str, ...] = ("loss", "distance")
+    grad_clip: float | None = None
+    active: Callable[[int], bool] = lambda images: True
 
 
 class Method:

@@ -35,6 +35,8 @@ class Draw:
         noise: ε ~ N(0, I), [n, C, R, R].
         class_labels: One-hot [n, label_dim], or None.
         augment: Augmentation parameters (sid_fast.augment), or None.
+        real: Real images in [−1, 1] for the fake score of SiDA, float32 [n, C, R, R], or None.
+        real_augment: Their augmentation parameters, or None.
     """
 
     z: torch.Tensor
@@ -42,6 +44,8 @@ class Draw:
     noise: torch.Tensor
     class_labels: torch.Tensor | None = None
     augment: Parameters | None = None
+    real: torch.Tensor | None = None
+    real_augment: Parameters | None = None
 
 
 class SiD(Method):
@@ -137,9 +141,14 @@ class SiD(Method):
         return self._sample(rng, noise.generator_sigma(t))
 
     def _sample(
-        self, rng: RandomStream, sigma: torch.Tensor, parameters: Parameters | None = None
+        self,
+        rng: RandomStream,
+        sigma: torch.Tensor,
+        parameters: Parameters | None = None,
+        labels: torch.Tensor | None = None,
     ) -> Draw:
         config = self.teacher.config
         shape = config.channels, config.resolution, config.resolution
-        labels = one_hot_labels(rng, config.label_dim, self.label_cumulative)
+        if labels is None:
+            labels = one_hot_labels(rng, config.label_dim, self.label_cumulative)
         return Draw(rng.normal("z", *shape), sigma, rng.normal("noise", *shape), labels, parameters)

@@ -217,6 +217,12 @@ class GraphedStep:
         self.graphs: list[CapturedGraph] = []
         self.failed = ""  # the reason, once a capture has failed
 
+    def restart(self, segments: Sequence[tuple[Callable[[], Any], int]]) -> None:
+        """Replace the segments; the next call captures them."""
+        self.segments = segments
+        self._reset()
+        self._free_memory()
+
     def __call__(self) -> dict[str, torch.Tensor]:
         """Run the step, after capturing it at the first call; return the segments' metrics."""
         if not (self.graphs or self.failed):
@@ -277,11 +283,17 @@ class GraphedStep:
 
     def _discard_captures(self) -> None:
         """Discard what the captures left: graphs, pending collectives, accumulated gradients."""
+        self._reset()
+        failure.drop_pending_works()
+        self.clear()
+        self._free_memory()
+
+    def _reset(self) -> None:
         for graph in self.graphs:
             graph.reset()
         self.graphs = []
-        failure.drop_pending_works()
-        self.clear()
+
+    def _free_memory(self) -> None:
         gc.collect()  # frees the error's frames, and with them the graphs' memory
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -278,8 +278,9 @@ def load_state(path: Path, trainer: Trainer) -> dict[str, Any]:
 
     header = read_header(path)
     fingerprint = json.loads(json.dumps(trainer.resume_fingerprint))  # as stored in a state
-    for name, value in fingerprint.items():
-        if (saved := header["identity"].get(name)) != value:
+    for name in header["identity"] | fingerprint:
+        saved, value = header["identity"].get(name), fingerprint.get(name)
+        if saved != value:
             raise UserError(
                 f"{path} was written with {name}={saved}, this run has {name}={value}: resume "
                 "with the same settings, or start a new run"

@@ -378,7 +378,7 @@ class Loop:
             f"{rate:.3g} it/s",
             f"{images:.0f} img/s",
             "ETA " + tqdm.format_interval(max(left, 0)),
-            *(f"{label} {values[name]:.4g}" for name, label in progress.items()),
+            *(f"{label} {values[name]:.4g}" for name, label in progress.items() if name in values),
         ]
         parts += [f"{k} {v:.0f}" for k, v in values.items() if k.endswith(FAULT_METRICS) and v]
         if self.trainer.method.feed:

@@ -1,11 +1,11 @@
 """Adam for one network, with gradient accumulation and an optional EMA of the weights."""
 
 import copy
+from typing import Any
 
 import torch
 
 from sid_fast import kernels
-from sid_fast.kernels import Losses
 from sid_fast.models import EDMNetwork
 from sid_fast.performance import fsdp
 
@@ -35,6 +35,8 @@ class AdamWithEMA:
         dtype: The network's compute dtype.
         sharding: How network, EMA and moments are distributed over the ranks.
         ema: Keep an EMA of the weights.
+        metrics: The fields of the losses whose means `step` returns.
+        grad_clip: Limit of each gradient value; None: no limit.
     """
 
     def __init__(
@@ -46,10 +48,13 @@ class AdamWithEMA:
         dtype: torch.dtype = torch.float32,
         sharding: fsdp.ShardingPlan = fsdp.SINGLE_PROCESS,
         ema: bool = False,
+        metrics: tuple[str, ...] = ("loss", "distance"),
+        grad_clip: float | None = None,
     ):
         self.net = net.requires_grad_(True)
         self.ema = copy.deepcopy(net).requires_grad_(False).eval() if ema else None
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
+        self.metrics, self.grad_clip = metrics, grad_clip
         for each in filter(None, (self.net, self.ema)):
             each.compute_dtype = dtype
             sharding.shard(each, dtype)
@@ -71,18 +76,28 @@ class AdamWithEMA:
         self.local_state = [fsdp.local_shards(tensors) for tensors in lists]
         device = self.params[0].device
         self.step_count = torch.zeros((), dtype=torch.float64, device=device)
-        # Sums over the micro-batches so far: loss, distance, valid samples, all samples.
-        self.totals = torch.zeros(4, dtype=torch.float64, device=device)
+        self.clipped = None
+        if grad_clip is not None:
+            self.clipped = torch.zeros((), dtype=torch.int64, device=device)
+        # Sums over the micro-batches so far: the metrics, valid samples, all samples.
+        self.totals = torch.zeros(len(metrics) + 2, dtype=torch.float64, device=device)
 
-    def backward(self, losses: Losses, scale: float, sync_grads: bool = True) -> None:
+    def backward(
+        self, loss: torch.Tensor, losses: Any, scale: float, sync_grads: bool = True
+    ) -> None:
         """Accumulate the gradients of scale·Σ loss over the samples of one micro-batch.
 
-        sync_grads: set for the last micro-batch before an update; starts summing over all ranks.
+        Args:
+            loss: [N].
+            losses: The method's NamedTuple, for the metrics.
+            scale: Factor of the loss.
+            sync_grads: Set for the last micro-batch before an update; starts summing over all
+                ranks.
         """
         # DDP and FSDP average over ranks; multiplying by their number gives the sum.
-        self.grad_sync.backward(losses.loss, scale * self.grad_sync.ranks, sync_grads)
-        loss, distance, valid = losses.loss.detach(), losses.distance, losses.kept
-        values = torch.stack([loss, distance, valid.to(loss.dtype), torch.ones_like(loss)])
+        self.grad_sync.backward(loss, scale * self.grad_sync.ranks, sync_grads)
+        metrics = [getattr(losses, name).detach() for name in self.metrics]
+        values = torch.stack([*metrics, losses.kept.to(loss.dtype), torch.ones_like(loss)])
         self.totals += values.sum(1, dtype=torch.float64)
 
     def step(
@@ -100,12 +115,13 @@ class AdamWithEMA:
 
         Returns:
             Scalars over all ranks, on the device, so reading them is the only host sync:
-            `loss` and `distance`: means over the valid samples, see kernels.Losses;
+            the metrics: means over the valid samples;
             `dropped`: number of invalid samples; `nonfinite`: number of gradient values that were
-            not finite; `skipped`: no sample was valid, so nothing changed; `failed`: skipped, or
-            more than half of the gradient values were not finite.
+            not finite; `clipped`: number of those clipped, with a grad_clip; `skipped`: no sample
+            was valid, so nothing changed; `failed`: skipped, or more than half of the gradient
+            values were not finite.
         """
-        loss, distance, valid, samples = self.grad_sync.all_reduce(self.totals.clone())
+        *sums, valid, samples = self.grad_sync.all_reduce(self.totals.clone())
         self.grad_sync.wait()
         nonfinite = kernels.adam_ema(
             self.local_params,
@@ -119,16 +135,19 @@ class AdamWithEMA:
             beta2=self.beta2,
             eps=self.eps,
             ema_beta=ema_beta,
+            clip=self.grad_clip,
+            clipped=self.clipped,
         )
         self.net.update_combined_copies()
         self.grad_sync.after_update()
         nonfinite = self.grad_sync.sum_over_shards(nonfinite)
+        metrics = {name: value / valid for name, value in zip(self.metrics, sums, strict=True)}
+        if self.clipped is not None:
+            metrics["clipped"] = self.grad_sync.sum_over_shards(self.clipped.clone())
         self.totals.zero_()
         self.grad_sync.zero()
         skipped = valid == 0
-        return {
-            "loss": loss / valid,
-            "distance": distance / valid,
+        return metrics | {
             "dropped": samples - valid,
             "nonfinite": nonfinite,
             "skipped": skipped,

@@ -82,6 +82,11 @@ class Trainer:
         scalar: dict[str, Any] = {"dtype": torch.float64, "device": self.device}
         self.ema_beta = torch.zeros((), **scalar)
         self.lr = {phase.network: torch.zeros((), **scalar) for phase in method.phases}
+        self.factors = {
+            phase.name: {name: torch.zeros((), **scalar) for name in phase.terms}
+            for phase in method.phases
+        }
+        self.phases = self._active()  # of the next step
         self.enabled = torch.ones((), dtype=torch.bool, device=self.device)  # False: a dry run
 
         dtype = mixed_precision.TYPES[s.precision]
@@ -111,7 +116,8 @@ class Trainer:
         self.optimizers = {
             phase.network: AdamWithEMA(
                 method.networks[phase.network], phase.beta1, s.beta2, s.eps, dtype, sharding,
-                ema=phase.network == method.averaged,
+                ema=phase.network == method.averaged, metrics=phase.metrics,
+                grad_clip=phase.grad_clip,
             )
             for phase in method.phases
         }  # fmt: skip
@@ -126,17 +132,23 @@ class Trainer:
             )  # fmt: skip
 
     def step(self, inputs: Inputs | None = None) -> dict[str, torch.Tensor]:
-        """Update every network once, in the order of the phases.
+        """Update the network of every active phase once, in the order of the phases.
 
         Args:
-            inputs: For each phase, the inputs of every micro-batch; sampled if None.
+            inputs: For each active phase, the inputs of every micro-batch; sampled if None.
 
         Returns:
-            The metrics of AdamWithEMA.step for each phase, named PHASE/METRIC.
+            The metrics of AdamWithEMA.step for each active phase, named PHASE/METRIC.
         """
         self._count_step()
+        if (active := self._active()) != self.phases:
+            self.phases = active
+            if self.graphs:
+                self.graphs.restart(self.graph_segments())
         for phase in self.method.phases:
             self.lr[phase.network].fill_(phase.lr(self.images))
+            for name, factor in phase.terms.items():
+                self.factors[phase.name][name].fill_(factor(self.images))
         s = self.settings
         decay = ema_beta(self.images, s.batch_size, s.ema_halflife_kimg, s.ema_rampup_ratio)
         self.ema_beta.fill_(decay)
@@ -151,7 +163,7 @@ class Trainer:
         """Run all phases on the device: a pure function of `inputs`, or of self.counter."""
         metrics: dict[str, torch.Tensor] = {}
         last = self.grad_accum_steps - 1
-        for phase in self.method.phases:
+        for phase in self.phases:
             for i in range(self.grad_accum_steps):
                 name = f"{phase.name} step".strip()
                 with annotate_oom(f"{name}, micro-batch {i + 1} of {self.grad_accum_steps}"):
@@ -169,7 +181,7 @@ class Trainer:
         if self.grad_accum_steps <= MAX_SINGLE_GRAPH_MICRO_BATCHES:
             return [(self.run, 1)]
         segments: list[tuple[Callable[[], Any], int]] = []
-        for phase in self.method.phases:
+        for phase in self.phases:
             backward = partial(self.backward, phase)
             segments += [
                 (partial(backward, first=True), 1),
@@ -177,6 +189,9 @@ class Trainer:
                 (partial(self._last, phase), 1),
             ]
         return segments
+
+    def _active(self) -> tuple[Phase, ...]:
+        return tuple(phase for phase in self.method.phases if phase.active(self.images))
 
     def _last(self, phase: Phase) -> dict[str, torch.Tensor]:
         self.backward(phase, last=True)
@@ -197,8 +212,12 @@ class Trainer:
             torch.add(start, self.counter[1], alpha=self.settings.batch_size, out=sample)
         losses = phase.loss(inputs)
         losses = losses._replace(loss=torch.where(losses.kept, losses.loss, 0.0))
+        loss, factors = losses.loss, self.factors[phase.name]
+        if factors:
+            terms = [factor * getattr(losses, name) for name, factor in factors.items()]
+            loss = torch.where(losses.kept, torch.stack(terms).sum(0), 0.0)
         scale = phase.loss_scale / self.settings.batch_size
-        optimizer.backward(losses, scale, last)
+        optimizer.backward(loss, losses, scale, last)
         self.counter[2].add_(n)
 
     def _load_images(self) -> None:
@@ -225,7 +244,7 @@ class Trainer:
         """End a phase: average gradients over ranks, replace non-finite ones, Adam, EMA."""
         optimizer = self.optimizers[phase.network]
         metrics = optimizer.step(self.lr[phase.network], self.ema_beta, self.enabled)
-        if phase is self.method.phases[-1]:
+        if phase in (self.phases[-1], self.method.phases[-1]):
             # Captured steps must start and end in the same state: with all networks sharded.
             for each in self.optimizers.values():
                 each.grad_sync.after_update()

@@ -1,8 +1,9 @@
 """Run by torchrun from test_parallel.py: golden trajectories, every round split by rows.
 
 python parallel_trajectory.py GOLDEN STATES NETWORK:MODE[:save|resume] … runs one after the other.
-MODE is one of --parallel, or `tight`: fsdp with nothing kept gathered. NETWORK `faults` is a small
-one with values planted that are not finite; `graphs` replays its steps.
+MODE is one of --parallel, or `tight`: fsdp with nothing kept gathered. NETWORK is that of a
+trajectory of SiD, or of SiDA (`sida_NAME`). `faults` is a small one with values planted that are
+not finite, `graphs` replays its steps, `cut` compares it with one process.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,6 +21,8 @@ import torch.distributed as dist
 import sid_fast
 import sid_fast.kernels
 from sid_fast import errors
+from sid_fast.config.types import group_size
+from sid_fast.data.datasets import ImageDataset, write_dataset
 from sid_fast.models import EDMNetwork
 from sid_fast.performance import ddp, fsdp, process_group
 from sid_fast.training.checkpoint import States, find_state, load_state
@@ -39,13 +43,22 @@ ddp.DDPGradSync.BUCKET = 2**16  # several of them, sent while backward goes on
 load = functools.cache(lambda name: sid_fast.load_network(golden / f"{name}.pkl"))
 
 
-def part(rounds: list[sid_fast.Draw]) -> list[sid_fast.Draw]:
-    """This process's rows of a step, in as many rounds as there are rows for."""
-    values = ([getattr(d, k) for d in rounds] for k in ("z", "sigma", "noise", "class_labels"))
-    rows = [v[0] if v[0] is None else torch.cat(v)[rank::world] for v in values]
-    count = min(len(rounds), len(rows[0]))
-    chunks = ([None] * count if v is None else v.chunk(count) for v in rows)
-    return [sid_fast.Draw(*chunk) for chunk in zip(*chunks, strict=True)]
+def part(
+    rounds: list[sid_fast.Draw], micro_batch: int, share: int | None = None, shares: int = 0
+) -> list[sid_fast.Draw]:
+    """This process's rows of a step (or one of so many shares) in rounds of micro_batch each.
+
+    They are consecutive, so that groups of SiDA stay whole.
+    """
+    share, shares = (rank, world) if share is None else (share, shares)
+    fields = ("z", "sigma", "noise", "class_labels", "real")
+    values = {name: [getattr(d, name) for d in rounds] for name in fields}
+    rows = {k: torch.cat(v).chunk(shares)[share] for k, v in values.items() if v[0] is not None}
+    chunks = {name: v.split(micro_batch) for name, v in rows.items()}
+    return [
+        sid_fast.Draw(**dict(zip(chunks, chunk, strict=True)))
+        for chunk in zip(*chunks.values(), strict=True)
+    ]
 
 
 def distiller_of(
@@ -61,10 +74,12 @@ def plan_of(mode: str) -> fsdp.ShardingPlan:
 
 
 def trajectory(name: str, mode: str, state: str = "") -> None:
-    data = read(golden / f"trajectory_{name}.npz")
+    sida, name = name.startswith("sida_"), name.removeprefix("sida_")
+    data = read(golden / f"{'sida_' * sida}trajectory_{name}.npz")
     start = {k: v.clone() for k, v in load(name).state_dict().items()}
     settings = golden_settings(data)
-    settings.micro_batch = max(settings.micro_batch // world, 1)
+    share = settings.batch_size // world
+    settings.micro_batch = max(min(share, settings.micro_batch // world), group_size(settings))
     teacher = EDMNetwork(load(name).config)
     teacher.load_state_dict(start)
     distiller = distiller_of(teacher, mode, settings)
@@ -73,7 +88,7 @@ def trajectory(name: str, mode: str, state: str = "") -> None:
         load_state(find_state(str(states), None), distiller)
     for step in range(distiller.steps, int(data["steps"])):
         draws = golden_draws(data, step)
-        distiller.step({phase: part(rounds) for phase, rounds in draws.items()})
+        distiller.step({k: part(rounds, settings.micro_batch) for k, rounds in draws.items()})
         if state == "save" and step == 1:
             assert writer.begin() is None  # and training goes on
     assert writer.finish() is None
@@ -119,17 +134,25 @@ def faults(mode: str) -> None:
         print(f"{mode} faults")
 
 
-def replays(mode: str, rounds: str) -> None:
-    """Recorded steps, messages and all, end on the bits of those that ask Python every time."""
+def replays(mode: str, rounds: str, method: str = "sid") -> None:
+    """Recorded steps, messages and all, end on the bits of those that ask Python every time.
+
+    SiDA's first one is without the generator, and the others are captured anew.
+    """
     recorder.stand_in(setattr)
+    each = 1 + (method == "sida")
     settings = sid_fast.Settings(
-        batch_size=int(rounds) * world, micro_batch=1, dropout=0.2, precision="bf16"
+        batch_size=each * int(rounds) * world, micro_batch=each, dropout=0.2, precision="bf16"
     )
     found = []
     for graph in (False, True):
-        distiller = distiller_of(small_teacher(), mode, settings, cuda_graph=graph)
+        if method == "sida":
+            distiller = sida(plan_of(mode), settings, data=real_images(), cuda_graph=graph)
+        else:
+            distiller = distiller_of(small_teacher(), mode, settings, cuda_graph=graph)
         distiller.step()
         fsdp.gather_full(distiller.generator)  # as a snapshot gathers its network
+        distiller.step()
         metrics = distiller.step()
         found.append(fsdp.local_shards([*distiller.state_dict().values(), *metrics.values()]))
     assert len(distiller.graphs.graphs) == (1 if rounds == "1" else 6)
@@ -148,6 +171,7 @@ def cut(mode: str) -> None:
     for name, make in {
         "SiD": lambda plan, s: sid_fast.Distiller(small_teacher(), s, 3, None, plan),
         "toy": lambda plan, s: toy.trainer(plan),
+        "SiDA": lambda plan, s: sida(plan, s, data=real_images()),
         "two forwards": lambda plan, s: toy.trainer(plan, method=toy.TwoForwards),
     }.items():
         expected = make(fsdp.SINGLE_PROCESS, dataclasses.replace(settings, micro_batch=None))
@@ -163,6 +187,66 @@ def cut(mode: str) -> None:
             )
             assert error < 1e-4, error
             print(f"{mode} {name} cut {error:.1e}", flush=True)
+
+
+def sida(plan: fsdp.ShardingPlan, settings: sid_fast.Settings, **options) -> sid_fast.Distiller:
+    """SiDA of a small network in groups of two, whose generator learns from the second step on."""
+    settings = dataclasses.asdict(settings) | dict(
+        adversarial_group=2, generator_start_kimg=0.0, adversarial_start_kimg=0.0
+    )
+    settings = sid_fast.SiDASettings(**settings)
+    return sid_fast.Distiller(small_teacher(), settings, 3, None, plan, **options)
+
+
+def real_images() -> ImageDataset:
+    """A file of this process's own, the same everywhere."""
+    path = states / f"images{rank}.zip"
+    images = np.random.default_rng(0).integers(0, 256, (20, 1, 8, 8), np.uint8)
+    write_dataset(path, images, np.arange(20) % 10)
+    return ImageDataset(path)
+
+
+def same_draws(mode: str) -> None:
+    """SiDA: one round of 4, two of 2 and two processes of 2 are the same numbers."""
+    settings = sid_fast.Settings(batch_size=4, eps=1.0, fake_lr=1e-3, generator_lr=1e-3)
+    halves = dataclasses.replace(settings, micro_batch=2)
+    whole = sida(fsdp.SINGLE_PROCESS, settings, data=real_images())
+    rounds, found = sida(fsdp.SINGLE_PROCESS, halves), sida(plan_of(mode), halves)
+    for _ in range(3):
+        draws = whole.draw()
+        whole.step(draws)
+        rounds.step({k: [d for r in (0, 1) for d in part(v, 2, r, 2)] for k, v in draws.items()})
+        metrics = found.step({k: part(v, 2) for k, v in draws.items()})
+    same_everywhere(found, metrics)
+    for name in ("fake_score", "generator", "ema"):
+        net = fsdp.gather_full(getattr(found, name))
+        for other in filter(None, (net, getattr(rounds, name))):
+            expected = flat(getattr(whole, name))
+            error = float((flat(other) - expected).norm() / expected.norm())
+            assert error <= 1e-6, (name, error)
+    if rank == 0:
+        print(f"{mode} same draws", flush=True)
+
+
+def sida_faults(mode: str) -> None:
+    """A real image of one process that is not finite, then all of its samples: an empty group."""
+    settings = sid_fast.Settings(
+        batch_size=4 * world, micro_batch=2, eps=1.0, fake_lr=1e-3, generator_lr=1e-3
+    )
+    distiller = sida(plan_of(mode), settings, data=real_images())
+    distiller.step()
+    for rows in (slice(1), slice(None)):
+        draws = distiller.draw()
+        if rank == world - 1:
+            draws["fake"][0].real[rows] = torch.nan
+            draws["generator"][1].z[rows] = torch.inf
+        metrics = distiller.step(draws)
+        dropped = 1 if rows.stop else 2
+        assert int(metrics["fake/dropped"]) == int(metrics["generator/dropped"]) == dropped
+        assert int(metrics["fake/nonfinite"]) == int(metrics["generator/nonfinite"]) == 0
+        same_everywhere(distiller, metrics)
+    if rank == 0:
+        print(f"{mode} faults of SiDA", flush=True)
 
 
 def flat(net: EDMNetwork) -> torch.Tensor:
@@ -248,5 +332,12 @@ with process_group.joined(cpu, "fsdp"):
     gathers_buffers()
     for case in sys.argv[3:]:
         name, *rest = case.split(":")
-        case = {"faults": faults, "graphs": replays, "failed graphs": fails, "cut": cut}.get(name)
+        case = {
+            "faults": faults,
+            "graphs": replays,
+            "failed graphs": fails,
+            "cut": cut,
+            "same draws": same_draws,
+            "faults of SiDA": sida_faults,
+        }.get(name)
         case(*rest) if case else trajectory(name, *rest)

@@ -31,6 +31,9 @@ TRAJECTORIES = {
 SMALL = {
     4: ["graphs:hsdp:1"],
     2: ["graphs:ddp:5", "graphs:fsdp:5", "graphs:tight:1", "failed graphs",
+        "graphs:ddp:1:sida", "graphs:fsdp:5:sida", "graphs:tight:1:sida",
+        *(f"{case}:{m}" for case in ("same draws", "faults of SiDA")
+          for m in ("ddp", "fsdp", "tight")),
         *(f"faults:{m}" for m in ("ddp", "fsdp", "hsdp")), "cut:ddp", "cut:fsdp", "cut:tight"],
     1: ["graphs:fsdp:5"],
 }  # fmt: skip
@@ -48,6 +51,9 @@ def test_every_sharding_plan_matches_the_golden_trajectory(golden, tmp_path):
     for processes, modes in TRAJECTORIES.items():
         cases = [f"ddpmpp_uncond:{mode}" for mode in modes]
         cases += ["adm_cond:fsdp"] * (processes == 2)
+        if processes < 4:  # four would cut SiDA's groups
+            sida = (("ddpmpp_uncond", "ddp"), ("adm_cond", "fsdp"), ("ddpmpp_uncond", "tight"))
+            cases += [f"sida_{name}:{mode}" for name, mode in sida[: processes + 1]]
         lines = lines_of(processes, golden, tmp_path, *cases)
         assert len(lines) == 3 * len(cases), lines
 
@@ -57,7 +63,7 @@ def test_every_sharding_plan_matches_the_golden_trajectory(golden, tmp_path):
 def test_faults_graphs_and_cuts_of_a_small_network(processes, tmp_path):
     cases = SMALL[processes]
     lines = lines_of(processes, tmp_path, tmp_path, *cases)
-    assert len(lines) == len(cases) + 2 * sum("cut" in case for case in cases), lines
+    assert len(lines) == len(cases) + 3 * sum("cut" in case for case in cases), lines
 
 
 @pytest.fixture(scope="module")

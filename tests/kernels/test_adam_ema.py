@@ -75,7 +75,10 @@ def make(device, shapes=SHAPES, channels_last=False, compute_weights=None, seed=
     return lists
 
 
-def run(lists, step=3.0, enabled=True, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, ema_beta=0.97):
+def run(
+    lists, step=3.0, enabled=True, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, ema_beta=0.97,
+    **clip,
+):  # fmt: skip
     device = lists["params"][0].device
     step = torch.tensor(step, dtype=torch.float64, device=device)
     bad = kernels.adam_ema(
@@ -87,16 +90,19 @@ def run(lists, step=3.0, enabled=True, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8
         beta2=beta2,
         eps=eps,
         ema_beta=ema_beta,
+        **clip,
     )
     return bad, step
 
 
-def expected(lists, step=3.0, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, ema_beta=0.97):
+def expected(
+    lists, step=3.0, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, ema_beta=0.97, clip=torch.inf
+):
     """Compute the update in float64, from the paper's equations."""
     lists = {name: [t.double() for t in tensors] for name, tensors in lists.items()}
     out = {name: [] for name in lists}
     for i, p in enumerate(lists["params"]):
-        g = lists["grads"][i].nan_to_num(0, 1e5, -1e5)
+        g = lists["grads"][i].nan_to_num(0, 1e5, -1e5).clamp(-clip, clip)
         m = beta1 * lists["exp_avg"][i] + (1 - beta1) * g if lists["exp_avg"] else g
         v = beta2 * lists["exp_avg_sq"][i] + (1 - beta2) * g**2
         t = step + 1
@@ -160,6 +166,24 @@ def test_update_matches_float64(device, backend, beta1, ema, channels_last, comp
     if compute_weights:
         for copy, p in zip(lists["compute_weights"], lists["params"], strict=True):
             assert same(copy, rounded(p, compute_weights, backend))
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_values_beyond_the_clip_are_clipped_and_counted(device, backend, beta1):
+    """Infinite ones among them; NaN is 0, and a value of the clip itself is not beyond it."""
+    lists = make(device)
+    lists["grads"][0].view(-1)[5:8] = torch.tensor([0.5, -0.5, -0.75], device=device)
+    if not beta1:
+        lists["exp_avg"] = []
+    before = clone(lists)
+    clipped = torch.full((), -1, device=device)
+    bad, _ = run(lists, beta1=beta1, clip=0.5, clipped=clipped)
+    wanted = expected(before, beta1=beta1, clip=0.5)
+    assert int(bad) == 4
+    assert int(clipped) == int((flat(before["grads"]).nan_to_num(0).abs() > 0.5).sum())
+    assert torch.equal(flat(lists["grads"]), flat(wanted["grads"]))
+    for name in ("params", "exp_avg_sq", "exp_avg" if beta1 else "params", "ema"):
+        assert relative(flat(lists[name]), flat(wanted[name])) <= TOLERANCE[backend], name
 
 
 def test_channels_last_compute_weights_of_contiguous_parameters(device, backend):

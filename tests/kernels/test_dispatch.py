@@ -50,7 +50,7 @@ GPU = torch.device("cuda")
 def test_defaults_of_a_gpu():
     """The Triton kernels that move less at a known cost; PyTorch's elsewhere."""
     triton = {name for name, backend in dispatch.runs(GPU).items() if backend == "triton"}
-    assert triton == {"group_norm", "sid_loss", "random", "adam_ema"}
+    assert triton == {"group_norm", "sid_loss", "sida_loss", "random", "adam_ema"}
     assert set(dispatch.runs(GPU).values()) == {"triton", "eager"}
 
 

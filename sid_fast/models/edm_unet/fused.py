@@ -15,16 +15,17 @@ kernels.GroupNormOutput), so that the group norm's backward kernel sums their gr
 an extra autograd pass.
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from sid_fast import kernels
-from sid_fast.models.edm_unet.layers import Conv2d, GroupNorm, bias_of, weight_of
+from sid_fast.models.edm_unet.layers import Conv2d, GroupNorm, bias_of, channel_mean, weight_of
 
 if TYPE_CHECKING:  # unet imports this module
-    from sid_fast.models.edm_unet.unet import Block, UNet
+    from sid_fast.models.edm_unet.unet import Block, Heads, UNet
 
 
 class DeferredResidual(NamedTuple):
@@ -36,8 +37,17 @@ class DeferredResidual(NamedTuple):
     scale: float = 1.0
 
 
-def unet(net: "UNet", image: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-    """Apply UNet's F to images [N, channels, R, R] and an embedding [N, E], in their dtype."""
+def unet(
+    net: "UNet",
+    image: torch.Tensor,
+    embedding: torch.Tensor,
+    heads: "Heads",
+    seeds: Iterator[torch.Tensor | None],
+) -> Any:
+    """Apply UNet.forward to images [N, channels, R, R] and an embedding [N, E], in their dtype.
+
+    heads is as for UNet.forward; seeds are those of the encoder's blocks, see Block.forward.
+    """
     encoder: list[Any] = list(net.enc.values())
     decoder: list[Any] = [layer for name, layer in net.dec.items() if "_aux_" not in name]
     first, *encoder = encoder
@@ -45,14 +55,29 @@ def unet(net: "UNet", image: torch.Tensor, embedding: torch.Tensor) -> torch.Ten
     image = image.contiguous(memory_format=torch.channels_last)
     conditions = iter(net.conditions(embedding, with_conv_bias=True))
     x, skips = DeferredResidual(conv_nobias(first, image), bias=first.bias), []
-    for layer in (*encoder, bottom):
-        x, h_for_skip = layer(x, next(conditions))
+    for layer in encoder:
+        x, h_for_skip = layer(x, next(conditions), seed=next(seeds))
         skips.append(h_for_skip)
+    if heads == "encoder":
+        return logits_of(x)
+    x, h = bottom(x, next(conditions))
+    skips.append(h)
     for layer in decoder:
         skip = skips.pop() if x.x.shape[1] < layer.fan_in else None
         x, _ = layer(x, next(conditions), skip)
     norm, conv = net.output_layers()
-    return conv_nobias(conv, normalise(norm, x).y) + bias_of(conv, image.dtype)[:, None, None]
+    out = conv_nobias(conv, normalise(norm, x).y) + bias_of(conv, image.dtype)[:, None, None]
+    return out if heads == "decoder" else (out, channel_mean(h))
+
+
+def logits_of(x: DeferredResidual) -> torch.Tensor:
+    """Return the channel mean of a residual sum without computing the sum: float32 [N, 1, H, W]."""
+    total = channel_mean(x.x)
+    if x.residual is not None:
+        total = total + channel_mean(x.residual)
+    if x.bias is not None:
+        total = total + x.bias.float().mean()
+    return total * x.scale
 
 
 def block(
@@ -60,6 +85,7 @@ def block(
     x: DeferredResidual,
     embedding: torch.Tensor | dict[str, torch.Tensor],
     skip: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
 ) -> tuple[DeferredResidual, torch.Tensor]:
     """Apply a Block to cat(x, skip).
 
@@ -68,6 +94,7 @@ def block(
         x: The previous block's output.
         embedding: [N, E], or norm1's conditioning arguments, which then include conv0's bias.
         skip: Encoder output to concatenate, or None.
+        seed: See Block.forward.
 
     Returns:
         The block's output, and x evaluated as a tensor, for the skip connection.
@@ -75,7 +102,7 @@ def block(
     start = normalise(layer.norm0, x, skip=skip, resample=layer.conv0.resample)
     h = conv_nobias(layer.conv0, start.y)
     options = embedding if isinstance(embedding, dict) else condition(layer, embedding)
-    options = options | layer.active_dropout()
+    options = options | layer.active_dropout(seed)
     h = conv_nobias(layer.conv1, normalise(layer.norm1, DeferredResidual(h), **options).y)
 
     residual = start.resampled if layer.conv0.resample else start.h

@@ -206,6 +206,28 @@ class GroupNorm(nn.Module):
         return kernels.group_norm(x, weight, bias, self.groups, self.eps, **options)
 
 
+def channel_mean(x: torch.Tensor) -> torch.Tensor:
+    """Return the mean over channels of [N, C, H, W] as float32 [N, 1, H, W].
+
+    Its gradient is a broadcast view, so the backward pass adds one term to the gradient of x and
+    copies no feature map.
+    """
+    return _ChannelMean.apply(x)
+
+
+class _ChannelMean(torch.autograd.Function):
+    """PyTorch's own backward would materialise the broadcast gradient in float32, then cast it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.channels, ctx.dtype = x.shape[1], x.dtype
+        return x.mean(1, keepdim=True, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad / ctx.channels).to(ctx.dtype).expand(-1, ctx.channels, -1, -1)
+
+
 class PositionalEmbedding(nn.Module):
     """Sinusoidal embedding [cos, sin] of x·10000^(−j/(width/2 − endpoint)), j < width/2.
 

@@ -1,6 +1,7 @@
 """EDM preconditioning around the U-Net, and its low-precision weights (arXiv 2206.00364, §5)."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import nn
@@ -16,7 +17,8 @@ class EDMNetwork(nn.Module):
     Only F runs in `compute_dtype`; everything else is float32.
     """
 
-    forward_methods = ("raw",)  # methods besides forward that use the weights; see fsdp
+    # Methods besides forward that use the weights; see fsdp.
+    forward_methods = ("raw", "logits", "denoise_and_logits", "raw_logits", "raw_and_logits")
 
     def __init__(self, config: NetworkConfig):
         super().__init__()
@@ -43,6 +45,75 @@ class EDMNetwork(nn.Module):
         Returns:
             D(x; σ, c), float32 [N, C, R, R].
         """
+        x, c_skip, c_out, inputs = self._scaled(x, sigma, class_labels, augment_labels)
+        return c_skip * x + c_out * self.model(*inputs).float()
+
+    def logits(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        augment_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Apply SiDA's discriminator: the encoder alone (arXiv 2410.14919).
+
+        Arguments are those of forward. NCSN++ has no published discriminator; it uses the same
+        feature map, the encoder's last one.
+
+        Returns:
+            The channel mean of the encoder's last feature map, float32 [N, 1, H', W']; positive
+            where the image is taken for real.
+        """
+        _, _, _, inputs = self._scaled(x, sigma, class_labels, augment_labels)
+        return self.model(*inputs, heads="encoder")
+
+    def denoise_and_logits(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        augment_labels: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the outputs of forward and of logits from one pass."""
+        x, c_skip, c_out, inputs = self._scaled(x, sigma, class_labels, augment_labels)
+        raw, logits = self.model(*inputs, heads="both")
+        return c_skip * x + c_out * raw.float(), logits
+
+    def raw(
+        self,
+        network_input: torch.Tensor,
+        c_noise: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        augment_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Apply F alone to c_in·x, in the compute dtype, and c_noise = ln(σ)/4, [N]."""
+        labels = self._labels(class_labels, network_input)
+        return self.model(network_input, c_noise, labels, augment_labels)
+
+    def raw_logits(
+        self,
+        network_input: torch.Tensor,
+        c_noise: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        augment_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the logits of raw's arguments."""
+        labels = self._labels(class_labels, network_input)
+        return self.model(network_input, c_noise, labels, augment_labels, heads="encoder")
+
+    def raw_and_logits(
+        self,
+        network_input: torch.Tensor,
+        c_noise: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        augment_labels: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the outputs of raw and of raw_logits from one pass."""
+        labels = self._labels(class_labels, network_input)
+        return self.model(network_input, c_noise, labels, augment_labels, heads="both")
+
+    def _scaled(self, x, sigma, class_labels, augment_labels):
+        """Return x in float32, c_skip, c_out, and the arguments of F."""
         x = x.float()
         sigma = sigma.float().reshape(-1, 1, 1, 1)
         if sigma.shape[0] != len(x):
@@ -55,19 +126,8 @@ class EDMNetwork(nn.Module):
         c_in = root.reciprocal()
         c_noise = sigma.log() / 4
         scaled = (c_in * x).to(self.compute_dtype)
-        raw = self.model(scaled, c_noise.flatten(), self._labels(class_labels, x), augment_labels)
-        return c_skip * x + c_out * raw.float()
-
-    def raw(
-        self,
-        network_input: torch.Tensor,
-        c_noise: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-        augment_labels: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Apply F alone to c_in·x, in the compute dtype, and c_noise = ln(σ)/4, [N]."""
-        labels = self._labels(class_labels, network_input)
-        return self.model(network_input, c_noise, labels, augment_labels)
+        labels = self._labels(class_labels, x)
+        return x, c_skip, c_out, (scaled, c_noise.flatten(), labels, augment_labels)
 
     def _labels(self, class_labels: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
         if not self.config.label_dim:
@@ -190,8 +250,13 @@ class EDMNetwork(nn.Module):
         Args:
             dropout: The probability.
             seeds: int64 [blocks, 3], a row per block as kernels.group_norm takes it, read at every
-                forward. Without seeds, masks come from torch's generator.
+                forward. Without seeds, masks come from torch's generator. A pass through the
+                encoder alone uses the next stream of every block.
         """
+        self.model.encoder_seeds = None
+        if dropout and seeds is not None:
+            next_stream = torch.tensor([0, 1, 0], device=seeds.device)
+            self.model.encoder_seeds = partial(torch.add, seeds, next_stream)
         for i, block in enumerate(self.model.blocks()):
             block.dropout, block.dropout_seed = dropout, None if seeds is None else seeds[i]
 

@@ -1,8 +1,9 @@
 """The U-Net and residual block shared by DDPM++, NCSN++ and ADM."""
 
+import itertools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,10 @@ from sid_fast.models.edm_unet.layers import (
     Init,
     Linear,
     PositionalEmbedding,
+    channel_mean,
 )
+
+Heads = Literal["decoder", "encoder", "both"]
 
 
 def initialisation(architecture: Architecture) -> tuple[Init, Init, Init]:
@@ -117,6 +121,7 @@ class Block(nn.Module):
         x,
         embedding: torch.Tensor | Condition,
         skip: torch.Tensor | None = None,
+        seed: torch.Tensor | None = None,
     ):
         """Apply the block.
 
@@ -124,12 +129,13 @@ class Block(nn.Module):
             x: Feature map, or a fused.DeferredResidual; then returns as fused.block does.
             embedding: [N, E], or this block's Condition computed from it.
             skip: Feature map to concatenate with x; only with a DeferredResidual.
+            seed: Replaces dropout_seed; None: does not.
         """
         if isinstance(x, fused.DeferredResidual):
-            return fused.block(self, x, embedding, skip)
+            return fused.block(self, x, embedding, skip, seed)
         h = self.conv0(self.norm0(x).y)
         condition = embedding if isinstance(embedding, dict) else self.condition(embedding)
-        h = self.norm1(h, **self.active_dropout(), **condition).y
+        h = self.norm1(h, **self.active_dropout(seed), **condition).y
         h = self.conv1(h) + (x if self.skip is None else self.skip(x))
         h = h * self.skip_scale
         if self.heads:
@@ -137,11 +143,11 @@ class Block(nn.Module):
             h = (self.proj(kernels.attention(qkv, self.heads)) + h) * self.skip_scale
         return h
 
-    def active_dropout(self) -> dict[str, Any]:
+    def active_dropout(self, seed: torch.Tensor | None = None) -> dict[str, Any]:
         """Return the dropout arguments of norm1; none in eval mode."""
         if not (self.training and self.dropout):
             return {}
-        return {"dropout": self.dropout, "seed": self.dropout_seed}
+        return {"dropout": self.dropout, "seed": self.dropout_seed if seed is None else seed}
 
     def condition(self, embedding: torch.Tensor) -> Condition:
         """Compute norm1's conditioning arguments from the embedding [N, E]."""
@@ -156,6 +162,9 @@ class UNet(nn.Module):
     """The raw network F of EDM: [N, channels, R, R] and c_noise [N] to the same shape and dtype."""
 
     conditioning: Conditioning | None = None  # see EDMNetwork.compute_in
+    # Returns the dropout seeds [blocks, 3] of a pass through the encoder alone; see
+    # EDMNetwork.set_dropout.
+    encoder_seeds: Callable[[], torch.Tensor] | None = None
 
     def __init__(self, config: NetworkConfig):
         super().__init__()
@@ -254,19 +263,26 @@ class UNet(nn.Module):
         c_noise: torch.Tensor,
         labels: torch.Tensor | None = None,
         augment_labels: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Apply F.
+        heads: Heads = "decoder",
+    ) -> Any:
+        """Apply F, or its encoder as the discriminator of SiDA, or both.
+
+        The logits are the channel mean of the encoder's last feature map, float32 [N, 1, H', W']
+        (arXiv 2410.14919). Skip connections play no part in them.
 
         Args:
             x: c_in·x, [N, channels, R, R].
             c_noise: ln(σ)/4, [N].
             labels: One-hot [N or 1, label_dim]; None if unconditional.
             augment_labels: [N, augment_dim], or None.
+            heads: What to return: F ("decoder"), the logits ("encoder"; the decoder does not run),
+                or the pair of them ("both").
         """
         embedding = self.embed(c_noise, labels, augment_labels).to(x.dtype)
+        seeds = self._seeds(heads)
         # The group norm kernels can fuse resampling only with the filter [1, 1].
         if choose("block", x.device) != "eager" and self.kind.filter == (1, 1):
-            return fused.unet(self, x, embedding)
+            return fused.unet(self, x, embedding, heads, seeds)
         conditions = iter(self.conditions(embedding))
         skips: list[torch.Tensor] = []
         aux = x
@@ -274,15 +290,32 @@ class UNet(nn.Module):
             if name.endswith("_aux_residual"):
                 skips[-1] = x = aux = (x + layer(aux)) / math.sqrt(2)
                 continue
-            x = layer(x, next(conditions)) if isinstance(layer, Block) else layer(x)
+            if isinstance(layer, Block):
+                x = layer(x, next(conditions), seed=next(seeds))
+            else:
+                x = layer(x)
             skips.append(x)
+        if heads == "encoder":
+            return channel_mean(x)
+        logits = channel_mean(x) if heads == "both" else None
         for layer in self.dec.values():
             if isinstance(layer, Block):
                 if x.shape[1] < layer.fan_in:
                     x = torch.cat([x, skips.pop()], dim=1)
                 x = layer(x, next(conditions))
         norm, conv = self.output_layers()
-        return conv(norm(x).y)
+        out = conv(norm(x).y)
+        return out if logits is None else (out, logits)
+
+    def _seeds(self, heads: Heads) -> Iterator[torch.Tensor | None]:
+        """Yield the `seed` argument of each block.
+
+        A pass through the encoder alone draws other masks: the discriminator sees a real and a
+        generated image in one step, with independent dropout.
+        """
+        if heads != "encoder" or self.encoder_seeds is None or not self.training:
+            return itertools.repeat(None)
+        return iter(self.encoder_seeds().unbind())
 
     def blocks(self) -> list[Block]:
         """List the residual blocks, in forward order."""
