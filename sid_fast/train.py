@@ -16,6 +16,7 @@ from sid_fast.config.types import (
     Switch,
     check,
     grad_accum_steps,
+    micro_batches,
     option,
     part,
 )
@@ -195,7 +196,7 @@ def micro_batch_that_fits(
         sharding: layout of the networks over the ranks.
     """
     settings, world = part(config, Settings), process_group.world_size()
-    local_batch = settings.batch_size // world
+    sizes = micro_batches(settings, world)
     sharded = sharding.mesh is not None
 
     def estimate() -> int:
@@ -205,7 +206,7 @@ def micro_batch_that_fits(
         counts = estimator.counts(teacher.config, resolved, recompute, backends)
         free_bytes = torch.cuda.mem_get_info()[0]
         return estimator.estimated_micro_batch(
-            counts, local_batch, free_bytes, world, sharding.dp_shard,
+            counts, sizes, free_bytes, world, sharding.dp_shard,
             sharding.reshard_after_forward,
         )  # fmt: skip
 
@@ -224,7 +225,7 @@ def micro_batch_that_fits(
 
     saved = config.micro_batch
     upper = saved if isinstance(saved, int) else process_group.broadcast_from_rank0(estimate)
-    return largest_micro_batch(local_batch, upper, try_step, log)
+    return largest_micro_batch(sizes, upper, try_step, log)
 
 
 def check_data(data: ImageDataset, network: NetworkConfig) -> None:

@@ -95,7 +95,7 @@ def _check_groups(settings: Any, ranks: int) -> None:
     micro = settings.micro_batch or share
     if micro % group == 0:
         return
-    whole = [n for n in divisors(share) if n % group == 0]
+    whole = micro_batches(settings, ranks)
     if whole:
         nearest = min(whole, key=lambda n: (abs(n - micro), n))
         raise UserError(
@@ -126,14 +126,16 @@ def divisors(n: int) -> list[int]:
     return [n // d for d in range(1, n + 1) if n % d == 0]
 
 
-def smaller_micro_batch(settings: Any, ranks: int = 1) -> int | None:
-    """The next smaller micro-batch that divides each rank's batch; None if there is none.
+def micro_batches(settings: Any, ranks: int = 1) -> list[int]:
+    """All micro-batches that divide each rank's batch and hold whole groups, largest first."""
+    group = group_size(settings)
+    return [n for n in divisors(settings.batch_size // ranks) if n % group == 0]
 
-    It holds whole groups; see group_size.
-    """
-    local_batch, group = settings.batch_size // ranks, group_size(settings)
-    current = settings.micro_batch or local_batch
-    return next((n for n in divisors(local_batch) if n < current and n % group == 0), None)
+
+def smaller_micro_batch(settings: Any, ranks: int = 1) -> int | None:
+    """The next smaller of `micro_batches`; None if there is none."""
+    current = settings.micro_batch or settings.batch_size // ranks
+    return next((n for n in micro_batches(settings, ranks) if n < current), None)
 
 
 PRECISION = (

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sid_fast import Distiller, Settings, train
-from sid_fast.config.types import part
+from sid_fast import Distiller, Settings, SiDASettings, train
+from sid_fast.config.types import divisors, micro_batches, part
 from sid_fast.errors import RunFailed
 from sid_fast.kernels.dispatch import runs
 from sid_fast.models.registry import save_network
@@ -27,7 +27,7 @@ class Device:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     def fit(self, batch, estimate):
-        return largest_micro_batch(batch, estimate, self, self.said.append)
+        return largest_micro_batch(divisors(batch), estimate, self, self.said.append)
 
 
 def test_the_largest_estimated_to_fit_is_tried_first_then_smaller_ones():
@@ -39,6 +39,16 @@ def test_the_largest_estimated_to_fit_is_tried_first_then_smaller_ones():
     device = Device(room=1000)
     assert device.fit(96, 50) == 48
     assert device.tried == [48]
+
+
+def test_sizes_hold_whole_groups():
+    """SiDA's groups are never cut, even where not one of them fits."""
+    settings = SiDASettings(batch_size=96, adversarial_group=16)
+    assert micro_batches(settings, ranks=2) == [48, 16]
+    device = Device(room=100)
+    assert largest_micro_batch([48, 16], 40, device, device.said.append) == 16
+    assert largest_micro_batch([48, 16], 0, device, device.said.append) == 16
+    assert device.tried == [16, 16]
 
 
 def test_every_rank_must_fit(monkeypatch):
@@ -61,7 +71,7 @@ def test_other_errors_are_not_taken_for_out_of_memory():
         raise RuntimeError("shape mismatch")
 
     with pytest.raises(RuntimeError, match="shape mismatch"):
-        largest_micro_batch(4, 4, broken, print)
+        largest_micro_batch([4, 2, 1], 4, broken, print)
 
 
 def test_auto_takes_the_whole_batch_without_a_gpu(tmp_path, run_command):
