@@ -29,6 +29,7 @@ class Distiller(Trainer):
         sharding: See Trainer.
         cuda_graph: See Trainer.
         compile: See Trainer.
+        channels_last: See Trainer.
 
     Raises:
         UserError: The settings cannot be used.
@@ -44,6 +45,7 @@ class Distiller(Trainer):
         *,
         cuda_graph: bool | Literal["auto"] = False,
         compile: bool = False,
+        channels_last: bool | None = None,
     ):
         check(settings)
         device = next(teacher.parameters()).device
@@ -56,8 +58,9 @@ class Distiller(Trainer):
             teacher = copy.deepcopy(teacher)
         method = SiD(teacher, settings, label_weights)
         super().__init__(
-            method, settings, seed, sharding, fingerprint, cuda_graph=cuda_graph, compile=compile
-        )
+            method, settings, seed, sharding, fingerprint, cuda_graph=cuda_graph, compile=compile,
+            channels_last=channels_last,
+        )  # fmt: skip
         self.teacher = method.teacher
         self.generator, self.fake_score = method.generator, method.fake_score
 

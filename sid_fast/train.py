@@ -4,8 +4,9 @@ python -m sid_fast.train --preset digits
 """
 
 import dataclasses
+import os
 from functools import partial
-from typing import Literal
+from pathlib import Path
 
 import torch
 
@@ -13,7 +14,8 @@ from sid_fast import cli, kernels
 from sid_fast.config.types import (
     RunOptions,
     Settings,
-    Switch,
+    StepOptions,
+    Tune,
     check,
     grad_accum_steps,
     option,
@@ -25,12 +27,12 @@ from sid_fast.distiller import Distiller
 from sid_fast.errors import UserError
 from sid_fast.methods.sid import SiD
 from sid_fast.models import EDMNetwork, NetworkConfig
-from sid_fast.models.registry import load_network
+from sid_fast.models.registry import load_network, network_config
 from sid_fast.performance import fsdp, mixed_precision, process_group
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
 from sid_fast.performance.cuda_graphs import resolve_cuda_graph
 from sid_fast.sampling import one_step
-from sid_fast.tools import estimator, graph_trial
+from sid_fast.tools import autotune, estimator, graph_trial
 from sid_fast.tools.micro_batch import largest_micro_batch
 from sid_fast.training.callbacks import Evaluations, Snapshots
 from sid_fast.training.checkpoint import read_header
@@ -38,7 +40,7 @@ from sid_fast.training.loop import Loop
 
 
 @dataclasses.dataclass
-class TrainConfig(RunOptions, Settings):
+class TrainConfig(RunOptions, StepOptions, Settings):  # type: ignore[misc]  # micro_batch
     """Options of `python -m sid_fast.train`."""
 
     preset: str | None = None
@@ -54,30 +56,10 @@ class TrainConfig(RunOptions, Settings):
         "uniform) and its images are the reference for --eval-every; it is never trained on",
         heading="Teacher and data",
     )
-    # run() replaces "auto" by a number before it builds Settings.
-    micro_batch: int | Literal["auto"] | None = option(  # type: ignore[assignment]
-        None,
-        "images per forward pass on each GPU, with gradient accumulation; auto: the largest that "
-        "fits in memory; default: the whole batch at once",
-        1,
-        heading="Batch and precision",
-    )
-    cuda_graph: Switch = option(
+    tune: Tune = option(
         "auto",
-        "run steps and evaluations as CUDA graphs. auto: test capture on a small network first, "
-        "and run without graphs, with a note, if that fails or the networks are sharded (fsdp, "
-        "hsdp). on: fail if graphs cannot be used",
-        heading="Machine",
-    )
-    compile: bool = option(
-        False,
-        "compile every network block with torch.compile; the first steps take minutes",
-        heading="Machine",
-    )
-    checkpoint_activations: bool = option(
-        False,
-        "store only each block's input and recompute the block in backward: less memory, about a "
-        "third more work",
+        "time the ways to take a step on this GPU and take the fastest that is right. auto: if the "
+        "run is long enough and no verdict is cached; again: in any case; off: keep the defaults",
         heading="Machine",
     )
     teacher_steps: int = option(
@@ -103,10 +85,17 @@ def run(config: TrainConfig, given: set[str]) -> None:
             f"eval_every={config.eval_every} needs a reference: give real images as --data, or "
             "their statistics as --ref"
         )
-    device = process_group.pick_device(config.device, config.deterministic)
+    device = process_group.named_device(config.device)
     kernels.dispatch.configure(config.kernels, device, config.deterministic)
     data = open_dataset(config.data) if config.data else None
+    tuning = tuned(config, given, device, resume, auto)  # in child processes, before CUDA starts
+    device = process_group.pick_device(config.device, config.deterministic)
+    choice = tuning.candidate
+    if choice:
+        choice.apply(config.kernels, device)
+        config.micro_batch = choice.micro_batch or config.micro_batch
     with process_group.joined(device, config.parallel, config.timeout):
+        auto &= not (choice and choice.micro_batch)
         if auto and resume and read_header(resume)["processes"] != process_group.world_size():
             config.micro_batch = None
         grad_accum_steps(part(config, Settings), process_group.world_size())
@@ -128,12 +117,16 @@ def run(config: TrainConfig, given: set[str]) -> None:
         mode = config.cuda_graph
         graphs, note = resolve_cuda_graph(mode, device, sharded)
         test_first = mode == "auto"
-        if (
-            graphs
-            and test_first
-            and (reason := graph_trial.failure_reason(teacher.config, settings, device))
-        ):
+        if choice and test_first and not choice.cuda_graph:
+            mode, graphs = "off", False
+        reason = ""
+        if graphs and test_first and not choice:
+            reason = graph_trial.failure_reason(
+                teacher.config, settings, device, config.deterministic
+            )
+        if reason:
             mode, graphs, note = "off", False, f"CUDA graphs are off: {reason}"
+        compile = config.compile or bool(choice and choice.compile)
         trainer = Distiller(
             teacher,
             settings,
@@ -141,7 +134,8 @@ def run(config: TrainConfig, given: set[str]) -> None:
             label_weights(data, teacher.config),
             sharding,
             cuda_graph="auto" if graphs and test_first else graphs,
-            compile=config.compile,
+            compile=compile,
+            channels_last=choice.channels_last if choice else None,
         )
         prepare(trainer, config)
         teacher = trainer.teacher
@@ -163,14 +157,35 @@ def run(config: TrainConfig, given: set[str]) -> None:
         described = kernels.dispatch.report(device)
         where = (
             f"on {device} in {trainer.settings.precision}, kernels: {described}"
-            f"{', CUDA graphs' * graphs}{', torch.compile' * config.compile}, {sharding.text}"
+            f"{', CUDA graphs' * graphs}{', torch.compile' * compile}, {sharding.text}"
         )
         headline = f"distilling {config.teacher} ({teacher.config}), {where}"
-        headline += note and f"\nnote: {note}"
+        headline += tuning.text and f", {tuning.text}"
+        headline += "".join(f"\nnote: {line}" for line in (note, *tuning.notes) if line)
         if data and data.labels is None and teacher.config.label_dim:
             headline += f"\nnote: {data.path} has no labels: classes are sampled uniformly"
         name = config.preset or "distil"
-        Loop(trainer, config, snapshots, name, headline, evaluations).run(resume)
+        extra = {"tuning": tuning.to_json()}
+        Loop(trainer, config, snapshots, name, headline, evaluations, extra).run(resume)
+
+
+def tuned(
+    config: TrainConfig, given: set[str], device: torch.device, resume: Path | None, auto: bool
+) -> autotune.Tuning:
+    """Decide how to take steps; all ranks decide the same, in a process group of its own."""
+    ranks, settings = int(os.environ.get("WORLD_SIZE", 1)), part(config, Settings)
+    grad_accum_steps(settings, ranks)
+    saved = read_header(resume).get("tuning", {}) if resume else None
+    # A run that torchrun restarts continues as it was, whatever its command says.
+    mode = "auto" if resume and "resume" not in given else config.tune
+    idle = mode == "auto" and device.type == "cpu" and ranks > 1 and not (saved or {}).get("rows")
+    if mode == "off" or idle:
+        return autotune.Tuning()
+    with process_group.joined(torch.device("cpu"), "ddp", config.timeout, "tuning"):
+        with process_group.main_process_first():  # may download
+            network = network_config(config.teacher or "")
+        job = autotune.job_of(config, given, network, settings, device, auto)
+        return autotune.decide(job, mode, config.kimg, config.tune_minutes, saved)
 
 
 def prepare(trainer: Distiller, config: TrainConfig) -> None:
