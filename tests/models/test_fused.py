@@ -33,7 +33,7 @@ def test_no_pass_is_unfused(name):
     assert not idle
     assert max((p.bytes for p in fused if p.name == "aten::sum"), default=0) < 2**23
     eager = passes.of_network(NETWORKS[name], "eager", torch.bfloat16)
-    assert sum(p.bytes for p in fused) < 0.52 * sum(p.bytes for p in eager)
+    assert sum(p.bytes for p in fused) < 0.55 * sum(p.bytes for p in eager)  # with SDPA
 
 
 def test_an_unfused_pass_is_counted(monkeypatch):
