@@ -8,7 +8,7 @@ LINE = 500  # characters of a message
 def one_line(text: object) -> str:
     """Make one line of text that a terminal can show, also where a file or a server made it.
 
-    Unprintable characters, such as those of escape sequences, become "\ufffd" and white space one
+    Unprintable characters, such as those of escape sequences, become U+FFFD and white space one
     space. A line above LINE characters loses its middle: the start names the file, the end says the
     way out.
     """

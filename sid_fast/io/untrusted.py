@@ -87,7 +87,8 @@ def naming(path: str | os.PathLike[str], what: str) -> Iterator[None]:
         raise _unreadable(path, error) from error
     except Exception as error:
         raise UserError(
-            f"{path} is damaged or not {what} ({type(error).__name__}): copy or download it again"
+            f"{path} is damaged or not {what} ({type(error).__name__}): delete it, then copy "
+            "or download it again"
         ) from error
 
 
@@ -231,13 +232,17 @@ def _parse_int(digits: str) -> int:
     return int(digits)
 
 
-def brief(value: Any) -> str:
+def brief(value: Any, width: int = 60) -> str:
     """Show a value that a file made, in few characters; a container only by its type.
 
     Formatting a list or a huge integer of a file can take hours.
+
+    Args:
+        value: any object.
+        width: characters of text that are shown.
     """
     if isinstance(value, str):
-        return repr(value[:60]) + "…" * (len(value) > 60)
+        return repr(value[:width]) + "…" * (len(value) > width)
     if isinstance(value, bool | float | None):
         return repr(value)
     if isinstance(value, int):
