@@ -17,9 +17,16 @@ import numpy as np
 import torch
 
 from sid_fast.errors import UserError
-from sid_fast.io.untrusted import Refused, brief, checked_int, checked_shape, naming, open_limited
+from sid_fast.io.untrusted import (
+    MAX_NETWORK_BYTES,
+    Refused,
+    brief,
+    checked_int,
+    checked_shape,
+    naming,
+    open_limited,
+)
 
-_MAX_FILE = 1 << 36  # bytes
 _MAX_OPCODES = 1_000_000  # the largest EDM network has some 100,000
 _MAX_STORAGE_OPCODES = 1000  # of each pickle within a tensor's storage, which has about 20
 _MAX_TENSORS = 100_000
@@ -50,7 +57,10 @@ def read_pickle(path: str | os.PathLike[str]) -> PickledNetwork:
         UserError: the file is missing, truncated or damaged, holds no such network, or names a
             global that these files do not need.
     """
-    with naming(path, "an EDM or SiD network pickle"), open_limited(path, _MAX_FILE) as file:
+    with (
+        naming(path, "an EDM or SiD network pickle"),
+        open_limited(path, MAX_NETWORK_BYTES) as file,
+    ):
         try:
             return _network(_Unpickler(file, _MAX_OPCODES).load())
         except (EOFError, _CutShort) as error:

@@ -1,5 +1,6 @@
 """Loading and saving networks: upstream's pickles and .safetensors snapshots."""
 
+import os
 from importlib import resources
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from sid_fast.errors import UserError
 from sid_fast.io.download import fetch
 from sid_fast.io.pickles import read_pickle
 from sid_fast.io.safetensors import read_snapshot, write_snapshot
+from sid_fast.io.untrusted import MAX_NETWORK_BYTES, describe, sniff_file
 from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.models.teachers import TEACHERS
 
@@ -29,26 +31,38 @@ def load_network(path: str | Path) -> EDMNetwork:
         UserError: The file is missing or damaged, or its network is not supported.
     """
     file = _locate(str(path))
+    kind = sniff_file(file, MAX_NETWORK_BYTES)
     try:
-        if file.suffix == ".safetensors":
+        if kind == "safetensors":
             state, values = read_snapshot(file)
             config = NetworkConfig.from_dict(values)
-        else:
+        elif kind == "pickle":
             pickled = read_pickle(file)
             state = pickled.state
             config = NetworkConfig.from_published(pickled.class_name, pickled.init_kwargs)
+        else:
+            raise UserError(
+                f"{file} is {describe(kind)}: give a snapshot-*.safetensors or an EDM or SiD "
+                "network pickle (.pkl)"
+            )
+        if len(state) < config.num_blocks * len(config.channel_mult):  # before they are built
+            raise UserError("weights do not fit: they are fewer than the network's blocks")
         with torch.device("meta"):
             net = EDMNetwork(config)
         _check(state, net.state_dict())
+        state = {name: value.float() for name, value in state.items()}
+        _check_finite(state)
     except UserError as error:
         message = str(error)
         raise UserError(message if str(file) in message else f"{file}: {message}") from None
-    net.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    net.load_state_dict(state, assign=True)
     return net.requires_grad_(False).eval()
 
 
 def _locate(path: str) -> Path:
-    if Path(path).is_dir():
+    if not path:
+        raise UserError("the network's name is empty: give a file; is a shell variable unset?")
+    if os.path.isdir(path):
         snapshots = sorted(Path(path).glob("snapshot-*.safetensors"))
         if not snapshots:
             raise UserError(f"{path} is a folder without snapshot-*.safetensors; use a file")
@@ -79,6 +93,30 @@ def _check(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
                 f"weights do not fit: {name} is {tuple(state[name].shape)}, "
                 f"the network needs {tuple(value.shape)}"
             )
+
+
+def _check_finite(state: dict[str, torch.Tensor]) -> None:
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise UserError(
+                f"{name} has values that are NaN or infinite: give another snapshot, as the run "
+                "that wrote this one has diverged, or the file is damaged"
+            )
+
+
+def require_denoiser(net: EDMNetwork, name: str, purpose: str) -> None:
+    """Raise UserError if a network is a one-step generator, which denoises at one noise level.
+
+    Args:
+        net: the network.
+        name: where it came from, for the message.
+        purpose: what needs a denoiser, such as "a teacher".
+    """
+    if net.config.init_sigma is not None:
+        raise UserError(
+            f"{name} is a one-step generator (init_sigma={net.config.init_sigma:g}), but {purpose} "
+            "must denoise at every noise level: give a denoiser, such as the generator's teacher"
+        )
 
 
 def save_network(path: str | Path, net: EDMNetwork) -> None:
