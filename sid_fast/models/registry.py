@@ -104,18 +104,47 @@ def _check_finite(state: dict[str, torch.Tensor]) -> None:
             )
 
 
-def require_denoiser(net: EDMNetwork, name: str, purpose: str) -> None:
-    """Raise UserError if a network is a one-step generator, which denoises at one noise level.
+def load_teacher(path: str | Path) -> EDMNetwork:
+    """Load a network as load_network does, for training on it.
+
+    Raises:
+        UserError: As load_network; or the network is a one-step generator, or its images have
+            neither 1 nor 3 channels, so that sample grids cannot be written.
+    """
+    net = load_network(path)
+    require_denoiser(net, str(path), "a teacher")
+    require_png_channels(net, str(path), "give another teacher")
+    return net
+
+
+def require_denoiser(net: EDMNetwork, name: str, role: str) -> None:
+    """Raise UserError if a network is a one-step generator, trained at one noise level alone.
 
     Args:
-        net: the network.
-        name: where it came from, for the message.
-        purpose: what needs a denoiser, such as "a teacher".
+        net: The network.
+        name: Where it came from, for the message.
+        role: What needs a denoiser, such as "a teacher".
     """
     if net.config.init_sigma is not None:
         raise UserError(
-            f"{name} is a one-step generator (init_sigma={net.config.init_sigma:g}), but {purpose} "
-            "must denoise at every noise level: give a denoiser, such as the generator's teacher"
+            f"{name} is a one-step generator (init_sigma={net.config.init_sigma:g}), but {role} "
+            "must denoise at every noise level: give a denoiser, such as the generator's own "
+            "teacher"
+        )
+
+
+def require_png_channels(net: EDMNetwork, name: str, way_out: str) -> None:
+    """Raise UserError if a network's images have neither 1 nor 3 channels, as PNG files have.
+
+    Args:
+        net: The network.
+        name: Where it came from, for the message.
+        way_out: The end of the message.
+    """
+    if net.config.channels not in (1, 3):
+        raise UserError(
+            f"{name} makes images of {net.config.channels} channels, but PNG files have 1 or 3: "
+            f"{way_out}"
         )
 
 
