@@ -131,16 +131,20 @@ def refused(path, match):
 
 
 def test_containers(tmp_path):
-    refused(tmp_path / "none.zip", "cannot be read")
+    refused(tmp_path / "none.zip", "does not exist")
     refused(tmp_path, "no PNG images")
     refused(make_zip(tmp_path / "empty.zip", {}), "no PNG images")
     (tmp_path / "text.zip").write_bytes(b"hello")
     refused(tmp_path / "text.zip", "damaged or not a zip file")
     write_dataset(tmp_path / "cut.zip", RGB)
     data = (tmp_path / "cut.zip").read_bytes()
-    for keep in range(0, len(data) - 1, 50):
+    for keep in range(50, len(data) - 1, 50):
         (tmp_path / "cut.zip").write_bytes(data[:keep])
         refused(tmp_path / "cut.zip", "damaged or not a zip file")
+    (tmp_path / "cut.zip").write_bytes(b"")
+    refused(tmp_path / "cut.zip", "is empty: give a data set zip or folder")
+    (tmp_path / "page.zip").write_bytes(b"<!DOCTYPE html><html>log in</html>")
+    refused(tmp_path / "page.zip", "is an HTML page")
 
 
 @pytest.mark.parametrize("kind", ["jpg", "JPEG", "webp"])
@@ -188,22 +192,28 @@ def test_damage_within_a_zip_member_is_found_by_its_checksum(tmp_path):
     refused(path, "1.png cannot be read")
 
 
+FORM = 'must be of the form {"labels": [[name, class], ...] or null}'
 LABELS = {
-    "broken": (b'{"labels": [["1.png"', "not JSON"),
-    "binary": (b"\xff\xfe\xfd", "not JSON"),
-    "nested": (b'{"labels": ' + b"[" * 100_000, "not JSON"),
-    "list": ([1], "not JSON of the form"),
-    "no labels": ({"classes": 3}, "not JSON of the form"),
-    "dict": ({"labels": {"1.png": 0, "2.png": 1}}, "not JSON of the form"),
-    "not pairs": ({"labels": [["1.png", 0, 1]]}, "not JSON of the form"),
+    "broken": (b'{"labels": [["1.png"', f"not JSON: Expecting ',' delimiter in line 1): it {FORM}"),
+    "binary": (b"\xff\xfe\xfd", f"not UTF-8 text): it {FORM}"),
+    "nested": (b'{"labels": ' + b"[" * 100_000, f"nest deeper than 4 levels): it {FORM}"),
+    "deep": (b'{"labels": ' + b"[" * 5 + b"]" * 5 + b"}", "nest deeper than 4 levels"),
+    "many": (b"{}" + b"," * 10_000_001, "more than 10,000,000 values"),
+    "list": ([1], FORM),
+    "no labels": ({"classes": 3}, FORM),
+    "dict": ({"labels": {"1.png": 0, "2.png": 1}}, FORM),
+    "text": ({"labels": "ab"}, FORM),
+    "not pairs": ({"labels": [["1.png", 0, 1]]}, FORM),
+    "number as name": ({"labels": [["1.png", 0], ["2.png", 0], [7, 0]]}, FORM),
     "missing": ({"labels": [["1.png", 0]]}, "no label for 2.png"),
-    "extra": ({"labels": [["1.png", 0], ["2.png", 0], ["3.png", 0], [7, 0]]}, "3.png, which"),
     "twice": ({"labels": [["1.png", 0], ["2.png", 0], ["2.png", 1]]}, "twice"),
     "vector": ({"labels": [["1.png", 0], ["2.png", [0.5, 0.5]]]}, "2.png the label [0.5, 0.5]"),
     "fraction": ({"labels": [["1.png", 0], ["2.png", 1.5]]}, "2.png the label 1.5"),
     "negative": ({"labels": [["1.png", 0], ["2.png", -1]]}, "2.png the label -1"),
     "boolean": ({"labels": [["1.png", 0], ["2.png", True]]}, "2.png the label True"),
-    "huge": ({"labels": [["1.png", 0], ["2.png", 10**30]]}, "2.png the label 1000"),
+    "large": ({"labels": [["1.png", 0], ["2.png", 10**5]]}, "2.png the label 100000: only class"),
+    "infinite": ({"labels": [["1.png", 0], ["2.png", float("inf")]]}, "2.png the label inf"),
+    "huge": (b'{"labels": [["1.png", 0], ["2.png", 1' + b"0" * 10**6 + b"]]}", "1000001 char"),
 }
 
 

@@ -22,11 +22,14 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"mu": np.zeros(64)}, "mu .D. and sigma"),
+        ({"mu": np.zeros(64)}, "has no sigma: give a reference, an .npz with mu .D. and sigma"),
         ({"mu": np.zeros(64), "sigma": np.eye(63)}, "shapes"),
         ({"mu": np.full(64, np.nan), "sigma": np.eye(64)}, "NaN"),
         ({"mu": np.zeros(64), "sigma": np.eye(64), "detector": np.array("x")}, "another detector"),
-        ({"mu": np.array([{}]), "sigma": np.eye(1)}, "not a reference"),
+        (
+            {"mu": np.array([{}]), "sigma": np.eye(1)},
+            "a reference, .*its mu is neither numbers nor text",
+        ),
     ],
 )
 def test_what_is_no_reference_is_refused(tmp_path, values, words):
@@ -46,7 +49,7 @@ class Trap:
 def test_reading_a_reference_runs_nothing_in_it(tmp_path):
     mu = np.array([Trap(tmp_path / "sprung")], dtype=object)
     np.savez(tmp_path / "stats.npz", mu=mu, sigma=np.eye(1))
-    with pytest.raises(UserError, match="not a reference"):
+    with pytest.raises(UserError, match="mu is neither numbers nor text"):
         read_reference(str(tmp_path / "stats.npz"), load_detector("pixels", CPU))
     assert not (tmp_path / "sprung").exists()
 
