@@ -93,7 +93,8 @@ class ImageDataset:
         ]
         omitted += [f"{hidden:,} hidden image{'s' * (hidden > 1)}"] * bool(hidden)
         if self._linked_folders:
-            omitted.append(f"{self._linked_folders:,} links to folders")
+            links = self._linked_folders
+            omitted.append("1 link to a folder" if links == 1 else f"{links:,} links to folders")
         notes = [f"not read: {', '.join(omitted)}"] * bool(omitted)
         if self._zip and (twice := len(listed) - len(set(listed))):
             repeated = min(name for name, count in Counter(listed).items() if count > 1)

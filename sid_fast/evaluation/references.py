@@ -52,8 +52,8 @@ def read_reference(source: str, detector: Detector | Pixels) -> FeatureStats:
     """
     path = fetch(source)
     what = (
-        "a reference, an .npz with mu [D] and sigma [D, D] as python -m sid_fast.evaluate reference "
-        "writes"
+        "a reference, an .npz with mu [D] and sigma [D, D], as python -m sid_fast.evaluate "
+        "reference writes it"
     )
     limits = {"mu": MAX_DIM, "sigma": MAX_DIM**2, "images": 1, "detector": 1}
     values = read_arrays(path, what, limits)
