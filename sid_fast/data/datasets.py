@@ -79,7 +79,9 @@ class ImageDataset:
         if not self._names:
             advice = "give a data set zip or folder"
             if others:
-                advice = _convert(min(others))
+                advice = (
+                    f"convert its {min(others)} files, for example with {_convert(min(others))}"
+                )
             elif hidden:
                 advice = (
                     f"rename its {hidden:,} hidden images, whose names or folders begin with a dot"
@@ -88,7 +90,8 @@ class ImageDataset:
         self.channels, self.resolution = self._header(self._names[0], self._member(self._names[0]))
         self._refuse_misplaced_labels(names)
         omitted = [
-            f"{count:,} {suffix} file{'s' * (count > 1)} ({_convert(suffix)})"
+            f"{count:,} {suffix} file{'s' * (count > 1)} (convert them, for example with "
+            f"{_convert(suffix)})"
             for suffix, count in sorted(others.items())
         ]
         omitted += [f"{hidden:,} hidden image{'s' * (hidden > 1)}"] * bool(hidden)
@@ -317,7 +320,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _convert(suffix: str) -> str:
-    return f"convert its {suffix} files, for example with magick mogrify -format png *{suffix}"
+    return f"magick mogrify -format png *{suffix}"
 
 
 def content_digest(data: ImageDataset) -> str:

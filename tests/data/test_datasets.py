@@ -145,9 +145,9 @@ def test_other_pictures_are_counted(tmp_path):
         data = ImageDataset(source)
         assert len(data) == 1
         assert data.note == (
-            "not read: 2 .jpg files (convert its .jpg files, for example with magick mogrify "
-            "-format png *.jpg), 1 .webp file (convert its .webp files, for example with magick "
-            "mogrify -format png *.webp)"
+            "not read: 2 .jpg files (convert them, for example with magick mogrify -format png "
+            "*.jpg), 1 .webp file (convert them, for example with magick mogrify -format png "
+            "*.webp)"
         )
     labels = {"labels": [[name, 0] for name in names[:4]] + [["gone.png", 3]]}
     data = ImageDataset(png_zip(path, names, **{"dataset.json": labels}))
