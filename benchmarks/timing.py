@@ -5,31 +5,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from sid_fast.tools.timing import synchronize as synchronize
+from sid_fast.tools.timing import time_call as time_call
+
 FLUSH_BYTES = 2**28  # written between two launches: several times any L2 cache
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device; returns at once on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def time_call(function: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Time one call; returns (device ms, ms until the call returns to the host)."""
-    synchronize(device)
-    if device.type != "cuda":
-        start = time.perf_counter()
-        function()
-        elapsed = (time.perf_counter() - start) * 1e3
-        return elapsed, elapsed
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    start = time.perf_counter()
-    function()
-    host = (time.perf_counter() - start) * 1e3
-    end.record()
-    synchronize(device)
-    return begin.elapsed_time(end), host
 
 
 def interleaved(

@@ -41,7 +41,7 @@ from sid_fast.kernels._cuda import library
 from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.models.registry import network_config
 from sid_fast.performance import fsdp, mixed_precision, process_group
-from sid_fast.tools.graph_trial import network
+from sid_fast.tools.proof import network
 from sid_fast.train import TrainConfig
 
 # Forward passes per image and step; backward counts as 2, or 1 for gradients of inputs only.

@@ -5,6 +5,8 @@ import functools
 import sys
 from pathlib import Path
 
+INTERFACE = 2  # of csrc/interface.h
+
 
 def load(path: Path) -> ctypes.CDLL:
     """Load the library at `path` and declare its functions' argument types."""
@@ -19,11 +21,23 @@ def load(path: Path) -> ctypes.CDLL:
     return lib
 
 
+def is_current(path: Path) -> bool:
+    """Whether the library at `path` was built from these sources' interface, not an older one."""
+    try:
+        return ctypes.c_int.in_dll(ctypes.CDLL(str(path)), "sid_fast_interface").value == INTERFACE
+    except ValueError:  # it has none
+        return False
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Load the library installed with this package; None if CMake did not build it."""
+    """Load the library installed with this package; None if CMake did not build it.
+
+    An editable install keeps the library of its installation: one with another interface counts as
+    not built.
+    """
     # An editable install leaves the library in site-packages, away from the sources.
     folders = [Path(__file__).parent, *(Path(p, "sid_fast", "kernels") for p in sys.path)]
     paths = (path for folder in folders for path in folder.glob("libsid_fast_kernels.*"))
     path = next(paths, None)
-    return load(path) if path else None
+    return load(path) if path and is_current(path) else None

@@ -122,6 +122,11 @@ def forced(names: str | Mapping[str, str] | None) -> Iterator[None]:
         _forced = before
 
 
+def pinned() -> dict[str, str]:
+    """Return the backends that were asked for, by operation; the others have their default."""
+    return dict(_forced)
+
+
 def configure(text: str, device: torch.device, deterministic: bool = False) -> None:
     """Apply the value of --kernels for runs on a device.
 

@@ -5,6 +5,7 @@ print(
 
   python -m sid_fast.train      distil a teacher into a one-step generator
   python -m sid_fast.plan       estimate memory, time and cost of a run on a given cluster
+  python -m sid_fast.tune       prove and time the ways to take a training step on this machine
   python -m sid_fast.generate   generate images
   python -m sid_fast.evaluate   compute FID, IS, KID, precision and recall
   python -m sid_fast.pretrain   train a teacher on your own images

@@ -224,7 +224,9 @@ def parse_seeds(text: str) -> list[int]:
 
 
 # A resumed run takes these from its own command line, never from the checkpoint.
-NOT_RESUMED = {"resume", "device", "parallel", "shard_group", "timeout"}
+NOT_RESUMED = {
+    "resume", "device", "parallel", "shard_group", "timeout", "tune", "tune_minutes",
+}  # fmt: skip
 
 
 def resume(config: Any, given: set[str]) -> Path | None:

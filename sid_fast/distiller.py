@@ -35,6 +35,7 @@ class Distiller(Trainer):
         generator: Network of the teacher's shape from which SiDA's generator and EMA start (SiD²A).
         cuda_graph: See Trainer.
         compile: See Trainer.
+        channels_last: See Trainer.
 
     Raises:
         UserError: The settings, data or generator cannot be used.
@@ -52,6 +53,7 @@ class Distiller(Trainer):
         generator: EDMNetwork | None = None,
         cuda_graph: bool | Literal["auto"] = False,
         compile: bool = False,
+        channels_last: bool | None = None,
     ):
         check(settings)
         device = next(teacher.parameters()).device
@@ -76,8 +78,9 @@ class Distiller(Trainer):
         else:
             method = SiD(teacher, settings, label_weights)
         super().__init__(
-            method, settings, seed, sharding, fingerprint, cuda_graph=cuda_graph, compile=compile
-        )
+            method, settings, seed, sharding, fingerprint, cuda_graph=cuda_graph, compile=compile,
+            channels_last=channels_last,
+        )  # fmt: skip
         self.teacher = method.teacher
         self.generator, self.fake_score = method.generator, method.fake_score
 

@@ -1,5 +1,7 @@
 """Exceptions and warnings with messages for the user."""
 
+import re
+
 import torch
 
 LINE = 500  # characters of a message
@@ -8,14 +10,19 @@ LINE = 500  # characters of a message
 def one_line(text: object) -> str:
     """Make one line of text that a terminal can show, also where a file or a server made it.
 
-    Unprintable characters, such as those of escape sequences, become "\ufffd" and white space one
-    space. A line above LINE characters loses its middle: the start names the file, the end says the
-    way out.
+    Unprintable characters, such as those of escape sequences, become U+FFFD, and white space
+    becomes one space. The `user:password@` of a URL is left out. A line above LINE characters loses
+    its middle: the start names the file, the end says the way out.
     """
-    text = str(text)
+    text = re.sub(r"(?<=://)[^/?#\s]*@", "", str(text))
     if len(text) > 8 * LINE:  # cut first, as it may have megabytes
         text = text[: 4 * LINE] + " … " + text[-4 * LINE :]
-    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
+    return printable(" ".join(text.split()))
+
+
+def printable(line: str) -> str:
+    """Replace unprintable characters of a line and cut its middle, as one_line; keeps spaces."""
+    line = "".join(c if c.isprintable() else "\ufffd" for c in line)
     if len(line) > LINE:
         line = line[: LINE // 2] + " … " + line[3 - LINE // 2 :]
     return line

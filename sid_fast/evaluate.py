@@ -31,7 +31,7 @@ from sid_fast.evaluation.sample import (
     shard_by_rank,
 )
 from sid_fast.io.atomic import atomic_path, open_target
-from sid_fast.models.registry import load_network
+from sid_fast.models.registry import load_network, require_denoiser, require_png_channels
 from sid_fast.performance import process_group
 from sid_fast.performance.cuda_graphs import resolve_cuda_graph
 
@@ -203,6 +203,9 @@ def sets_from_network(
     assert config.network
     with process_group.main_process_first():  # may download
         net = load_network(config.network).to(device)
+    if config.steps > 1:
+        require_denoiser(net, config.network, f"a network that is sampled in {config.steps} steps")
+    require_png_channels(net, config.network, "only such images can be evaluated")
     sigma = config.init_sigma or net.config.init_sigma or Settings.init_sigma
     graph, _ = resolve_cuda_graph("auto", device)
     classes = classes_to_draw(data, net)

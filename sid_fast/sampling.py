@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from sid_fast.errors import UserError
 from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.noise import sampler_sigmas
 
@@ -109,6 +110,9 @@ def generate_images(
 
     Returns:
         uint8 images [N, C, R, R], on the CPU.
+
+    Raises:
+        UserError: The network's output is not finite.
     """
     call = call or net
     device = next(net.parameters()).device
@@ -124,5 +128,10 @@ def generate_images(
             x = one_step(call, z, c, init_sigma)
         else:
             x = heun(call, z, c, steps)
+        if not x.isfinite().all():
+            raise UserError(
+                "the network's images have NaN or infinite pixels: its weights are finite but too "
+                "large; give another network, such as an earlier snapshot"
+            )
         images.append(to_uint8(x).cpu())
     return torch.cat(images)[: len(latents)]

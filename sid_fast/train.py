@@ -4,8 +4,9 @@ python -m sid_fast.train --preset digits
 """
 
 import dataclasses
+import os
 from functools import partial
-from typing import Literal
+from pathlib import Path
 
 import torch
 
@@ -13,9 +14,11 @@ from sid_fast import cli, kernels
 from sid_fast.config.types import (
     RunOptions,
     Settings,
-    Switch,
+    StepOptions,
+    Tune,
     check,
     grad_accum_steps,
+    micro_batches,
     option,
     part,
 )
@@ -25,12 +28,12 @@ from sid_fast.distiller import Distiller
 from sid_fast.errors import UserError
 from sid_fast.methods.sid import SiD
 from sid_fast.models import EDMNetwork, NetworkConfig
-from sid_fast.models.registry import load_network
+from sid_fast.models.registry import load_teacher, network_config
 from sid_fast.performance import fsdp, mixed_precision, process_group
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
 from sid_fast.performance.cuda_graphs import resolve_cuda_graph
 from sid_fast.sampling import one_step
-from sid_fast.tools import estimator, graph_trial
+from sid_fast.tools import autotune, estimator, graph_trial
 from sid_fast.tools.micro_batch import largest_micro_batch
 from sid_fast.training.callbacks import Evaluations, Snapshots
 from sid_fast.training.checkpoint import read_header
@@ -38,7 +41,7 @@ from sid_fast.training.loop import Loop
 
 
 @dataclasses.dataclass
-class TrainConfig(RunOptions, Settings):
+class TrainConfig(RunOptions, StepOptions, Settings):  # type: ignore[misc]  # micro_batch
     """Options of `python -m sid_fast.train`."""
 
     preset: str | None = None
@@ -54,30 +57,10 @@ class TrainConfig(RunOptions, Settings):
         "uniform) and its images are the reference for --eval-every; it is never trained on",
         heading="Teacher and data",
     )
-    # run() replaces "auto" by a number before it builds Settings.
-    micro_batch: int | Literal["auto"] | None = option(  # type: ignore[assignment]
-        None,
-        "images per forward pass on each GPU, with gradient accumulation; auto: the largest that "
-        "fits in memory; default: the whole batch at once",
-        1,
-        heading="Batch and precision",
-    )
-    cuda_graph: Switch = option(
+    tune: Tune = option(
         "auto",
-        "run steps and evaluations as CUDA graphs. auto: test capture on a small network first, "
-        "and run without graphs, with a note, if that fails or the networks are sharded (fsdp, "
-        "hsdp). on: fail if graphs cannot be used",
-        heading="Machine",
-    )
-    compile: bool = option(
-        False,
-        "compile every network block with torch.compile; the first steps take minutes",
-        heading="Machine",
-    )
-    checkpoint_activations: bool = option(
-        False,
-        "store only each block's input and recompute the block in backward: less memory, about a "
-        "third more work",
+        "time the ways to take a step on this GPU and take the fastest that is right. auto: if the "
+        "run is long enough and no verdict is cached; again: in any case; off: keep the defaults",
         heading="Machine",
     )
     teacher_steps: int = option(
@@ -103,15 +86,22 @@ def run(config: TrainConfig, given: set[str]) -> None:
             f"eval_every={config.eval_every} needs a reference: give real images as --data, or "
             "their statistics as --ref"
         )
-    device = process_group.pick_device(config.device, config.deterministic)
+    device = process_group.named_device(config.device)
     kernels.dispatch.configure(config.kernels, device, config.deterministic)
     data = open_dataset(config.data) if config.data else None
+    tuning = tuned(config, given, device, resume, auto)  # in child processes, before CUDA starts
+    device = process_group.pick_device(config.device, config.deterministic)
+    choice = tuning.candidate
+    if choice:
+        choice.apply(config.kernels, device)
+        config.micro_batch = choice.micro_batch or config.micro_batch
     with process_group.joined(device, config.parallel, config.timeout):
+        auto &= not (choice and choice.micro_batch)
         if auto and resume and read_header(resume)["processes"] != process_group.world_size():
             config.micro_batch = None
         grad_accum_steps(part(config, Settings), process_group.world_size())
         with process_group.main_process_first():  # may download
-            teacher = load_network(config.teacher).to(device)
+            teacher = load_teacher(config.teacher)
         if data:
             check_data(data, teacher.config)
         network, backends = teacher.config, kernels.dispatch.runs(device)
@@ -122,18 +112,25 @@ def run(config: TrainConfig, given: set[str]) -> None:
         )
         sharding = fsdp.plan(config.parallel, device, state.nbytes, config.shard_group)
         sharded = sharding.mesh is not None
+        if device.type == "cuda":
+            upper = estimated_micro_batch(teacher.config, config, device, sharding)
+        teacher = teacher.to(device)
         if auto and device.type == "cuda":
-            config.micro_batch = micro_batch_that_fits(teacher, config, device, sharding)
+            config.micro_batch = micro_batch_that_fits(teacher, config, upper, sharding)
         settings = part(config, Settings)
         mode = config.cuda_graph
         graphs, note = resolve_cuda_graph(mode, device, sharded)
         test_first = mode == "auto"
-        if (
-            graphs
-            and test_first
-            and (reason := graph_trial.failure_reason(teacher.config, settings, device))
-        ):
+        if choice and test_first and not choice.cuda_graph:
+            mode, graphs = "off", False
+        reason = ""
+        if graphs and test_first and not choice:
+            reason = graph_trial.failure_reason(
+                teacher.config, settings, device, config.deterministic
+            )
+        if reason:
             mode, graphs, note = "off", False, f"CUDA graphs are off: {reason}"
+        compile = config.compile or bool(choice and choice.compile)
         trainer = Distiller(
             teacher,
             settings,
@@ -141,7 +138,8 @@ def run(config: TrainConfig, given: set[str]) -> None:
             label_weights(data, teacher.config),
             sharding,
             cuda_graph="auto" if graphs and test_first else graphs,
-            compile=config.compile,
+            compile=compile,
+            channels_last=choice.channels_last if choice else None,
         )
         prepare(trainer, config)
         teacher = trainer.teacher
@@ -163,14 +161,35 @@ def run(config: TrainConfig, given: set[str]) -> None:
         described = kernels.dispatch.report(device)
         where = (
             f"on {device} in {trainer.settings.precision}, kernels: {described}"
-            f"{', CUDA graphs' * graphs}{', torch.compile' * config.compile}, {sharding.text}"
+            f"{', CUDA graphs' * graphs}{', torch.compile' * compile}, {sharding.text}"
         )
         headline = f"distilling {config.teacher} ({teacher.config}), {where}"
-        headline += note and f"\nnote: {note}"
+        headline += tuning.text and f", {tuning.text}"
+        headline += "".join(f"\nnote: {line}" for line in (note, *tuning.notes) if line)
         if data and data.labels is None and teacher.config.label_dim:
             headline += f"\nnote: {data.path} has no labels: classes are sampled uniformly"
         name = config.preset or "distil"
-        Loop(trainer, config, snapshots, name, headline, evaluations).run(resume)
+        extra = {"tuning": tuning.to_json()}
+        Loop(trainer, config, snapshots, name, headline, evaluations, extra).run(resume)
+
+
+def tuned(
+    config: TrainConfig, given: set[str], device: torch.device, resume: Path | None, auto: bool
+) -> autotune.Tuning:
+    """Decide how to take steps; all ranks decide the same, in a process group of its own."""
+    ranks, settings = int(os.environ.get("WORLD_SIZE", 1)), part(config, Settings)
+    grad_accum_steps(settings, ranks)
+    saved = read_header(resume).get("tuning", {}) if resume else None
+    # A run that torchrun restarts continues as it was, whatever its command says.
+    mode = "auto" if resume and "resume" not in given else config.tune
+    idle = mode == "auto" and device.type == "cpu" and ranks > 1 and not (saved or {}).get("rows")
+    if mode == "off" or idle:
+        return autotune.Tuning()
+    with process_group.joined(torch.device("cpu"), "ddp", config.timeout, "tuning"):
+        with process_group.main_process_first():  # may download
+            network = network_config(config.teacher or "")
+        job = autotune.job_of(config, given, network, settings, device, auto)
+        return autotune.decide(job, mode, config.kimg, config.tune_minutes, saved)
 
 
 def prepare(trainer: Distiller, config: TrainConfig) -> None:
@@ -179,38 +198,62 @@ def prepare(trainer: Distiller, config: TrainConfig) -> None:
         checkpoint_activations(trainer.teacher, trainer.generator, trainer.fake_score)
 
 
+EVALUATION = 1.5 * estimator.GIB  # detector, its activations and those of a generated batch
+
+
+def estimated_micro_batch(
+    network: NetworkConfig, config: TrainConfig, device: torch.device, sharding: fsdp.ShardingPlan
+) -> int:
+    """Estimate the largest micro-batch for rank 0's GPU, before anything is allocated there.
+
+    Counts what the chosen backends keep in memory, and leaves room for evaluations.
+
+    Raises:
+        UserError: Not even the smallest micro-batch fits, or config.micro_batch is larger than the
+            GPU; the message gives the sizes and what would fit.
+    """
+    settings, world = part(config, Settings), process_group.world_size()
+    sizes = micro_batches(settings, world)
+    resolved = mixed_precision.resolve_precision(settings, device)
+    backends = kernels.dispatch.runs(device)
+    counts = estimator.counts(network, resolved, config.checkpoint_activations, backends)
+    layout = world, sharding.dp_shard, sharding.reshard_after_forward
+    free, total = torch.cuda.mem_get_info(device)
+    free, total = (nbytes - (EVALUATION if config.eval_every else 0) for nbytes in (free, total))
+    upper = estimator.estimated_micro_batch(counts, sizes, free, *layout)
+    upper = process_group.broadcast_from_rank0(lambda: upper)
+    asked = config.micro_batch if isinstance(config.micro_batch, int) else sizes[-1]
+    need = counts.memory(asked, *layout).total()
+    if upper and need <= total:
+        return upper
+    way = f"--micro-batch {upper} fits" if upper else "use --checkpoint-activations or more GPUs"
+    if not upper and world > 1 and sharding.dp_shard == 1:
+        way = "use --parallel fsdp"
+    raise UserError(
+        f"micro_batch={asked} needs an estimated {need / estimator.GIB:.1f} GiB; {device} has "
+        f"{free / estimator.GIB:.1f} GiB free of {total / estimator.GIB:.1f}: {way}, and "
+        "python -m sid_fast.plan estimates any other GPU"
+    )
+
+
 def micro_batch_that_fits(
-    teacher: EDMNetwork, config: TrainConfig, device: torch.device, sharding: fsdp.ShardingPlan
+    teacher: EDMNetwork, config: TrainConfig, upper: int, sharding: fsdp.ShardingPlan
 ) -> int:
     """The largest micro-batch that fits on every GPU, in images.
 
-    Starts from the resumed run's micro-batch or the estimate, then tries a step and goes down on
-    out of memory. With sharded networks nothing is tried: a rank that runs out of memory would
-    leave the others waiting in a collective.
+    Tries a step and goes down on out of memory. With sharded networks nothing is tried: a rank that
+    runs out of memory would leave the others waiting in a collective.
 
     Args:
-        teacher: the network to distil, on `device`.
-        config: micro_batch: the saved one to start from, or None.
-        device: this rank's GPU.
+        teacher: the network to distil, on this rank's GPU.
+        config: micro_batch: the resumed run's to start from, or None.
+        upper: the estimate to start from otherwise.
         sharding: layout of the networks over the ranks.
     """
-    settings, world = part(config, Settings), process_group.world_size()
-    local_batch = settings.batch_size // world
-    sharded = sharding.mesh is not None
-
-    def estimate() -> int:
-        recompute = config.checkpoint_activations
-        backends = kernels.dispatch.runs(device)
-        resolved = mixed_precision.resolve_precision(settings, device)
-        counts = estimator.counts(teacher.config, resolved, recompute, backends)
-        free_bytes = torch.cuda.mem_get_info()[0]
-        return estimator.estimated_micro_batch(
-            counts, local_batch, free_bytes, world, sharding.dp_shard,
-            sharding.reshard_after_forward,
-        )  # fmt: skip
+    settings = part(config, Settings)
 
     def try_step(n: int) -> None:
-        if sharded:
+        if sharding.mesh is not None:
             return
         single = dataclasses.replace(settings, batch_size=n, micro_batch=n)
         trainer = Distiller(teacher, single, sharding=fsdp.SINGLE_PROCESS)
@@ -222,9 +265,9 @@ def micro_batch_that_fits(
         if process_group.rank() == 0:
             print(line, flush=True)
 
-    saved = config.micro_batch
-    upper = saved if isinstance(saved, int) else process_group.broadcast_from_rank0(estimate)
-    return largest_micro_batch(local_batch, upper, try_step, log)
+    sizes = micro_batches(settings, process_group.world_size())
+    start = config.micro_batch if isinstance(config.micro_batch, int) else upper
+    return largest_micro_batch(sizes, start, try_step, log)
 
 
 def check_data(data: ImageDataset, network: NetworkConfig) -> None:

@@ -15,6 +15,9 @@
 #define SID_FAST_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
+// Incremented with every change of the functions below; see _cuda.py.
+SID_FAST_EXPORT const int sid_fast_interface;
+
 SID_FAST_EXPORT void sid_fast_adam_ema_host(const void* table, const double* step,
                                             const uint8_t* enabled, const double* lr,
                                             const double* ema_beta, int64_t* counts,

@@ -13,6 +13,7 @@ LARGE = 1e12
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
 Switch = Literal["auto", "on", "off"]
+Tune = Literal["auto", "off", "again"]
 Card = Literal["rtx4090", "a100", "h100", "h200"]
 Architecture = Literal["ddpmpp", "ncsnpp", "adm"]
 
@@ -95,7 +96,7 @@ def _check_groups(settings: Any, ranks: int) -> None:
     micro = settings.micro_batch or share
     if micro % group == 0:
         return
-    whole = [n for n in divisors(share) if n % group == 0]
+    whole = micro_batches(settings, ranks)
     if whole:
         nearest = min(whole, key=lambda n: (abs(n - micro), n))
         raise UserError(
@@ -126,14 +127,16 @@ def divisors(n: int) -> list[int]:
     return [n // d for d in range(1, n + 1) if n % d == 0]
 
 
-def smaller_micro_batch(settings: Any, ranks: int = 1) -> int | None:
-    """The next smaller micro-batch that divides each rank's batch; None if there is none.
+def micro_batches(settings: Any, ranks: int = 1) -> list[int]:
+    """All micro-batches that divide each rank's batch and hold whole groups, largest first."""
+    group = group_size(settings)
+    return [n for n in divisors(settings.batch_size // ranks) if n % group == 0]
 
-    It holds whole groups; see group_size.
-    """
-    local_batch, group = settings.batch_size // ranks, group_size(settings)
-    current = settings.micro_batch or local_batch
-    return next((n for n in divisors(local_batch) if n < current and n % group == 0), None)
+
+def smaller_micro_batch(settings: Any, ranks: int = 1) -> int | None:
+    """The next smaller of `micro_batches`; None if there is none."""
+    current = settings.micro_batch or settings.batch_size // ranks
+    return next((n for n in micro_batches(settings, ranks) if n < current), None)
 
 
 PRECISION = (
@@ -209,6 +212,45 @@ class SiDASettings(Settings):
     )
     fake_grad_clip: float | None = _method(
         1.0, "clips each value of the fake score's gradient to ± this", 1e-12
+    )
+
+
+@dataclasses.dataclass
+class StepOptions:
+    """How a run takes its steps; none of it changes them but by rounding."""
+
+    # run() replaces "auto" by a number before it builds Settings.
+    micro_batch: int | Literal["auto"] | None = option(
+        "auto",
+        "images per forward pass on each GPU, with gradient accumulation; auto: the largest that "
+        "fits in GPU memory; on a CPU the whole batch at once",
+        1,
+        heading="Batch and precision",
+    )
+    cuda_graph: Switch = option(
+        "auto",
+        "run steps and evaluations as CUDA graphs. auto: test capture on a small network first, "
+        "and run without graphs, with a note, if that fails or the networks are sharded (fsdp, "
+        "hsdp). on: fail if graphs cannot be used",
+        heading="Machine",
+    )
+    compile: bool = option(
+        False,
+        "compile every network block with torch.compile; the first steps take minutes",
+        heading="Machine",
+    )
+    checkpoint_activations: bool = option(
+        False,
+        "store only each block's input and recompute the block in backward: less memory, about a "
+        "third more work",
+        heading="Machine",
+    )
+    tune_minutes: float | None = option(
+        None,
+        "budget of tuning, in minutes without compilation; default: 1 % of the run, from 2 to 10",
+        0.01,
+        1e4,
+        heading="Machine",
     )
 
 

@@ -19,6 +19,7 @@ Kind = Literal[
     "lfs", "gzip", "bzip2", "xz", "zstd", "7z", "tar", "hdf5", "empty", "unknown",
 ]  # fmt: skip
 FIRST_BYTES = 512  # enough for sniff
+MAX_NETWORK_BYTES = 1 << 36  # of a network's file; the largest EDM network has 1.2e9
 
 # What a file of each kind is, and the way out where there is only one.
 _DESCRIPTIONS: dict[Kind, str] = {
@@ -42,7 +43,7 @@ _DESCRIPTIONS: dict[Kind, str] = {
     "tar": "a tar archive (`tar -xf` unpacks it)",
     "hdf5": "an HDF5 file",
     "empty": "empty",
-    "unknown": "of no kind that is known here",
+    "unknown": "of an unknown kind",
 }
 
 _MAGIC: dict[bytes, Kind] = {
@@ -84,10 +85,11 @@ def naming(path: str | os.PathLike[str], what: str) -> Iterator[None]:
     except UserError:
         raise
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     except Exception as error:
         raise UserError(
-            f"{path} is damaged or not {what} ({type(error).__name__}): copy or download it again"
+            f"{path} is damaged or not {what} ({type(error).__name__}): delete it, then copy "
+            "or download it again"
         ) from error
 
 
@@ -101,7 +103,7 @@ def require_file(path: str | os.PathLike[str], max_bytes: int) -> int:
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if stat.S_ISDIR(status.st_mode):
         raise UserError(f"{path} is a folder: give the name of a file")
     if not stat.S_ISREG(status.st_mode):
@@ -120,7 +122,7 @@ def open_limited(path: str | os.PathLike[str], max_bytes: int) -> BinaryIO:
     try:
         return open(path, "rb")
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def read_limited(path: str | os.PathLike[str], max_bytes: int) -> bytes:
@@ -129,15 +131,18 @@ def read_limited(path: str | os.PathLike[str], max_bytes: int) -> bytes:
         try:
             data = file.read(max_bytes + 1)
         except OSError as error:
-            raise _unreadable(path, error) from error
+            raise unreadable(path, error) from error
     if len(data) > max_bytes:  # it has grown, or says 0 bytes as files in /proc do
         raise UserError(f"{path} has more than the {max_bytes:,} bytes that such a file may have")
     return data
 
 
-def _unreadable(path: str | os.PathLike[str], error: OSError | ValueError) -> UserError:
-    if isinstance(error, FileNotFoundError):
-        return UserError(f"{path} does not exist: check the path")
+def unreadable(
+    path: str | os.PathLike[str], error: OSError | ValueError, advice: str = "check the path"
+) -> UserError:
+    """Make the UserError for a file that the system cannot find or read; `advice` if missing."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return UserError(f"{path} does not exist: {advice}")
     if isinstance(error, PermissionError):
         return UserError(f"{path} cannot be read (permission denied): check its permissions")
     reason = getattr(error, "strerror", None) or error
@@ -180,7 +185,7 @@ def sniff_file(path: str | os.PathLike[str], max_bytes: int) -> Kind:
         try:
             return sniff(file.read(FIRST_BYTES))
         except OSError as error:
-            raise _unreadable(path, error) from error
+            raise unreadable(path, error) from error
 
 
 def describe(kind: Kind) -> str:
@@ -231,13 +236,17 @@ def _parse_int(digits: str) -> int:
     return int(digits)
 
 
-def brief(value: Any) -> str:
+def brief(value: Any, width: int = 60) -> str:
     """Show a value that a file made, in few characters; a container only by its type.
 
     Formatting a list or a huge integer of a file can take hours.
+
+    Args:
+        value: any object.
+        width: characters of text that are shown.
     """
     if isinstance(value, str):
-        return repr(value[:60]) + "…" * (len(value) > 60)
+        return repr(value[:width]) + "…" * (len(value) > width)
     if isinstance(value, bool | float | None):
         return repr(value)
     if isinstance(value, int):

@@ -11,7 +11,7 @@ import signal
 import socket
 import traceback
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,11 +21,24 @@ from sid_fast.performance import determinism, failure
 
 
 def pick_device(name: str = "auto", deterministic: bool = False) -> torch.device:
-    """Select a device by name (auto, cpu, cuda, cuda:1); auto is the local rank's GPU, or else cpu.
+    """Select a device by name (see named_device); on a GPU, start CUDA.
 
     Args:
         name: The device.
         deterministic: On a GPU, use algorithms that give the same bits in every run.
+
+    Raises:
+        UserError: There is no such device.
+    """
+    device = named_device(name)
+    if device.type == "cuda":
+        determinism.configure(deterministic)
+        torch.cuda.set_device(device)
+    return device
+
+
+def named_device(name: str = "auto") -> torch.device:
+    """Find a device by name (auto, cpu, cuda, cuda:1); auto is the local rank's GPU, or else cpu.
 
     Raises:
         UserError: There is no such device.
@@ -46,8 +59,6 @@ def pick_device(name: str = "auto", deterministic: bool = False) -> torch.device
                 f"device={device} does not exist: {torch.cuda.device_count()} GPUs are visible; "
                 "use fewer processes, or cpu"
             )
-        determinism.configure(deterministic)
-        torch.cuda.set_device(device)
     return device
 
 
@@ -71,7 +82,10 @@ _group: _Group | None = None
 
 @contextlib.contextmanager
 def joined(
-    device: torch.device, mode: str = "auto", minutes: float = DEFAULT_TIMEOUT_MINUTES
+    device: torch.device,
+    mode: str = "auto",
+    minutes: float = DEFAULT_TIMEOUT_MINUTES,
+    purpose: str = "run",
 ) -> Iterator[None]:
     """Join the process group of torchrun for the length of the block.
 
@@ -81,6 +95,7 @@ def joined(
         device: This process's device.
         mode: --parallel.
         minutes: Timeout of a collective.
+        purpose: Names the group, where a process joins several one after the other.
 
     Raises:
         RunFailed: A process was lost, or did not answer in time; names it.
@@ -92,7 +107,8 @@ def joined(
         return
     store, me, count = (dist.HashStore(), 0, 1) if alone else next(dist.rendezvous("env://"))
     # After a restart torchrun may reuse the store, which still holds the old addresses.
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(purpose, dist.PrefixStore(restart, store))
     timeout = datetime.timedelta(minutes=minutes)
     device_id = device if device.type == "cuda" else None
     # Registering a graph's buffers syncs the ranks during the capture, and fails with expandable
@@ -228,6 +244,16 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def gather_objects(mine: Any) -> list[Any]:
+    """Gather an object of every rank, in their order, on all of them; a rank may take long."""
+    if _group is None:
+        return [mine]
+    barrier()
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, mine, group=_group.control)
+    return found
 
 
 def first_text(text: str) -> str:

@@ -7,12 +7,12 @@ import dataclasses
 import functools
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
-from sid_fast.config.types import Settings, divisors
+from sid_fast.config.types import Settings
 from sid_fast.methods.base import Method, RandomStream
 from sid_fast.methods.sid import SiD
 from sid_fast.models import EDMNetwork, NetworkConfig
@@ -229,17 +229,17 @@ def counts(
 
 def estimated_micro_batch(
     counts: Counts,
-    batch: int,
+    sizes: Sequence[int],
     available: float,
     gpus: int,
     shards: int,
     reshard_after_forward: bool = False,
 ) -> int:
-    """The largest micro-batch, a divisor of `batch`, estimated to fit; 0 if one image does not.
+    """The largest of `sizes` that is estimated to fit; 0 if none does.
 
     Args:
         counts: of a step.
-        batch: images per GPU and step.
+        sizes: possible micro-batches, largest first.
         available: bytes of GPU memory.
         gpus: number of GPUs.
         shards: GPUs per replica.
@@ -249,4 +249,4 @@ def estimated_micro_batch(
     def fits(n: int) -> bool:
         return counts.memory(n, gpus, shards, reshard_after_forward).total() <= available
 
-    return next(filter(fits, divisors(batch)), 0)
+    return next(filter(fits, sizes), 0)

@@ -4,7 +4,7 @@ import dataclasses
 from collections import Counter
 from functools import partial
 
-from sid_fast.config.types import Card, Settings, grad_accum_steps, option
+from sid_fast.config.types import Card, Settings, grad_accum_steps, micro_batches, option
 from sid_fast.kernels.dispatch import describe
 from sid_fast.models import NetworkConfig
 from sid_fast.tools.estimator import GIB, Counts, estimated_micro_batch
@@ -79,7 +79,9 @@ def plan(counts: Counts, settings: Settings, kimg: float, options: Cluster) -> P
     gpus, batch = options.gpus, settings.batch_size
     layouts = ("ddp", "fsdp") if gpus > 1 else ("one GPU",)
     available = memory_of(options) * GIB
-    micro = estimated_micro_batch(counts, batch // gpus, available, gpus, shards=gpus)
+    micro = estimated_micro_batch(
+        counts, micro_batches(settings, gpus), available, gpus, shards=gpus
+    )
     rate = options.mfu * tflops_of(settings, options) * 1e12
     compute = counts.flop * batch / gpus / rate
     # All-reduce = reduce-scatter + all-gather; each sends all but the GPU's own 1/gpus.

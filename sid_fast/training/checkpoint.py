@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol, cast
 
 import torch
@@ -66,8 +67,16 @@ class States:
         keep: Number of states to keep.
     """
 
-    def __init__(self, folder: Path, trainer: Trainer, options: Any, keep: int):
+    def __init__(
+        self,
+        folder: Path,
+        trainer: Trainer,
+        options: Any,
+        keep: int,
+        extra: Mapping[str, Any] = MappingProxyType({}),
+    ):
         self.folder, self.trainer, self.options, self.keep = folder, trainer, options, keep
+        self.extra = dict(extra)
         self.writing: Future | None = None
         self.path: Path | None = None  # of the newest state, complete or not
 
@@ -94,6 +103,7 @@ class States:
             "images": self.trainer.images,
             "processes": process_group.world_size(),
             "options": dataclasses.asdict(self.options),
+            **self.extra,
         }
         if process_group.rank() == 0:
             _remove(self.temporary)

@@ -9,8 +9,10 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -150,6 +152,7 @@ class Loop:
         name: Suffix of the default run folder's name.
         headline: One line that describes the run.
         evaluate: Like snapshot, called every --eval-every kimg and at the end.
+        extra: Further entries of config.json and of the states' headers.
     """
 
     def __init__(
@@ -160,10 +163,11 @@ class Loop:
         name: str,
         headline: str,
         evaluate: Callable[[Path], dict[str, float]] | None = None,
+        extra: Mapping[str, Any] = MappingProxyType({}),
     ):
         self.trainer, self.options = trainer, options
         self.snapshot, self.evaluate = snapshot, evaluate
-        self.name, self.headline = name, headline
+        self.name, self.headline, self.extra = name, headline, dict(extra)
         self.end = round(options.kimg * 1000)
         self.throughput = Throughput()
         self.throttle = process_group.host_throttle(trainer.device)
@@ -183,10 +187,11 @@ class Loop:
         self.folder = open_folder(self.options, self.name, resume)
         self.options = dataclasses.replace(self.options, out=str(self.folder), resume=None)
         first = process_group.rank() == 0
-        self.states = States(self.folder, self.trainer, self.options, self.options.keep_states)
+        keep = self.options.keep_states
+        self.states = States(self.folder, self.trainer, self.options, keep, self.extra)
         if first:
             remove_partial_files(self.folder)
-            config = dataclasses.asdict(self.options) | torchrun_run_id()
+            config = dataclasses.asdict(self.options) | torchrun_run_id() | self.extra
             text = json.dumps(config, indent=2, ensure_ascii=False)
             with atomic_path(self.folder / "config.json") as temporary:
                 temporary.write_text(text + "\n", "utf-8")

@@ -37,6 +37,7 @@ class Trainer:
         cuda_graph: Replay the step from CUDA graphs; each step then overwrites the metrics that the
             previous one returned. "auto" falls back to eager steps if the capture fails.
         compile: Run every block through torch.compile.
+        channels_last: Memory format of weights and feature maps; default: on a GPU only.
 
     Raises:
         UserError: The settings cannot be used.
@@ -52,6 +53,7 @@ class Trainer:
         *,
         cuda_graph: bool | Literal["auto"] = False,
         compile: bool = False,
+        channels_last: bool | None = None,
     ):
         check(settings)
         networks, frozen = method.networks.values(), method.frozen.values()
@@ -90,7 +92,9 @@ class Trainer:
         self.enabled = torch.ones((), dtype=torch.bool, device=self.device)  # False: a dry run
 
         dtype = mixed_precision.TYPES[s.precision]
-        if self.device.type == "cuda" and sharding.mesh is None:
+        if channels_last is None:
+            channels_last = self.device.type == "cuda"
+        if channels_last and sharding.mesh is None:
             for net in (*networks, *frozen):
                 net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # no stub
         # Dropout seeds, one row (key, stream, sample) per block. Each block has its own stream, and

@@ -191,6 +191,15 @@ def folder(tmp_path, data):
     return path
 
 
+def test_the_fingerprint_knows_the_labels_of_a_folder(folder, opened):
+    found = []
+    for shift in (0, 0, 1):
+        pairs = [[f"{i:02d}.png", (i + shift) % CLASSES] for i in range(IMAGES)]
+        (folder / "dataset.json").write_text(json.dumps({"labels": pairs}))
+        found.append(opened(ImageDataset(folder)).fingerprint())
+    assert found[0] == found[1] != found[2]
+
+
 @pytest.mark.parametrize("step", [0, 2])
 def test_a_damaged_image_is_named_whenever_its_step_is_loaded(folder, opened, source, step):
     broken = int(EpochOrder(IMAGES, BATCH, 0, 0, 1)(step)[3])

@@ -9,11 +9,10 @@ Triton's interpreter, and checks that need a GPU or whole interpreted steps are 
 import contextlib
 import copy
 import dataclasses
-import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from sid_fast.models.teachers import TEACHERS
 from sid_fast.performance import cuda_graphs, fsdp, mixed_precision, process_group
 from sid_fast.performance.cuda_graphs import CapturedGraph, warm_up
 from sid_fast.tools import estimator, graph_trial
-from sid_fast.tools.graph_trial import network
+from sid_fast.tools.proof import flat, network, relative, weights, worst
 from tests.helpers.golden import (
     TRAJECTORY_TOLERANCE,
     golden_draws,
@@ -99,25 +98,6 @@ class Context:
 
 
 Check = Callable[[Context], Outcome]
-
-
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    actual, expected = actual.detach().double(), expected.detach().double()
-    return float((actual - expected).norm() / expected.norm())
-
-
-def worst(errors: Iterable[float]) -> float:
-    """Return the largest error, and inf if one is NaN, which max() may ignore."""
-    return max(math.inf if math.isnan(error) else error for error in errors)
-
-
-def flat(tensors) -> torch.Tensor:
-    return torch.cat([t.detach().double().flatten() for t in tensors])
-
-
-def weights(distiller: Distiller) -> torch.Tensor:
-    nets = distiller.fake_score, distiller.generator, distiller.ema
-    return flat(fsdp.local_shards([p for net in nets for p in net.parameters()]))
 
 
 def relative_distance(actual: Distiller, expected: Distiller, start: torch.Tensor) -> float:
@@ -240,8 +220,8 @@ def capture_trial(ctx: Context) -> Outcome:
     """The trial in another process passes that `--cuda-graph auto` makes before a run."""
     ctx.needs_gpu()
     with ctx.use_backend():
-        spec = graph_trial.probe_spec(CIFAR10, SETTINGS, ctx.device)
-    reason = graph_trial.run_probe(spec, graph_trial.LIMIT)
+        job, candidate = graph_trial.job(CIFAR10, SETTINGS, ctx.device)
+    reason = graph_trial.attempt(job, candidate)
     return float(bool(reason)), 0.0, reason or "in a separate process"
 
 

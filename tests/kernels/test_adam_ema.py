@@ -422,6 +422,18 @@ def test_traced_without_a_break(device, backend):
     assert torch.equal(flat(lists["params"]), flat(twin["params"]))
 
 
+def test_a_library_of_another_interface_counts_as_not_built(library, monkeypatch, tmp_path):
+    """As an editable install may have, until it is installed again."""
+    (tmp_path / "sid_fast" / "kernels").mkdir(parents=True)
+    link = tmp_path / "sid_fast" / "kernels" / "libsid_fast_kernels.so"
+    link.symlink_to(library._name)
+    monkeypatch.setattr(_cuda, "__file__", str(tmp_path / "_cuda.py"))
+    monkeypatch.setattr(_cuda.sys, "path", [str(tmp_path)])
+    assert _cuda.library.__wrapped__()._name == str(link)
+    monkeypatch.setattr(_cuda, "INTERFACE", _cuda.INTERFACE - 1)
+    assert _cuda.library.__wrapped__() is None
+
+
 def test_the_library_declares_its_functions(library, device):
     """The host's function and, on a machine with a GPU, the device's."""
     assert library.sid_fast_adam_ema_host.restype is None

@@ -84,7 +84,7 @@ def test_one_operation_is_overridden_and_restored():
             assert dispatch.choose("attention", CPU) == "triton"
             assert dispatch.report(CPU) == (
                 "block triton, group_norm eager, attention triton, sid_loss triton, "
-                "augment triton, random triton, adam_ema triton"
+                "sida_loss triton, augment triton, random triton, adam_ema triton"
             )
         assert dispatch.report(CPU) == "triton"
     assert dispatch.report(CPU) == "eager"
@@ -105,12 +105,15 @@ def test_every_public_function_chooses_its_own_backend(monkeypatch):
     noised = kernels.noised(ones, torch.ones(1), ones)
     kernels.generator_loss(ones, ones, noised, ones, 1.2)
     kernels.fake_score_loss(ones, noised, ones)
+    one = torch.ones(1)
+    kernels.discriminator_loss(ones[:, :1], ones[:, :1], one, one > 0, 1)
+    kernels.adversarial_loss(ones[:, :1], one, one > 0, 1)
     parameters = augment.draw(RandomStream(torch.tensor([0, 0, 0]), "fake", 1), 0.5)
     kernels.augment(ones, parameters)
     zero, lists = torch.zeros((), dtype=torch.float64), [[torch.ones(2)] for _ in range(3)]
     update = {"enabled": zero > 1, "lr": 1e-3, "beta1": 0.0, "beta2": 0.9, "eps": 1e-8}
     kernels.adam_ema(*lists[:2], [], lists[2], [], step=zero, **update)
-    losses, draws = ["sid_loss"] * 3, ["random"] * 2
+    losses, draws = ["sid_loss"] * 3 + ["sida_loss"] * 2, ["random"] * 2
     assert asked == ["group_norm", "attention", *losses, *draws, "augment", "adam_ema"]
 
 

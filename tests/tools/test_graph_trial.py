@@ -1,23 +1,25 @@
-"""The trial of CUDA graphs: what passes it, and that no end of its process harms the run."""
+"""Trials in children: what passes them, and that no end of a child harms the run."""
 
-import sys
+import os
 import time
 
 import pytest
 import torch
 
 from sid_fast import Settings
-from sid_fast.tools import graph_trial
+from sid_fast.tools import graph_trial, proof
+from sid_fast.tools.isolation import Child, Failed
 from sid_fast.training import step
 from sid_fast.training.random_streams import counter_of
 from tests.helpers import recorder
 from tests.helpers.networks import FAST, small_teacher
+from tests.helpers.processes import python
 
 CPU = torch.device("cpu")
 
 
-def job(**settings):
-    return graph_trial.probe_spec(small_teacher().config, Settings(**FAST | settings), CPU)
+def made(**settings):
+    return graph_trial.job(small_teacher().config, Settings(**FAST | settings), CPU)
 
 
 @pytest.fixture
@@ -27,11 +29,8 @@ def stand_in(monkeypatch):
 
 @pytest.mark.parametrize("micro_batch", [None, 1])
 def test_graphs_that_make_the_eager_steps_pass(stand_in, micro_batch):
-    made = job(batch_size=8, micro_batch=micro_batch, dropout=0.2, precision="bf16")
-    assert made["settings"]["batch_size"] == graph_trial.MICRO_BATCH * (
-        1 if micro_batch is None else 5
-    )
-    graph_trial.run(made)
+    job = made(batch_size=8, micro_batch=micro_batch, dropout=0.2, precision="bf16")
+    assert proof.replays_agree(*job) == ""
 
 
 def test_graphs_that_repeat_their_random_numbers_do_not(stand_in, monkeypatch):
@@ -48,40 +47,73 @@ def test_graphs_that_repeat_their_random_numbers_do_not(stand_in, monkeypatch):
 
     monkeypatch.setattr(step, "counter_of", watched)
     monkeypatch.setattr(recorder.Recorded, "__call__", repeats)
-    with pytest.raises(RuntimeError, match="replayed and eager steps differ"):
-        graph_trial.run(job(dropout=0.2))
+    assert "from eager ones" in proof.replays_agree(*made(dropout=0.2))
 
 
 def test_a_trial_says_why_it_failed():
-    """In a process of its own, which here lacks a GPU."""
-    reason = graph_trial.run_probe(job(), graph_trial.LIMIT)
-    assert reason.startswith("the test on a small network failed: ")
+    """In a child, which here lacks a GPU."""
+    reason = graph_trial.attempt(*made())
+    assert reason.startswith("a trial failed: ")
     assert "\n" not in reason
 
 
+class Ending:
+    """Does as it is told, in a child."""
+
+    def run(self, code):
+        exec(code)
+        return "done"
+
+
 @pytest.mark.parametrize(
-    ("end", "reason"),
+    ("code", "reason"),
     [
-        ("os.abort()", "the test on a small network was killed by SIGABRT"),
-        ("time.sleep(60)", "the test on a small network took longer than 1 s"),
-        ("sys.exit('no\\nsuch thing')", "the test on a small network failed: such thing"),
-        ("os._exit(3)", "the test on a small network failed: exit status 3"),
-        ("assert 'RANK' not in os.environ and sys.stdin.read()", ""),
+        ("os.abort()", "ended by SIGABRT"),
+        ("import ctypes; ctypes.string_at(0)", "ended by SIGSEGV"),
+        ("time.sleep(60)", "did not end in 20 s"),
+        ("raise ValueError('no\\nsuch thing')", "no"),
+        ("raise torch.OutOfMemoryError('tried to …')", "out of memory"),
+        ("import sys; print('a word on stderr', file=sys.stderr); os._exit(3)", "a word on stderr"),
+        ("import sys; sys.exit(3)", "exit status 3"),
     ],
 )
-def test_a_trial_may_end_as_it_likes(tmp_path, monkeypatch, end, reason):
-    python = tmp_path / "python"  # in the place of the interpreter: whatever it is told to run
-    python.write_text(f"#!{sys.executable}\nimport os, sys, time\n{end}\n")
-    python.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(python))
-    monkeypatch.setenv("RANK", "1")
+def test_a_child_may_end_as_it_likes(code, reason):
     began = time.monotonic()
-    assert graph_trial.run_probe({}, 1 if "sleep" in end else 60) == reason
-    assert time.monotonic() - began < 30
+    child = Child(Ending)
+    with pytest.raises(Failed, match=reason):
+        child.call("run", code, limit=20 if "sleep" in code else 120)
+    assert time.monotonic() - began < 150
+    assert not child.process.is_alive()
+    with pytest.raises(Failed):  # and whoever still asks is told
+        child.call("run", "pass", limit=1)
+
+
+def test_children_work_side_by_side_and_alone(monkeypatch):
+    """They share neither their modules' values nor torchrun's word on which rank they are."""
+    monkeypatch.setenv("RANK", "1")
+    with Child(Ending) as one, Child(Ending) as other:
+        for child in (one, other):
+            child.ask("run", "assert 'RANK' not in os.environ; os.environ['HOME'] = ''", limit=120)
+        assert one.answer() == other.answer() == "done"
+        assert one.call("run", "assert not os.environ['HOME']", limit=60) == "done"
+    assert os.environ["HOME"]
+
+
+def test_the_server_of_children_asks_for_no_gpu():
+    """Forked children could not open one after that."""
+    done = python(
+        "-c",
+        "import torch\n"
+        "def refused(*_): raise SystemExit('asked')\n"
+        "torch._C._cuda_getDeviceCount = torch.cuda.device_count = refused\n"
+        "torch.cuda.is_available = refused\n"
+        "import sid_fast.tools.trial",
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_first_process_of_a_node_makes_the_trial_for_all(monkeypatch):
-    monkeypatch.setattr(graph_trial, "run_probe", lambda *_: "it broke")
+    monkeypatch.setattr(graph_trial, "attempt", lambda *_: "it broke")
     arguments = small_teacher().config, Settings(**FAST), CPU
     assert graph_trial.failure_reason(*arguments) == "it broke"
     monkeypatch.setenv("LOCAL_RANK", "1")

@@ -1,11 +1,13 @@
 """Trying micro-batches until one fits in memory, and activation checkpointing."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from sid_fast import Distiller, Settings, train
-from sid_fast.config.types import part
-from sid_fast.errors import RunFailed
+from sid_fast import Distiller, Settings, SiDASettings, train
+from sid_fast.config.types import divisors, micro_batches, part
+from sid_fast.errors import RunFailed, UserError
 from sid_fast.kernels.dispatch import runs
 from sid_fast.models.registry import save_network
 from sid_fast.performance import fsdp
@@ -27,7 +29,7 @@ class Device:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     def fit(self, batch, estimate):
-        return largest_micro_batch(batch, estimate, self, self.said.append)
+        return largest_micro_batch(divisors(batch), estimate, self, self.said.append)
 
 
 def test_the_largest_estimated_to_fit_is_tried_first_then_smaller_ones():
@@ -39,6 +41,16 @@ def test_the_largest_estimated_to_fit_is_tried_first_then_smaller_ones():
     device = Device(room=1000)
     assert device.fit(96, 50) == 48
     assert device.tried == [48]
+
+
+def test_sizes_hold_whole_groups():
+    """SiDA's groups are never cut, even where not one of them fits."""
+    settings = SiDASettings(batch_size=96, adversarial_group=16)
+    assert micro_batches(settings, ranks=2) == [48, 16]
+    device = Device(room=100)
+    assert largest_micro_batch([48, 16], 40, device, device.said.append) == 16
+    assert largest_micro_batch([48, 16], 0, device, device.said.append) == 16
+    assert device.tried == [16, 16]
 
 
 def test_every_rank_must_fit(monkeypatch):
@@ -61,7 +73,7 @@ def test_other_errors_are_not_taken_for_out_of_memory():
         raise RuntimeError("shape mismatch")
 
     with pytest.raises(RuntimeError, match="shape mismatch"):
-        largest_micro_batch(4, 4, broken, print)
+        largest_micro_batch([4, 2, 1], 4, broken, print)
 
 
 def test_auto_takes_the_whole_batch_without_a_gpu(tmp_path, run_command):
@@ -88,22 +100,49 @@ def test_auto_tries_a_whole_step_and_changes_nothing(monkeypatch, precision):
     """On a CPU in place of the GPU, with room for three images of eight."""
     teacher = small_teacher()
     before = [p.clone() for p in teacher.parameters()]
-    config = train.TrainConfig(batch_size=8, dropout=0.2, augment_p=0.1, precision=precision)
+    config = train.TrainConfig(
+        batch_size=8, micro_batch=None, dropout=0.2, augment_p=0.1, precision=precision
+    )
     counts = estimator.counts(
         teacher.config, part(config, Settings), backends=runs(torch.device("cpu"))
     )
     room = (counts.memory(3).total() + counts.memory(4).total()) // 2
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (room, room))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (room, room))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     steps = []
     dry_run = Distiller.dry_run
     monkeypatch.setattr(Distiller, "dry_run", lambda self: steps.append(self) or dry_run(self))
     cpu = torch.device("cpu")
-    assert train.micro_batch_that_fits(teacher, config, cpu, fsdp.SINGLE_PROCESS) == 2
+    upper = train.estimated_micro_batch(teacher.config, config, cpu, fsdp.SINGLE_PROCESS)
+    assert train.micro_batch_that_fits(teacher, config, upper, fsdp.SINGLE_PROCESS) == 2
     assert len(steps) == 1
     assert steps[0].samples == 2
     assert all(map(torch.equal, before, teacher.parameters()))
     assert not any(o.exp_avg_sq[0].any() for o in steps[0].optimizers.values())
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_allocated(monkeypatch):
+    """With the sizes and what would fit; an evaluation takes its part of the memory."""
+    network, cpu = small_teacher().config, torch.device("cpu")
+    config = train.TrainConfig(batch_size=8, micro_batch=None, precision="fp32")
+    backends = runs(cpu)
+    counts = estimator.counts(network, part(config, Settings), backends=backends)
+
+    def estimate(room, **changes):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (room, room))
+        monkeypatch.setattr(train.estimator, "counts", lambda *_: counts)
+        changed = dataclasses.replace(config, **changes)
+        return train.estimated_micro_batch(network, changed, cpu, fsdp.SINGLE_PROCESS)
+
+    enough = counts.memory(8).total()
+    assert estimate(enough) == 8
+    with pytest.raises(UserError, match=r"micro_batch=8 needs .* GiB free .*--micro-batch 4 fits"):
+        estimate(enough - 1, micro_batch=8)
+    with pytest.raises(UserError, match="--checkpoint-activations"):
+        estimate(counts.memory(1).total() - 1)
+    with pytest.raises(UserError, match="--checkpoint-activations"):
+        estimate(enough, eval_every=1.0)
+    assert estimate(enough + train.EVALUATION, eval_every=1.0) == 8
 
 
 def networks(distiller):

@@ -1,0 +1,202 @@
+"""Decide how a run takes its steps: the fastest candidate that is proven right on this machine."""
+
+import dataclasses
+import os
+from functools import partial
+from typing import Any
+
+import torch
+
+from sid_fast.errors import UserError
+from sid_fast.models import NetworkConfig
+from sid_fast.performance import process_group
+from sid_fast.tools import op_counter, verdicts
+from sid_fast.tools.candidates import Candidate, from_json
+from sid_fast.tools.estimator import FORWARDS, GIB
+from sid_fast.tools.isolation import Child, Failed
+from sid_fast.tools.proof import Job
+from sid_fast.tools.tournament import LIMIT, NOT_TRIED, Row, Say, Tournament, best
+
+SHARE = 0.01  # of the run that tuning may take
+MINUTES = 2.0, 10.0  # at least and at most
+WORTH = 20  # budgets that a run must be long for auto to tune
+MFU = 0.3  # of a matrix product's rate: what the estimate of a run takes a step to reach
+
+
+def agreed(answers: list[list[Row]]) -> Row | None:
+    """One verdict from those of several nodes: the fastest of the first node that is right on all.
+
+    None where some node has proven none of them.
+    """
+    others = [[row.candidate for row in rows if not row.wrong and row.ms] for rows in answers[1:]]
+    for row in reversed(answers[0] if answers else []):
+        if row.won and all(row.candidate in each for each in others):
+            return row
+    return None
+
+
+def job_of(
+    config: Any, given: set[str], network: NetworkConfig, settings: Any, device: torch.device,
+    open_micro_batch: bool,
+) -> Job:  # fmt: skip
+    """What is tuned for the options of a run (config.types.StepOptions and RunOptions)."""
+    pinned = {
+        "cuda_graph": config.cuda_graph != "auto" or config.parallel in ("fsdp", "hsdp"),
+        "compile": config.compile or "compile" in given,
+        "micro_batch": not open_micro_batch,
+    }
+    return Job(
+        network, settings, str(device), kernels=config.kernels, compile=config.compile,
+        cuda_graph=config.cuda_graph == "on", recompute=config.checkpoint_activations,
+        deterministic=config.deterministic, layout=config.parallel,
+        ranks=process_group.world_size(),
+        pinned=frozenset(name for name, is_pinned in pinned.items() if is_pinned),
+    )  # fmt: skip
+
+
+@dataclasses.dataclass
+class Tuning:
+    """The decision. candidate: None keeps the defaults; text: for the headline."""
+
+    candidate: Candidate | None = None
+    text: str = ""
+    machine: dict[str, Any] = dataclasses.field(default_factory=dict)
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """As config.json and a state's header hold it."""
+        candidate = self.candidate and dataclasses.asdict(self.candidate)
+        rows = [row.to_json() for row in self.rows]
+        return {"candidate": candidate, "text": self.text, "machine": self.machine, "rows": rows}
+
+
+def inspect(job: Job) -> dict[str, Any]:
+    """The machine, opened in a child where it is a GPU. UserError if it cannot be used."""
+    if job.device == "cpu":
+        return verdicts.machine(job.device)
+    try:
+        with Child(partial, verdicts.machine, job.device) as child:
+            return child.call("__call__", limit=LIMIT)
+    except Failed as failed:
+        raise UserError(f"device={job.device} cannot be used: {failed}") from None
+
+
+def notes_on(machine: dict[str, Any], precision: str) -> list[str]:
+    """What a user should know of a GPU before its figures."""
+    notes = []
+    free, memory = machine.get("free"), machine.get("memory")
+    if free and memory and free < 0.9 * memory:
+        notes.append(
+            f"the GPU is busy: others hold {(memory - free) / GIB:.1f} of {memory / GIB:.1f} GiB, "
+            "and slow down what is measured"
+        )
+    if precision == "auto" and machine.get("precision") == "fp32":
+        notes.append(
+            f"this GPU (compute capability {machine['capability']}) has no bf16: --precision fp16 "
+            "is its fast type"
+        )
+    return notes
+
+
+def run_seconds(job: Job, kimg: float, machine: dict[str, Any]) -> float:
+    """How long a run of so many thousand images is estimated to take on such GPUs."""
+    flop = FORWARDS * sum(op.flops for op in op_counter.forward(job.network, "fp32", "eager"))
+    rate = machine.get("tflops") or verdicts.matrix_rate(torch.device(job.device))
+    return kimg * 1000 / job.ranks * flop / (MFU * rate * 1e12)
+
+
+def decide(
+    job: Job, mode: str, kimg: float, minutes: float | None, saved: Any = None, say: Say = print
+) -> Tuning:
+    """Take the verdict of the resumed state, a cached one, or a new one.
+
+    mode: "auto", or "again" for a new one in any case. minutes: the budget; default: SHARE of the
+    run. saved: the "tuning" entry of the resumed state's header. Every rank calls this and gets the
+    same decision.
+    """
+    if saved is not None and not saved.get("candidate") and mode == "auto":
+        return Tuning(text="not tuned")  # as before
+    tuning, local = Tuning(), int(os.environ.get("LOCAL_RANK", 0))
+    say = say if process_group.rank() == 0 else (lambda line: None)
+    rows = [] if local else _node(job, mode, kimg, minutes, saved, say, tuning)
+    answers = process_group.gather_objects((local, rows, tuning))
+    nodes = [rows for local, rows, _ in answers if local == 0]
+    _, _, tuning = answers[0]
+    own, chosen = best(nodes[0]), agreed(nodes)
+    if chosen is None:
+        tuning.text = tuning.text or "not tuned: no candidate is right on every node"
+        return tuning
+    if own and chosen is not own:
+        tuning.notes.append(f"{own.name} is not right on every node: {chosen.name} is taken")
+    tuning.candidate = chosen.candidate
+    first = next(row for row in tuning.rows if row.ms)
+    gain = (chosen.img_s or 0) / (first.img_s or 1)
+    tuning.text = f"tuned: {chosen.candidate.text} ({gain:.2f} times {first.name}{tuning.text})"
+    return tuning
+
+
+def _node(
+    job: Job, mode: str, kimg: float, minutes: float | None, saved: Any, say: Say, tuning: Tuning
+) -> list[Row]:
+    """This node's candidates, by its first process."""
+    tuning.machine = machine = inspect(job)
+    tuning.notes = notes_on(machine, job.settings.precision)
+    key = verdicts.key(job, machine)
+    if mode == "auto":
+        if rows := _of_state(saved, tuning) or _kept(key, tuning):
+            return rows
+        if job.device == "cpu":
+            tuning.text = "not tuned"
+            return []
+    length = run_seconds(job, kimg, machine)
+    seconds = 60 * (minutes or min(max(length * SHARE / 60, MINUTES[0]), MINUTES[1]))
+    if mode == "auto" and length < WORTH * seconds:
+        tuning.text = f"not tuned: the run is estimated at {length / 60:.0f} min"
+        return []
+    columns = f"{'a step':>12}  {'':>15}  {'at most':>10}"
+    say(f"{'candidate':34} {'right':16} {columns}  <: the best so far")
+    rows = tuning.rows = Tournament(job, seconds, machine.get("memory", 0), say).run()
+    if not best(rows):
+        memory = f", {machine['memory'] / GIB:.1f} GiB" if "memory" in machine else ""
+        tuning.text = f"not tuned: not even eager steps run here ({rows[-1].wrong}{memory})"
+        return []
+    if rows[-1].wrong == NOT_TRIED and sum(row.ms is not None for row in rows) == 1:
+        tuning.text = f"not tuned: {seconds / 60:.2g} min are too short for a verdict"
+        return []
+    if problem := verdicts.keep(key, [row.to_json() for row in rows]):
+        tuning.notes.append(f"the verdict is not kept: {problem}")
+    return rows
+
+
+def _of_state(saved: Any, tuning: Tuning) -> list[Row]:
+    """The verdict of a state, where the GPU is the same."""
+    if not saved:
+        return []
+    there = saved.get("machine") or {}
+    if any(there.get(name) != tuning.machine.get(name) for name in ("device", "memory")):
+        tuning.notes.append(f"the state's verdict is of {there.get('device')}: not taken here")
+        return []
+    try:
+        tuning.rows = [Row.from_json(row) for row in saved.get("rows", ())]
+        candidate = from_json(saved["candidate"])
+    except ValueError as error:
+        tuning.notes.append(f"the state's verdict cannot be taken here: {error}")
+        return []
+    tuning.text = ", of the state"
+    return [dataclasses.replace(r, won=True) for r in tuning.rows if r.candidate == candidate]
+
+
+def _kept(key: dict[str, Any], tuning: Tuning) -> list[Row]:
+    """The rows that were kept on this machine."""
+    found, note = verdicts.load(key)
+    try:
+        tuning.rows = [Row.from_json(row) for row in found or ()]
+    except ValueError as error:
+        note = f"{verdicts.place(key)} is damaged ({error})"
+    if note:
+        tuning.notes.append(f"{note}: it is made anew")
+    if not best(tuning.rows):
+        return []
+    tuning.text = ", kept"
+    return tuning.rows

@@ -1,0 +1,154 @@
+"""Ways to run a step, and in what order they are worth trying."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sid_fast.config.types import divisors
+from sid_fast.kernels import _apex, _cuda, dispatch
+from sid_fast.kernels._triton import AVAILABLE
+from sid_fast.models import NetworkConfig
+from sid_fast.models.edm_unet.config import ARCHITECTURES
+
+if TYPE_CHECKING:  # it imports this module
+    from sid_fast.tools.proof import Job
+
+FUSED = ("block", "group_norm", "attention")  # what the fused block is made of
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A whole step's choices; they change how fast it is, and its numbers by rounding alone.
+
+    kernels: the backend of each operation that --kernels leaves open. cudnn_search: cuDNN times its
+    algorithms. micro_batch, threads: None leaves them as they are.
+    """
+
+    kernels: Mapping[str, str]
+    cuda_graph: bool = False
+    channels_last: bool = False
+    cudnn_search: bool = False
+    compile: bool = False
+    micro_batch: int | None = None
+    threads: int | None = None
+
+    def apply(self, kernels: str, device: torch.device) -> None:
+        """Set what holds for the whole process; kernels: what --kernels asks for."""
+        dispatch.configure(kernels, device)
+        dispatch.force(self.kernels)
+        torch.backends.cudnn.benchmark = self.cudnn_search
+        if self.threads:
+            torch.set_num_threads(self.threads)
+
+    def changed(self, **changes: Any) -> "Candidate":
+        """With other values; those of `kernels` add to the ones there are."""
+        kernels = {**self.kernels, **changes.pop("kernels", {})}
+        return dataclasses.replace(self, kernels=kernels, **changes)
+
+    @property
+    def text(self) -> str:
+        """All that is not eager and by default, in a few words."""
+        backends = [f"{op} {b}" for op, b in self.kernels.items() if b != "eager"]
+        if all(self.kernels.get(op) == "triton" for op in FUSED):
+            backends = ["fused block", *(b for b in backends if b.split()[0] not in FUSED)]
+        words = {
+            "CUDA graphs": self.cuda_graph,
+            "channels-last": self.channels_last,
+            "cuDNN search": self.cudnn_search,
+            "compiled blocks": self.compile,
+            f"micro-batch {self.micro_batch}": self.micro_batch,
+            f"{self.threads} threads": self.threads,
+        }
+        return ", ".join([*(backends or ["eager"]), *(word for word, on in words.items() if on)])
+
+
+def from_json(values: Any) -> Candidate:
+    """ValueError for what is no candidate here."""
+    hints = {f.name: f.default for f in dataclasses.fields(Candidate)}
+    try:
+        made = Candidate(**values)
+        for op, backend in made.kernels.items():
+            if backend not in backends_of(op):
+                raise ValueError(f"{op} {backend} is not there")
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"no candidate: {error}") from error
+    for name, default in hints.items():
+        value = getattr(made, name)
+        kind = bool if isinstance(default, bool) else int
+        if name != "kernels" and not (value is None is default or type(value) is kind):
+            raise ValueError(f"{name}={value!r}")
+    return made
+
+
+def backends_of(operation: str) -> list[str]:
+    """The backends of an operation that this machine has."""
+    missing = {
+        "apex": not _apex.installed(),
+        "cuda": _cuda.library() is None,
+        "triton": not AVAILABLE,
+    }
+    found = ["eager", *dispatch.OPERATIONS[operation]]
+    return [name for name in found if not missing.get(name, False)]
+
+
+def open_operations(kernels: str, device: torch.device) -> list[str]:
+    """The operations whose backend --kernels leaves open, except random numbers.
+
+    Those are the same in every backend, and the device decides.
+    """
+    with dispatch.forced(None):
+        dispatch.configure(kernels, device)
+        pinned = dispatch.pinned()
+    return [op for op in dispatch.OPERATIONS if op not in pinned and op != "random"]
+
+
+def operations(
+    network: NetworkConfig, augmented: bool, kernels: str, device: torch.device
+) -> Iterator[tuple[str, str]]:
+    """(operation, backend) of what can run here in another way than eagerly and has work to do."""
+    cuda = device.type == "cuda"
+    for op in open_operations(kernels, device):
+        idle = op == "augment" and not augmented
+        idle |= op == "block" and ARCHITECTURES[network.architecture].filter != (1, 1)
+        for backend in backends_of(op)[1:]:
+            if not idle and (cuda or backend == "cuda"):
+                yield op, backend
+
+
+Change = tuple[str, dict[str, Any]]  # a name, and what it changes of a Candidate
+
+
+def shortlist(job: "Job", base: Candidate, proven: list[tuple[str, str]]) -> list[Change]:
+    """What is worth trying on top of the best so far, the safest first.
+
+    base: the candidate that came first; proven: operations and backends that are right alone.
+    """
+    cuda = job.device != "cpu"
+    single = [(op, backend) for op, backend in proven if op != "block"]
+    if not cuda:  # where Adam alone has another backend
+        changes: list[Change] = [("C++ Adam", {"kernels": {op: b}}) for op, b in single]
+        changes.append(("channels-last", {"channels_last": True}))
+        now, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+        if "OMP_NUM_THREADS" not in os.environ:
+            counts = sorted({1, max(cores // 2, 1), cores} - {now}, reverse=True)
+            changes += [(f"{n} threads", {"threads": n}) for n in counts]
+        return changes
+    changes = [("CUDA graphs", {"cuda_graph": True})]
+    changes += [(f"{op} {b}", {"kernels": {op: b}}) for op, b in single]
+    if all((op, "triton") in proven for op in FUSED):
+        changes.append(("fused block", {"kernels": dict.fromkeys(FUSED, "triton")}))
+    changes += [
+        ("channels-first", {"channels_last": False}),
+        ("cuDNN search", {"cudnn_search": True}),
+    ]
+    now = base.micro_batch or job.share
+    for size in reversed(divisors(job.share)):
+        if size >= 2 * now:
+            changes.append((f"micro-batch {size}", {"micro_batch": size}))
+            now = size
+    changes.append(("compiled blocks", {"compile": True}))
+    pinned = job.pinned | ({"cudnn_search"} if job.deterministic else set())
+    return [(name, change) for name, change in changes if not pinned & set(change)]

@@ -1,0 +1,292 @@
+"""Prove that a candidate's step equals the eager float32 step, up to the rounding of its type.
+
+Each proof returns "", or in a few words what is wrong. Network weights are random, without the
+zeros of a fresh network, so that an error in any branch shows in the gradients.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from sid_fast.config.types import grad_accum_steps
+from sid_fast.kernels import Losses
+from sid_fast.methods.base import Method
+from sid_fast.methods.sid import SiD
+from sid_fast.models import EDMNetwork, NetworkConfig
+from sid_fast.models.edm_unet.layers import GroupNorm
+from sid_fast.performance import cuda_graphs, fsdp, mixed_precision
+from sid_fast.performance.activation_checkpoint import checkpoint_activations
+from sid_fast.tools.candidates import Candidate
+from sid_fast.training.step import Trainer
+
+IMAGES = 4  # a proof's micro-batch
+ERROR = 1e-4  # relative; in 16 bit 1.5 times the eager step's, if that is more
+SCALE = 5e-3  # relative: a factor that the noise of 16 bit would hide
+STEPS = 3
+# Between replayed and eager weights, relative to how far the steps moved them. cuBLAS may choose
+# another product in a graph; random numbers that repeat are off by more than 0.1.
+BOUND = 1e-2
+
+METHODS: dict[str, Callable[[EDMNetwork, Any], Method]] = {"sid": SiD}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is tuned: the steps of a run, without its weights or data.
+
+    settings: of the method, as the user gave them; their batch is that of all ranks. images: how
+    many the run has seen when it is past every warm-up of the method. pinned: the names of the
+    fields of Candidate that the user has decided. deterministic: the run wants the same bits from
+    the same seed, and libraries choose their algorithms by it.
+    """
+
+    network: NetworkConfig
+    settings: Any
+    device: str
+    method: str = "sid"
+    kernels: str = "auto"
+    cuda_graph: bool = False
+    compile: bool = False
+    recompute: bool = False
+    deterministic: bool = False
+    ranks: int = 1
+    layout: str = "ddp"
+    images: int = 10**9
+    pinned: frozenset[str] = frozenset()
+
+    @property
+    def share(self) -> int:
+        """Images of a rank's step."""
+        return self.settings.batch_size // self.ranks
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The relative error in the 2-norm."""
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())
+
+
+def worst(errors: Iterable[float]) -> float:
+    """The largest, and inf where one is NaN, which is no larger than anything."""
+    return max(math.inf if math.isnan(error) else error for error in errors)
+
+
+def flat(tensors: Iterable[torch.Tensor | None]) -> torch.Tensor:
+    """All their numbers, float64; None is left out."""
+    return torch.cat([t.detach().double().flatten() for t in tensors if t is not None])
+
+
+def weights(trainer: Trainer) -> torch.Tensor:
+    """Of all networks that learn, and the average."""
+    nets = *trainer.method.networks.values(), trainer.ema
+    return flat(fsdp.local_shards([p for net in nets for p in net.parameters()]))
+
+
+def disagreement(ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> str:
+    """What is wrong with `ours`: its error against eager's in the same type, and its scale."""
+    ours, eager, exact = (t.detach().double().flatten() for t in (ours, eager, exact))
+    error, limit = relative(ours, exact), max(1.5 * relative(eager, exact), ERROR)
+    off = float((ours - eager) @ exact / (exact @ exact))
+    if not abs(off) <= SCALE:  # NaN included
+        return f"{off:+.1%} in scale"
+    return "" if error <= limit else f"off by {error:.1e}, {limit:.1e} allowed"
+
+
+def network(config: NetworkConfig, device: torch.device) -> EDMNetwork:
+    """Random weights and biases, without the zeros of a fresh network."""
+    rng = torch.Generator(device).manual_seed(0)
+    with torch.device(device):
+        net = EDMNetwork(config)
+    with torch.no_grad():
+        for p in net.parameters():
+            noise = torch.randn(p.shape, generator=rng, device=device)
+            p.copy_(noise.mul_(0.5 * p[0].numel() ** -0.5)) if p.dim() > 1 else p.add_(0.1 * noise)
+    return net
+
+
+@torch.no_grad()
+def part_ways(trainer: Trainer) -> None:
+    """Perturb every trained network: SiD's generator has no gradient where ψ equals φ."""
+    rng = torch.Generator(trainer.device).manual_seed(3)
+    for net in trainer.method.networks.values():
+        for p in net.parameters():
+            noise = torch.randn(p.shape, generator=rng, device=p.device)
+            p.add_(0.5 * p.std(correction=0) * noise)
+    trainer.load_state_dict(trainer.state_dict())
+
+
+def build(job: Job, candidate: Candidate, **changes: Any) -> Trainer:
+    """A trainer of the job's steps in the full regime, with other settings where given."""
+    device = torch.device(job.device)
+    candidate.apply(job.kernels, device)
+    settings = mixed_precision.resolve_precision(
+        dataclasses.replace(job.settings, **changes), device
+    )
+    method = METHODS[job.method](network(job.network, device), settings)
+    trainer = Trainer(
+        method, settings, sharding=fsdp.SINGLE_PROCESS, cuda_graph=candidate.cuda_graph,
+        compile=candidate.compile, channels_last=candidate.channels_last,
+    )  # fmt: skip
+    if job.recompute:
+        checkpoint_activations(*method.networks.values(), *method.frozen.values())
+    trainer.images, trainer.steps = job.images, job.images // settings.batch_size
+    part_ways(trainer)
+    return trainer
+
+
+def eager(job: Job, candidate: Candidate) -> Candidate:
+    """What a candidate is compared with."""
+    return Candidate(dict.fromkeys(candidate.kernels, "eager"))
+
+
+def gradients_agree(job: Job, candidate: Candidate, precision: str | None = None) -> str:
+    """Losses, and gradients of all networks, of the same draws without dropout."""
+    device, plain = torch.device(job.device), eager(job, candidate)
+    kind = mixed_precision.set_precision(precision or job.settings.precision, device)
+    augment = {"augment_p": 1.0} if job.settings.augment_p else {}
+    draws: dict[str, Any] = {}
+
+    def outcome(candidate: Candidate, kind: str) -> dict[str, torch.Tensor]:
+        trainer = build(
+            job, dataclasses.replace(candidate, cuda_graph=False), precision=kind, dropout=0.0,
+            batch_size=IMAGES, micro_batch=None, **augment,
+        )  # fmt: skip
+        found = {}
+        drawn = trainer.sample_inputs()
+        draws.update(draws or drawn)  # those of the first
+        for phase in trainer.method.phases:
+            losses: list[Losses] = []
+
+            def loss(inputs: Any, phase=phase, losses=losses):
+                losses.append(phase.loss(inputs))
+                return losses[0]
+
+            recorded = dataclasses.replace(phase, loss=loss)
+            trainer.backward(recorded, draws[phase.name][0], first=True, last=True)
+            net = trainer.method.networks[phase.network]
+            found[f"{phase.name} losses"] = losses[0].loss.detach()
+            found[f"{phase.name} gradients"] = flat(p.grad for p in net.parameters())
+        return found
+
+    exact = outcome(plain, "fp32")
+    usual = exact if kind == "fp32" else outcome(plain, kind)
+    ours = outcome(candidate, kind)
+    wrong = {name: disagreement(ours[name], usual[name], exact[name]) for name in exact}
+    return ", ".join(f"{name} {what}" for name, what in wrong.items() if what)
+
+
+def update_agrees(job: Job, candidate: Candidate) -> str:
+    """Three optimizer updates from given gradients.
+
+    Updates from a candidate's own gradients would hide errors: with β1 = 0 and a small ε they are
+    signs.
+    """
+
+    def outcome(candidate: Candidate) -> dict[str, torch.Tensor]:
+        quiet = dataclasses.replace(candidate, cuda_graph=False, compile=False)
+        trainer = build(job, quiet, batch_size=IMAGES, micro_batch=None)
+        before = {name: t.detach().clone() for name, t in trainer.state_dict().items()}
+        rng = torch.Generator(trainer.device).manual_seed(5)
+        trainer.ema_beta.fill_(0.5)
+        for size in (1.0, 0.1, 10.0):
+            for phase in trainer.method.phases:
+                optimizer = trainer.optimizers[phase.network]
+                trainer.lr[phase.network].fill_(1e-2)
+                optimizer.totals.fill_(1)
+                for p in optimizer.params:
+                    assert p.grad is not None
+                    noise = torch.randn(p.shape, generator=rng, device=p.device)
+                    p.grad.copy_(noise.mul_(size))
+                trainer.update(phase)
+        kinds: dict[str, list[torch.Tensor]] = {}
+        for name, t in trainer.state_dict().items():
+            kind = ".".join(name.split(".")[:2])
+            kinds.setdefault(kind, []).append(t.detach() - before[name])
+        copies = [leaf.tensor for o in trainer.optimizers.values() for leaf in o.net.compute_copies]
+        return {kind: flat(ts) for kind, ts in (kinds | {"copies": copies}).items() if ts}
+
+    expected, found = outcome(eager(job, candidate)), outcome(candidate)
+    # A number between two of 16 bit may fall to either.
+    limits = {kind: 1e-2 if kind == "copies" else ERROR for kind in expected}
+    errors = {kind: relative(found[kind], expected[kind]) for kind in expected}
+    wrong = [kind for kind, error in errors.items() if not error <= limits[kind]]
+    return ", ".join(f"update of {kind} off by {errors[kind]:.1e}" for kind in wrong)
+
+
+def dropout_agrees(job: Job, candidate: Candidate) -> str:
+    """The share of zeros and the scale of the rest, after every norm with dropout."""
+    if not (p := job.settings.dropout):
+        return ""
+    quiet = dataclasses.replace(candidate, cuda_graph=False, compile=False)
+    trainer = build(job, quiet, batch_size=IMAGES, micro_batch=None)
+    sums = torch.zeros(4, dtype=torch.float64, device=trainer.device)
+
+    def look(module: GroupNorm, inputs: tuple, named: dict[str, Any], out: Any) -> None:
+        if named.get("dropout"):
+            with torch.no_grad():
+                whole = module.forward(*inputs, **{**named, "dropout": 0.0}).y.double()
+            y, there = out.y.detach().double(), whole != 0
+            zeros = (y == 0) & there
+            both = (y * whole).sum(), (whole * whole)[~zeros].sum()
+            sums.add_(torch.stack([zeros.sum(), there.sum(), *both]))
+
+    for net in trainer.method.networks.values():
+        for module in net.modules():
+            if isinstance(module, GroupNorm):
+                module.register_forward_hook(look, with_kwargs=True)
+    for phase in trainer.method.phases:
+        trainer.backward(phase, first=True, last=True)
+    zeros, count, product, square = sums.tolist()
+    share, scale = zeros / max(count, 1), product / max(square, 1e-30) * (1 - p)
+    # Five standard deviations, and p is rounded to 2⁻¹⁶.
+    if not abs(share - p) <= 5 * math.sqrt(p * (1 - p) / max(count, 1)) + 2**-16:
+        return f"dropout of {share:.3f}, not {p:g}"
+    return "" if abs(scale - 1) <= SCALE else f"dropout leaves {scale - 1:+.1%} in scale"
+
+
+def replays_agree(job: Job, candidate: Candidate) -> str:
+    """Replayed steps against eager steps of the same backends; a replay must not synchronize."""
+    if not candidate.cuda_graph:
+        return ""
+    device = torch.device(job.device)
+    most = cuda_graphs.MAX_SINGLE_GRAPH_MICRO_BATCHES + 1
+    rounds = min(grad_accum_steps(job.settings, job.ranks), most)
+    # Large updates in proportion to their gradients: what is compared is how far they go.
+    rates = {f.name: 1e-2 for f in dataclasses.fields(job.settings) if f.name.endswith("lr")}
+    changes = rates | {"batch_size": IMAGES * rounds, "micro_batch": IMAGES, "eps": 1.0}
+    found = []
+    for graph in (False, True):
+        trainer = build(job, dataclasses.replace(candidate, cuda_graph=graph), **changes)
+        start = weights(trainer)
+        for step in range(STEPS):
+            waits_not = graph and step == STEPS - 1 and device.type == "cuda"
+            if waits_not:
+                torch.cuda.synchronize(device)
+                torch.cuda.set_sync_debug_mode("error")
+            trainer.step()
+            if waits_not:
+                torch.cuda.set_sync_debug_mode("default")
+        found.append(weights(trainer))
+    eager, replayed = found
+    apart = float((replayed - eager).norm() / (eager - start).norm())
+    if apart <= BOUND:  # NaN is not
+        return ""
+    return f"replayed steps are {apart:.1e} from eager ones, relative to their way"
+
+
+PROOFS = (gradients_agree, update_agrees, dropout_agrees, replays_agree)
+
+
+def wrong(job: Job, candidate: Candidate) -> str:
+    """What is wrong with a whole step; "" if nothing."""
+    return next(filter(None, (proof(job, candidate) for proof in PROOFS)), "")
+
+
+def wrong_alone(job: Job, candidate: Candidate) -> str:
+    """What is wrong with the candidate's operations in float32, where no rounding hides it."""
+    if {op for op, backend in candidate.kernels.items() if backend != "eager"} == {"adam_ema"}:
+        return update_agrees(job, candidate)
+    return gradients_agree(job, candidate, "fp32")

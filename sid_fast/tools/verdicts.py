@@ -1,0 +1,150 @@
+"""A cache of tuning results, keyed by everything that they depend on."""
+
+import functools
+import hashlib
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sid_fast.errors import UserError
+from sid_fast.io.atomic import atomic_path
+from sid_fast.io.cache import user_cache
+from sid_fast.kernels import _cuda, dispatch
+from sid_fast.performance import mixed_precision
+from sid_fast.tools import timing
+from sid_fast.tools.proof import Job
+from sid_fast.tools.trial import reference_kernel
+
+# Whatever decides how a step runs, by folder or file of the package.
+CODE = ("performance", "models", "methods", "training", "tools")
+SOURCES = (".py", ".cu", ".h", ".cpp")
+
+
+def machine(name: str) -> dict[str, Any]:
+    """The properties of a device that verdicts depend on; of a GPU, memory and rate besides.
+
+    Opens the device, so a GPU is inspected in a child. memory and free are bytes.
+    """
+    device = torch.device(name)
+    if device.type == "cpu":
+        return {"device": processor(), "cores": cores(), "threads": torch.get_num_threads()}
+    free, total = torch.cuda.mem_get_info(device)
+    driver = Path("/proc/driver/nvidia/version")
+    return {
+        "tflops": matrix_rate(device),
+        "device": torch.cuda.get_device_name(device),
+        "memory": total,
+        "free": free + torch.cuda.memory_reserved(device),
+        "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
+        "driver": driver.read_text().partition("\n")[0] if driver.exists() else "",
+        "cudnn": torch.backends.cudnn.version(),
+        "precision": mixed_precision.set_precision("auto", device),
+    }
+
+
+def matrix_rate(device: torch.device) -> float:
+    """TFLOP/s of a matrix product."""
+    kernel = reference_kernel(device)
+    for _ in range(2):
+        kernel()
+    ms = min(timing.time_call(kernel, device)[0] for _ in range(3))
+    return 2 * len(kernel.args[0]) ** 3 / ms / 1e9
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """The CPU's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
+@functools.cache
+def code() -> str:
+    """A digest of what a step is made of."""
+    sha = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for folder in (Path(dispatch.__file__).parent, *(root / name for name in CODE)):
+        for path in sorted(p for p in folder.rglob("*") if p.suffix in SOURCES):
+            sha.update(path.read_bytes())
+    return sha.hexdigest()[:16]
+
+
+def key(job: Job, found: dict[str, Any]) -> dict[str, Any]:
+    """Everything that a verdict depends on."""
+    settings, passing = job.settings, ("tflops", "free")
+    return {
+        **{name: value for name, value in found.items() if name not in passing},
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": installed("triton"),
+        "library": _cuda.library() is not None,
+        "code": code(),
+        "network": job.network.to_dict(),
+        "method": job.method,
+        "asked precision": settings.precision,
+        "dropout": settings.dropout,
+        "augmentation": bool(settings.augment_p),
+        "deterministic": job.deterministic,
+        "layout": job.layout,
+        "ranks": job.ranks,
+        "images": job.share,
+        "micro_batch": settings.micro_batch,
+        "kernels": job.kernels,
+        "recompute": job.recompute,
+        "pinned": sorted(job.pinned),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
+def installed(package: str) -> str:
+    """The version of a package, or ""."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def place(key: dict[str, Any]) -> Path:
+    """The file of a verdict."""
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("SID_FAST_CACHE") or user_cache())
+    return folder / "verdicts" / f"{name}.json"
+
+
+def load(key: dict[str, Any]) -> tuple[Any, str]:
+    """The rows stored under a key, or None; and a note if the file is damaged or foreign."""
+    path = place(key)
+    try:
+        kept = json.loads(path.read_text("utf-8"))
+        if kept["key"] == json.loads(json.dumps(key)):
+            return kept["rows"], ""
+        return None, f"{path} is of another machine or version"
+    except FileNotFoundError:
+        return None, ""
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return None, f"{path} is damaged ({str(error) or type(error).__name__})"
+
+
+def keep(key: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Write a verdict; why it could not be, or ""."""
+    path = place(key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps({"key": key, "rows": rows}, indent=1), "utf-8")
+    except OSError as error:
+        return f"{path.parent} cannot be written ({error.strerror})"
+    except UserError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,562 @@
+"""Tuning: planted candidates are named while the rest goes on; verdicts are kept, agreed, taken."""
+
+import ctypes
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from sid_fast import Settings, tune
+from sid_fast.kernels import dispatch
+from sid_fast.methods.sid import SiD
+from sid_fast.models.registry import save_network
+from sid_fast.tools import autotune, candidates, proof, tournament, trial, verdicts
+from sid_fast.tools.candidates import Candidate
+from sid_fast.tools.isolation import Failed
+from sid_fast.tools.proof import Job
+from sid_fast.tools.tournament import Row, Tournament, Turn
+from sid_fast.training.step import Trainer
+from tests.helpers.networks import SMALL, small_teacher
+from tests.helpers.processes import TORCHRUN, python
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+SETTINGS = Settings(batch_size=4, dropout=0.2, augment_p=0.3)
+JOB = Job(SMALL, SETTINGS, "cpu")
+LOST: list[torch.Tensor] = []
+
+
+@dataclasses.dataclass(frozen=True)
+class Planted(Candidate):
+    """One with a fault, which shows wherever it is applied."""
+
+    fault: str = ""
+
+    def apply(self, kernels, device):
+        super().apply(kernels, device)
+        if self.fault:
+            globals()[self.fault.split()[0]](*self.fault.split()[1:])
+
+
+def crash():
+    ctypes.string_at(0)
+
+
+def hang():
+    time.sleep(3600)
+
+
+def scale():
+    loss = SiD.generator_loss
+
+    def scaled(self, draw):  # the loss is right, its gradient 2 % too large
+        found = loss(self, draw)
+        return found._replace(loss=found.loss + 0.02 * (found.loss - found.loss.detach()))
+
+    SiD.generator_loss = scaled
+
+
+def leak():
+    if (run := Trainer.run).__name__ == "leaking":
+        return
+
+    def leaking(self, inputs=None):
+        LOST.append(torch.ones(2**20))
+        return run(self, inputs)
+
+    Trainer.run = leaking
+
+
+def full(folder):
+    """No memory while another candidate holds some: the first time, here."""
+    prepare = trial.Trial.prepare
+
+    def once(self):
+        if not (mark := Path(folder) / "seen").exists():
+            mark.touch()
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried …")
+        return prepare(self)
+
+    trial.Trial.prepare = once
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("SID_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """Run a tuner whose candidates have such faults, and one that is right at the end."""
+    monkeypatch.setattr(tournament, "Candidate", Planted)
+    monkeypatch.setattr(tournament, "COMPILE_LIMIT", 15)
+
+    def run(**faults):
+        said: list[str] = []
+        # What compiles has a limit of its own: the one that hangs need not be waited for so long.
+        changes = [
+            (name, {"fault": fault, "compile": fault == "hang"}) for name, fault in faults.items()
+        ]
+        changes.append(("honest", {"channels_last": True, "fault": "", "compile": False}))
+        rows = Tournament(JOB, 600, 0, said.append).run(lambda *_: changes)
+        return {row.name: row for row in rows}, said
+
+    return run
+
+
+def test_planted_candidates_are_named_and_the_rest_goes_on(planted):
+    rows, said = planted(crash="crash", hang="hang", scale="scale", leak="leak")
+    assert rows["crash"].wrong == "ended by SIGSEGV"
+    assert rows["hang"].wrong == "did not end in 15 s"
+    assert "generator gradients" in rows["scale"].wrong
+    assert "+2.0% in scale" in rows["scale"].wrong
+    assert rows["leak"].wrong.startswith("leaks 4.0 MiB")
+    for name in ("eager", "honest"):
+        assert rows[name].wrong == ""
+        assert rows[name].img_s > 0
+        assert rows[name].gib > 0
+    assert tournament.best(list(rows.values())).name in ("eager", "honest")
+    assert [line.split()[0] for line in said] == [row.split()[0] for row in rows]
+    assert "img/s" in said[0]
+    assert "right" in said[-1]
+
+
+def test_two_that_do_not_fit_together_run_one_after_the_other(planted, tmp_path):
+    rows, _ = planted(large=f"full {tmp_path}")
+    assert (tmp_path / "seen").exists()
+    assert rows["large"].wrong == ""
+    assert rows["large"].ms > 0
+    assert rows["honest"].wrong == "", "the champion is there again"
+
+
+class Fake:
+    """A runner without a child."""
+
+    def __init__(self, ms, images=4, reference_ms=1.0, in_use=()):
+        self.row, self.images = Row("fake", Candidate({}), images=images), images
+        used = [*in_use, *[0] * 9]
+        self.all = [Turn(1, v, reference_ms, 2**30, u) for v, u in zip(ms, used, strict=False)]
+        self.turns = []
+
+    def turn(self):
+        self.turns.append(self.all[len(self.turns)])
+
+    times, note, leak = tournament.Runner.times, tournament.Runner.note, tournament.Runner.leak
+
+
+@pytest.mark.parametrize(
+    ("champion", "challenger", "wins"),
+    [
+        (Fake([10, 11, 10]), Fake([8, 9, 8]), True),
+        (Fake([10, 14, 8]), Fake([9, 9, 9]), False),  # within what the one varies by
+        (Fake([10, 10, 10]), Fake([8, 9, 12]), False),  # or the other
+        (Fake([10, 10, 10]), Fake([19, 19, 19], images=8), True),  # a micro-batch of its own
+        (Fake([10, 10, 10]), Fake([8, 8, 8], in_use=(0, 2**20, 2**21)), False),  # a leak
+        (Fake([10, 10, 10]), Fake([8, 8, 8], in_use=(0, 2**20, 2**20)), True),
+    ],
+)
+def test_a_challenger_wins_beyond_the_spread(champion, challenger, wins):
+    tuner = Tournament(JOB, 600, 0, print)
+    tuner.champion = champion
+    tuner._turns([champion, challenger])
+    assert tuner._wins(challenger, alone=False) == wins
+    assert challenger.row.gib == 1
+    tuner.memory = 1.1 * 2**30  # of which the step leaves no room
+    again = Fake([8, 8, 8])
+    tuner._turns([again])
+    assert not tuner._wins(again, alone=False)
+    assert "1.0 of 1.1 GiB" in again.row.wrong
+
+
+def test_who_runs_alone_is_compared_by_the_reference_kernel():
+    """On a machine that has become half as fast meanwhile."""
+    tuner = Tournament(JOB, 600, 0, print)
+    tuner.champion = Fake([10, 10, 10])
+    challenger = Fake([16, 16, 16], reference_ms=2.0)
+    for runner in (tuner.champion, challenger):
+        tuner._turns([runner])
+    assert tuner._wins(challenger, alone=True)
+    assert not tuner._wins(challenger, alone=False)
+
+
+def test_a_spent_budget_is_said_and_leaves_the_defaults(monkeypatch):
+    base = Row("eager", Candidate({}), ms=1.0, images=4, gib=0.1, won=True)
+    spent = Row("honest", Candidate({}, channels_last=True), tournament.NOT_TRIED)
+    monkeypatch.setattr(Tournament, "run", lambda self: [base, spent])
+    tuning = autotune.decide(JOB, "again", 1000, 0.01)
+    assert tuning.candidate is None
+    assert tuning.text == "not tuned: 0.01 min are too short for a verdict"
+    assert not list(Path(os.environ["SID_FAST_CACHE"]).rglob("*.json"))
+
+
+# ---- proofs
+
+
+def candidate(**changes):
+    return Candidate(dict.fromkeys(dispatch.OPERATIONS, "eager")).changed(**changes)
+
+
+def test_a_right_candidate_passes_all_proofs():
+    assert proof.wrong(JOB, candidate(channels_last=True)) == ""
+    cpp = {"adam_ema": "cuda"} if "cuda" in candidates.backends_of("adam_ema") else {}
+    bf16 = dataclasses.replace(JOB, settings=dataclasses.replace(SETTINGS, precision="bf16"))
+    assert proof.wrong(bf16, candidate(kernels=cpp)) == ""
+
+
+def test_an_optimizer_is_judged_by_given_gradients(monkeypatch):
+    from sid_fast.training import optimizer
+
+    adam_ema = optimizer.kernels.adam_ema
+
+    def forgets(params, *lists, **named):  # the second moment's share of the step
+        return adam_ema(params, *lists, **(named | {"beta2": 0.99}))
+
+    ours = candidate(channels_last=True)
+
+    def planted(self, *arguments):
+        function = forgets if self.channels_last else adam_ema
+        monkeypatch.setattr(optimizer.kernels, "adam_ema", function)
+
+    monkeypatch.setattr(Candidate, "apply", planted)
+    wrong = proof.update_agrees(JOB, ours)
+    assert "update of fake_score.net" in wrong
+    assert "update of generator.exp_avg_sq" in wrong
+
+
+@pytest.mark.parametrize(("p", "scale", "words"), [(0.3, 1, "0.29"), (0.2, 1.1, "+10.0% in scale")])
+def test_dropout_is_judged_by_its_share_and_scale(monkeypatch, p, scale, words):
+    from sid_fast.kernels.group_norm import eager
+
+    drop = eager.drop
+    monkeypatch.setattr(eager, "drop", lambda y, _, seed: scale * drop(y, p, seed))
+    wrong = proof.dropout_agrees(JOB, candidate())
+    assert wrong.startswith("dropout")
+    assert words in wrong
+
+
+def test_a_noisy_type_is_measured_by_eager_of_that_type():
+    exact = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(10_000, generator=torch.Generator().manual_seed(1))
+    noise -= noise @ exact / (exact @ exact) * exact
+    assert proof.disagreement(exact + 0.014 * noise, exact + 0.01 * noise, exact) == ""
+    assert "off by" in proof.disagreement(exact + 0.016 * noise, exact + 0.01 * noise, exact)
+    assert "off by" in proof.disagreement(exact + 2e-4 * noise, exact, exact)
+    assert proof.disagreement(1.004 * exact + 0.01 * noise, exact + 0.01 * noise, exact) == ""
+    assert "+0.6%" in proof.disagreement(1.006 * exact + 0.01 * noise, exact + 0.01 * noise, exact)
+    assert proof.disagreement(exact * torch.nan, exact, exact)
+
+
+# ---- the short list
+
+
+def test_the_short_list_of_a_gpu_begins_with_what_is_safest():
+    job = Job(SMALL, dataclasses.replace(SETTINGS, batch_size=256), "cuda:0")
+    proven = list(candidates.operations(SMALL, False, "auto", CUDA))
+    assert ("augment", "triton") not in proven, "there is nothing to augment"
+    assert ("random", "triton") not in proven
+    base = candidate(channels_last=True, micro_batch=64)
+    names = [name for name, _ in candidates.shortlist(job, base, proven)]
+    assert names[0] == "CUDA graphs"
+    assert names.index("group_norm triton") < names.index("fused block")
+    assert names[-4:] == ["cuDNN search", "micro-batch 128", "micro-batch 256", "compiled blocks"]
+    proven.remove(("attention", "triton"))
+    assert "fused block" not in [name for name, _ in candidates.shortlist(job, base, proven)]
+    pinned = dataclasses.replace(job, pinned=frozenset({"cuda_graph", "micro_batch", "compile"}))
+    names = [name for name, _ in candidates.shortlist(pinned, base, [])]
+    assert names == ["channels-first", "cuDNN search"]
+    bits = dataclasses.replace(pinned, deterministic=True)  # cuDNN would choose by timing
+    assert [name for name, _ in candidates.shortlist(bits, base, [])] == ["channels-first"]
+    left = candidates.open_operations("group_norm=eager,adam_ema=triton", CUDA)
+    assert left == ["block", "attention", "sid_loss", "augment"]
+    ncsnpp = dataclasses.replace(SMALL, architecture="ncsnpp")  # its filter fits no norm's write
+    assert "block" not in dict(candidates.operations(ncsnpp, True, "auto", CUDA))
+
+
+def test_a_candidate_comes_back_from_its_words():
+    given = candidate(cuda_graph=True, kernels={"group_norm": "triton"}, micro_batch=32)
+    row = Row("a", given, ms=1.0, images=4, gib=0.1, won=True)
+    assert Row.from_json(json.loads(json.dumps(row.to_json()))) == row
+    for wrong in (
+        {"kernels": {"group_norm": "magic"}},
+        {"kernels": {}, "cuda_graph": "yes"},
+        {},
+        7,
+    ):
+        with pytest.raises(ValueError, match=r".+"):
+            candidates.from_json(wrong)
+
+
+# ---- verdicts
+
+
+@pytest.fixture
+def tuned(monkeypatch):
+    """decide(...) with a tuner that takes no time and finds channels-last right and fast."""
+    runs = []
+
+    def run(self, *_):
+        runs.append(self.left)
+        base = Row("eager", candidate(), ms=2.0, images=4, gib=0.1, won=True)
+        return [base, Row("channels-last", FAST_ONE, ms=1.0, images=4, gib=0.1, won=True)]
+
+    monkeypatch.setattr(Tournament, "run", run)
+
+    def decide(mode="auto", kimg=1e6, minutes=None, saved=None, **changes):
+        return autotune.decide(dataclasses.replace(JOB, **changes), mode, kimg, minutes, saved)
+
+    decide.runs = runs
+    return decide
+
+
+FAST_ONE = candidate(channels_last=True)
+
+
+def test_a_verdict_is_kept_for_the_same_machine_and_job(tuned):
+    assert tuned("auto").candidate is None, "on a CPU auto makes none"
+    made = tuned("again")
+    assert made.candidate == FAST_ONE
+    assert made.text == "tuned: channels-last (2.00 times eager)".replace(
+        "channels-last", FAST_ONE.text
+    )
+    kept = tuned("auto")
+    assert (kept.candidate, len(tuned.runs)) == (FAST_ONE, 1)
+    assert kept.text.endswith(", kept)")
+    assert kept.rows == made.rows
+    other = dataclasses.replace(SETTINGS, dropout=0.1)
+    assert tuned("auto", settings=other).candidate is None
+    assert tuned("auto", deterministic=True).candidate is None
+    assert tuned("auto", kernels="adam_ema=eager").candidate is None
+    tuned("again")
+    assert len(tuned.runs) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "damaged"),
+        ('{"key": 1, "rows": []}', "another machine"),
+        ("[]", "damaged"),
+        (None, "damaged"),
+    ],
+)
+def test_a_damaged_or_foreign_verdict_is_made_anew_with_a_note(tuned, text, words):
+    tuned("again")
+    (file,) = Path(os.environ["SID_FAST_CACHE"]).rglob("*.json")
+    whole = file.read_text()
+    file.write_text(whole.replace('"eager"', '"magic"') if text is None else text)
+    found = tuned("auto")
+    assert found.candidate is None
+    (note,) = found.notes
+    assert words in note
+    assert str(file) in note
+    tuned("again")
+    assert file.read_text() == whole
+
+
+def test_a_verdict_that_cannot_be_written_is_taken_all_the_same(tuned, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SID_FAST_CACHE", str(tmp_path / "file"))
+    found = tuned("again")
+    assert found.candidate == FAST_ONE
+    (note,) = found.notes
+    assert "not kept" in note
+    assert str(tmp_path / "file") in note
+
+
+def test_the_budget_goes_by_the_length_of_the_run(tuned, monkeypatch):
+    gpu = {"device": "H100", "memory": 80 * 2**30, "tflops": 600.0, "capability": "9.0"}
+    monkeypatch.setattr(autotune, "inspect", lambda job: gpu)
+    seconds = autotune.run_seconds(JOB, 1.0, gpu)  # of a thousand images
+    for minutes, expected in ((30, None), (60, 2), (500, 5), (5000, 10)):
+        found = tuned("auto", kimg=60 * minutes / seconds, device="cuda:0")
+        if expected is None:
+            assert found.candidate is None
+            assert found.text == "not tuned: the run is estimated at 30 min"
+        else:
+            assert tuned.runs[-1] == pytest.approx(60 * expected)
+            verdicts.place(verdicts.key(dataclasses.replace(JOB, device="cuda:0"), gpu)).unlink()
+    tuned("again", kimg=60 * 5000 / seconds, minutes=0.5, device="cuda:0")
+    assert tuned.runs[-1] == 30
+
+
+def test_a_resumed_run_takes_the_verdict_of_its_state(tuned):
+    state = json.loads(json.dumps(tuned("again").to_json()))
+    for path in Path(os.environ["SID_FAST_CACHE"]).rglob("*.json"):
+        path.unlink()
+    found = tuned("auto", saved=state)
+    assert found.candidate == FAST_ONE
+    assert found.text.endswith(", of the state)")
+    first = state | {"candidate": state["rows"][0]["candidate"]}  # as several nodes had agreed
+    assert tuned("auto", saved=first).candidate == candidate()
+    elsewhere = state | {"machine": state["machine"] | {"device": "Tesla T4"}}
+    found = tuned("auto", saved=elsewhere)
+    assert found.candidate is None
+    assert "Tesla T4" in found.notes[0]
+    tuned("again")
+    assert tuned("auto", saved={"candidate": None}).candidate is None, "it was not tuned"
+
+
+def test_a_gpu_that_cannot_be_used_well_is_said_with_the_figure(monkeypatch):
+    gpu = {"free": 60 * 2**30, "memory": 80 * 2**30, "capability": "7.0", "precision": "fp32"}
+    busy, type_ = autotune.notes_on(gpu, "auto")
+    assert "20.0 of 80.0 GiB" in busy
+    assert "7.0" in type_
+    assert "--precision fp16" in type_
+    assert autotune.notes_on(gpu | {"free": 79 * 2**30}, "fp16") == []
+
+    def nothing_fits(self, method, *arguments, limit):
+        raise Failed("out of memory")
+
+    monkeypatch.setattr(autotune, "inspect", lambda job: gpu | {"device": "T4", "tflops": 1.0})
+    monkeypatch.setattr(tournament.Child, "call", nothing_fits)
+    monkeypatch.setattr(Tournament, "_operations", lambda self: [])
+    small = dataclasses.replace(JOB, device="cuda:0")
+    found = autotune.decide(small, "again", 1e6, 2, None, said := [].append)
+    assert said
+    assert found.candidate is None
+    assert "out of memory, 80.0 GiB" in found.text
+    assert [row.candidate.micro_batch for row in found.rows] == [4, 2, 1]
+
+
+def test_one_verdict_of_several_nodes_is_right_on_all():
+    def rows(*named):
+        return [
+            Row(name, candidate(**change), wrong, ms=None if wrong else 1.0, images=4, won=won)
+            for name, change, wrong, won in named
+        ]
+
+    eager = ("eager", {}, "", True)
+    norm = ("channels-last", {"channels_last": True}, "", True)
+    both = ("both", {"channels_last": True, "cuda_graph": True}, "", True)
+    broken = ("both", {"channels_last": True, "cuda_graph": True}, "ended by SIGSEGV", False)
+    slower = ("channels-last", {"channels_last": True}, "", False)
+    assert autotune.agreed([rows(eager, norm, both)] * 2).name == "both"
+    assert autotune.agreed([rows(eager, norm, both), rows(eager, norm, broken)]).name == (
+        "channels-last"
+    )
+    assert autotune.agreed([rows(eager, norm), rows(eager, slower)]).name == "channels-last"
+    assert autotune.agreed([rows(eager, norm), []]) is None
+
+
+def ranks(out):
+    """A rank that is a node of its own; on the second one, a candidate is planted wrong."""
+    from sid_fast.performance import process_group
+
+    rank = int(os.environ["RANK"])
+    os.environ["LOCAL_RANK"] = "0"
+    tournament.Candidate = Planted
+    tournament.Tournament._operations = lambda self: []
+    changes = [("honest", {"channels_last": True}), ("bad", {"threads": 1})]
+    run = Tournament.run
+
+    def with_planted(self):
+        rows = run(self, lambda *_: changes)
+        for row in rows:
+            row.won = not row.wrong  # whatever their times: what counts here is what is right
+        return rows
+
+    Tournament.run = with_planted
+    if rank == 1:
+        proof_of, wrong = trial.Trial.wrong, "planted"
+        tournament.Runner.wrong = lambda self: (
+            wrong if self.row.name == "bad" else self.child.call("wrong", limit=self.limit)
+        )
+        assert proof_of
+    with process_group.joined(CPU, "ddp", 10, "tuning"):
+        tuning = autotune.decide(JOB, "again", 1.0, 10)
+    with process_group.joined(CPU, "ddp", 10):
+        texts = process_group.gather_objects(tuning.to_json() | {"notes": tuning.notes})
+    if rank == 0:
+        Path(out).write_text(json.dumps(texts))
+
+
+def test_two_ranks_with_one_failing_candidate_end_on_one_verdict(tmp_path):
+    done = python(*TORCHRUN, 2, __file__, tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    one, other = json.loads((tmp_path / "out.json").read_text())
+    assert one["candidate"] == other["candidate"]
+    assert one["candidate"]["channels_last"]
+    assert one["candidate"]["threads"] is None
+    assert "bad is not right on every node" in one["notes"][0]
+
+
+# ---- the commands
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    return ["--teacher", tmp_path / "teacher.safetensors", "--batch-size", 4]
+
+
+def test_the_command_writes_its_table_and_train_takes_its_verdict(
+    teacher, tmp_path, monkeypatch, capsys, run_command
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Tournament, "_wins", wins)
+    arguments = [*teacher, "--kernels", "adam_ema=eager"]
+    status, error = run_command("tune", *arguments, "--json", "tune.json")
+    assert (status, error) == (0, "")
+    table = json.loads((tmp_path / "tune.json").read_text())
+    assert [row["name"] for row in table["rows"]] == ["eager", "channels-last"]
+    assert table["candidate"]["channels_last"]
+    assert "adam_ema" not in table["candidate"]["kernels"]
+    run = ["--out", "run", "--kimg", 0.008, "--state-every", 0.004]
+    assert run_command("train", *arguments, *run[2:], "--out", "kept", "--kimg", 0.004) == (0, "")
+    config = json.loads((tmp_path / "kept" / "config.json").read_text())
+    assert config["tuning"]["candidate"] == table["candidate"]
+    assert config["tuning"]["text"].endswith(", kept)")
+    assert run_command("train", *arguments, *run, "--tune", "again") == (0, "")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["tuning"]["text"].endswith(" times eager)")
+    state = sorted((tmp_path / "run").glob("state-*"))[0]
+    header = json.loads((state / "state.json").read_text())
+    assert header["tuning"] == config["tuning"]
+    for path in (tmp_path / "cache").rglob("*.json"):
+        path.unlink()
+    assert run_command("train", "--resume", "run", "--kimg", 0.012) == (0, "")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["tuning"]["text"].endswith(", of the state)")
+
+
+def wins(tournament, challenger, alone):
+    challenger.note()
+    return True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["--teacher"]),
+        (["--teacher", "none.pkl"], ["none.pkl"]),
+        (["--preset", "digits", "--tune-minutes", "0"], ["tune_minutes=0"]),
+        (["--preset", "digits", "--json", "none/there/x.json/"], ["x.json"]),
+        (["--preset", "digits", "--kernels", "magic"], ["magic", "eager"]),
+        (["--preset", "digits", "--device", "cuda:7"], ["cuda:7"]),
+        (["--preset", "digits", "--micro-batch", "7"], ["batch_size=128", "126"]),
+    ],
+)
+def test_tune_refuses(run_command, monkeypatch, tmp_path, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "none").touch()
+    status, error = run_command("tune", *arguments)
+    assert status == 2
+    assert error.strip().count("\n") == 0
+    for word in words:
+        assert word in error
+
+
+def test_help_explains_every_option():
+    text = CliRunner().invoke(tune.main, ["--help"]).output
+    for field in dataclasses.fields(tune.TuneConfig):
+        assert f"--{field.name.replace('_', '-')} " in text
+
+
+if __name__ == "__main__":
+    ranks(sys.argv[1])
