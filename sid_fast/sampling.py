@@ -1,7 +1,7 @@
 """Sampling: latents to images, by a one-step generator or the teacher's Heun sampler."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -62,23 +62,24 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
 
 
 def seed_inputs(
-    seeds: list[int], network: NetworkConfig, only: int | None
+    seeds: list[int], network: NetworkConfig, only: int | None, classes: Sequence[int] = ()
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw a latent and a class for each seed, independently of the other seeds.
 
-    only: use this class for all.
+    only: use this class for all. classes: class numbers to draw from; empty: all of the network.
 
     Returns:
         Latents [N, C, R, R] and class indices [N], 0 for an unconditional network.
     """
-    latents, classes = [], []
+    choices = classes if network.label_dim and classes else range(max(network.label_dim, 1))
+    latents, labels = [], []
     for seed in seeds:
         rng = torch.Generator().manual_seed(seed)
         shape = (network.channels, network.resolution, network.resolution)
         latents.append(torch.randn(shape, generator=rng))
-        drawn = torch.randint(max(network.label_dim, 1), (), generator=rng)
-        classes.append(drawn if only is None else torch.tensor(only))
-    return torch.stack(latents), torch.stack(classes)
+        drawn = torch.randint(len(choices), (), generator=rng)
+        labels.append(choices[drawn] if only is None else only)
+    return torch.stack(latents), torch.tensor(labels)
 
 
 def group_size(device: torch.device, resolution: int) -> int:

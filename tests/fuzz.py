@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import functools
 import gc
+import io
 import json
 import pickle
 import resource
@@ -18,16 +19,26 @@ import struct
 import sys
 import tempfile
 import time
+import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.database import DirectoryBasedExampleDatabase
+from PIL import Image
 
+from sid_fast.data.datasets import MAX_CLASSES, ImageDataset, write_dataset
+from sid_fast.data.images import encode_png
 from sid_fast.errors import LINE, UserError
+from sid_fast.evaluation.features import Pixels
+from sid_fast.evaluation.references import read_reference
+from sid_fast.evaluation.sample import FeatureStats
 from sid_fast.io.untrusted import brief, parse_json, sniff
 from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.models.registry import load_network, save_network
@@ -111,6 +122,106 @@ def _configs() -> list[bytes]:
     return [json.dumps(v).encode() for v in (TINY.to_dict(), published)]
 
 
+def _pixels(n: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(256, size=(n, 3, 4, 4), dtype=np.uint8)
+
+
+def _zips() -> list[bytes]:
+    """A data set as the tools write it, and one that is deflated and has a name twice."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.zip"
+        write_dataset(path, _pixels(2), [0, 1])
+        stored = path.read_bytes()
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the name
+            for name, image in zip(["1.png", "2.png", "1.png"], _pixels(3), strict=True):
+                archive.writestr(name, encode_png(image))
+        return [stored, path.read_bytes()]
+
+
+def _read_images(path: Path) -> tuple[ImageDataset, np.ndarray]:
+    data = ImageDataset(path)
+    return data, data.images()
+
+
+def _check_images(result: tuple[ImageDataset, np.ndarray]) -> None:
+    data, images = result
+    assert images.shape == (len(data), data.channels, data.resolution, data.resolution)
+    assert images.dtype == np.uint8
+    assert data.note.isprintable()
+    if data.labels is not None:
+        assert data.labels.shape == (len(data),)
+        assert 0 <= data.labels.min() <= data.labels.max() == data.label_dim - 1 < MAX_CLASSES
+
+
+def _pngs() -> list[bytes]:
+    palette = io.BytesIO()
+    Image.fromarray(_pixels(1)[0].transpose(1, 2, 0)).quantize(3).save(palette, "PNG")
+    return [encode_png(_pixels(1)[0]), encode_png(_pixels(1)[0, :1]), palette.getvalue()]
+
+
+def _read_png(path: Path) -> tuple[ImageDataset, np.ndarray]:
+    """Read a folder of the one PNG, whose checksums are made right so that more is read of it."""
+    data, at = bytearray(path.read_bytes()), 8
+    while at + 12 <= len(data):
+        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
+        if end + 4 > len(data):
+            break
+        data[end : end + 4] = zlib.crc32(data[at + 4 : end]).to_bytes(4, "big")
+        at = end + 4
+    path.write_bytes(data)
+    return _read_images(path.parent)
+
+
+def _read_labels(path: Path) -> tuple[ImageDataset, np.ndarray]:
+    for name in ("a.png", "b.png"):
+        (path.parent / name).write_bytes(encode_png(_pixels(1)[0]))
+    return _read_images(path.parent)
+
+
+def _references() -> list[bytes]:
+    arrays = {"mu": np.zeros(3), "sigma": np.eye(3, dtype=np.float32), "images": np.array(5)}
+    files = []
+    for save in (np.savez, np.savez_compressed):
+        save(buffer := io.BytesIO(), detector=np.array("pixels"), **arrays)
+        files.append(buffer.getvalue())
+    return files
+
+
+def _array() -> list[bytes]:
+    np.save(buffer := io.BytesIO(), np.eye(3))
+    return [buffer.getvalue()]
+
+
+def _read_array(path: Path) -> FeatureStats:
+    """Read a reference whose sigma is the array; in an .npz a checksum would hide what it says."""
+    np.savez(path.with_suffix(".npz"), mu=np.zeros(3))
+    with zipfile.ZipFile(path.with_suffix(".npz"), "a") as archive:
+        archive.writestr("sigma.npy", path.read_bytes())
+    return _read_reference(path.with_suffix(".npz"))
+
+
+def _read_reference(path: Path) -> FeatureStats:
+    return read_reference(str(path), Pixels())
+
+
+def _check_reference(stats: FeatureStats) -> None:
+    mean, covariance = stats.moments(0)
+    assert covariance.shape == (len(mean), len(mean))
+    assert covariance.isfinite().all()
+    assert mean.isfinite().all()
+    assert stats.count is None or stats.count > 1
+
+
+_CHUNKS = [b"IHDR", b"IDAT", b"IEND", b"PLTE", b"tRNS", b"acTL", b"iCCP", b"zTXt", b"iTXt", b"eXIf"]
+_SIDES = [
+    struct.pack(">I", n) for n in (0, 1, 5, 4096, 5000, 1 << 20, (1 << 31) - 1, (1 << 32) - 1)
+]
+_HEADERS = [
+    b"'<f8'", b"'|O'", b"'<U99999999'", b"[('a','<f8',(9999,9999))]", b"(3, 3)", b"(99999, 99999)",
+    b"(-1,)", b"()", b"True", b"((((((((", b"------", b"\x93NUMPY\x02\x00", b"nan", b"'<c16'",
+]  # fmt: skip
+
 _VALUES = [
     b"0", b"1", b"-1", b"2.5", b"1e999", b"NaN", b"null", b"true", b"[]", b"{}", b"[[1]]",
     b"9" * 19, b"9" * 30, b'""', b'"adm"', b"4096", b"[1,1,1,1,1,1,1,1,1,1,1,1]", b"64", b",",
@@ -131,6 +242,25 @@ TARGETS: dict[str, Target] = {
     "snapshot": Target(
         load_network, _snapshots, [*_SIZES, *_VALUES], _check_network, "net.safetensors"
     ),
+    "zip": Target(
+        _read_images,
+        _zips,
+        [b"PK\x01\x02", b"PK\x05\x06", *_SIZES, *_SIDES],
+        _check_images,
+        "a.zip",
+    ),
+    "png": Target(_read_png, _pngs, [*_CHUNKS, *_SIDES], _check_images, "a.png"),
+    "labels": Target(
+        _read_labels,
+        lambda: [b'{"labels": [["a.png", 1], ["b.png", 0.0]]}', b'{"labels": null}'],
+        _VALUES,
+        _check_images,
+        "dataset.json",
+    ),
+    "reference": Target(
+        _read_reference, _references, [b"mu.npy", *_HEADERS, *_SIZES], _check_reference, "a.npz"
+    ),
+    "array": Target(_read_array, _array, _HEADERS, _check_reference, "sigma.npy"),
     "config": Target(_read_config, _configs, _VALUES, _check_config, "config.json"),
     "json": Target(
         lambda path: parse_json(path.read_bytes(), 4, 1000),
