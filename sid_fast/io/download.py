@@ -85,13 +85,12 @@ def _split_digest(source: str) -> tuple[str, str | None]:
 
 def cache_folder() -> Path:
     """Return the download folder, creating it; UserError if that fails."""
-    chosen = os.environ.get("SID_FAST_CACHE")
+    folder = user_cache()
     try:
-        folder = Path(chosen).expanduser() if chosen else user_cache()
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError, ValueError) as error:  # no home folder, or a null byte
+    except (OSError, ValueError) as error:  # ValueError: a null byte
         raise UserError(
-            f"the cache folder {chosen or '~/.cache'} cannot be created "
+            f"the cache folder {folder} cannot be created "
             f"({getattr(error, 'strerror', None) or error}): "
             "set SID_FAST_CACHE to a folder you can write to"
         ) from error

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from sid_fast.errors import WriteFailed
 from sid_fast.models import NetworkConfig
 from sid_fast.models.registry import save_network
 from tests.helpers.networks import SMALL, small_teacher
@@ -119,3 +120,19 @@ def test_weights_that_are_not_finite_are_refused(run_command, tmp_path, real, co
     status, error = run_command(command, *arguments)
     assert status == 2
     assert f"{path}: model.map_layer0.weight has values that are NaN or infinite" in error
+
+
+def test_evaluate_goes_on_without_a_cache_that_cannot_be_written(
+    run_command, tmp_path, teacher, real, cache, monkeypatch
+):
+    def fail(path, *arguments, **options):
+        raise WriteFailed(f"{path} cannot be written (Permission denied): check the permissions")
+
+    monkeypatch.setattr("sid_fast.data.datasets.atomic_path", fail)
+    monkeypatch.setattr("sid_fast.evaluation.references.write_snapshot", fail)
+    arguments = ["--network", teacher, "--data", real, "--detector", "pixels", "--num", 20]
+    status, error = run_command("evaluate", *arguments)
+    assert status == 0
+    warnings = [line for line in error.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 2
+    assert all("SID_FAST_CACHE" in line and str(cache) in line for line in warnings)
