@@ -1,6 +1,31 @@
 """Exceptions and warnings with messages for the user."""
 
+import re
+
 import torch
+
+LINE = 500  # characters of a message
+
+
+def one_line(text: object) -> str:
+    """Make one line of text that a terminal can show, also where a file or a server made it.
+
+    Unprintable characters, such as those of escape sequences, become U+FFFD, and white space
+    becomes one space. The `user:password@` of a URL is left out. A line above LINE characters loses
+    its middle: the start names the file, the end says the way out.
+    """
+    text = re.sub(r"(?<=://)[^/?#\s]*@", "", str(text))
+    if len(text) > 8 * LINE:  # cut first, as it may have megabytes
+        text = text[: 4 * LINE] + " … " + text[-4 * LINE :]
+    return printable(" ".join(text.split()))
+
+
+def printable(line: str) -> str:
+    """Replace unprintable characters of a line and cut its middle, as one_line; keeps spaces."""
+    line = "".join(c if c.isprintable() else "\ufffd" for c in line)
+    if len(line) > LINE:
+        line = line[: LINE // 2] + " … " + line[3 - LINE // 2 :]
+    return line
 
 
 class UserError(Exception):
@@ -8,7 +33,13 @@ class UserError(Exception):
 
     Commands print it as one line and exit with status 2. Other exceptions, except RunFailed, are
     bugs and keep their traceback.
+
+    Args:
+        message: Made printable and cut by one_line, since it may quote a file.
     """
+
+    def __init__(self, message: object = ""):
+        super().__init__(one_line(message))
 
 
 class WriteFailed(UserError):
@@ -17,6 +48,9 @@ class WriteFailed(UserError):
 
 class RunFailed(Exception):
     """A run cannot continue; the message says why and names its last good state. Exit status 1."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(one_line(message))
 
 
 class OutOfMemory(torch.OutOfMemoryError):

@@ -7,6 +7,7 @@ python -m sid_fast.evaluate reference --data cifar10.zip --out cifar10.npz
 import dataclasses
 import json
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -23,13 +24,14 @@ from sid_fast.evaluation.sample import (
     METRICS,
     FeatureStats,
     StageTimer,
+    classes_to_draw,
     compare,
     compute_stats,
     generate_batches,
     shard_by_rank,
 )
 from sid_fast.io.atomic import atomic_path, open_target
-from sid_fast.models.registry import load_network
+from sid_fast.models.registry import load_network, require_denoiser, require_png_channels
 from sid_fast.performance import process_group
 from sid_fast.performance.cuda_graphs import resolve_cuda_graph
 
@@ -157,7 +159,7 @@ def run(config: EvaluateConfig, given: set[str]) -> None:
     with process_group.joined(device):
         detector, data, reader = prepare(config, device)
         if config.network:
-            sets = sets_from_network(config, device)
+            sets = sets_from_network(config, device, data)
         else:
             sets = set_from_files(config, device, reader)
         real = real_stats(config.ref, data, detector, timer, reader)
@@ -183,7 +185,9 @@ def prepare(
     return detector, data, choose(config.reader)
 
 
-def sets_from_network(config: EvaluateConfig, device: torch.device) -> list[SampleSet]:
+def sets_from_network(
+    config: EvaluateConfig, device: torch.device, data: ImageDataset | None
+) -> list[SampleSet]:
     """The sample sets of --network that the protocol asks for; images are generated lazily."""
     num = config.num or NUM
     seed_sets: list[Sequence[int]] = [
@@ -199,10 +203,21 @@ def sets_from_network(config: EvaluateConfig, device: torch.device) -> list[Samp
     assert config.network
     with process_group.main_process_first():  # may download
         net = load_network(config.network).to(device)
+    if config.steps > 1:
+        require_denoiser(net, config.network, f"a network that is sampled in {config.steps} steps")
+    require_png_channels(net, config.network, "only such images can be evaluated")
     sigma = config.init_sigma or net.config.init_sigma or Settings.init_sigma
     graph, _ = resolve_cuda_graph("auto", device)
+    classes = classes_to_draw(data, net)
+    if classes and process_group.rank() == 0:
+        print(
+            f"note: {config.data} has images of {len(classes):,} of the network's "
+            f"{net.config.label_dim:,} classes: only those are generated",
+            file=sys.stderr,
+        )
     return [
-        (seeds, generate_batches(net, seeds, sigma, config.steps, graph)) for seeds in seed_sets
+        (seeds, generate_batches(net, seeds, sigma, config.steps, graph, classes))
+        for seeds in seed_sets
     ]
 
 

@@ -19,7 +19,7 @@ from sid_fast.data.images import save_grid, save_png
 from sid_fast.errors import UserError
 from sid_fast.io.atomic import atomic_path, open_target
 from sid_fast.models import NetworkConfig
-from sid_fast.models.registry import load_network
+from sid_fast.models.registry import load_network, require_denoiser, require_png_channels
 from sid_fast.performance import process_group
 from sid_fast.sampling import generate_images, seed_inputs
 
@@ -72,6 +72,10 @@ def run(config: GenerateConfig, given: set[str]) -> None:
     seeds = cli.parse_seeds(config.seeds)
     device = process_group.pick_device(config.device)
     net = load_network(config.network).to(device)
+    if config.steps > 1:
+        require_denoiser(net, config.network, f"a network that is sampled in {config.steps} steps")
+    if config.grid or Path(config.out or "").suffix != ".npz":
+        require_png_channels(net, config.network, "give --out NAME.npz, without --grid")
     if config.class_ is not None and config.class_ >= net.config.label_dim:
         last = net.config.label_dim - 1
         known = f"choose from 0 to {last}" if last > 0 else "the network has no classes"

@@ -1,10 +1,11 @@
 """Sampling: latents to images, by a one-step generator or the teacher's Heun sampler."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
+from sid_fast.errors import UserError
 from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.noise import sampler_sigmas
 
@@ -61,23 +62,24 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
 
 
 def seed_inputs(
-    seeds: list[int], network: NetworkConfig, only: int | None
+    seeds: list[int], network: NetworkConfig, only: int | None, classes: Sequence[int] = ()
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw a latent and a class for each seed, independently of the other seeds.
 
-    only: use this class for all.
+    only: use this class for all. classes: class numbers to draw from; empty: all of the network.
 
     Returns:
         Latents [N, C, R, R] and class indices [N], 0 for an unconditional network.
     """
-    latents, classes = [], []
+    choices = classes if network.label_dim and classes else range(max(network.label_dim, 1))
+    latents, labels = [], []
     for seed in seeds:
         rng = torch.Generator().manual_seed(seed)
         shape = (network.channels, network.resolution, network.resolution)
         latents.append(torch.randn(shape, generator=rng))
-        drawn = torch.randint(max(network.label_dim, 1), (), generator=rng)
-        classes.append(drawn if only is None else torch.tensor(only))
-    return torch.stack(latents), torch.stack(classes)
+        drawn = torch.randint(len(choices), (), generator=rng)
+        labels.append(choices[drawn] if only is None else only)
+    return torch.stack(latents), torch.tensor(labels)
 
 
 def group_size(device: torch.device, resolution: int) -> int:
@@ -108,6 +110,9 @@ def generate_images(
 
     Returns:
         uint8 images [N, C, R, R], on the CPU.
+
+    Raises:
+        UserError: The network's output is not finite.
     """
     call = call or net
     device = next(net.parameters()).device
@@ -123,5 +128,10 @@ def generate_images(
             x = one_step(call, z, c, init_sigma)
         else:
             x = heun(call, z, c, steps)
+        if not x.isfinite().all():
+            raise UserError(
+                "the network's images have NaN or infinite pixels: its weights are finite but too "
+                "large; give another network, such as an earlier snapshot"
+            )
         images.append(to_uint8(x).cpu())
     return torch.cat(images)[: len(latents)]

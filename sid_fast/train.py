@@ -28,7 +28,7 @@ from sid_fast.distiller import Distiller
 from sid_fast.errors import UserError
 from sid_fast.methods.sid import SiD
 from sid_fast.models import EDMNetwork, NetworkConfig
-from sid_fast.models.registry import load_network, network_config
+from sid_fast.models.registry import load_teacher, network_config
 from sid_fast.performance import fsdp, mixed_precision, process_group
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
 from sid_fast.performance.cuda_graphs import resolve_cuda_graph
@@ -102,7 +102,7 @@ def run(config: TrainConfig, given: set[str]) -> None:
             config.micro_batch = None
         grad_accum_steps(part(config, Settings), process_group.world_size())
         with process_group.main_process_first():  # may download
-            teacher = load_network(config.teacher)
+            teacher = load_teacher(config.teacher)
         if data:
             check_data(data, teacher.config)
         network, backends = teacher.config, kernels.dispatch.runs(device)

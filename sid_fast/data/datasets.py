@@ -1,32 +1,51 @@
 """EDM data sets: a zip or folder of square PNGs, with class numbers in `dataset.json`."""
 
 import hashlib
-import io
+import itertools
 import json
 import mmap
 import os
+import re
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from operator import length_hint
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-from sid_fast.data.images import encode_png
+from sid_fast.data.images import MAX_RESOLUTION, decode_png, encode_png
 from sid_fast.errors import UserError
+from sid_fast.io.archives import MAX_BYTES, open_zip, read_member, require_member
 from sid_fast.io.atomic import atomic_path
-from sid_fast.io.download import cache_folder, file_sha256
+from sid_fast.io.download import cache_folder, file_sha256, write_cache
+from sid_fast.io.untrusted import (
+    Refused,
+    brief,
+    describe,
+    parse_json,
+    read_limited,
+    require_file,
+    sniff,
+)
 
+MAX_CLASSES = 100_000  # that a network can have
 _LABELS = "dataset.json"
-_OTHER_FORMATS = {".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_LABEL_ALIASES = {"dataset.json", "labels.json"}  # in any case, at the top
+_OTHER_FORMATS = {
+    ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".apng", ".avif", ".heic",
+    ".jp2", ".jxl", ".ppm", ".pgm", ".tga", ".npy",
+}  # fmt: skip
 _BAR_MIN_IMAGES = 1000  # show a progress bar for more images
 _GREY, _RGB, _PALETTE = 0, 2, 3  # PNG colour types
+_MAX_PNG_BYTES = 2**27  # noise of MAX_RESOLUTION takes 50 MB
+_MAX_LABEL_BYTES = 2**28  # the labels of ImageNet take 60 MB
+_MAX_LABEL_VALUES = 10_000_000  # commas and brackets: three an image
 
 
 class ImageDataset:
@@ -36,35 +55,69 @@ class ImageDataset:
     reads only the file names, the labels and the first image; every other image is checked when it
     is read. Every method raises UserError, naming the file, for missing or damaged data.
 
+    Hidden files, and what is in hidden folders, are not read.
+
     Attributes:
         path: of the zip or folder.
         resolution: height and width in pixels.
         channels: 1 or 3.
         labels: class numbers, int64 [N], or None.
         label_dim: number of classes, 0 without labels.
+        note: what of the data set is left out, for people; "" if nothing is.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._zip = None if self.path.is_dir() else self._open_zip()
+        self._zip = None if self.path.is_dir() else open_zip(self.path, "a data set zip or folder")
         self._map: mmap.mmap | None = None
-        if self._zip is not None:
-            names = self._zip.namelist()
-        else:
-            names = [file.relative_to(path).as_posix() for file in self.path.rglob("*")]
+        self._linked_folders = 0
+        listed = self._list()
+        names = {name for name in listed if not _is_hidden(name)}
         self._names = sorted(name for name in names if name.lower().endswith(".png"))
+        others = Counter(_suffix(name) for name in names if _suffix(name) in _OTHER_FORMATS)
+        hidden = sum(_suffix(n) in {".png", *_OTHER_FORMATS} for n in set(listed) - names)
         if not self._names:
-            suffixes = {PurePosixPath(name).suffix.lower() for name in names}
             advice = "give a data set zip or folder"
-            if other := sorted(suffixes & _OTHER_FORMATS):
+            if others:
                 advice = (
-                    f"convert its {other[0]} files, for example with magick mogrify -format png "
-                    f"*{other[0]}"
+                    f"convert its {min(others)} files, for example with {_convert(min(others))}"
+                )
+            elif hidden:
+                advice = (
+                    f"rename its {hidden:,} hidden images, whose names or folders begin with a dot"
                 )
             raise UserError(f"{self.path} holds no PNG images: {advice}")
         self.channels, self.resolution = self._header(self._names[0], self._member(self._names[0]))
-        self.labels = self._read_labels() if _LABELS in names else None
+        self._refuse_misplaced_labels(names)
+        omitted = [
+            f"{count:,} {suffix} file{'s' * (count > 1)} (convert them, for example with "
+            f"{_convert(suffix)})"
+            for suffix, count in sorted(others.items())
+        ]
+        omitted += [f"{hidden:,} hidden image{'s' * (hidden > 1)}"] * bool(hidden)
+        if self._linked_folders:
+            links = self._linked_folders
+            omitted.append("1 link to a folder" if links == 1 else f"{links:,} links to folders")
+        notes = [f"not read: {', '.join(omitted)}"] * bool(omitted)
+        if self._zip and (twice := len(listed) - len(set(listed))):
+            repeated = min(name for name, count in Counter(listed).items() if count > 1)
+            notes.append(
+                f"{twice:,} name{'s' * (twice > 1)} twice in the zip, such as {repeated}: the last "
+                "is read"
+            )
+        self.labels = None
+        if _LABELS in names:
+            self.labels, unused = self._read_labels()
+            if unused:
+                notes.append(f"{unused:,} label{'s' * (unused > 1)} of files that are not read")
         self.label_dim = 0 if self.labels is None else int(self.labels.max()) + 1
+        notes += self._absent_classes()
+        self.note = "; ".join(notes)
+
+    @property
+    def classes(self) -> list[int]:
+        """The classes that have images, ascending; empty without labels."""
+        return [] if self.labels is None else np.unique(self.labels).tolist()
 
     @property
     def files(self) -> list[Path]:
@@ -76,13 +129,12 @@ class ImageDataset:
 
     def __getitem__(self, index: int) -> np.ndarray:
         try:
-            image = Image.open(io.BytesIO(self.encoded(index)), formats=["PNG"])
-            image.load()
+            image = decode_png(self.encoded(index), self.resolution)
+            pixels = np.array(image.convert("L" if self.channels == 1 else "RGB"))
         except UserError:
             raise
         except Exception as error:  # damaged bytes can fail in any way
             raise self.damaged(index, str(error)) from error
-        pixels = np.array(image.convert("L" if self.channels == 1 else "RGB"))
         return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
 
     def encoded(self, index: int) -> np.ndarray:
@@ -114,30 +166,46 @@ class ImageDataset:
             images[i] = self[i]
         return images
 
-    def _open_zip(self) -> zipfile.ZipFile:
-        try:
-            return zipfile.ZipFile(self.path)
-        except OSError as error:
-            raise UserError(
-                f"{self.path} cannot be read ({error.strerror}): give a data set zip or folder"
-            ) from error
-        except Exception as error:  # damaged bytes can fail in any way
-            raise UserError(f"{self.path} is damaged or not a zip file: copy it again") from error
+    def _list(self) -> list[str]:
+        """Names of all files, relative to the folder or in the zip, where one may be repeated."""
+        if self._zip:
+            return [info.filename for info in self._zip.infolist() if not info.is_dir()]
 
-    def _error(self, name: str, what: str) -> UserError:
+        def refuse(error: OSError) -> None:
+            raise UserError(
+                f"{error.filename} cannot be read ({error.strerror}): check its permissions"
+            ) from error
+
+        names = []
+        for folder, inner, files in os.walk(self.path, onerror=refuse):
+            at = Path(folder).relative_to(self.path)
+            prefix = "" if at == Path() else f"{at.as_posix()}/"
+            names += [prefix + file for file in files]
+            self._linked_folders += sum(os.path.islink(os.path.join(folder, n)) for n in inner)
+        return names
+
+    def _error(self, name: str, what: object) -> UserError:
         return UserError(f"{self.path}: {name} {what}")
 
-    def _read(self, name: str) -> bytes:
+    def _read(self, name: str, max_bytes: int) -> bytes:
+        if not self._zip:
+            return read_limited(self.path / name, max_bytes)
         try:
-            return self._zip.read(name) if self._zip else (self.path / name).read_bytes()
+            return read_member(self._zip, self._zip.getinfo(name), max_bytes)
+        except Refused as error:
+            raise self._error(name, error) from error
         except Exception as error:  # damaged bytes can fail in any way
             raise self._error(name, f"cannot be read ({error}): copy the data set again") from error
 
     def _member(self, name: str) -> np.ndarray:
-        """Bytes of a file; for an uncompressed zip a view of the memory-mapped archive."""
+        """Bytes of an image; for an uncompressed zip a view of the memory-mapped archive."""
         info = self._zip.getinfo(name) if self._zip else None
         if info is None or info.compress_type != zipfile.ZIP_STORED:
-            return np.frombuffer(self._read(name), np.uint8)
+            return np.frombuffer(self._read(name, _MAX_PNG_BYTES), np.uint8)
+        try:
+            require_member(info, _MAX_PNG_BYTES)
+        except Refused as error:
+            raise self._error(name, error) from error
         if self._map is None:
             with open(self.path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -151,44 +219,108 @@ class ImageDataset:
     def _header(self, name: str, data: np.ndarray) -> tuple[int, int]:
         """Check a PNG header; return channels and resolution. Decoders would hide the bit depth."""
         png = data.tobytes()
-        if len(png) < 33 or png[:8] != b"\x89PNG\r\n\x1a\n":
+        if (kind := sniff(png)) != "png" and kind != "unknown":
+            raise self._error(name, f"is damaged or not a PNG ({describe(kind)}): replace it")
+        if len(png) < 33 or kind == "unknown":
             raise self._error(name, "is damaged or not a PNG: replace it")
         width, height, depth, colour = struct.unpack(">IIBB", png[16:26])
         if width != height:
             raise self._error(name, f"is {width}x{height} pixels: crop it to a square")
+        if not 0 < width <= MAX_RESOLUTION:
+            raise self._error(
+                name, f"is {width}x{height} pixels: scale it to {MAX_RESOLUTION} at most"
+            )
         if colour not in (_GREY, _RGB, _PALETTE) or (depth != 8 and colour != _PALETTE):
             raise self._error(name, "has alpha or is not 8-bit: save it as 8-bit RGB or grey")
         if b"tRNS" in png[: png.find(b"IDAT")]:
             raise self._error(name, "has transparency: save it as RGB or grey")
         return 1 if colour == _GREY else 3, width
 
-    def _read_labels(self) -> np.ndarray | None:
+    def _refuse_misplaced_labels(self, names: set[str]) -> None:
+        """Refuse labels in a file that would not be read, as training would ignore them."""
+        if _LABELS in names:
+            return
+        for name in sorted(names):
+            folder, _, file = name.rpartition("/")
+            if not folder and file.lower() in _LABEL_ALIASES:
+                raise self._error(
+                    name,
+                    f"may hold labels, which only {_LABELS} gives: rename it to that, or remove it "
+                    "to go on without labels",
+                )
+            if folder and file.lower() == _LABELS:
+                way = f"zip what is in {folder} without the folder itself"
+                if not self._zip:
+                    way = f"give {self.path / folder} as the data set"
+                raise self._error(
+                    name,
+                    f"is not at the top, where labels are read: {way}, or remove it to go on "
+                    "without labels",
+                )
+
+    def _read_labels(self) -> tuple[np.ndarray | None, int]:
+        """Return the labels of the images, and how many labels are of other files."""
+        form = 'must be of the form {"labels": [[name, class], ...] or null}'
         try:
-            pairs = json.loads(self._read(_LABELS))["labels"]
-            if pairs is None:
-                return None
-            # Not dict(pairs), which would also accept a JSON object.
-            by_name = {name: label for name, label in pairs}  # noqa: C416
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise self._error(
-                _LABELS, 'is not JSON of the form {"labels": [[name, class], ...] or null}'
-            ) from error
-        if missing := set(self._names) - by_name.keys():
-            raise self._error(_LABELS, f"has no label for {min(missing)}: every image needs one")
-        if extra := by_name.keys() - set(self._names):
-            raise self._error(
-                _LABELS, f"labels {min(extra, key=str)}, which does not exist: remove it"
-            )
+            content = parse_json(self._read(_LABELS, _MAX_LABEL_BYTES), 4, _MAX_LABEL_VALUES)
+        except Refused as error:
+            raise self._error(_LABELS, f"cannot be used ({error}): it {form}") from error
+        if not isinstance(content, dict) or "labels" not in content:
+            raise self._error(_LABELS, form)
+        pairs = content["labels"]
+        if pairs is None:
+            return None, 0
+        if not isinstance(pairs, list):
+            raise self._error(_LABELS, form)
+        by_name: dict[str, Any] = {}
+        for pair in pairs:
+            if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
+                raise self._error(_LABELS, form)
+            by_name[pair[0]] = pair[1]
         if len(pairs) != len(by_name):
             raise self._error(_LABELS, "labels an image twice: every image needs one label")
-        for name, label in by_name.items():
-            if type(label) is not int or not 0 <= label < 2**31:
+        labels = np.empty(len(self), np.int64)
+        for i, name in enumerate(self._names):
+            if name not in by_name:
+                raise self._error(_LABELS, f"has no label for {name}: every image needs one")
+            label = by_name[name]
+            whole = type(label) is int or (type(label) is float and label.is_integer())
+            if not whole or not 0 <= label < MAX_CLASSES:
                 raise self._error(
                     _LABELS,
-                    f"gives {name} the label {label!r:.40}: only class numbers (0, 1, …) are "
-                    "supported, not vectors",
+                    f"gives {name} the label {brief(label)}: only class numbers (0, 1, …, below "
+                    f"{MAX_CLASSES:,}) are supported, not vectors",
                 )
-        return np.array([by_name[name] for name in self._names], np.int64)
+            labels[i] = label
+        return labels, len(by_name) - len(self)
+
+    def _absent_classes(self) -> list[str]:
+        """A note about class numbers below the largest that no image has."""
+        present = [-1, *self.classes]
+        gaps = [(a + 1, b - 1) for a, b in itertools.pairwise(present) if b > a + 1]
+        if not gaps:
+            return []
+        shown = ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in gaps[:3])
+        return [
+            f"no images of class {shown}{', …' * (len(gaps) > 3)}: number the classes from 0 "
+            "without gaps, or give this data set as --data wherever classes are drawn"
+        ]
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a file or a folder above it is hidden, or is what macOS adds to a zip."""
+    return any(
+        part == "__MACOSX" or (part.startswith(".") and part not in (".", ".."))
+        for part in name.split("/")
+    )
+
+
+def _convert(suffix: str) -> str:
+    return f"magick mogrify -format png *{suffix}"
 
 
 def content_digest(data: ImageDataset) -> str:
@@ -199,17 +331,24 @@ def content_digest(data: ImageDataset) -> str:
     """
     identity = hashlib.sha256()
     for path in data.files:
+        require_file(path, MAX_BYTES)
         s = path.stat()
         times = s.st_mtime_ns, s.st_ctime_ns  # ctime cannot be set back
         identity.update(repr((os.path.abspath(path), s.st_size, s.st_ino, *times)).encode())
     record = cache_folder() / f"content-{identity.hexdigest()[:32]}.txt"
     if record.exists():
-        return record.read_text()
+        cached = read_limited(record, 1000)
+        if re.fullmatch(rb"[0-9a-f]{64}", cached):
+            return cached.decode()
     content = hashlib.sha256()
     for path in data.files:
         content.update(bytes.fromhex(file_sha256(path)))
-    with atomic_path(record) as temporary:
-        temporary.write_text(content.hexdigest())
+
+    def write() -> None:
+        with atomic_path(record) as temporary:
+            temporary.write_text(content.hexdigest())
+
+    write_cache(write)
     return content.hexdigest()
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from sid_fast.io.atomic import atomic_path
 
+MAX_RESOLUTION = 4096  # pixels per side of an image that is read
 _GRID_WIDTH = 500  # pixels, at least
 
 
@@ -25,6 +26,20 @@ def encode_png(image: np.ndarray | torch.Tensor) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def decode_png(data: bytes | np.ndarray, resolution: int) -> Image.Image:
+    """Decode a PNG whose header has been read; raises any exception for damaged bytes.
+
+    Raises:
+        ValueError: it is not of resolution x resolution pixels; nothing is unpacked then. A file
+            may have several headers, and PIL obeys the last.
+    """
+    image = Image.open(io.BytesIO(data), formats=["PNG"])
+    if image.size != (resolution, resolution):
+        raise ValueError(f"a second header says {image.width}x{image.height} pixels")
+    image.load()
+    return image
 
 
 def save_png(path: str | os.PathLike[str], image: torch.Tensor) -> None:

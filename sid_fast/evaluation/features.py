@@ -13,6 +13,7 @@ import torch
 
 from sid_fast.errors import UserError
 from sid_fast.io.download import fetch
+from sid_fast.io.untrusted import describe, read_limited, sniff
 
 INCEPTION = (
     "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
@@ -20,6 +21,9 @@ INCEPTION = (
 )
 # NVIDIA publishes no digest; a dozen unrelated public projects record this one.
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+
+
+MAX_BYTES = 2**33  # of a TorchScript file; the Inception network has 96 MB
 
 
 class Pixels:
@@ -67,20 +71,47 @@ class Detector:
         with exact_float32():
             for chunk in images.split(self.batch):
                 rows = torch.arange(self.batch, device=images.device) % len(chunk)
-                features = self.module(chunk[rows].contiguous(), **self.options)
+                features = self._run(chunk[rows].contiguous())
                 chunks.append(features[: len(chunk)].flatten(1).float())
         return torch.cat(chunks)
+
+    def _run(self, images: torch.Tensor) -> torch.Tensor:
+        """Call the module; UserError unless it gives a row of numbers for each image."""
+        given = f"uint8 images {list(images.shape)}"
+        try:
+            features = self.module(images, **self.options)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the module is another's program
+            reason = str(error).strip().rpartition("\n")[2][:200]
+            raise UserError(
+                f"detector {self.name} fails on {given} ({reason}): give another --detector"
+            ) from error
+        if not isinstance(features, torch.Tensor):
+            what = f"a {type(features).__name__}"
+        elif features.layout != torch.strided or features.is_complex() or features.is_quantized:
+            what = f"a tensor of {features.dtype} in the layout {features.layout}"
+        elif features.dim() < 2 or len(features) != len(images) or not features.numel():
+            what = f"a tensor of shape {list(features.shape)}"
+        else:
+            return features
+        raise UserError(
+            f"detector {self.name} gives {what} for {given}, not features [{len(images)}, D]: give "
+            "another --detector"
+        )
 
     @torch.no_grad()
     def probabilities(self, features: torch.Tensor) -> torch.Tensor | None:
         """Float64 class probabilities [N, C] of features [N, D]; None without an `output` layer.
 
-        The output bias is left out, as in the upstream Inception score.
+        The layer must have D inputs. Its bias is left out, as in the upstream Inception score.
         """
-        output = getattr(self.module, "output", None)
-        if output is None:
+        weight = getattr(getattr(self.module, "output", None), "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
             return None
-        return (features.double() @ output.weight.double().T).softmax(1)
+        if weight.shape[1] != features.shape[1]:
+            return None
+        return (features.double() @ weight.double().T).softmax(1)
 
 
 @contextlib.contextmanager
@@ -125,10 +156,7 @@ def load_detector(
     except UserError as error:
         hint = " as --detector; --detector pixels needs no file" if inception else ""
         raise UserError(f"{error}{hint}") from error
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check the path") from None
+    content = read_limited(path, MAX_BYTES)
     digest = hashlib.sha256(content).hexdigest()
     known = digest == INCEPTION_SHA256
     if not known and not trust:
@@ -141,15 +169,20 @@ def load_detector(
     try:
         with warnings.catch_warnings():  # torch.jit is deprecated, but NVIDIA's file is TorchScript
             warnings.simplefilter("ignore", DeprecationWarning)
-            module = torch.jit.load(io.BytesIO(content), map_location=device)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
+            module = torch.jit.load(io.BytesIO(content), map_location=device).eval()
+        batch = batch or (512 if device.type == "cuda" else 64)
+        return Detector(module, "inception" if known else Path(path).stem, digest, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # damaged bytes can fail in any way
+        reason = str(error).strip().partition("\n")[0][:200]
+        kind = sniff(content)
+        what = "damaged or not TorchScript"
+        if kind not in ("torch", "zip", "unknown"):
+            what = f"{describe(kind)} and not TorchScript"
         raise UserError(
-            f"{source} is damaged or not TorchScript ({reason}): copy or download it again"
+            f"{source} is {what} ({reason}): give a file of torch.jit.save, or download it again"
         ) from None
-    batch = batch or (512 if device.type == "cuda" else 64)
-    name = "inception" if known else Path(path).stem
-    return Detector(module.eval(), name, digest, batch)
 
 
 def label(metric: str, detector: Detector | Pixels) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,20 @@ from sid_fast.data.readers import read
 from sid_fast.errors import UserError
 from sid_fast.evaluation.features import Detector, Pixels
 from sid_fast.evaluation.sample import (
+    MAX_DIM,
     MAX_FEATURES,
     FeatureStats,
     StageTimer,
     compute_stats,
     shard_by_rank,
 )
+from sid_fast.io.archives import read_arrays
 from sid_fast.io.atomic import atomic_path
-from sid_fast.io.download import cache_folder, fetch
+from sid_fast.io.download import cache_folder, fetch, write_cache
 from sid_fast.io.safetensors import read_snapshot, write_snapshot
 from sid_fast.performance import process_group
+
+_TOLERANCE = 1e-4  # of the largest entry or eigenvalue: some files were kept in half precision
 
 
 def write_reference(path: str | Path, stats: FeatureStats, detector: Detector | Pixels) -> None:
@@ -43,33 +48,62 @@ def read_reference(source: str, detector: Detector | Pixels) -> FeatureStats:
     """Read statistics from an .npz file or URL with `mu` [D] and `sigma` [D, D]; executes nothing.
 
     Raises:
-        UserError: the file is missing or damaged, holds NaN, or another detector made it.
+        UserError: the file is missing or damaged, holds NaN, sigma is no covariance, or another
+            detector made it.
     """
     path = fetch(source)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            values = dict(file)
-        mean, covariance = (torch.from_numpy(values[k].astype(np.float64)) for k in ("mu", "sigma"))
-        made_by = str(values.get("detector", detector.key))
-        count = int(values["images"]) if "images" in values else None
-    except Exception as error:  # damaged bytes can fail in any way
+    what = (
+        "a reference, an .npz with mu [D] and sigma [D, D], as python -m sid_fast.evaluate "
+        "reference writes it"
+    )
+    limits = {"mu": MAX_DIM, "sigma": MAX_DIM**2, "images": 1, "detector": 1}
+    values = read_arrays(path, what, limits)
+    if missing := {"mu", "sigma"} - values.keys():
+        raise UserError(f"{path} has no {min(missing)}: give {what}")
+    mu, sigma = values["mu"], values["sigma"]
+    if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
         raise UserError(
-            f"{path} is not a reference, an .npz with mu [D] and sigma [D, D] ({error}): make one "
-            "with python -m sid_fast.evaluate reference"
-        ) from None
-    if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)):
-        shapes = f"{tuple(mean.shape)} and {tuple(covariance.shape)}"
-        raise UserError(
-            f"{path} has mu and sigma of shapes {shapes}, not [D] and [D, D]: give another file"
+            f"{path} has mu and sigma of shapes {mu.shape} and {sigma.shape}, not [D] and [D, D]: "
+            "give another file"
         )
+    if mu.dtype.kind not in "iuf" or sigma.dtype.kind not in "iuf":
+        raise UserError(f"{path} has mu or sigma that are not numbers: make it again")
+    mean, covariance = (torch.from_numpy(v.astype(np.float64)) for v in (mu, sigma))
     if not (mean.isfinite().all() and covariance.isfinite().all()):
         raise UserError(f"{path} has NaN or infinite statistics: make it again")
+    _check_covariance(path, covariance)
+    made_by = str(values["detector"].flat[0]) if "detector" in values else detector.key
     if made_by != detector.key:
         raise UserError(
-            f"{path} was made with another detector ({made_by}) than {detector.name} "
+            f"{path} was made with another detector ({made_by:.64}) than {detector.name} "
             f"({detector.key}): give that one as --detector, or another reference"
         )
+    count = None
+    if "images" in values:
+        images = values["images"]
+        if images.size != 1 or images.dtype.kind not in "iu" or images.flat[0] < 2:
+            raise UserError(
+                f"{path} says that it is of {images.tolist()} images, which must be an integer of "
+                "at least 2: make it again"
+            )
+        count = int(images.flat[0])
     return FeatureStats(mean, covariance, count)
+
+
+def _check_covariance(path: Path, sigma: torch.Tensor) -> None:
+    """Refuse what is no covariance; its distance from anything would be a number all the same."""
+    asymmetry = float((sigma - sigma.T).abs().max())
+    if asymmetry > _TOLERANCE * float(sigma.abs().max()):
+        raise UserError(f"{path} has a sigma that is not symmetric: make it again")
+    try:
+        values = torch.linalg.eigvalsh(sigma)
+    except torch.linalg.LinAlgError as error:
+        raise UserError(f"{path} has a sigma without eigenvalues: make it again") from error
+    if values[0] < -_TOLERANCE * values[-1].abs():
+        raise UserError(
+            f"{path} has a sigma with the negative eigenvalue {float(values[0]):.3g}, so it is no "
+            "covariance: make it again"
+        )
 
 
 def measure(
@@ -91,15 +125,28 @@ def reference_of(
         content = content_digest(data)
     key = hashlib.sha256(f"{content} {detector.key} {MAX_FEATURES}".encode()).hexdigest()
     cached = cache_folder() / f"reference-{key[:32]}.safetensors"
-    if process_group.all_reduce_any(not cached.exists()):
+    stats = _read_cached(cached)
+    if process_group.all_reduce_any(stats is None):
         stats = measure(data, detector, timer, reader)
         if process_group.rank() == 0:
             assert stats.features is not None
             values = {"mean": stats.mean, "covariance": stats.covariance}
-            write_snapshot(cached, values | {"features": stats.features}, {"count": stats.count})
-        return stats
-    values, header = read_snapshot(cached)
-    return FeatureStats(**values, count=header["count"])
+            values |= {"features": stats.features}
+            write_cache(partial(write_snapshot, cached, values, {"count": stats.count}))
+    assert stats is not None
+    return stats
+
+
+def _read_cached(path: Path) -> FeatureStats | None:
+    """Read statistics that reference_of wrote; None if they are missing or damaged."""
+    if not path.exists():
+        return None
+    try:
+        values, header = read_snapshot(path)
+        stats = FeatureStats(**values, count=header["count"])
+    except (UserError, TypeError, KeyError):
+        return None
+    return stats if stats.mean.isfinite().all() and stats.covariance.isfinite().all() else None
 
 
 def real_stats(

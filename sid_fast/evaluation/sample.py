@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from tqdm import tqdm
 
+from sid_fast.data.datasets import ImageDataset
 from sid_fast.errors import UserError
 from sid_fast.evaluation.features import Detector, Pixels
 from sid_fast.evaluation.frechet import Moments, frechet_distance
@@ -18,6 +20,7 @@ from sid_fast.performance import process_group
 from sid_fast.performance.cuda_graphs import GraphedFunction
 from sid_fast.sampling import generate_images, seed_inputs
 
+MAX_DIM = 16_384  # features of an image; their covariance takes 2 GB
 MAX_FEATURES = 50_000  # images whose features are stored: 0.4 GB with the Inception network
 GENERATION_BATCH = 512  # images
 METRICS = ("fid", "is", "kid", "pr")
@@ -67,12 +70,19 @@ def shard_by_rank(items: Sequence) -> Sequence:
     return items[process_group.rank() :: process_group.world_size()]
 
 
+def classes_to_draw(data: ImageDataset | None, net: EDMNetwork) -> list[int]:
+    """The classes that real images have, if the network knows others too; empty: draw all."""
+    classes = [c for c in data.classes if c < net.config.label_dim] if data else []
+    return [] if len(classes) == net.config.label_dim else classes
+
+
 def generate_batches(
     net: EDMNetwork,
     seeds: Sequence[int],
     init_sigma: float | None,
     steps: int = 1,
     cuda_graph: bool = False,
+    classes: Sequence[int] = (),
 ) -> Iterator[torch.Tensor]:
     """Generate one image per seed, this rank's seeds only, in batches, uint8 [N, C, R, R].
 
@@ -82,6 +92,7 @@ def generate_batches(
         init_sigma: noise level of one-step generation.
         steps: 1, or the number of sampler steps of a teacher.
         cuda_graph: replay the network's forward pass from a CUDA graph.
+        classes: class numbers to draw from, such as those that real images have; empty: all.
     """
     mine = list(shard_by_rank(seeds))
     # Captured once per pass, which costs two extra calls. A graph that outlived the pass would hold
@@ -89,8 +100,8 @@ def generate_batches(
     # a new copy for each pass.
     call = GraphedFunction(net) if cuda_graph else net
     for i in range(0, len(mine), GENERATION_BATCH):
-        latents, classes = seed_inputs(mine[i : i + GENERATION_BATCH], net.config, None)
-        yield generate_images(net, latents, classes, init_sigma, steps, call)
+        latents, labels = seed_inputs(mine[i : i + GENERATION_BATCH], net.config, None, classes)
+        yield generate_images(net, latents, labels, init_sigma, steps, call)
 
 
 def compute_stats(
@@ -110,7 +121,8 @@ def compute_stats(
         title: text of the progress bar.
 
     Raises:
-        UserError: there are fewer than 2 images, or fewer than ranks.
+        UserError: there are fewer than 2 images, or fewer than ranks; the features are too many or
+            not finite. Every rank raises if one does.
     """
     if total < max(process_group.world_size(), 2):
         raise UserError(
@@ -120,22 +132,38 @@ def compute_stats(
     max_features = len(shard_by_rank(range(min(total, MAX_FEATURES))))
     sums, stored = Moments(), []
     hide = True if process_group.rank() else None
-    with tqdm(total=mine, desc=title, unit="img", disable=hide, leave=False) as bar:
-        images = iter(batches)
-        while True:
-            with timer("images"):
-                batch = next(images, None)
-            if batch is None:
-                break
-            with timer("detector"):
-                features = detector(batch.to(timer.device, non_blocking=True))
-            with timer("moments"):
-                stored.append(features[: max(max_features - sums.count, 0)].float().cpu())
-                sums.add(features)
-            bar.update(len(batch))
+    failure: Exception | None = None
+    try:
+        with tqdm(total=mine, desc=title, unit="img", disable=hide, leave=False) as bar:
+            images = iter(batches)
+            while True:
+                with timer("images"):
+                    batch = next(images, None)
+                if batch is None:
+                    break
+                with timer("detector"):
+                    features = detector(batch.to(timer.device, non_blocking=True))
+                    if features.shape[1] > MAX_DIM:
+                        raise UserError(
+                            f"{detector.name} gives {features.shape[1]:,} features of an image, "
+                            f"more than {MAX_DIM:,}: give another --detector"
+                        )
+                with timer("moments"):
+                    stored.append(features[: max(max_features - sums.count, 0)].float().cpu())
+                    sums.add(features)
+                bar.update(len(batch))
+    except Exception as error:  # the other ranks would wait forever
+        failure = error
+    if process_group.all_reduce_any(failure is not None):
+        raise failure or UserError(f"{title}: another process failed, which says why")
     with timer("moments"):
         sums.reduce()
         features = process_group.gather(torch.cat(stored), min(total, MAX_FEATURES))
+    if not (sums.total.isfinite().all() and sums.products.isfinite().all()):
+        raise UserError(
+            f"{title}: {detector.name} gives features that are NaN, infinite or too large: give "
+            "another --detector"
+        )
     assert sums.count == total, f"{sums.count} images were processed, not {total}"
     return FeatureStats(*sums.moments(), total, features)
 
@@ -163,6 +191,9 @@ def compare(
     Returns:
         Values by metric name: frechet_distance, inception_score and inception_score_std,
         kernel_distance, precision and recall.
+
+    Raises:
+        UserError: the numbers of features differ, or a metric is not finite.
     """
     values: dict[str, float] = {}
     assert generated.features is not None
@@ -176,7 +207,13 @@ def compare(
             )
         with timer("Fréchet distance"):
             moments = [m.to(timer.device) for s in (generated, real) for m in s.moments(correction)]
-            values["frechet_distance"] = frechet_distance(*moments)
+            try:
+                values["frechet_distance"] = frechet_distance(*moments)
+            except torch.linalg.LinAlgError as error:
+                raise UserError(
+                    f"the Fréchet distance cannot be computed ({error}): the {detector.name} "
+                    "features are out of range; give another --detector"
+                ) from error
     if "is" in metrics:
         with timer("class score"):
             probabilities = detector.probabilities(generated_features)
@@ -191,4 +228,9 @@ def compare(
             with timer("precision and recall"):
                 precision, recall = precision_recall(real_features, generated_features)
                 values |= {"precision": precision, "recall": recall}
+    if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+        raise UserError(
+            f"{bad[0].replace('_', ' ')} is {values[bad[0]]}: the {detector.name} features are out "
+            "of range; give another --detector, or leave the metric out"
+        )
     return values

@@ -5,15 +5,19 @@ import http.client
 import os
 import re
 import sys
+import tempfile
 import urllib.error
 import urllib.request
+import warnings
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from sid_fast.errors import UserError
+from sid_fast.errors import Fallback, UserError, WriteFailed
 from sid_fast.io.atomic import atomic_path
 from sid_fast.io.cache import user_cache
+from sid_fast.io.untrusted import MAX_NETWORK_BYTES, Kind, describe, sniff_file, unreadable
 
 
 def fetch(source: str, others: str = "") -> Path:
@@ -34,20 +38,42 @@ def fetch(source: str, others: str = "") -> Path:
     if "://" in source:
         url, sha256 = _split_digest(source)
     else:
-        if not Path(source).exists():
-            raise UserError(f"{source} does not exist: give a file, an https URL{others}")
+        try:
+            os.stat(source)
+        except (OSError, ValueError) as error:  # ValueError: a null byte
+            raise unreadable(source, error, f"give a file, an https URL{others}") from None
         return Path(source)
 
     _require_https(url)
     name = PurePosixPath(url.partition("?")[0]).name
-    target = cache_folder() / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
-    if not target.exists():
+    folder = cache_folder()
+    target = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name[-100:]}"
+    if not target.exists() or _page_kind(target):
+        require_writable_cache(folder)
         with atomic_path(target) as temporary:
             _download(url, temporary)
-            _verify(url, temporary, sha256)
-    elif sha256 is not None:
-        _verify(url, target, sha256)
+            if kind := _page_kind(temporary):
+                raise UserError(f"{url} is {describe(kind)}: check the URL")
+            actual = file_sha256(temporary)
+            if sha256 not in (None, actual):
+                raise UserError(
+                    f"{url} has sha256 {actual}, not {sha256}: give the digest you trust, or "
+                    "another URL"
+                )
+        if sha256 is None:
+            print(f"not verified; to pin this version give {url}#sha256={actual}", file=sys.stderr)
+    elif sha256 is not None and (actual := file_sha256(target)) != sha256:
+        raise UserError(
+            f"{target} has sha256 {actual}, not {sha256}: delete it to download it again, or give "
+            "the digest you trust"
+        )
     return target
+
+
+def _page_kind(path: Path) -> Kind | None:
+    """What a file is if it is no download that was asked for but what a server says instead."""
+    kind = sniff_file(path, MAX_NETWORK_BYTES)
+    return kind if kind in ("html", "xml", "json", "lfs", "empty") else None
 
 
 def _split_digest(source: str) -> tuple[str, str | None]:
@@ -59,20 +85,49 @@ def _split_digest(source: str) -> tuple[str, str | None]:
 
 def cache_folder() -> Path:
     """Return the download folder, creating it; UserError if that fails."""
-    folder = Path(os.environ.get("SID_FAST_CACHE") or user_cache())
+    folder = user_cache()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a null byte
         raise UserError(
-            f"the cache folder {folder} cannot be created ({error.strerror}): "
+            f"the cache folder {folder} cannot be created "
+            f"({getattr(error, 'strerror', None) or error}): "
             "set SID_FAST_CACHE to a folder you can write to"
         ) from error
     return folder
 
 
+def require_writable_cache(folder: Path) -> None:
+    """Raise UserError, naming SID_FAST_CACHE, if no file can be written to the cache folder."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"the cache folder {folder} cannot be written ({error.strerror}): "
+            "set SID_FAST_CACHE to a folder you can write to"
+        ) from error
+
+
+def write_cache(write: Callable[[], object]) -> None:
+    """Call `write`, which stores a computed result in the cache; warn if that fails."""
+    try:
+        write()
+    except WriteFailed as error:
+        warnings.warn(
+            f"{error}, or set SID_FAST_CACHE to a folder you can write to; going on without it",
+            Fallback,
+            stacklevel=2,
+        )
+
+
 def _require_https(url: str) -> None:
     if not url.lower().startswith("https://"):
         raise UserError(f"{url} is not an https URL: download it yourself and give its path")
+    if "@" in re.split(r"[/?#]", url[len("https://") :])[0]:  # messages leave out what is before it
+        raise UserError(
+            f"{url} has a user and a password, which are not supported: download it yourself and "
+            "give its path"
+        )
 
 
 class _HttpsRedirects(urllib.request.HTTPRedirectHandler):
@@ -111,14 +166,3 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _verify(url: str, path: Path, sha256: str | None) -> None:
-    actual = file_sha256(path)
-    if sha256 is None:
-        print(f"not verified; to pin this version give {url}#sha256={actual}", file=sys.stderr)
-    elif actual != sha256:
-        raise UserError(
-            f"{url} has sha256 {actual}, not {sha256}: delete {path} if it exists "
-            "and download again, or give the digest you trust"
-        )

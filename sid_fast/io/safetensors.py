@@ -10,7 +10,20 @@ from safetensors.torch import save_file
 
 from sid_fast.errors import UserError, WriteFailed
 from sid_fast.io.atomic import atomic_path
+from sid_fast.io.untrusted import (
+    MAX_NETWORK_BYTES,
+    Refused,
+    brief,
+    checked_int,
+    checked_shape,
+    naming,
+    open_limited,
+    parse_json,
+)
 
+_MAX_HEADER = 1 << 24  # bytes; the largest EDM network's has 100 kB
+_MAX_TENSORS = 100_000
+_MAX_NAME = 200  # characters of a tensor's name
 _KEY = "sid_fast"
 _VERSION = 1
 
@@ -44,7 +57,8 @@ def read_snapshot(
     Raises:
         UserError: the file is missing, damaged, of another version, or not from sid_fast.
     """
-    try:
+    with naming(path, "a snapshot (.safetensors)"):
+        names = _check_header(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if _KEY not in metadata:
@@ -52,17 +66,50 @@ def read_snapshot(
                     f"{path} is a safetensors file but was not written by sid_fast: "
                     "give a snapshot-*.safetensors of a run"
                 )
-            header = json.loads(metadata[_KEY])
-            if header["version"] != _VERSION:
+            header = parse_json(metadata[_KEY].encode())
+            if not isinstance(header, dict) or not isinstance(header.get("config"), dict):
+                raise Refused("its metadata hold no configuration")
+            if header.get("version") != _VERSION:
                 raise UserError(
-                    f"{path} has snapshot version {header['version']}, this program reads "
-                    f"{_VERSION}: install the version of sid_fast that wrote it"
+                    f"{path} has snapshot version {brief(header.get('version'))}, this program "
+                    f"reads {_VERSION}: install the version of sid_fast that wrote it"
                 )
-            names = [] if config_only else file.keys()
-            return {name: file.get_tensor(name) for name in names}, header["config"]
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error}): check the path") from error
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is cut short, damaged or not a safetensors file ({error}): copy it again"
-        ) from error
+            wanted = [] if config_only else names
+            return {name: file.get_tensor(name) for name in wanted}, header["config"]
+
+
+def _check_header(path: str | os.PathLike[str]) -> list[str]:
+    """Check the counts and sizes that a safetensors file declares, and return its tensors' names.
+
+    The library checks the rest, as that tensors do not overlap, but it reads headers of 100 MB.
+    """
+    with open_limited(path, MAX_NETWORK_BYTES) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(first := file.read(8), "little")
+        if len(first) == 8:
+            checked_int(length, 2, _MAX_HEADER, "the length of its header")
+        data = file.read(length)
+    if len(first) < 8 or len(data) < length:
+        raise _cut_short(path)
+    header = parse_json(data, max_depth=3)
+    if not isinstance(header, dict) or len(header) > _MAX_TENSORS:
+        raise Refused(f"its header is not an object of at most {_MAX_TENSORS:,} tensors")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise Refused("its metadata are not texts by name")
+    end = 0
+    for name, entry in header.items():
+        if len(name) > _MAX_NAME or not isinstance(entry, dict):
+            raise Refused(f"its header has {brief(name)} with {brief(entry)}, which is no tensor")
+        checked_shape(entry.get("shape"), 2**63 - 1, f"the shape of {brief(name)}")
+        offsets = entry.get("data_offsets")
+        if not isinstance(offsets, list) or len(offsets) != 2:
+            raise Refused(f"the offsets of {brief(name)} are {brief(offsets)}")
+        end = max(end, *(checked_int(v, 0, 2**63 - 1, "an offset") for v in offsets))
+    if 8 + length + end > size:
+        raise _cut_short(path)
+    return sorted(header)
+
+
+def _cut_short(path: str | os.PathLike[str]) -> UserError:
+    return UserError(f"{path} is cut short: delete it, then copy or download it again")

@@ -1,5 +1,6 @@
 """Loading and saving networks: upstream's pickles and .safetensors snapshots."""
 
+import os
 from importlib import resources
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from sid_fast.errors import UserError
 from sid_fast.io.download import fetch
 from sid_fast.io.pickles import read_pickle
 from sid_fast.io.safetensors import read_snapshot, write_snapshot
+from sid_fast.io.untrusted import MAX_NETWORK_BYTES, describe, sniff_file
 from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.models.teachers import TEACHERS
 
@@ -29,26 +31,38 @@ def load_network(path: str | Path) -> EDMNetwork:
         UserError: The file is missing or damaged, or its network is not supported.
     """
     file = _locate(str(path))
+    kind = sniff_file(file, MAX_NETWORK_BYTES)
     try:
-        if file.suffix == ".safetensors":
+        if kind == "safetensors":
             state, values = read_snapshot(file)
             config = NetworkConfig.from_dict(values)
-        else:
+        elif kind == "pickle":
             pickled = read_pickle(file)
             state = pickled.state
             config = NetworkConfig.from_published(pickled.class_name, pickled.init_kwargs)
+        else:
+            raise UserError(
+                f"{file} is {describe(kind)}: give a snapshot-*.safetensors or an EDM or SiD "
+                "network pickle (.pkl)"
+            )
+        if len(state) < config.num_blocks * len(config.channel_mult):  # before they are built
+            raise UserError("weights do not fit: they are fewer than the network's blocks")
         with torch.device("meta"):
             net = EDMNetwork(config)
         _check(state, net.state_dict())
+        state = {name: value.float() for name, value in state.items()}
+        _check_finite(state)
     except UserError as error:
         message = str(error)
         raise UserError(message if str(file) in message else f"{file}: {message}") from None
-    net.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    net.load_state_dict(state, assign=True)
     return net.requires_grad_(False).eval()
 
 
 def _locate(path: str) -> Path:
-    if Path(path).is_dir():
+    if not path:
+        raise UserError("the network's name is empty: give a file; is a shell variable unset?")
+    if os.path.isdir(path):
         snapshots = sorted(Path(path).glob("snapshot-*.safetensors"))
         if not snapshots:
             raise UserError(f"{path} is a folder without snapshot-*.safetensors; use a file")
@@ -79,6 +93,59 @@ def _check(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
                 f"weights do not fit: {name} is {tuple(state[name].shape)}, "
                 f"the network needs {tuple(value.shape)}"
             )
+
+
+def _check_finite(state: dict[str, torch.Tensor]) -> None:
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise UserError(
+                f"{name} has values that are NaN or infinite: give another snapshot, as the run "
+                "that wrote this one has diverged, or the file is damaged"
+            )
+
+
+def load_teacher(path: str | Path) -> EDMNetwork:
+    """Load a network as load_network does, for training on it.
+
+    Raises:
+        UserError: As load_network; or the network is a one-step generator, or its images have
+            neither 1 nor 3 channels, so that sample grids cannot be written.
+    """
+    net = load_network(path)
+    require_denoiser(net, str(path), "a teacher")
+    require_png_channels(net, str(path), "give another teacher")
+    return net
+
+
+def require_denoiser(net: EDMNetwork, name: str, role: str) -> None:
+    """Raise UserError if a network is a one-step generator, trained at one noise level alone.
+
+    Args:
+        net: The network.
+        name: Where it came from, for the message.
+        role: What needs a denoiser, such as "a teacher".
+    """
+    if net.config.init_sigma is not None:
+        raise UserError(
+            f"{name} is a one-step generator (init_sigma={net.config.init_sigma:g}), but {role} "
+            "must denoise at every noise level: give a denoiser, such as the generator's own "
+            "teacher"
+        )
+
+
+def require_png_channels(net: EDMNetwork, name: str, way_out: str) -> None:
+    """Raise UserError if a network's images have neither 1 nor 3 channels, as PNG files have.
+
+    Args:
+        net: The network.
+        name: Where it came from, for the message.
+        way_out: The end of the message.
+    """
+    if net.config.channels not in (1, 3):
+        raise UserError(
+            f"{name} makes images of {net.config.channels} channels, but PNG files have 1 or 3: "
+            f"{way_out}"
+        )
 
 
 def save_network(path: str | Path, net: EDMNetwork) -> None:

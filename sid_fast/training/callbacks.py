@@ -1,19 +1,29 @@
 """Periodic callbacks of the loop: snapshots with image grids, and evaluations (FID, KID)."""
 
+import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from sid_fast.config.types import RunOptions
 from sid_fast.data.datasets import ImageDataset
 from sid_fast.data.images import save_grid
 from sid_fast.data.readers import choose
+from sid_fast.errors import UserError, one_line
 from sid_fast.evaluation.curve import save_curve
 from sid_fast.evaluation.features import label, load_detector
 from sid_fast.evaluation.references import real_stats
-from sid_fast.evaluation.sample import StageTimer, compare, compute_stats, generate_batches
+from sid_fast.evaluation.sample import (
+    StageTimer,
+    classes_to_draw,
+    compare,
+    compute_stats,
+    generate_batches,
+)
 from sid_fast.models import EDMNetwork
 from sid_fast.models.registry import save_network
 from sid_fast.performance import fsdp, process_group
@@ -102,37 +112,66 @@ class Evaluations:
         self.name = label("frechet_distance", self.detector)
         reader = choose() if data else "plain"
         self.real = real_stats(options.ref, data, self.detector, self.clock, reader)
+        self.classes = classes_to_draw(data, net)
+        self.baseline_failed = False
 
     def __call__(self, folder: Path) -> dict[str, float]:
-        """Evaluate; return metrics for the log on rank 0, and nothing on the others."""
+        """Evaluate; return metrics for the log on rank 0, and nothing on the others.
+
+        An evaluation that fails is a warning: its metrics are left out.
+        """
         began = time.perf_counter()
-        records = [r for r in read_log(folder / "log.jsonl") if self.name in r]
-        baseline = next((r["teacher"] for r in records if "teacher" in r), None)
+        log = read_log(folder / "log.jsonl")
+        records = [r for r in log if _is_number(r.get(self.name))]
+        known = (r["teacher"] for r in log if _is_number(r.get("teacher")))
+        baseline = next(known, None)
         results = {}
-        if self.teacher and process_group.broadcast_from_rank0(lambda: int(baseline is None)):
+        due = process_group.broadcast_from_rank0(
+            lambda: int(baseline is None and not self.baseline_failed)
+        )
+        if self.teacher and due:
             teacher = fsdp.gather_full(self.teacher, everywhere=True)
-            metrics = self._metrics(teacher, None, self.teacher_steps)
-            if metrics:
+            metrics = self._metrics(teacher, None, self.teacher_steps, "the teacher")
+            if self.name in metrics:
                 baseline = results["teacher"] = metrics[self.name]
+            self.baseline_failed = baseline is None
         sigma = self.net.config.init_sigma
         net = fsdp.gather_full(self.net, everywhere=True)
-        results |= self._metrics(net, sigma, self.steps)
+        results |= self._metrics(net, sigma, self.steps, "the network")
         if process_group.rank():
             return {}
-        if all(results[self.name] < r[self.name] for r in records):
-            best = folder / f"best-{self.trainer.images:010d}.safetensors"
-            save_network(best, net)
-            prune(folder, "best-*.safetensors", 1)
-        points = [(r["images"], r[self.name]) for r in records]
-        points.append((self.trainer.images, results[self.name]))
-        save_curve(folder / "distance.png", *zip(*points, strict=True), self.name, baseline)
+        if self.name in results:
+            if all(results[self.name] < r[self.name] for r in records):
+                best = folder / f"best-{self.trainer.images:010d}.safetensors"
+                save_network(best, net)
+                prune(folder, "best-*.safetensors", 1)
+            points = [(r["images"], r[self.name]) for r in records]
+            points.append((self.trainer.images, results[self.name]))
+            save_curve(folder / "distance.png", *zip(*points, strict=True), self.name, baseline)
         return results | {"evaluation_s": time.perf_counter() - began}
 
-    def _metrics(self, net: EDMNetwork, sigma: float | None, steps: int) -> dict[str, float]:
-        images = generate_batches(net, range(self.count), sigma, steps, self.cuda_graph)
-        sample = compute_stats(images, self.count, self.detector, self.clock, "evaluation")
-        if process_group.rank():
-            return {}
+    def _metrics(
+        self, net: EDMNetwork, sigma: float | None, steps: int, what: str
+    ) -> dict[str, float]:
+        """Compare a network's images with real ones; empty if that fails, and on other ranks."""
+        images = generate_batches(
+            net, range(self.count), sigma, steps, self.cuda_graph, self.classes
+        )
         metrics = ("fid", "kid") if self.count < FID_ONLY_FROM else ("fid",)
-        values = compare(self.real, sample, self.detector, self.clock, metrics)
+        try:
+            # Raises on all ranks or on none, so that the others do not wait for one that is gone.
+            sample = compute_stats(images, self.count, self.detector, self.clock, "evaluation")
+            if process_group.rank():
+                return {}
+            values = compare(self.real, sample, self.detector, self.clock, metrics)
+        except (UserError, torch.OutOfMemoryError) as error:
+            if process_group.rank() == 0:
+                at = f"{self.trainer.images / 1000:g} kimg"
+                warn = f"warning: the evaluation of {what} at {at} failed: {error}"
+                tqdm.write(f"{one_line(warn)}; training continues", file=sys.stderr)
+            return {}
         return {label(name, self.detector): value for name, value in values.items()}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,6 +1,9 @@
 """Reference statistics: what is read, what is refused, and when they are computed again."""
 
+import io
 import os
+import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from sid_fast.evaluation import sample
 from sid_fast.evaluation.features import load_detector
 from sid_fast.evaluation.references import content_digest, measure, read_reference, reference_of
 from sid_fast.evaluation.sample import StageTimer
+from sid_fast.io.safetensors import read_snapshot, write_snapshot
 from tests.helpers.images import pictures
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -22,17 +26,101 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"mu": np.zeros(64)}, "mu .D. and sigma"),
+        ({"mu": np.zeros(64)}, "has no sigma: give a reference, an .npz with mu .D. and sigma"),
         ({"mu": np.zeros(64), "sigma": np.eye(63)}, "shapes"),
         ({"mu": np.full(64, np.nan), "sigma": np.eye(64)}, "NaN"),
         ({"mu": np.zeros(64), "sigma": np.eye(64), "detector": np.array("x")}, "another detector"),
-        ({"mu": np.array([{}]), "sigma": np.eye(1)}, "not a reference"),
+        (
+            {"mu": np.array([{}]), "sigma": np.eye(1)},
+            "a reference, .*its mu is neither numbers nor text",
+        ),
     ],
 )
 def test_what_is_no_reference_is_refused(tmp_path, values, words):
     np.savez(tmp_path / "stats.npz", **values)
     with pytest.raises(UserError, match=rf"stats\.npz.*{words}"):
         read_reference(str(tmp_path / "stats.npz"), load_detector("pixels", CPU))
+
+
+def save(path, **values):
+    np.savez(path, **{"mu": np.zeros(64), "sigma": np.eye(64)} | values)
+    return str(path)
+
+
+SKEW = np.eye(64) + np.eye(64, k=1)
+INDEFINITE = np.diag([1.0] * 63 + [-0.01])
+ALMOST = np.diag([1.0] * 63 + [-1e-9]) + 1e-9 * np.eye(64, k=1)  # within rounding
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"sigma": -np.eye(64)}, "a sigma with the negative eigenvalue -1, so it is no covariance"),
+        ({"sigma": INDEFINITE}, r"a sigma with the negative eigenvalue -0\.01"),
+        ({"sigma": SKEW}, "a sigma that is not symmetric"),
+        ({"images": np.array(1)}, "of 1 images, which must be an integer of at least 2"),
+        ({"images": np.array(0)}, "of 0 images"),
+        ({"images": np.array(2.5)}, "of 2.5 images"),
+        ({"images": np.array([5, 6])}, "images shape .2. has more than 1 elements"),
+        ({"mu": np.zeros(64, complex)}, "mu is neither numbers nor text"),
+        ({"mu": np.array(["1"] * 64)}, "mu or sigma that are not numbers"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "shapes"),
+        ({"mu": np.zeros(16_385, np.int8)}, "mu shape .16385. has more than 16,384 elements"),
+        ({"detector": np.array("x" * 10**5)}, "detector has 400,128 bytes, more than"),
+    ],
+)
+def test_what_is_no_covariance_or_too_large_is_refused(tmp_path, values, words):
+    path = save(tmp_path / "stats.npz", **values)
+    with pytest.raises(UserError, match=rf"stats\.npz.*{words}"):
+        read_reference(path, load_detector("pixels", CPU))
+
+
+@pytest.mark.parametrize("sigma", [np.zeros((64, 64)), ALMOST, np.eye(64, dtype=np.float32)])
+def test_a_covariance_up_to_rounding_is_read(tmp_path, sigma):
+    path = save(tmp_path / "stats.npz", sigma=sigma, images=np.array([7]))
+    found = read_reference(path, load_detector("pixels", CPU))
+    assert np.allclose(found.covariance, sigma)
+    assert found.count == 7
+
+
+def test_an_array_is_read_only_if_its_header_says_no_more_than_there_is(tmp_path):
+    for shape, words in (((10**4,), "is cut short"), ((2**40, 2**40), "has more than 16,384")):
+        buffer = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            buffer, {"descr": "<f8", "fortran_order": False, "shape": shape}
+        )
+        with zipfile.ZipFile(tmp_path / "stats.npz", "w") as archive:
+            archive.writestr("mu.npy", buffer.getvalue())
+        with pytest.raises(UserError, match=rf"its mu .*{words}"):
+            read_reference(str(tmp_path / "stats.npz"), load_detector("pixels", CPU))
+
+
+def test_other_arrays_of_a_reference_are_not_unpacked(tmp_path):
+    values = {"mu": np.zeros(64), "sigma": np.eye(64), "other": np.zeros(10**7)}
+    np.savez_compressed(tmp_path / "stats.npz", **values)
+    tracemalloc.start()
+    read_reference(str(tmp_path / "stats.npz"), load_detector("pixels", CPU))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5e6
+
+
+@pytest.mark.parametrize("spoil", [lambda f: f.write_bytes(b"x"), lambda f: write_nan(f)])
+def test_damaged_cached_statistics_are_measured_again(real, cache, spoil):
+    detector = load_detector("pixels", CPU)
+    expected = reference_of(ImageDataset(real), detector, StageTimer(CPU))
+    (cached,) = cache.glob("reference-*.safetensors")
+    spoil(cached)
+    (record,) = cache.glob("content-*.txt")
+    record.write_text("not a digest")
+    found = reference_of(ImageDataset(real), detector, StageTimer(CPU))
+    assert torch.equal(found.covariance, expected.covariance)
+    assert [cached] == list(cache.glob("reference-*.safetensors"))
+
+
+def write_nan(path):
+    values, config = read_snapshot(path)
+    write_snapshot(path, values | {"mean": values["mean"] * torch.nan}, config)
 
 
 class Trap:
@@ -46,7 +134,7 @@ class Trap:
 def test_reading_a_reference_runs_nothing_in_it(tmp_path):
     mu = np.array([Trap(tmp_path / "sprung")], dtype=object)
     np.savez(tmp_path / "stats.npz", mu=mu, sigma=np.eye(1))
-    with pytest.raises(UserError, match="not a reference"):
+    with pytest.raises(UserError, match="mu is neither numbers nor text"):
         read_reference(str(tmp_path / "stats.npz"), load_detector("pixels", CPU))
     assert not (tmp_path / "sprung").exists()
 

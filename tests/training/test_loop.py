@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sid_fast.distiller import Distiller
+from sid_fast.errors import UserError
 from sid_fast.models.registry import load_network, save_network
 from sid_fast.performance import compile
 from sid_fast.training import callbacks, loop
@@ -116,6 +117,44 @@ def test_a_resumed_run_remembers_teacher_and_best(tmp_path, run_command):
     assert sum("teacher" in r for r in figures) == 1
     least = min(figures, key=lambda r: r[DISTANCE])["images"]
     assert [p.name for p in out.glob("best-*")] == [f"best-{least:010d}.safetensors"]
+
+
+def test_an_evaluation_that_fails_is_a_warning(tmp_path, run_command, monkeypatch, capsys):
+    """And the run goes on, at the start, later, and when it is resumed."""
+    compute, calls = callbacks.compute_stats, []
+
+    def failing(images, *arguments):
+        calls.append(images)
+        if len(calls) not in (3, 7):  # the generator at 0.004 kimg and at the end
+            raise UserError("the features are not finite")
+        return compute(images, *arguments)
+
+    monkeypatch.setattr(callbacks, "compute_stats", failing)
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    out = tmp_path / "run"
+    status, error = run_command(
+        "train", "--teacher", tmp_path / "teacher.safetensors", "--data", "digits", "--out", out,
+        "--batch-size", 4, "--kimg", 0.012, "--eval-every", 0.004, "--eval-images", 20,
+        "--detector", "pixels", "--teacher-steps", 2,
+    )  # fmt: skip
+    assert status == 0, error
+    failed = [line for line in error.splitlines() if line.startswith("warning: the evaluation of")]
+    assert failed == [
+        f"warning: the evaluation of the {what} at {at} kimg failed: the features are not finite; "
+        "training continues"
+        for what, at in (("teacher", 0), ("network", 0), ("network", 0.008), ("network", 0.012))
+    ]
+    evaluated = [r for r in records(out) if "evaluation_s" in r]
+    assert [DISTANCE in r for r in evaluated] == [False, True, False, False]
+    # The log of an older release has null for a distance that was NaN.
+    lines = (out / "log.jsonl").read_text().splitlines()
+    lines.append(json.dumps({"images": 12, DISTANCE: None, "teacher": None, "evaluation_s": 1}))
+    (out / "log.jsonl").write_text("\n".join(lines) + "\n")
+    calls[:] = [None] * 5  # the teacher fails again, the network does not
+    status, error = run_command("train", "--resume", out, "--kimg", 0.016)
+    assert status == 0, error
+    assert error.count("warning: the evaluation of the teacher at 0.016 kimg failed") == 1
+    assert [r["images"] for r in records(out) if isinstance(r.get(DISTANCE), float)] == [4, 16]
 
 
 @pytest.mark.parametrize("loses", [True, False])

@@ -4,6 +4,9 @@ import dataclasses
 from typing import Any
 
 from sid_fast.errors import UserError
+from sid_fast.io.untrusted import brief
+
+_MAX_BLOCKS = 256  # of the encoder, in all; EDM's largest network has 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,11 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
+# Upstream's arguments that do not change what a network computes from an input: a runtime setting,
+# and what matters in training or bounds the sampler's noise levels.
+_NOT_IN_NETWORK = ("use_fp16", "sigma_min", "sigma_max", "label_dropout")
+
+
 def groups_of(channels: int) -> int:
     """Return the number of GroupNorm groups: 32, or fewer to keep four channels in each."""
     return min(32, channels // 4)
@@ -93,18 +101,24 @@ class NetworkConfig:
                 self._refuse(field, f"use an integer from {low} to {high}")
         for field, low in (("channel_mult", 1), ("attention_resolutions", 0)):
             values = getattr(self, field)
-            if not isinstance(values, tuple) or any(
-                type(v) is not int or not low <= v <= 4096 for v in values
+            if (
+                not isinstance(values, tuple)
+                or len(values) > 64
+                or any(type(v) is not int or not low <= v <= 4096 for v in values)
             ):
-                self._refuse(field, f"use a list of integers from {low} to 4096")
+                self._refuse(field, f"use a list of at most 64 integers from {low} to 4096")
         if not 1 <= len(self.channel_mult) <= 12:
             self._refuse("channel_mult", "use a list of 1 to 12 multipliers, one per level")
-        for field, least, most in (("dropout", 0, 0.999), ("sigma_data", 1e-3, 1e3)):
+        if self.num_blocks * len(self.channel_mult) > _MAX_BLOCKS:
+            levels = len(self.channel_mult)
+            self._refuse("num_blocks", f"{levels} levels may have {_MAX_BLOCKS} blocks in all")
+        numbers = {"dropout": (0, 0.999), "sigma_data": (1e-3, 1e3), "init_sigma": (1e-3, 1e3)}
+        for field, (least, most) in numbers.items():
             value = getattr(self, field)
-            if not isinstance(value, int | float) or not least <= value <= most:
+            if field == "init_sigma" and value is None:
+                continue
+            if type(value) not in (int, float) or not least <= value <= most:
                 self._refuse(field, f"use a number from {least} to {most}")
-        if not isinstance(self.init_sigma, int | float | None):
-            self._refuse("init_sigma", "use a number, or null")
         smallest = 2 ** (len(self.channel_mult) - 1)
         if self.resolution % smallest:
             levels = len(self.channel_mult)
@@ -123,7 +137,8 @@ class NetworkConfig:
                 )
 
     def _refuse(self, field: str, why: str) -> None:
-        raise UserError(f"network: {field}={getattr(self, field)!r} is not supported: {why}")
+        value = brief(getattr(self, field))
+        raise UserError(f"network: {field}={value} is not supported: {why}")
 
     def __str__(self) -> str:
         classes = f"{self.label_dim} classes" if self.label_dim else "unconditional"
@@ -137,10 +152,12 @@ class NetworkConfig:
     def from_dict(cls, values: dict[str, Any]) -> "NetworkConfig":
         """Rebuild a configuration from to_dict's dictionary, possibly after a JSON round trip."""
         if not isinstance(values, dict):
-            raise UserError(f"network: {values!r:.40} is not a configuration")
+            raise UserError(f"network: {brief(values)} is not a configuration")
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise UserError(f"network: unknown field {unknown[0]!r}; written by a newer version?")
+            raise UserError(
+                f"network: unknown field {brief(unknown[0])}; written by a newer version?"
+            )
         fields: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
         }
@@ -157,7 +174,7 @@ class NetworkConfig:
         """
         if class_name != "EDMPrecond":
             raise UserError(
-                f"network: {class_name} preconditioning is not supported; EDMPrecond is"
+                f"network: {brief(class_name)} preconditioning is not supported; EDMPrecond is"
             )
         kwargs = dict(kwargs)
         model_type = kwargs.pop("model_type", "DhariwalUNet")
@@ -173,15 +190,14 @@ class NetworkConfig:
         ]
         if not matches:
             raise UserError(
-                f"network: no architecture has model_type={model_type!r} with {types}; "
+                f"network: no architecture has model_type={brief(model_type)} with "
+                f"{', '.join(f'{k}={brief(v)}' for k, v in types.items())}; "
                 f"supported are {', '.join(ARCHITECTURES)}"
             )
         architecture = ARCHITECTURES[matches[0]]
-        fixed = {
-            "use_fp16": kwargs.get("use_fp16"),  # any value: a runtime setting
-            "sigma_min": 0,
-            "sigma_max": float("inf"),
-            "label_dropout": 0,
+        for field in _NOT_IN_NETWORK:
+            kwargs.pop(field, None)
+        fixed: dict[str, Any] = {
             "channel_mult_emb": 4,
         }
         if song:
@@ -193,7 +209,7 @@ class NetworkConfig:
         for field, only in fixed.items():
             value = kwargs.pop(field, only)
             if value != only:
-                raise UserError(f"network: {field}={value!r} is not supported; {only!r} is")
+                raise UserError(f"network: {field}={brief(value)} is not supported; {only!r} is")
         names = {
             "img_resolution": "resolution",
             "img_channels": "channels",
@@ -208,7 +224,7 @@ class NetworkConfig:
         }
         if unknown := sorted(set(kwargs) - set(names)):
             field = unknown[0]
-            raise UserError(f"network: {field}={kwargs[field]!r} is not supported")
+            raise UserError(f"network: {field[:60]}={brief(kwargs[field])} is not supported")
         defaults = (
             dict(model_channels=128, channel_mult=[1, 2, 2, 2], num_blocks=4, attn_resolutions=[16])
             if song
