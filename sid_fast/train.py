@@ -198,7 +198,7 @@ def prepare(trainer: Distiller, config: TrainConfig) -> None:
         checkpoint_activations(trainer.teacher, trainer.generator, trainer.fake_score)
 
 
-EVALUATION = 1.5 * estimator.GIB  # detector, its activations and those of a generated batch
+EVALUATION = 3 * estimator.GIB // 2  # detector, its activations and those of a generated batch
 
 
 def estimated_micro_batch(
@@ -218,8 +218,8 @@ def estimated_micro_batch(
     backends = kernels.dispatch.runs(device)
     counts = estimator.counts(network, resolved, config.checkpoint_activations, backends)
     layout = world, sharding.dp_shard, sharding.reshard_after_forward
-    free, total = torch.cuda.mem_get_info(device)
-    free, total = (nbytes - (EVALUATION if config.eval_every else 0) for nbytes in (free, total))
+    reserved = EVALUATION if config.eval_every else 0
+    free, total = (nbytes - reserved for nbytes in torch.cuda.mem_get_info(device))
     upper = estimator.estimated_micro_batch(counts, sizes, free, *layout)
     upper = process_group.broadcast_from_rank0(lambda: upper)
     asked = config.micro_batch if isinstance(config.micro_batch, int) else sizes[-1]

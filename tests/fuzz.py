@@ -14,6 +14,8 @@ import gc
 import io
 import json
 import pickle
+import pickletools
+import re
 import resource
 import struct
 import sys
@@ -58,6 +60,7 @@ class Target:
         pieces: Bytes that mean something in such a file.
         check: Asserts that a result is valid.
         name: Of the file that is read.
+        boundaries: Where the parts of a file begin; half of the damages are there.
     """
 
     read: Callable[[Path], Any]
@@ -65,6 +68,7 @@ class Target:
     pieces: Sequence[bytes] = ()
     check: Callable[[Any], None] = lambda result: None
     name: str = "file"
+    boundaries: Callable[[bytes], Sequence[int]] = lambda data: [0, len(data)]
 
 
 TINY = NetworkConfig(
@@ -81,6 +85,16 @@ def _network() -> EDMNetwork:
 
 def _pickles() -> list[bytes]:
     return [network_pickle(_network(), sigma_min=0.002, label_dropout=0.1)]
+
+
+@functools.cache
+def _opcodes(data: bytes) -> list[int]:
+    return [at for _, _, at in pickletools.genops(data)]
+
+
+@functools.cache
+def _json_tokens(data: bytes) -> list[int]:
+    return [match.start() for match in re.finditer(rb"[][{},:]|(?<=[][{},:])[^][{},:]", data)]
 
 
 def _snapshots() -> list[bytes]:
@@ -237,10 +251,20 @@ _GLOBALS = [
 
 TARGETS: dict[str, Target] = {
     "pickle": Target(
-        load_network, _pickles, [*_OPCODES, *_GLOBALS, *_SIZES], _check_network, "net.pkl"
+        load_network,
+        _pickles,
+        [*_OPCODES, *_GLOBALS, *_SIZES],
+        _check_network,
+        "net.pkl",
+        _opcodes,
     ),
     "snapshot": Target(
-        load_network, _snapshots, [*_SIZES, *_VALUES], _check_network, "net.safetensors"
+        load_network,
+        _snapshots,
+        [*_SIZES, *_VALUES],
+        _check_network,
+        "net.safetensors",
+        _json_tokens,
     ),
     "zip": Target(
         _read_images,
@@ -261,7 +285,7 @@ TARGETS: dict[str, Target] = {
         _read_reference, _references, [b"mu.npy", *_HEADERS, *_SIZES], _check_reference, "a.npz"
     ),
     "array": Target(_read_array, _array, _HEADERS, _check_reference, "sigma.npy"),
-    "config": Target(_read_config, _configs, _VALUES, _check_config, "config.json"),
+    "config": Target(_read_config, _configs, _VALUES, _check_config, "config.json", _json_tokens),
     "json": Target(
         lambda path: parse_json(path.read_bytes(), 4, 1000),
         lambda: [b'{"labels": [["a.png", 1], ["b.png", null]], "x": [1e3, [[true]]]}'],
@@ -287,8 +311,11 @@ def damaged(draw: st.DrawFn, target: Target, samples: Sequence[bytes]) -> bytes:
         start = draw(st.sampled_from([b"", b"\x80\x04", samples[0][:16]]))
         return start + b"".join(draw(st.lists(pieces, max_size=60)))
     data = bytearray(draw(st.sampled_from(samples)))
-    for _ in range(draw(st.integers(1, 4))):
-        at, length = draw(st.integers(0, len(data))), draw(st.sampled_from([0, 1, 1, 2, 8, 40]))
+    boundaries = st.sampled_from(target.boundaries(bytes(data)))
+    position = st.one_of(boundaries, st.integers(0, len(data)))
+    # From the end, so that the boundaries before a damage stay where they are.
+    for at in sorted(draw(st.lists(position, min_size=1, max_size=4)), reverse=True):
+        there, length = draw(position), draw(st.sampled_from([0, 1, 1, 2, 8, 40]))
         match draw(st.sampled_from(["replace", "replace", "insert", "copy", "repeat", "cut"])):
             case "replace":
                 new = draw(pieces)
@@ -296,12 +323,11 @@ def damaged(draw: st.DrawFn, target: Target, samples: Sequence[bytes]) -> bytes:
             case "insert":
                 data[at : at + length] = draw(pieces)
             case "copy":
-                there = draw(st.integers(0, len(data)))
-                data[at:at] = data[there : there + length]
+                data[at:at] = data[there : max(there + length, draw(boundaries))]
             case "repeat":
                 data[at:at] = draw(pieces) * draw(st.sampled_from([2, 100, 20_000]))
             case "cut":
-                del data[at:]
+                del data[at : draw(st.sampled_from([len(data), at + length, max(at, there)]))]
     return bytes(data)
 
 

@@ -27,6 +27,7 @@ from sid_fast.models.edm_unet.fused import DeferredResidual
 from sid_fast.models.edm_unet.unet import Block
 from sid_fast.models.teachers import TEACHERS
 from sid_fast.tools import estimator
+from sid_fast.tools.op_counter import Backends
 
 BATCH = 61  # a prime that divides no weight's size, which tells activations from weights
 
@@ -214,13 +215,15 @@ def lines() -> Iterator[str]:
 PRESETS = ("cifar10-uncond", "ffhq64", "imagenet64-cond")
 
 
-def of_micro_batch(preset: str, backend: str, precision: Precision = "bf16") -> estimator.Step:
+def of_micro_batch(
+    preset: str, backends: Backends, precision: Precision = "bf16"
+) -> estimator.Step:
     """Count both phases of a preset, one micro-batch of BATCH images each."""
     given = cli.presets("train")[preset]
     fields = {f.name for f in dataclasses.fields(Settings)}
     settings = Settings(**{k: v for k, v in given.items() if k in fields})
     settings = dataclasses.replace(settings, precision=precision)
-    (step,) = estimator.steps(TEACHERS[preset].network, settings, [BATCH], backend)
+    (step,) = estimator.steps(TEACHERS[preset].network, settings, [BATCH], backends)
     return step
 
 
@@ -253,16 +256,20 @@ def launch_lines() -> Iterator[str]:
         f"fake-score and generator phase, one micro-batch of {BATCH} images each, in bfloat16. An "
         "operation counts as one launch, except: group norm backward also sums each parameter "
         "gradient over samples, attention backward is two kernels, and foreach operations are "
-        "split as in MultiTensorApply.cuh. The eager update counts as one launch; it is about "
-        "13,000."
+        "split as in MultiTensorApply.cuh. The eager update counts as one launch of "
+        "about 80. "
+        "`default` is what a GPU runs without --kernels."
     )
     yield ""
     yield "| preset | backend | kind | launches | MiB |"
     yield "|---|---|---|---|---|"
     for preset in PRESETS:
         network = TEACHERS[preset].network
-        for backend in ("triton", "eager"):
-            step = of_micro_batch(preset, backend)
+        choices: dict[str, Backends] = {
+            "triton": "triton", "default": dispatch.DEFAULTS["cuda"], "eager": "eager"
+        }  # fmt: skip
+        for backend, backends in choices.items():
+            step = of_micro_batch(preset, backends)
             rows = launches(step, network.channels * network.resolution**2)
             kinds = Counter({k: v[0] for k, v in rows.items() if not k.startswith("- ")})
             total = sum(kinds.values()), sum(op.nbytes for op in step.ops)

@@ -23,7 +23,7 @@ from sid_fast.data.images import MAX_RESOLUTION, decode_png, encode_png
 from sid_fast.errors import UserError
 from sid_fast.io.archives import MAX_BYTES, open_zip, read_member, require_member
 from sid_fast.io.atomic import atomic_path
-from sid_fast.io.download import cache_folder, file_sha256
+from sid_fast.io.download import cache_folder, file_sha256, write_cache
 from sid_fast.io.untrusted import (
     Refused,
     brief,
@@ -344,8 +344,12 @@ def content_digest(data: ImageDataset) -> str:
     content = hashlib.sha256()
     for path in data.files:
         content.update(bytes.fromhex(file_sha256(path)))
-    with atomic_path(record) as temporary:
-        temporary.write_text(content.hexdigest())
+
+    def write() -> None:
+        with atomic_path(record) as temporary:
+            temporary.write_text(content.hexdigest())
+
+    write_cache(write)
     return content.hexdigest()
 
 

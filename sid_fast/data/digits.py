@@ -8,7 +8,7 @@ import numpy as np
 
 from sid_fast.data.datasets import ImageDataset, write_dataset
 from sid_fast.errors import one_line
-from sid_fast.io.download import cache_folder
+from sid_fast.io.download import cache_folder, require_writable_cache
 
 
 def open_dataset(path: str) -> ImageDataset:
@@ -19,8 +19,10 @@ def open_dataset(path: str) -> ImageDataset:
     if path == "digits" and not Path(path).exists():
         import sklearn.datasets  # slow to import and used only here
 
-        cached = cache_folder() / f"digits-sklearn-{sklearn.__version__}.zip"
+        folder = cache_folder()
+        cached = folder / f"digits-sklearn-{sklearn.__version__}.zip"
         if not cached.exists():
+            require_writable_cache(folder)
             digits = sklearn.datasets.load_digits()
             images = np.round(digits.images * (255 / 16)).astype(np.uint8)[:, None]
             write_dataset(cached, images, digits.target)

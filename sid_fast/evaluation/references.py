@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from sid_fast.evaluation.sample import (
 )
 from sid_fast.io.archives import read_arrays
 from sid_fast.io.atomic import atomic_path
-from sid_fast.io.download import cache_folder, fetch
+from sid_fast.io.download import cache_folder, fetch, write_cache
 from sid_fast.io.safetensors import read_snapshot, write_snapshot
 from sid_fast.performance import process_group
 
@@ -130,7 +131,8 @@ def reference_of(
         if process_group.rank() == 0:
             assert stats.features is not None
             values = {"mean": stats.mean, "covariance": stats.covariance}
-            write_snapshot(cached, values | {"features": stats.features}, {"count": stats.count})
+            values |= {"features": stats.features}
+            write_cache(partial(write_snapshot, cached, values, {"count": stats.count}))
     assert stats is not None
     return stats
 

@@ -8,11 +8,13 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
+import warnings
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from sid_fast.errors import UserError
+from sid_fast.errors import Fallback, UserError, WriteFailed
 from sid_fast.io.atomic import atomic_path
 from sid_fast.io.cache import user_cache
 from sid_fast.io.untrusted import MAX_NETWORK_BYTES, Kind, describe, sniff_file, unreadable
@@ -83,13 +85,12 @@ def _split_digest(source: str) -> tuple[str, str | None]:
 
 def cache_folder() -> Path:
     """Return the download folder, creating it; UserError if that fails."""
-    chosen = os.environ.get("SID_FAST_CACHE")
+    folder = user_cache()
     try:
-        folder = Path(chosen).expanduser() if chosen else user_cache()
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError, ValueError) as error:  # no home folder, or a null byte
+    except (OSError, ValueError) as error:  # ValueError: a null byte
         raise UserError(
-            f"the cache folder {chosen or '~/.cache'} cannot be created "
+            f"the cache folder {folder} cannot be created "
             f"({getattr(error, 'strerror', None) or error}): "
             "set SID_FAST_CACHE to a folder you can write to"
         ) from error
@@ -105,6 +106,18 @@ def require_writable_cache(folder: Path) -> None:
             f"the cache folder {folder} cannot be written ({error.strerror}): "
             "set SID_FAST_CACHE to a folder you can write to"
         ) from error
+
+
+def write_cache(write: Callable[[], object]) -> None:
+    """Call `write`, which stores a computed result in the cache; warn if that fails."""
+    try:
+        write()
+    except WriteFailed as error:
+        warnings.warn(
+            f"{error}, or set SID_FAST_CACHE to a folder you can write to; going on without it",
+            Fallback,
+            stacklevel=2,
+        )
 
 
 def _require_https(url: str) -> None:

@@ -27,7 +27,7 @@ from sid_fast.io.untrusted import (
     open_limited,
 )
 
-_MAX_OPCODES = 1_000_000  # the largest EDM network has some 100,000
+_MAX_OPCODES = 500_000  # the largest EDM network has some 70,000
 _MAX_STORAGE_OPCODES = 1000  # of each pickle within a tensor's storage, which has about 20
 _MAX_TENSORS = 100_000
 _MAX_DEPTH = 16  # of modules in modules

@@ -84,12 +84,13 @@ def _check_header(path: str | os.PathLike[str]) -> list[str]:
     The library checks the rest, as that tensors do not overlap, but it reads headers of 100 MB.
     """
     with open_limited(path, MAX_NETWORK_BYTES) as file:
-        first = file.read(8)
-        length = checked_int(int.from_bytes(first, "little"), 2, _MAX_HEADER, "its header's length")
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(first := file.read(8), "little")
+        if len(first) == 8:
+            checked_int(length, 2, _MAX_HEADER, "the length of its header")
         data = file.read(length)
-        size = os.fstat(file.fileno()).st_size - 8 - length
     if len(first) < 8 or len(data) < length:
-        raise UserError(f"{path} is cut short: delete it, then copy or download it again")
+        raise _cut_short(path)
     header = parse_json(data, max_depth=3)
     if not isinstance(header, dict) or len(header) > _MAX_TENSORS:
         raise Refused(f"its header is not an object of at most {_MAX_TENSORS:,} tensors")
@@ -105,6 +106,10 @@ def _check_header(path: str | os.PathLike[str]) -> list[str]:
         if not isinstance(offsets, list) or len(offsets) != 2:
             raise Refused(f"the offsets of {brief(name)} are {brief(offsets)}")
         end = max(end, *(checked_int(v, 0, 2**63 - 1, "an offset") for v in offsets))
-    if end > size:
-        raise UserError(f"{path} is cut short: delete it, then copy or download it again")
+    if 8 + length + end > size:
+        raise _cut_short(path)
     return sorted(header)
+
+
+def _cut_short(path: str | os.PathLike[str]) -> UserError:
+    return UserError(f"{path} is cut short: delete it, then copy or download it again")

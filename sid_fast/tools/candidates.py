@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sid_fast.config.types import divisors
+from sid_fast.config.types import micro_batches
 from sid_fast.kernels import _apex, _cuda, dispatch
 from sid_fast.kernels._triton import AVAILABLE
 from sid_fast.models import NetworkConfig
@@ -112,6 +112,7 @@ def operations(
     cuda = device.type == "cuda"
     for op in open_operations(kernels, device):
         idle = op == "augment" and not augmented
+        idle |= op == "sida_loss"  # of a method that is not tuned yet
         idle |= op == "block" and ARCHITECTURES[network.architecture].filter != (1, 1)
         for backend in backends_of(op)[1:]:
             if not idle and (cuda or backend == "cuda"):
@@ -145,7 +146,7 @@ def shortlist(job: "Job", base: Candidate, proven: list[tuple[str, str]]) -> lis
         ("cuDNN search", {"cudnn_search": True}),
     ]
     now = base.micro_batch or job.share
-    for size in reversed(divisors(job.share)):
+    for size in reversed(micro_batches(job.settings, job.ranks)):
         if size >= 2 * now:
             changes.append((f"micro-batch {size}", {"micro_batch": size}))
             now = size

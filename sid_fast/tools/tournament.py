@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sid_fast.config.types import divisors
+from sid_fast.config.types import micro_batches
 from sid_fast.tools import candidates, timing, verdicts
 from sid_fast.tools.candidates import Candidate, Change
 from sid_fast.tools.estimator import GIB
@@ -168,7 +168,7 @@ class Tournament:
         cuda, base = self.device.type == "cuda", self._eager()
         sizes: list[int | None] = [None]
         if cuda and "micro_batch" not in self.job.pinned:
-            sizes = [n for n in divisors(self.job.share) if n <= 64]
+            sizes = [n for n in micro_batches(self.job.settings, self.job.ranks) if n <= 64]
         for size in sizes:
             row = Row("eager", base.changed(micro_batch=size))
             runner = Runner(self.job, row)

@@ -14,6 +14,7 @@ import torch
 from sid_fast.errors import UserError
 from sid_fast.io.atomic import atomic_path
 from sid_fast.io.cache import user_cache
+from sid_fast.io.untrusted import parse_json, read_limited
 from sid_fast.kernels import _cuda, dispatch
 from sid_fast.performance import mixed_precision
 from sid_fast.tools import timing
@@ -118,21 +119,20 @@ def installed(package: str) -> str:
 def place(key: dict[str, Any]) -> Path:
     """The file of a verdict."""
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("SID_FAST_CACHE") or user_cache())
-    return folder / "verdicts" / f"{name}.json"
+    return user_cache() / "verdicts" / f"{name}.json"
 
 
 def load(key: dict[str, Any]) -> tuple[Any, str]:
     """The rows stored under a key, or None; and a note if the file is damaged or foreign."""
     path = place(key)
+    if not path.exists():
+        return None, ""
     try:
-        kept = json.loads(path.read_text("utf-8"))
+        kept = parse_json(read_limited(path, 1 << 20))
         if kept["key"] == json.loads(json.dumps(key)):
             return kept["rows"], ""
         return None, f"{path} is of another machine or version"
-    except FileNotFoundError:
-        return None, ""
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (UserError, KeyError, TypeError) as error:
         return None, f"{path} is damaged ({str(error) or type(error).__name__})"
 
 

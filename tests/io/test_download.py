@@ -6,21 +6,34 @@ import http.server
 import importlib.util
 import os
 import sys
+import tempfile
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from sid_fast.errors import UserError
+from sid_fast.errors import Fallback, UserError, WriteFailed
 from sid_fast.io.cache import user_cache
-from sid_fast.io.download import cache_folder, fetch
+from sid_fast.io.download import cache_folder, fetch, write_cache
+from sid_fast.models.registry import load_network
 from sid_fast.models.teachers import TEACHERS
 from sid_fast.performance.compile import compile_blocks
+from tests.helpers.networks import small_teacher
+from tests.helpers.pickled import network_pickle
 
 BODY = bytes(range(256)) * 5000
 DIGEST = hashlib.sha256(BODY).hexdigest()
 URL = "https://example.invalid/nets/ok.pkl"
+
+
+PAGES = {
+    "login.pkl": b"<!DOCTYPE html><title>Sign in</title>",
+    "denied.pkl": b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
+    "error.pkl": b'{"error": "not found"}',
+    "pointer.pkl": b"version https://git-lfs.github.com/spec/v1\n",
+    "empty.pkl": b"",
+}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -33,6 +46,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", URL if page == "to-https.pkl" else URL.replace("s:", ":"))
             self.end_headers()
+        elif page in PAGES:
+            self.send_response(200)
+            self.end_headers()  # without a length
+            self.wfile.write(PAGES[page])
         else:
             self.send_response(200)
             if page != "unsized.pkl":
@@ -98,11 +115,13 @@ def test_digests(paths, tmp_path, capsys):
     path = fetch(f"{URL}#sha256={DIGEST.upper()}")
     assert path.read_bytes() == BODY
     assert capsys.readouterr().err == ""
-    with pytest.raises(UserError, match=f"has sha256 {DIGEST}, not 0000"):  # of the cached file
+    with pytest.raises(UserError, match=f"{path} has sha256 {DIGEST}, not 0000.*delete it"):
         fetch(f"{URL}#sha256={'0' * 64}")
     path.unlink()
-    with pytest.raises(UserError, match=f"has sha256 {DIGEST}, not 0000"):
+    with pytest.raises(UserError, match=f"ok.pkl has sha256 {DIGEST}, not 0000") as caught:
         fetch(f"{URL}#sha256={'0' * 64}")
+    assert "cache" not in str(caught.value)  # the file is gone
+    assert "tmp" not in str(caught.value)
     assert cached(tmp_path) == []
     for fragment in "sha256=12", "md5=" + "0" * 64, "x":
         with pytest.raises(UserError, match="64 hexadecimal"):
@@ -153,6 +172,42 @@ def test_a_body_of_unknown_length(paths):
     assert fetch("https://example.invalid/unsized.pkl").read_bytes() == BODY
 
 
+@pytest.mark.parametrize(("page", "what"), [
+    ("login.pkl", "an HTML page"), ("denied.pkl", "an XML document"), ("error.pkl", "a JSON file"),
+    ("pointer.pkl", "a Git LFS pointer"), ("empty.pkl", "empty"),
+])  # fmt: skip
+def test_what_a_server_says_instead_of_the_file_is_not_kept(paths, tmp_path, page, what):
+    url = f"https://example.invalid/{page}"
+    for _ in "ab":
+        with pytest.raises(UserError, match=f"{page} is {what}.*: check the URL"):
+            fetch(url)
+    assert cached(tmp_path) == []
+    assert len(paths) == 2
+
+
+def test_a_page_in_the_cache_is_downloaded_again(paths, tmp_path):
+    path = fetch(URL)
+    path.write_bytes(PAGES["login.pkl"])
+    assert fetch(URL).read_bytes() == BODY
+
+
+def test_a_damaged_download_says_which_file_to_delete(paths, tmp_path):
+    (tmp_path / "net.pkl").write_bytes(network_pickle(small_teacher())[:1000])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PAGES, "cut.pkl", (tmp_path / "net.pkl").read_bytes())
+        with pytest.raises(UserError, match=r"-cut\.pkl is cut short: delete it") as caught:
+            load_network("https://example.invalid/cut.pkl")
+    assert str(tmp_path / "cache") in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["https", "http", "s3"])
+def test_passwords_are_not_repeated(paths, tmp_path, capsys, scheme):
+    with pytest.raises(UserError, match=rf"{scheme}://example\.invalid/ok\.pkl ") as caught:
+        fetch(f"{scheme}://me:secret@example.invalid/ok.pkl")
+    assert "secret" not in str(caught.value) + capsys.readouterr().err
+    assert paths == []
+
+
 def test_several_processes_at_once(paths, tmp_path):
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(fetch, [URL] * 8))
@@ -166,6 +221,47 @@ def test_cache_that_cannot_be_made(paths, tmp_path, monkeypatch):
     monkeypatch.setenv("SID_FAST_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match="set SID_FAST_CACHE"):
         fetch(URL)
+
+
+def test_cache_that_cannot_be_written(paths, tmp_path, monkeypatch):
+    path = fetch(URL)
+
+    def refuse(**arguments):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)  # root may write everywhere
+    assert fetch(URL) == path  # what is there can still be read
+    with pytest.raises(UserError, match=r"cache cannot be written .*: set SID_FAST_CACHE"):
+        fetch("https://example.invalid/other.pkl")
+
+
+def test_a_result_that_cannot_be_cached_is_a_warning():
+    def fail():
+        raise WriteFailed("content.txt cannot be written")
+
+    with pytest.warns(Fallback, match=r"content\.txt cannot be written, or set SID_FAST_CACHE"):
+        write_cache(fail)
+
+
+def test_the_home_folder_in_the_cache_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SID_FAST_CACHE", "~/nets")
+    assert cache_folder() == tmp_path / "nets"
+    assert not (tmp_path / "~").exists()
+    monkeypatch.setenv("SID_FAST_CACHE", "~nobody-of-this-name/nets")
+    with pytest.raises(UserError, match="set SID_FAST_CACHE"):
+        cache_folder()
+
+
+def test_a_path_that_may_not_be_read_is_not_called_missing(monkeypatch):
+    def refuse(path, *arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", refuse)
+        with pytest.raises(UserError, match=r"^net\.pkl cannot be read \(permission denied\)"):
+            fetch("net.pkl")
 
 
 def test_teachers(paths):

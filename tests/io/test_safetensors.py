@@ -50,7 +50,7 @@ def test_truncated(tmp_path, keep):
     path = tmp_path / "net.safetensors"
     write_snapshot(path, {"a": torch.ones(100)}, CONFIG)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match=r"net\.safetensors is cut short, damaged or not"):
+    with pytest.raises(UserError, match=r"net\.safetensors is cut short"):
         read_snapshot(path)
 
 
@@ -60,18 +60,18 @@ def test_foreign_files(tmp_path):
     with pytest.raises(UserError, match=r"net\.safetensors .* not written by sid_fast"):
         read_snapshot(path)
     save_file({"a": torch.ones(2)}, path, {"sid_fast": "{"})
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="it is not JSON"):
         read_snapshot(path)
     save_file({"a": torch.ones(2)}, path, {"sid_fast": json.dumps({"version": 2, "config": {}})})
     with pytest.raises(UserError, match="snapshot version 2, this program reads 1"):
         read_snapshot(path)
     path.write_bytes(b"\x80\x04}.")
-    with pytest.raises(UserError, match="not a safetensors file"):
+    with pytest.raises(UserError, match="cut short"):
         read_snapshot(path)
 
 
 def test_missing(tmp_path):
-    with pytest.raises(UserError, match=r"none\.safetensors cannot be read"):
+    with pytest.raises(UserError, match=r"none\.safetensors does not exist"):
         read_snapshot(tmp_path / "none.safetensors")
     with pytest.raises(UserError, match=str(tmp_path)):
         read_snapshot(tmp_path)

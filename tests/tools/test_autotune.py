@@ -259,7 +259,7 @@ def test_the_short_list_of_a_gpu_begins_with_what_is_safest():
     job = Job(SMALL, dataclasses.replace(SETTINGS, batch_size=256), "cuda:0")
     proven = list(candidates.operations(SMALL, False, "auto", CUDA))
     assert ("augment", "triton") not in proven, "there is nothing to augment"
-    assert ("random", "triton") not in proven
+    assert {"random", "sida_loss"}.isdisjoint(op for op, _ in proven)
     base = candidate(channels_last=True, micro_batch=64)
     names = [name for name, _ in candidates.shortlist(job, base, proven)]
     assert names[0] == "CUDA graphs"
@@ -273,7 +273,7 @@ def test_the_short_list_of_a_gpu_begins_with_what_is_safest():
     bits = dataclasses.replace(pinned, deterministic=True)  # cuDNN would choose by timing
     assert [name for name, _ in candidates.shortlist(bits, base, [])] == ["channels-first"]
     left = candidates.open_operations("group_norm=eager,adam_ema=triton", CUDA)
-    assert left == ["block", "attention", "sid_loss", "augment"]
+    assert {"group_norm", "adam_ema", "random"} == set(dispatch.OPERATIONS) - set(left)
     ncsnpp = dataclasses.replace(SMALL, architecture="ncsnpp")  # its filter fits no norm's write
     assert "block" not in dict(candidates.operations(ncsnpp, True, "auto", CUDA))
 
