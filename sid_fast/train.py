@@ -59,8 +59,9 @@ class TrainConfig(RunOptions, StepOptions, Settings):  # type: ignore[misc]  # m
     )
     tune: Tune = option(
         "auto",
-        "time the ways to take a step on this GPU and take the fastest that is right. auto: if the "
-        "run is long enough and no verdict is cached; again: in any case; off: keep the defaults",
+        "tune the training step on this GPU: use the fastest numerically correct candidate. auto: "
+        "use a cached result, else tune if the run is at least 20 times the budget; again: always "
+        "tune anew; off: keep the defaults",
         heading="Machine",
     )
     teacher_steps: int = option(
@@ -209,8 +210,8 @@ def estimated_micro_batch(
     Counts what the chosen backends keep in memory, and leaves room for evaluations.
 
     Raises:
-        UserError: Not even the smallest micro-batch fits, or config.micro_batch is larger than the
-            GPU; the message gives the sizes and what would fit.
+        UserError: Not even the smallest micro-batch fits, or config.micro_batch needs more than the
+            GPU's memory; the message gives the sizes and what would fit.
     """
     settings, world = part(config, Settings), process_group.world_size()
     sizes = micro_batches(settings, world)
@@ -241,12 +242,12 @@ def micro_batch_that_fits(
 ) -> int:
     """The largest micro-batch that fits on every GPU, in images.
 
-    Tries a step and goes down on out of memory. With sharded networks nothing is tried: a rank that
-    runs out of memory would leave the others waiting in a collective.
+    Tries one step per size, from the start down, until one fits. With sharded networks nothing is
+    tried: a rank that runs out of memory would leave the others waiting in a collective.
 
     Args:
         teacher: the network to distil, on this rank's GPU.
-        config: micro_batch: the resumed run's to start from, or None.
+        config: config.micro_batch is the resumed run's size, tried first; None: start from `upper`.
         upper: the estimate to start from otherwise.
         sharding: layout of the networks over the ranks.
     """

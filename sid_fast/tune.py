@@ -1,13 +1,13 @@
-"""Prove and time the ways to take a training step on this machine, and keep the fastest.
+"""Check and time implementations of the training step on this machine, and keep the fastest.
 
 python -m sid_fast.tune --preset cifar10-uncond
 
-Each way (single Triton operations, the fused block, CUDA graphs, the memory format, cuDNN's search,
-larger micro-batches, compiled blocks; on a CPU the C++ Adam, the memory format, threads) runs in a
-process of its own, so one that crashes, hangs or runs out of memory is named and costs nothing
-else. It must compute what the eager float32 step computes before it is timed, in turns with the
-best so far, and it wins if it is faster beyond what both vary by. `train` takes the verdict while
-GPU, driver, libraries, network and the options below are the same.
+Each candidate (single Triton operations, the fused block, CUDA graphs, the memory format, cuDNN's
+search, larger micro-batches, compiled blocks; on a CPU the C++ Adam, the memory format, threads)
+runs in a child process, so one that crashes, hangs or runs out of memory is reported and harms
+nothing else. It must first reproduce the eager float32 step, up to rounding. It is then timed
+interleaved with the best candidate so far, and wins if it is faster beyond the spread of both.
+`train` uses the result while GPU, driver, libraries, network and the options below are the same.
 """
 
 import dataclasses

@@ -197,9 +197,11 @@ class SiDASettings(Settings):
     """Settings of SiDA: SiD with real images and an adversarial term."""
 
     alpha: float = _method(1.0, "α of the generator loss, the weight of its second term", -0.5, 2)
-    discriminator_loss_scale: float = _method(1.0, "factor of the discriminator's loss", 0)
+    discriminator_loss_scale: float = _method(1.0, "factor on the discriminator's loss", 0)
     adversarial_loss_scale: float = _method(
-        0.01, "factor of the generator's adversarial loss, times the values in an image", 0
+        0.01,
+        "factor on the generator's adversarial loss, on top of the number of values in an image",
+        0,
     )
     adversarial_group: int = _method(
         32, "images that share the mean of an adversarial loss; divides the micro-batch", 1
@@ -217,7 +219,7 @@ class SiDASettings(Settings):
 
 @dataclasses.dataclass
 class StepOptions:
-    """How a run takes its steps; none of it changes them but by rounding."""
+    """Options for how a step is executed; they change its numbers only by rounding."""
 
     # run() replaces "auto" by a number before it builds Settings.
     micro_batch: int | Literal["auto"] | None = option(

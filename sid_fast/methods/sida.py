@@ -11,8 +11,9 @@ adversarial one:
              B^g = mean softplus(−clamp(ℓ_ψ(y + σε), −10, 10))
 
 with λ, d, r, w and y as in methods.sid, and means over a group of samples and all positions. In (1)
-y has the class labels of x*. Training starts with (1) alone; then G_θ joins, at first with SiD's
-loss alone and at full weight. SiD²A is the same method, started from a finished SiD generator.
+y has the class labels of x*. Training starts with (1) alone. G_θ joins at generator_start_kimg, at
+first with SiD's loss alone at weight 1; from adversarial_start_kimg on, both terms of (2) have
+weight ½. SiD²A is the same method, started from a finished SiD generator.
 """
 
 import dataclasses
@@ -72,7 +73,7 @@ class SiDA(SiD):
             round(kimg * 1000) for kimg in (s.generator_start_kimg, s.adversarial_start_kimg)
         )
 
-        def share(images: int) -> float:
+        def adversarial_weight(images: int) -> float:
             """Return the weight of the adversarial loss; the rest is SiD's."""
             return 0.5 if images > adversarial_start else 0.0
 
@@ -94,9 +95,11 @@ class SiDA(SiD):
                 "generator", "generator", self.sample_generator_inputs, self.generator_loss,
                 lambda images: s.generator_lr, s.generator_beta1,
                 terms={
-                    "loss": lambda images: s.generator_loss_scale * (1 - share(images)),
+                    "loss": lambda images: (
+                        s.generator_loss_scale * (1 - adversarial_weight(images))
+                    ),
                     "adversarial": lambda images: (
-                        s.adversarial_loss_scale * values * share(images)
+                        s.adversarial_loss_scale * values * adversarial_weight(images)
                     ),
                 },
                 metrics=("loss", "distance", "adversarial", "logit", "share"),

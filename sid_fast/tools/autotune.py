@@ -1,4 +1,4 @@
-"""Decide how a run takes its steps: the fastest candidate that is proven right on this machine."""
+"""Choose the fastest implementation of a run's steps that is proven correct on this machine."""
 
 import dataclasses
 import os
@@ -17,16 +17,17 @@ from sid_fast.tools.isolation import Child, Failed
 from sid_fast.tools.proof import Job
 from sid_fast.tools.tournament import LIMIT, NOT_TRIED, Row, Say, Tournament, best
 
-SHARE = 0.01  # of the run that tuning may take
-MINUTES = 2.0, 10.0  # at least and at most
-WORTH = 20  # budgets that a run must be long for auto to tune
-MFU = 0.3  # of a matrix product's rate: what the estimate of a run takes a step to reach
+BUDGET_FRACTION = 0.01  # of the run's estimated time
+BUDGET_MINUTES = 2.0, 10.0  # minimum and maximum
+MIN_RUN_BUDGETS = 20  # auto tunes only runs at least this many budgets long
+ASSUMED_MFU = 0.3  # fraction of the measured matrix rate, to estimate a run's length
 
 
 def agreed(answers: list[list[Row]]) -> Row | None:
-    """One verdict from those of several nodes: the fastest of the first node that is right on all.
+    """Combine the results of all nodes into one.
 
-    None where some node has proven none of them.
+    Returns the fastest of the first node's winners that every other node also proved correct and
+    timed; None if there is none.
     """
     others = [[row.candidate for row in rows if not row.wrong and row.ms] for rows in answers[1:]]
     for row in reversed(answers[0] if answers else []):
@@ -39,7 +40,7 @@ def job_of(
     config: Any, given: set[str], network: NetworkConfig, settings: Any, device: torch.device,
     open_micro_batch: bool,
 ) -> Job:  # fmt: skip
-    """What is tuned for the options of a run (config.types.StepOptions and RunOptions)."""
+    """Build the tuning job for the options of a run (config.types.StepOptions and RunOptions)."""
     pinned = {
         "cuda_graph": config.cuda_graph != "auto" or config.parallel in ("fsdp", "hsdp"),
         "compile": config.compile or "compile" in given,
@@ -72,7 +73,7 @@ class Tuning:
 
 
 def inspect(job: Job) -> dict[str, Any]:
-    """The machine, opened in a child where it is a GPU. UserError if it cannot be used."""
+    """Describe the machine; a GPU is opened in a child. UserError if it cannot be used."""
     if job.device == "cpu":
         return verdicts.machine(job.device)
     try:
@@ -103,17 +104,23 @@ def run_seconds(job: Job, kimg: float, machine: dict[str, Any]) -> float:
     """How long a run of so many thousand images is estimated to take on such GPUs."""
     flop = FORWARDS * sum(op.flops for op in op_counter.forward(job.network, "fp32", "eager"))
     rate = machine.get("tflops") or verdicts.matrix_rate(torch.device(job.device))
-    return kimg * 1000 / job.ranks * flop / (MFU * rate * 1e12)
+    return kimg * 1000 / job.ranks * flop / (ASSUMED_MFU * rate * 1e12)
 
 
 def decide(
     job: Job, mode: str, kimg: float, minutes: float | None, saved: Any = None, say: Say = print
 ) -> Tuning:
-    """Take the verdict of the resumed state, a cached one, or a new one.
+    """Use the result of the resumed state, a cached one, or a new one.
 
-    mode: "auto", or "again" for a new one in any case. minutes: the budget; default: SHARE of the
-    run. saved: the "tuning" entry of the resumed state's header. Every rank calls this and gets the
-    same decision.
+    Every rank calls this and gets the same decision.
+
+    Args:
+        job: what is tuned.
+        mode: "auto", or "again" to tune in any case.
+        kimg: length of the run.
+        minutes: the budget; default: BUDGET_FRACTION of the run.
+        saved: the "tuning" entry of the resumed state's header.
+        say: prints a line.
     """
     if saved is not None and not saved.get("candidate") and mode == "auto":
         return Tuning(text="not tuned")  # as before
@@ -150,8 +157,10 @@ def _node(
             tuning.text = "not tuned"
             return []
     length = run_seconds(job, kimg, machine)
-    seconds = 60 * (minutes or min(max(length * SHARE / 60, MINUTES[0]), MINUTES[1]))
-    if mode == "auto" and length < WORTH * seconds:
+    seconds = 60 * (
+        minutes or min(max(length * BUDGET_FRACTION / 60, BUDGET_MINUTES[0]), BUDGET_MINUTES[1])
+    )
+    if mode == "auto" and length < MIN_RUN_BUDGETS * seconds:
         tuning.text = f"not tuned: the run is estimated at {length / 60:.0f} min"
         return []
     columns = f"{'a step':>12}  {'':>15}  {'at most':>10}"
@@ -164,7 +173,7 @@ def _node(
     if rows[-1].wrong == NOT_TRIED and sum(row.ms is not None for row in rows) == 1:
         tuning.text = f"not tuned: {seconds / 60:.2g} min are too short for a verdict"
         return []
-    if problem := verdicts.keep(key, [row.to_json() for row in rows]):
+    if problem := verdicts.save(key, [row.to_json() for row in rows]):
         tuning.notes.append(f"the verdict is not kept: {problem}")
     return rows
 

@@ -44,13 +44,13 @@ class Candidate:
             torch.set_num_threads(self.threads)
 
     def changed(self, **changes: Any) -> "Candidate":
-        """With other values; those of `kernels` add to the ones there are."""
+        """Return a copy with changed fields; `kernels` is merged into the existing mapping."""
         kernels = {**self.kernels, **changes.pop("kernels", {})}
         return dataclasses.replace(self, kernels=kernels, **changes)
 
     @property
     def text(self) -> str:
-        """All that is not eager and by default, in a few words."""
+        """Summarise what differs from the eager defaults, in a few words."""
         backends = [f"{op} {b}" for op, b in self.kernels.items() if b != "eager"]
         if all(self.kernels.get(op) == "triton" for op in FUSED):
             backends = ["fused block", *(b for b in backends if b.split()[0] not in FUSED)]
@@ -95,9 +95,9 @@ def backends_of(operation: str) -> list[str]:
 
 
 def open_operations(kernels: str, device: torch.device) -> list[str]:
-    """The operations whose backend --kernels leaves open, except random numbers.
+    """List the operations whose backend --kernels leaves open, except random numbers.
 
-    Those are the same in every backend, and the device decides.
+    Random numbers are identical in every backend; the device determines theirs.
     """
     with dispatch.forced(None):
         dispatch.configure(kernels, device)
@@ -108,7 +108,7 @@ def open_operations(kernels: str, device: torch.device) -> list[str]:
 def operations(
     network: NetworkConfig, augmented: bool, kernels: str, device: torch.device
 ) -> Iterator[tuple[str, str]]:
-    """(operation, backend) of what can run here in another way than eagerly and has work to do."""
+    """Yield each (operation, backend) besides eager that can run here and has work to do."""
     cuda = device.type == "cuda"
     for op in open_operations(kernels, device):
         idle = op == "augment" and not augmented
@@ -123,7 +123,7 @@ Change = tuple[str, dict[str, Any]]  # a name, and what it changes of a Candidat
 
 
 def shortlist(job: "Job", base: Candidate, proven: list[tuple[str, str]]) -> list[Change]:
-    """What is worth trying on top of the best so far, the safest first.
+    """List changes to try on the best candidate so far, safest first.
 
     base: the candidate that came first; proven: operations and backends that are right alone.
     """

@@ -39,7 +39,7 @@ def failure_reason(
 def job(
     config: NetworkConfig, settings: Any, device: torch.device, deterministic: bool = False
 ) -> tuple[Job, Candidate]:
-    """The same blocks, one a level, in the backends that run here, replayed from graphs."""
+    """Build a reduced job: one block per level, this device's default backends, CUDA graphs on."""
     small, ranks = dataclasses.replace(config, num_blocks=1), process_group.world_size()
     backends = {op: dispatch.choose(op, device) for op in dispatch.OPERATIONS if op != "random"}
     candidate = Candidate(backends, cuda_graph=True, channels_last=device.type == "cuda")
@@ -47,7 +47,7 @@ def job(
 
 
 def attempt(job: Job, candidate: Candidate, limit: float = LIMIT) -> str:
-    """Make a trial in a new process; why it failed, or ""."""
+    """Run the job in a child process; return the reason if it failed, else ""."""
     with Child(Trial, job, candidate) as child:
         try:
             reason = child.call("replays_wrong", limit=limit)

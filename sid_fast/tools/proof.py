@@ -75,18 +75,21 @@ def worst(errors: Iterable[float]) -> float:
 
 
 def flat(tensors: Iterable[torch.Tensor | None]) -> torch.Tensor:
-    """All their numbers, float64; None is left out."""
+    """Concatenate all values, float64; skips None."""
     return torch.cat([t.detach().double().flatten() for t in tensors if t is not None])
 
 
 def weights(trainer: Trainer) -> torch.Tensor:
-    """Of all networks that learn, and the average."""
+    """Return all weights of the trained networks and the EMA, float64."""
     nets = *trainer.method.networks.values(), trainer.ema
     return flat(fsdp.local_shards([p for net in nets for p in net.parameters()]))
 
 
 def disagreement(ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> str:
-    """What is wrong with `ours`: its error against eager's in the same type, and its scale."""
+    """Compare `ours` with `exact`; return the reason if it is wrong, else "".
+
+    The error may be 1.5 times eager's in the same dtype, at least ERROR; the scale is within SCALE.
+    """
     ours, eager, exact = (t.detach().double().flatten() for t in (ours, eager, exact))
     error, limit = relative(ours, exact), max(1.5 * relative(eager, exact), ERROR)
     off = float((ours - eager) @ exact / (exact @ exact))
@@ -108,7 +111,7 @@ def network(config: NetworkConfig, device: torch.device) -> EDMNetwork:
 
 
 @torch.no_grad()
-def part_ways(trainer: Trainer) -> None:
+def perturb_trained_networks(trainer: Trainer) -> None:
     """Perturb every trained network: SiD's generator has no gradient where ψ equals φ."""
     rng = torch.Generator(trainer.device).manual_seed(3)
     for net in trainer.method.networks.values():
@@ -133,7 +136,7 @@ def build(job: Job, candidate: Candidate, **changes: Any) -> Trainer:
     if job.recompute:
         checkpoint_activations(*method.networks.values(), *method.frozen.values())
     trainer.images, trainer.steps = job.images, job.images // settings.batch_size
-    part_ways(trainer)
+    perturb_trained_networks(trainer)
     return trainer
 
 
@@ -254,7 +257,7 @@ def replays_agree(job: Job, candidate: Candidate) -> str:
     device = torch.device(job.device)
     most = cuda_graphs.MAX_SINGLE_GRAPH_MICRO_BATCHES + 1
     rounds = min(grad_accum_steps(job.settings, job.ranks), most)
-    # Large updates in proportion to their gradients: what is compared is how far they go.
+    # Large updates, proportional to the gradients: the check compares displacements.
     rates = {f.name: 1e-2 for f in dataclasses.fields(job.settings) if f.name.endswith("lr")}
     changes = rates | {"batch_size": IMAGES * rounds, "micro_batch": IMAGES, "eps": 1.0}
     found = []
@@ -274,14 +277,17 @@ def replays_agree(job: Job, candidate: Candidate) -> str:
     apart = float((replayed - eager).norm() / (eager - start).norm())
     if apart <= BOUND:  # NaN is not
         return ""
-    return f"replayed steps are {apart:.1e} from eager ones, relative to their way"
+    return (
+        f"replayed and eager weights differ by {apart:.1e} of the distance that the steps moved "
+        f"them; {BOUND:.0e} is allowed"
+    )
 
 
 PROOFS = (gradients_agree, update_agrees, dropout_agrees, replays_agree)
 
 
 def wrong(job: Job, candidate: Candidate) -> str:
-    """What is wrong with a whole step; "" if nothing."""
+    """Return why a whole step is wrong; "" if it is right."""
     return next(filter(None, (proof(job, candidate) for proof in PROOFS)), "")
 
 

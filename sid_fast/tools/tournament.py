@@ -82,16 +82,16 @@ class Runner:
         return self.child.call("wrong", limit=self.limit)
 
     def prepare(self) -> None:
-        """Warm up for turns."""
+        """Warm up before the timed turns."""
         self.row.images = self.child.call("prepare", limit=self.limit)
 
     def renew(self) -> None:
-        """Another child takes the place of this one."""
+        """Replace the child with a fresh one."""
         self.child.close()
         self.child, self.turns = Child(Trial, self.job, self.row.candidate), []
 
     def restart(self) -> None:
-        """Renew it and warm up."""
+        """Replace the child and warm up."""
         self.renew()
         self.prepare()
 
@@ -100,7 +100,7 @@ class Runner:
         self.turns.append(self.child.call("turn", limit=LIMIT))
 
     def times(self, normalised: bool = False) -> list[float]:
-        """Ms an image; or in times of the reference kernel."""
+        """Milliseconds per image of each turn; normalised: over the reference kernel's time."""
         assert self.row.images
         return [t.ms / self.row.images / (t.reference_ms if normalised else 1) for t in self.turns]
 
@@ -280,7 +280,7 @@ class Tournament:
         self.left -= time.monotonic() - began
 
     def _wins(self, challenger: Runner, alone: bool) -> bool:
-        """Whether it is faster beyond what either varies by, and leaves memory as it was."""
+        """Whether it beats the champion beyond both spreads, leaks nothing and leaves room."""
         challenger.note()
         row = challenger.row
         assert row.gib is not None
@@ -293,5 +293,5 @@ class Tournament:
 
 
 def best(rows: list[Row]) -> Row | None:
-    """The last that won."""
+    """Return the last row that won, or None."""
     return next((row for row in reversed(rows) if row.won), None)

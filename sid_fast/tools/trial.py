@@ -80,14 +80,17 @@ class Trial:
 
 
 def reference_kernel(device: torch.device) -> partial:
-    """A matrix product of some milliseconds: what a machine that slows down slows down too."""
+    """Return a matrix product of a few milliseconds, timed once per turn.
+
+    A machine that slows down slows it too, so dividing by its time makes turns comparable.
+    """
     n, dtype = (8192, torch.float16) if device.type == "cuda" else (512, torch.float32)
     a = torch.randn(n, n, device=device, dtype=dtype)
     return partial(torch.mm, a, a)
 
 
 def memory(device: torch.device) -> tuple[int, int]:
-    """Bytes at the peak and now: of the GPU, or on a CPU of the process."""
+    """Return peak and current memory in bytes, of the GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

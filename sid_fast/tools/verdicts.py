@@ -27,9 +27,10 @@ SOURCES = (".py", ".cu", ".h", ".cpp")
 
 
 def machine(name: str) -> dict[str, Any]:
-    """The properties of a device that verdicts depend on; of a GPU, memory and rate besides.
+    """Return the properties of a device that tuning results depend on.
 
-    Opens the device, so a GPU is inspected in a child. memory and free are bytes.
+    For a GPU also its free memory in bytes and its matrix rate, which are not part of the key.
+    Opens the device, so call it in a child for a GPU.
     """
     device = torch.device(name)
     if device.type == "cpu":
@@ -58,7 +59,7 @@ def matrix_rate(device: torch.device) -> float:
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Count the CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -82,10 +83,10 @@ def code() -> str:
 
 
 def key(job: Job, found: dict[str, Any]) -> dict[str, Any]:
-    """Everything that a verdict depends on."""
-    settings, passing = job.settings, ("tflops", "free")
+    """Collect everything that a result depends on."""
+    settings, transient = job.settings, ("tflops", "free")
     return {
-        **{name: value for name, value in found.items() if name not in passing},
+        **{name: value for name, value in found.items() if name not in transient},
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": installed("triton"),
@@ -136,8 +137,8 @@ def load(key: dict[str, Any]) -> tuple[Any, str]:
         return None, f"{path} is damaged ({str(error) or type(error).__name__})"
 
 
-def keep(key: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """Write a verdict; why it could not be, or ""."""
+def save(key: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Store a result; return the reason if it cannot be written, else ""."""
     path = place(key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

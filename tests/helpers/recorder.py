@@ -73,7 +73,7 @@ class Recorded(TorchDispatchMode):
         for argument in names:
             if argument.alias_info and argument.alias_info.is_write:
                 self._keep(given.get(argument.name))
-        # Of lists there may be less when the operation has run: they are copied.
+        # An operation may empty lists that it is passed, so the arguments are copied first.
         copied = tree_map(lambda leaf: leaf, (args, kwargs))
         found = operation(*args, **kwargs)
         self.messages += operation.namespace == "c10d"
@@ -82,13 +82,13 @@ class Recorded(TorchDispatchMode):
         return found
 
     def _wait(self, wait, *work):
-        """Not recorded: of a message its operation is, and a replay waits for that."""
+        """Not recorded: the collective itself is, and a replay waits for it."""
         self.messages -= 1
         with _disable_current_modes():
             return wait(*work)
 
     def _keep(self, argument):
-        """The memory of tensors that are about to be written."""
+        """Keep the memory of tensors that are about to be written."""
         for tensor in tree_leaves(argument):
             if isinstance(tensor, torch.Tensor):
                 tensor = getattr(tensor, "_local_tensor", tensor)

@@ -1,4 +1,4 @@
-"""SiDA's heads, each by itself, against float64 autograd of the plain formulas (SIDA.md §3, §4)."""
+"""Each of SiDA's heads alone against float64 autograd of the formulas (arXiv 2410.14919)."""
 
 import importlib
 
@@ -109,7 +109,7 @@ def test_heads_match_float64(device, backend, n, group, height, width, dropped):
 
 
 def test_gradients_by_hand(device, backend):
-    """Two groups of two 1x1 logits, one of which is dropped; SIDA.md's ∂/∂ℓ, number by number."""
+    """Two groups of two 1x1 logits, one of them dropped; derivatives by hand."""
     at = torch.tensor([9.9, -10.1, 10.1, -9.9], device=device).reshape(4, 1, 1, 1)
     weight = torch.tensor([2.0, 3.0, 5.0, 7.0], device=device)
     kept = torch.tensor([True, True, True, False], device=device)

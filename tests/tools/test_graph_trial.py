@@ -47,7 +47,7 @@ def test_graphs_that_repeat_their_random_numbers_do_not(stand_in, monkeypatch):
 
     monkeypatch.setattr(step, "counter_of", watched)
     monkeypatch.setattr(recorder.Recorded, "__call__", repeats)
-    assert "from eager ones" in proof.replays_agree(*made(dropout=0.2))
+    assert "replayed and eager weights" in proof.replays_agree(*made(dropout=0.2))
 
 
 def test_a_trial_says_why_it_failed():

@@ -48,8 +48,8 @@ class Conditioning(NamedTuple):
     Attributes:
         weight: [ΣC, E], or [2ΣC, E] with adaptive scale.
         bias: As many rows as weight.
-        conv_bias: [ΣC], used by fused backends, where norm1 adds the bias of conv0: bias +
-            conv0.bias, or with adaptive scale conv0.bias alone, in float32.
+        conv_bias: [ΣC], for fused backends, in which norm1 adds conv0's bias. It is bias +
+            conv0.bias; with adaptive scale it is conv0.bias alone, in float32.
         widths: C of each block.
     """
 
