@@ -483,28 +483,40 @@ def with_kwargs(value):
     return b"\x80\x04}" + text("ema") + network + b"s."
 
 
-LISTS = b"]" * 60_000 + b"a" * 59_999
+# A list with the last one twice, 60 times over: 2^60 lists if they are followed.
+LISTS = b"]q\x00" + b"".join(b"0](h%ch%ceq%c" % (i, i, i + 1) for i in range(60))
 DTYPE = b"cnumpy\ndtype\n(" + text("f4") + b"\x89\x88tR(K\x03"
-STALLS = {
-    # str() of 60,000 lists in lists, as the byte order of a dtype and as its kind
-    "byte order": b"cnumpy.core.multiarray\nscalar\n(" + DTYPE + LISTS + b"NtbC\x04abcdtR",
-    "kind": b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(" + LISTS + b"tR(K\x03"
-    + text("<") + b"NtbC\x04abcdtR",
-    "argument": LISTS,
-    "list of lists": b"]" + LISTS + b"a",
-    "integer": b"\x8a\xff" + b"\x7f" * 255,
-    "long integer": b"\x8b" + struct.pack("<I", 4_000_000) + b"\x7f" * 4_000_000,
-    "decimal integer": b"L" + b"9" * 100_000 + b"L\n",
-    "integer keys that collide": b"}("
-    + b"".join(b"\x8a\x0b" + (k * (2**61 - 1)).to_bytes(11, "little") + b"N" for k in range(30_000))
-    + b"u",
-    "memo keys that collide": b"N"
-    + b"".join(b"p%d\n" % (k * (2**61 - 1)) for k in range(30_000)),
-    "calls that copy": text("x" * 100_000) + b"\x940" + b"ctorch._utils\n_rebuild_parameter\n\x94"
-    + b"h\x00R0h\x01" * 10_000,
-    "calls that copy a tuple": b"(" + b"N" * 100_000 + b"t\x940"
-    + b"ctorch._utils\n_rebuild_parameter\n\x94" + b"h\x00R0h\x01" * 10_000,
-    "objects": b"]" * 3_000_000,
+COLLIDING = [k * (2**61 - 1) for k in range(30_000)]  # whose hash is 0
+PARAMETER = b"ctorch._utils\n_rebuild_parameter\n"
+STALLS = {  # an argument of the network, and what is said of it
+    "byte order": (
+        b"cnumpy.core.multiarray\nscalar\n(" + DTYPE + LISTS + b"NtbC\x04abcdtR",
+        "not a plain value",
+    ),
+    "kind": (
+        b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(" + LISTS + b"tR(K\x03"
+        + text("<") + b"NtbC\x04abcdtR",
+        "not a plain value",
+    ),
+    "argument": (LISTS, "hold a list"),
+    "long list": (b"](" + b"N" * 100_000 + b"e", "a list that is too long"),
+    "integer": (b"\x8a\xff" + b"\x7f" * 255, "hold a int"),
+    "long integer": (b"\x8b" + struct.pack("<I", 10**6) + b"\x7f" * 10**6, "byte 0x8b stands"),
+    "decimal integer": (b"L" + b"9" * 100_000 + b"L\n", "byte 0x4c stands"),
+    "integer keys": (
+        b"}(" + b"".join(b"\x8a\x0b" + k.to_bytes(11, "little") + b"N" for k in COLLIDING) + b"u",
+        "not plain text",
+    ),
+    "memo keys": (b"N" + b"".join(b"p%d\n" % k for k in COLLIDING), "byte 0x70 stands"),
+    "calls with text": (
+        text("x" * 100_000) + b"\x940" + PARAMETER + b"\x94" + b"h\x00R0h\x01" * 10_000,
+        "arguments that such a file does not need",
+    ),
+    "calls with a tuple": (
+        b"(" + b"N" * 100_000 + b"t\x940" + PARAMETER + b"\x94" + b"h\x00R0h\x01" * 10_000,
+        "arguments that such a file does not need",
+    ),
+    "objects": (b"]" * 3_000_000, "far more objects"),
 }  # fmt: skip
 
 
@@ -512,7 +524,9 @@ STALLS = {
 def test_small_files_end_soon_in_little_memory(tmp_path, name):
     resource = pytest.importorskip("resource")
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    message = refusal(tmp_path / "a.pkl", with_kwargs(STALLS[name]))
+    argument, words = STALLS[name]
+    message = refusal(tmp_path / "a.pkl", with_kwargs(argument))
+    assert words in message
     assert time.perf_counter() - began < 20
     assert len(message) < 500
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KiB

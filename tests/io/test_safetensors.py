@@ -75,3 +75,32 @@ def test_missing(tmp_path):
         read_snapshot(tmp_path / "none.safetensors")
     with pytest.raises(UserError, match=str(tmp_path)):
         read_snapshot(tmp_path)
+
+
+def test_headers_are_bounded(tmp_path):
+    path = tmp_path / "net.safetensors"
+    many = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(100_001)}
+    one = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    headers = {
+        "length of its header is 90000000, not": None,
+        "at most 100,000 tensors": many,
+        "the shape of 'a'": {"a": one | {"shape": [2**63]}},
+        "the shape of 'b'": {"b": one | {"shape": [1] * 9}},
+        "the offsets of 'a'": {"a": one | {"data_offsets": [4]}},
+        "an offset is -1, not": {"a": one | {"data_offsets": [-1, 4]}},
+        "'xxxx": {"x" * 10**6: one},
+        "which is no tensor": {"a": [1]},
+        "nest deeper": {"a": one | {"shape": [[[[1]]]]}},
+        "texts by name": {"__metadata__": {"sid_fast": {}}},
+        "cut short": {"a": one | {"data_offsets": [0, 8]}},
+    }
+    for words, header in headers.items():
+        data = json.dumps(header).encode()
+        length = len(data) if header else 90_000_000
+        path.write_bytes(length.to_bytes(8, "little") + data + bytes(4))
+        if not header:
+            os.truncate(path, 100_000_000)
+        with pytest.raises(UserError, match=words) as caught:
+            read_snapshot(path)
+        assert str(path) in str(caught.value)
+        assert len(str(caught.value)) < 400
