@@ -77,7 +77,7 @@ def seed_inputs(
         rng = torch.Generator().manual_seed(seed)
         shape = (network.channels, network.resolution, network.resolution)
         latents.append(torch.randn(shape, generator=rng))
-        drawn = torch.randint(len(choices), (), generator=rng)
+        drawn = int(torch.randint(len(choices), (), generator=rng))
         labels.append(choices[drawn] if only is None else only)
     return torch.stack(latents), torch.tensor(labels)
 

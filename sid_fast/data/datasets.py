@@ -169,7 +169,8 @@ class ImageDataset:
     def _list(self) -> list[str]:
         """Names of all files, relative to the folder or in the zip, where one may be repeated."""
         if self._zip:
-            return [info.filename for info in self._zip.infolist() if not info.is_dir()]
+            # Not is_dir(), which fails for a name that is empty.
+            return [i.filename for i in self._zip.infolist() if not i.filename.endswith("/")]
 
         def refuse(error: OSError) -> None:
             raise UserError(

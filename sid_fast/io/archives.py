@@ -1,6 +1,7 @@
 """Zip archives and .npz files of others: declared sizes are checked before a member is read."""
 
 import math
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -100,7 +101,8 @@ def read_arrays(path: Path, what: str, max_elements: Mapping[str, int]) -> dict[
 
 def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int) -> np.ndarray:
     require_member(info, _HEADER_BYTES + 16 * max(limit, 100))
-    with archive.open(info) as file:
+    with archive.open(info) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # NumPy's of a header that Python 2 wrote
         if np.lib.format.read_magic(file) != (1, 0):  # later ones are for structured arrays
             raise Refused("is neither numbers nor text")
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
@@ -108,5 +110,6 @@ def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int) -> 
             raise Refused("is neither numbers nor text")
         if math.prod(checked_shape(shape, limit, "shape")) * dtype.itemsize > info.file_size:
             raise Refused("is cut short: copy it again")
-    with archive.open(info) as file:
+    with archive.open(info) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         return np.lib.format.read_array(file, allow_pickle=False)

@@ -84,6 +84,41 @@ def test_three_processes_report_the_metrics_of_one(
     assert done.stdout.count("Fréchet distance (") == 1, "more than one process speaks"
 
 
+def test_classes_without_real_images_are_not_generated(run_command, teacher, tmp_path, monkeypatch):
+    write_dataset(tmp_path / "a.zip", pictures(6), [1, 2, 4, 1, 2, 4])
+    base = ["--network", teacher, "--data", tmp_path / "a.zip", "--detector", "pixels", "-n", 30]
+    status, error = run_command("evaluate", *base, "--metrics", "fid", "--reader", "plain")
+    assert status == 0, error
+    assert "a.zip: no images of class 0, 3:" in error
+    assert "a.zip has images of 3 of the network's 10 classes: only those are generated" in error
+    found = results(run_command, tmp_path, *base, "--metrics", "fid")["reported"]
+    latents, classes = seed_inputs(list(range(30)), load_network(teacher).config, None, [1, 2, 4])
+    assert set(classes.tolist()) == {1, 2, 4}
+    images = generate_images(load_network(teacher), latents, classes, 2.5)
+    write_dataset(tmp_path / "g.zip", images)
+    base[:2] = ["--images", tmp_path / "g.zip"]
+    expected = results(run_command, tmp_path, *base, "--metrics", "fid")["reported"]
+    assert found == pytest.approx(expected)
+
+
+def test_features_that_are_not_finite_are_one_line(run_command, teacher, real, tmp_path):
+    class Division(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.float().mean([2, 3]) / 0
+
+    torch.jit.script(Division()).save(tmp_path / "division.pt")
+    base = ["--network", teacher, "--data", real, "-n", 8, "--reader", "plain"]
+    base += ["--detector", tmp_path / "division.pt", "--trust", "--out", tmp_path / "o.json"]
+    status, error = run_command("evaluate", *base)
+    assert status == 2
+    assert error.splitlines()[-1] == (
+        "error: reading real.zip: division gives features that are NaN, infinite or too large: "
+        "give another --detector"
+    )
+    assert not (tmp_path / "o.json").exists()
+    assert not list((tmp_path / "cache").glob("reference-*"))
+
+
 def test_protocols(run_command, teacher, real, tmp_path, capsys):
     base = ["--network", teacher, "--data", real, "--detector", "pixels", "--num", 12]
     base += ["--metrics", "fid"]

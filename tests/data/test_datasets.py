@@ -106,6 +106,14 @@ def test_palette_becomes_rgb(tmp_path):
     )
 
 
+def test_an_empty_name_in_a_zip_is_no_image(tmp_path):
+    path = make_zip(tmp_path / "a.zip", {"1.png": GOOD, "empty": b""})
+    data = path.read_bytes().replace(b"empty", b"\0mpty")  # zipfile cuts names at a null byte
+    path.write_bytes(data)
+    assert "" in zipfile.ZipFile(path).namelist()
+    assert len(ImageDataset(path)) == 1
+
+
 def test_zip_members_are_never_extracted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_zip(tmp_path / "a.zip", {"../evil.png": png(colour()), "/abs.png": png(colour())})

@@ -95,6 +95,17 @@ def test_an_array_is_read_only_if_its_header_says_no_more_than_there_is(tmp_path
             read_reference(str(tmp_path / "stats.npz"), load_detector("pixels", CPU))
 
 
+def test_a_reference_of_python_2_is_read_without_a_warning(tmp_path, recwarn):
+    np.savez(tmp_path / "stats.npz", sigma=np.eye(3))
+    np.save(buffer := io.BytesIO(), np.zeros(3))
+    content = buffer.getvalue().replace(b"(3,), }", b"(3L,),}")
+    with zipfile.ZipFile(tmp_path / "stats.npz", "a") as archive:
+        archive.writestr("mu.npy", content)
+    found = read_reference(str(tmp_path / "stats.npz"), load_detector("pixels", CPU))
+    assert torch.equal(found.mean, torch.zeros(3, dtype=torch.float64))
+    assert not recwarn.list
+
+
 def test_other_arrays_of_a_reference_are_not_unpacked(tmp_path):
     values = {"mu": np.zeros(64), "sigma": np.eye(64), "other": np.zeros(10**7)}
     np.savez_compressed(tmp_path / "stats.npz", **values)

@@ -9,9 +9,11 @@ import re
 import signal
 import sys
 
+import numpy as np
 import pytest
 import torch
 
+from sid_fast.data.datasets import write_dataset
 from sid_fast.distiller import Distiller
 from sid_fast.errors import UserError
 from sid_fast.models.registry import load_network, save_network
@@ -117,6 +119,25 @@ def test_a_resumed_run_remembers_teacher_and_best(tmp_path, run_command):
     assert sum("teacher" in r for r in figures) == 1
     least = min(figures, key=lambda r: r[DISTANCE])["images"]
     assert [p.name for p in out.glob("best-*")] == [f"best-{least:010d}.safetensors"]
+
+
+def test_evaluations_generate_the_classes_that_have_images(tmp_path, run_command, monkeypatch):
+    drawn, generate = [], callbacks.generate_batches
+    monkeypatch.setattr(
+        callbacks, "generate_batches", lambda *a: drawn.append(a[-1]) or generate(*a)
+    )
+    write_dataset(
+        tmp_path / "a.zip", np.arange(384, dtype=np.uint8).reshape(6, 1, 8, 8), [1, 4] * 3
+    )
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    status, error = run_command(
+        "train", "--teacher", tmp_path / "teacher.safetensors", "--data", tmp_path / "a.zip",
+        "--batch-size", 4, "--kimg", 0.004, "--eval-every", 0.004, "--eval-images", 8,
+        "--detector", "pixels", "--teacher-steps", 2, "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert status == 0, error
+    assert drawn == [[1, 4]] * 3
+    assert f"note: {tmp_path}/a.zip: no images of class 0, 2 to 3:" in error
 
 
 def test_an_evaluation_that_fails_is_a_warning(tmp_path, run_command, monkeypatch, capsys):
