@@ -4,6 +4,14 @@
 `python -m sid_fast.train`, `.generate`, `.evaluate`, `.pretrain` and `.plan`.
 """
 
+import signal as _signal
+import sys as _sys
+
+# Python starts a command with `-m`: a Ctrl-C during the seconds of imports ends it without a
+# traceback. cli.main restores the handler.
+if _sys.argv[:1] == ["-m"] and _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+
 from sid_fast import augment, losses, noise, sampling
 from sid_fast.config.types import Settings, SiDASettings
 from sid_fast.distiller import Distiller

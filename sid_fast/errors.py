@@ -15,7 +15,12 @@ def one_line(text: object) -> str:
     text = str(text)
     if len(text) > 8 * LINE:  # cut first, as it may have megabytes
         text = text[: 4 * LINE] + " … " + text[-4 * LINE :]
-    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
+    return printable(" ".join(text.split()))
+
+
+def printable(line: str) -> str:
+    """Replace unprintable characters of a line and cut its middle, as one_line; keeps spaces."""
+    line = "".join(c if c.isprintable() else "\ufffd" for c in line)
     if len(line) > LINE:
         line = line[: LINE // 2] + " … " + line[3 - LINE // 2 :]
     return line

@@ -96,6 +96,7 @@ def run(config: TrainConfig, given: set[str]) -> None:
         config.micro_batch, given = None, given - {"micro_batch"}
     resume = cli.resume(config, given)
     check(config)
+    cli.refuse_idle_run_options(config, given)
     if not config.teacher:
         raise UserError("teacher is missing: give --teacher FILE or --preset NAME")
     if config.eval_every and not (config.data or config.ref):
@@ -115,6 +116,7 @@ def run(config: TrainConfig, given: set[str]) -> None:
         if data:
             check_data(data, teacher.config)
         network, backends = teacher.config, kernels.dispatch.runs(device)
+        estimator.require_host_memory(network, config, device)
         state = estimator.StateMemory(
             lambda settings: SiD(EDMNetwork(network), settings),
             mixed_precision.resolve_precision(part(config, Settings), device),

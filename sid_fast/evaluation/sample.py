@@ -83,13 +83,13 @@ def generate_batches(
         steps: 1, or the number of sampler steps of a teacher.
         cuda_graph: replay the network's forward pass from a CUDA graph.
     """
-    mine = list(shard_by_rank(seeds))
+    mine = shard_by_rank(seeds)
     # Captured once per pass, which costs two extra calls. A graph that outlived the pass would hold
     # a batch of activations while training needs the memory, and a sharded network is gathered into
     # a new copy for each pass.
     call = GraphedFunction(net) if cuda_graph else net
     for i in range(0, len(mine), GENERATION_BATCH):
-        latents, classes = seed_inputs(mine[i : i + GENERATION_BATCH], net.config, None)
+        latents, classes = seed_inputs(list(mine[i : i + GENERATION_BATCH]), net.config, None)
         yield generate_images(net, latents, classes, init_sigma, steps, call)
 
 

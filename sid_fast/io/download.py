@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from sid_fast.errors import UserError
+from sid_fast.io import streams
 from sid_fast.io.atomic import atomic_path
 from sid_fast.io.cache import user_cache
 
@@ -116,7 +117,7 @@ def file_sha256(path: Path) -> str:
 def _verify(url: str, path: Path, sha256: str | None) -> None:
     actual = file_sha256(path)
     if sha256 is None:
-        print(f"not verified; to pin this version give {url}#sha256={actual}", file=sys.stderr)
+        streams.say(f"not verified; to pin this version give {url}#sha256={actual}", sys.stderr)
     elif actual != sha256:
         raise UserError(
             f"{url} has sha256 {actual}, not {sha256}: delete {path} if it exists "
