@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import itertools
+import logging
 import os
 import re
 import signal
@@ -337,6 +338,11 @@ OUT_OF_MEMORY = (
 )
 
 
+def without_traceback(record: logging.LogRecord) -> bool:
+    """Reject log records with a traceback: PyTorch raises the same error, and we report that."""
+    return not record.exc_info
+
+
 def main(command: click.Command, module: str) -> None:
     """Run a command and exit: status 2 and one line on stderr for bad input, 1 for a failed run.
 
@@ -347,6 +353,8 @@ def main(command: click.Command, module: str) -> None:
     streams.make_safe()
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see sid_fast/__init__.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if logging.lastResort:
+        logging.lastResort.addFilter(without_traceback)
     default_showwarning, default_excepthook = warnings.showwarning, threading.excepthook
 
     def show(message, category, *where, **more) -> None:

@@ -122,7 +122,8 @@ FILE_SUFFIXES = (".zip", ".npz", ".npy", ".png", ".jpg", ".tar", ".gz", ".tgz")
 def require_memory(config: GenerateConfig, network: NetworkConfig, count: int) -> None:
     """Raise UserError if `count` images do not fit in this machine's memory."""
     pixels = network.channels * network.resolution**2
-    per_image = 40 + pixels * (2 if config.grid else 1)  # the seed, the image, its place in a grid
+    copies = 1 + bool(config.grid) + bool(config.out and is_file(config.out))  # while writing
+    per_image = 56 + copies * pixels  # the seed, twice; the class; the image
     latents = min(config.batch, count) * pixels * 8  # drawn one by one, then stacked, float32
     host_memory.require(
         count * per_image + latents,

@@ -251,7 +251,7 @@ def require_host_memory(network: NetworkConfig, settings: Any, device: torch.dev
         host_memory.require(
             least_bytes(network, micro),
             f"a step of {micro} images of a {network} network",
-            "use a smaller --micro-batch or --batch-size",
+            "use a smaller --micro-batch, --batch-size or network",
         )
 
 
