@@ -4,6 +4,17 @@
 `python -m sid_fast.train`, `.generate`, `.evaluate`, `.pretrain` and `.plan`.
 """
 
+import os as _os
+import signal as _signal
+import sys as _sys
+
+if _sys.argv[:1] == ["-m"]:  # a command, which Python is about to import
+    # Ctrl-C during the seconds of imports ends it without a traceback; cli.main takes over.
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+    # Without C++ stack traces of connections to a lost process. PyTorch reads it when imported.
+    _os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 from sid_fast import augment, losses, noise, sampling
 from sid_fast.config.types import Settings, SiDASettings
 from sid_fast.distiller import Distiller

@@ -1,7 +1,11 @@
-"""List the commands: python -m sid_fast."""
+"""List the commands: python -m sid_fast; `python -m sid_fast train …` runs one."""
 
-print(
-    """sid_fast distils a pretrained EDM diffusion model into a one-step generator.
+import runpy
+import sys
+
+from sid_fast.io import streams
+
+TEXT = """sid_fast distils a pretrained EDM diffusion model into a one-step generator.
 
   python -m sid_fast.train      distil a teacher into a one-step generator
   python -m sid_fast.plan       estimate memory, time and cost of a run on a given cluster
@@ -13,4 +17,23 @@ print(
 Each command lists its options with --help. To try it on a CPU, in a few minutes:
 
   python -m sid_fast.train --preset digits"""
-)
+COMMANDS = tuple(line.split()[2].partition(".")[2] for line in TEXT.splitlines()[2:7])
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command that the first argument names; list the commands without one."""
+    streams.make_safe()
+    if not arguments or arguments[0] in ("-h", "--help"):
+        streams.say(TEXT)
+    elif arguments[0] in COMMANDS:
+        module = f"sid_fast.{arguments[0]}"
+        sys.argv = [module, *arguments[1:]]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        known = ", ".join(COMMANDS)
+        streams.say(f"error: {arguments[0]!r} is not a command: choose from {known}", sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

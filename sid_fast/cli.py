@@ -1,11 +1,14 @@
 """Command lines made from dataclasses: each field is an option, a preset replaces its default."""
 
-import contextlib
 import dataclasses
 import inspect
+import itertools
+import logging
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 import types
 import typing
@@ -19,8 +22,9 @@ import click
 
 from sid_fast.config.toml import loads
 from sid_fast.config.types import members
-from sid_fast.errors import Fallback, RunFailed, UserError
-from sid_fast.performance import failure
+from sid_fast.errors import Fallback, RunFailed, UserError, one_line
+from sid_fast.io import streams
+from sid_fast.performance import failure, process_group
 from sid_fast.training.checkpoint import PATTERN, find_restarted_run, find_state, read_header
 
 
@@ -190,10 +194,23 @@ def command(
     params += [_moved_option(name, module) for name, module in moved.items()]
 
     def body(**values: Any) -> None:
-        if click.get_current_context().invoked_subcommand:
-            return
-        source = click.get_current_context().get_parameter_source
+        context = click.get_current_context()
+        source = context.get_parameter_source
         given = {n for n in values if source(n) == click.core.ParameterSource.COMMANDLINE}
+        for name in values:
+            if name in given and (values[name] == () or not str(values[name]).strip()):
+                raise UserError(
+                    f"{flag(name)} is empty, perhaps an unset shell variable: give it a value, or "
+                    "leave it out"
+                )
+        if context.invoked_subcommand:
+            if given:
+                raise UserError(
+                    f"{flag(min(given))} has no effect on {context.invoked_subcommand}: give the "
+                    f"options of {context.invoked_subcommand} after its name"
+                )
+            return
+        process_group.launch()  # refuses a broken environment before any work
         run(config(**values), given)
 
     common: dict[str, Any] = {
@@ -207,9 +224,58 @@ def command(
     return Group(config.__name__, commands=subcommands, invoke_without_command=True, **common)
 
 
+def flag(name: str) -> str:
+    """Return the option of a field: "batch_size" gives "--batch-size"."""
+    return "--" + name.strip("_").replace("_", "-")
+
+
+def refuse_idle(config: Any, given: set[str], met: Any, needs: str, *names: str) -> None:
+    """Raise UserError if an option is given that has no effect.
+
+    Args:
+        config: the command's dataclass.
+        given: names of the fields that the command line set.
+        met: whether the options have an effect.
+        needs: what they need for it, such as another option.
+        names: fields of the options; one that is False or None counts as not given.
+    """
+    for name in names:
+        value = getattr(config, name, None)
+        if not met and name in given and value is not False and value is not None:
+            raise UserError(
+                f"{flag(name)} has no effect without {needs}: add that, or leave out {flag(name)}"
+            )
+
+
+def refuse_idle_detector_options(config: Any, given: set[str]) -> None:
+    """Raise UserError if --trust or --batch does nothing for the --detector (see refuse_idle)."""
+    file = config.detector not in ("inception", "pixels")
+    refuse_idle(config, given, file, "--detector FILE", "trust")
+    network = config.detector != "pixels"
+    refuse_idle(config, given, network, "a --detector other than pixels", "batch")
+
+
+def refuse_idle_run_options(config: Any, given: set[str]) -> None:
+    """Raise UserError if an option of a training run has no effect (see refuse_idle)."""
+    evaluation = ("eval_images", "detector", "ref", "trust", "teacher_steps")
+    refuse_idle(config, given, config.eval_every, "--eval-every", *evaluation)
+    refuse_idle_detector_options(config, given)
+    hsdp = process_group.launch().world_size > 1 and config.parallel in ("auto", "hsdp")
+    refuse_idle(config, given, hsdp, "several processes and --parallel hsdp", "shard_group")
+
+
 def parse_seeds(text: str) -> list[int]:
-    """Parse a seed list: "0-2,7" gives [0, 1, 2, 7]; UserError for anything else."""
-    seeds: list[int] = []
+    """Parse a seed list: "0-2,7" gives [0, 1, 2, 7]; see seed_ranges."""
+    return list(itertools.chain(*seed_ranges(text)))
+
+
+def seed_ranges(text: str) -> list[range]:
+    """Parse a seed list without listing the seeds: "0-2,7" gives [range(0, 3), range(7, 8)].
+
+    Raises:
+        UserError: the text is anything else, or has more than 10^8 seeds.
+    """
+    ranges: list[range] = []
     for entry in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,19})(?:-(\d{1,19}))?\s*", entry)
         if not match:
@@ -219,8 +285,10 @@ def parse_seeds(text: str) -> list[int]:
             raise UserError(
                 f"seeds={text!r}: {entry!r} is a descending range, too long, or above 2^63 - 1"
             )
-        seeds.extend(range(first, last + 1))
-    return seeds
+        ranges.append(range(first, last + 1))
+    if sum(map(len, ranges)) > 10**8:
+        raise UserError(f"seeds={text!r} are more than 10^8: split them over several calls")
+    return ranges
 
 
 # A resumed run takes these from its own command line, never from the checkpoint.
@@ -265,19 +333,44 @@ def resume(config: Any, given: set[str]) -> Path | None:
     return state
 
 
+CPU_ALLOCATION_FAILED = "DefaultCPUAllocator: "  # of torch's RuntimeError
+OUT_OF_MEMORY = (
+    "out of memory on the CPU: use a smaller batch, fewer images or a smaller network, or a "
+    "machine with more memory"
+)
+
+
+def without_traceback(record: logging.LogRecord) -> bool:
+    """Reject log records with a traceback: PyTorch raises the same error, and we report that."""
+    return not record.exc_info
+
+
 def main(command: click.Command, module: str) -> None:
-    """Run a command and exit: status 2 and one line on stderr for bad input, 1 for a failed run."""
+    """Run a command and exit: status 2 and one line on stderr for bad input, 1 for a failed run.
+
+    Output that cannot be written is lost, and never ends the command; see streams.make_safe.
+    """
     status: Any = 2  # for sys.exit
     message = ""
-    default_showwarning = warnings.showwarning
+    streams.make_safe()
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see sid_fast/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if logging.lastResort:
+        logging.lastResort.addFilter(without_traceback)
+    default_showwarning, default_excepthook = warnings.showwarning, threading.excepthook
 
     def show(message, category, *where, **more) -> None:
         if issubclass(category, Fallback):
-            print(f"warning: {message}", file=sys.stderr, flush=True)
+            streams.say(f"warning: {one_line(message)}", sys.stderr)
         else:
             default_showwarning(message, category, *where, **more)
 
-    warnings.showwarning = show
+    def thread_failed(failed) -> None:
+        # TensorBoard's writer thread: its next call raises the error again, and Log reports that.
+        if not isinstance(failed.exc_value, OSError):
+            default_excepthook(failed)
+
+    warnings.showwarning, threading.excepthook = show, thread_failed
     try:
         status = command.main(prog_name=f"python -m {module}", standalone_mode=False)
     except SystemExit as stopped:
@@ -290,22 +383,28 @@ def main(command: click.Command, module: str) -> None:
         message = f"{error.format_message()} (python -m {module} --help lists the options)"
     except OSError as error:  # such as a path that is too long or a file that disappeared
         message = f"{error.filename or module}: {error.strerror or error}"
+    except MemoryError:
+        message = OUT_OF_MEMORY
     except (click.Abort, KeyboardInterrupt):
         message, status = "interrupted", 130
-    except Exception:
-        if not failure.unclean_exit:
+    except Exception as error:
+        if CPU_ALLOCATION_FAILED in str(error):
+            message = OUT_OF_MEMORY
+        elif not failure.unclean_exit:
             raise
-        traceback.print_exc()
-        status = 1
+        else:
+            traceback.print_exc()
+            status = 1
     finally:
-        warnings.showwarning = default_showwarning
+        warnings.showwarning, threading.excepthook = default_showwarning, default_excepthook
     if message:
         rank = os.environ.get("RANK", "0")
-        prefix = "error: " if rank == "0" else f"error on process {rank}: "
-        print(prefix + " ".join(message.split()), file=sys.stderr)
+        prefix = f"error on process {rank}: " if rank.strip("0").isdecimal() else "error: "
+        streams.say(prefix + one_line(message), sys.stderr)
+    elif lost := streams.lost_output():
+        streams.say(f"warning: some output was lost: {lost}", sys.stderr)
     if failure.unclean_exit:  # a normal exit would wait for the device or for a checkpoint thread
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):  # the disk may be full
-                stream.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status or 0)
     sys.exit(status)

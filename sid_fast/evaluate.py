@@ -5,10 +5,12 @@ python -m sid_fast.evaluate reference --data cifar10.zip --out cifar10.npz
 """
 
 import dataclasses
+import itertools
 import json
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -31,11 +33,15 @@ from sid_fast.evaluation.sample import (
     shard_by_rank,
 )
 from sid_fast.io.atomic import atomic_path, open_target
+from sid_fast.io.streams import say
 from sid_fast.models.registry import load_network, require_denoiser, require_png_channels
 from sid_fast.performance import process_group
 from sid_fast.performance.cuda_graphs import resolve_cuda_graph
+from sid_fast.tools import host_memory
 
-NUM = 50_000  # generated images per sample set
+NUM = 50_000  # generated images per sample set, by default
+MAX_IMAGES = 10**8
+DETECTOR_BYTES = 2**20  # per image of a batch: Inception's input alone, float32 [3, 299, 299]
 # Name: (number of sample sets, c), with covariances over N − c.
 PROTOCOLS = {None: (1, 1), "edm": (3, 1), "sid": (10, 0)}
 
@@ -98,6 +104,7 @@ class EvaluateConfig(DetectorOptions):
         f"images per sample set; default: {NUM:,}, or all of --images. Under torchrun write -n: "
         "torchrun takes --num for one of its own options",
         2,
+        MAX_IMAGES,
         short="-n",
     )
     seeds: str | None = option(
@@ -147,6 +154,7 @@ def run(config: EvaluateConfig, given: set[str]) -> None:
         raise UserError(f"metrics: {unknown[0]!r} is unknown: choose from {', '.join(METRICS)}")
     if config.protocol not in PROTOCOLS:
         raise UserError(f"protocol={config.protocol!r} is unknown: choose from edm, sid")
+    refuse_idle_options(config, given, metrics)
     if config.protocol == "edm" and "fid" not in metrics:
         raise UserError(
             "metrics: --protocol edm reports the sample set of lowest FID: add fid to --metrics, "
@@ -175,10 +183,35 @@ def run(config: EvaluateConfig, given: set[str]) -> None:
             report(config, detector, real, [items for items, _ in sets], results, timer)
 
 
+def refuse_idle_options(config: EvaluateConfig, given: set[str], metrics: list[str]) -> None:
+    """Raise UserError if an option or a metric that the command line sets would do nothing."""
+    refuse = partial(cli.refuse_idle, config, given)
+    refuse(config.network, "--network", "steps", "init_sigma", "seeds")
+    refuse(config.network or config.protocol != "edm", "--network", "protocol")
+    refuse(config.steps == 1, "--steps 1", "init_sigma")
+    refuse(config.data or config.images, "--data or --images", "reader")
+    real = not config.ref or {"kid", "pr"} & {*metrics}
+    refuse(real, "kid or pr in --metrics, as --ref serves fid", "data")
+    cli.refuse_idle_detector_options(config, given)
+    if "metrics" in given and not config.data and (idle := {"kid", "pr"} & {*metrics}):
+        raise UserError(f"metrics: {min(idle)} needs real images: add --data, or leave it out")
+    if "metrics" in given and config.detector == "pixels" and "is" in metrics:
+        raise UserError(
+            "metrics: is needs class probabilities, which --detector pixels has not: use another, "
+            "or leave it out"
+        )
+
+
 def prepare(
     config: "EvaluateConfig | ReferenceConfig", device: torch.device
 ) -> tuple[Detector | Pixels, ImageDataset | None, str]:
     """Load the detector and the real images, if any, and choose the PNG reader."""
+    if config.batch and device.type == "cpu":  # the detector always gets full batches
+        host_memory.require(
+            config.batch * DETECTOR_BYTES,
+            f"a batch of {config.batch:,} images in the detector",
+            "use a smaller --batch",
+        )
     with process_group.main_process_first():  # may download
         detector = load_detector(config.detector, device, config.trust, config.batch)
         data = open_dataset(config.data) if config.data else None
@@ -199,7 +232,10 @@ def sets_from_network(
                 f"seeds={config.seeds} is one sample set: leave out --seeds, or both --num and "
                 "--protocol"
             )
-        seed_sets = [cli.parse_seeds(config.seeds)]
+        ranges = cli.seed_ranges(config.seeds)
+        count = sum(map(len, ranges))
+        host_memory.require(40 * count, f"{count:,} seeds", "use fewer --seeds, or --num")
+        seed_sets = [list(itertools.chain(*ranges))]
     assert config.network
     with process_group.main_process_first():  # may download
         net = load_network(config.network).to(device)
@@ -210,10 +246,10 @@ def sets_from_network(
     graph, _ = resolve_cuda_graph("auto", device)
     classes = classes_to_draw(data, net)
     if classes and process_group.rank() == 0:
-        print(
+        say(
             f"note: {config.data} has images of {len(classes):,} of the network's "
             f"{net.config.label_dim:,} classes: only those are generated",
-            file=sys.stderr,
+            sys.stderr,
         )
     return [
         (seeds, generate_batches(net, seeds, sigma, config.steps, graph, classes))
@@ -223,10 +259,6 @@ def sets_from_network(
 
 def set_from_files(config: EvaluateConfig, device: torch.device, reader: str) -> list[SampleSet]:
     """The one sample set of --images: its first --num images."""
-    if config.seeds is not None:
-        raise UserError(
-            f"seeds={config.seeds} needs --network: with --images give --num, which takes the first"
-        )
     assert config.images
     data = open_dataset(config.images)
     num = config.num or len(data)
@@ -256,29 +288,9 @@ def report(
     results: list[dict[str, float]],
     timer: StageTimer,
 ) -> None:
-    """Print a table of the results and write --out."""
+    """Write --out, then print a table of the results: a failing terminal costs no results."""
     reported = summary(config.protocol, results)
-    seeds = ", ".join(f"{s[0]}-{s[-1]}" for s in sets)
-    source = f"seeds {seeds}" if config.network else "files"
-    references = " and ".join(p for p in (config.ref, config.data) if p)
-    size = f"{real.count:,} images" if real.count else "unknown number of images"
-    print(f"{config.network or config.images}, {len(sets[0]):,} images per sample set ({source})")
-    print(f"reference: {references}, {size}")
-    if len(results) > 1:
-        rule: dict[str | None, str]
-        rule = {"edm": "sample set of lowest distance", "sid": "mean ± std of the sample sets"}
-        print(f"{'':32} {rule[config.protocol]:32} all sample sets")
-    for name in (n for n in reported if not n.endswith("_std")):
-        std = reported.get(f"{name}_std")
-        text = f"{reported[name]:.5g}" + ("" if std is None else f" ± {std:.2g}")
-        each = "  ".join(f"{r[name]:.5g}" for r in results) if len(results) > 1 else ""
-        print(f"{label(name, detector):32} {text:32} {each}".rstrip())
-    if "is" in config.metrics and "inception_score" not in reported:
-        print(f"no {label('inception_score', detector)}: this detector has no class probabilities")
-    if real.features is None and ("kid" in config.metrics or "pr" in config.metrics):
-        print("no kernel distance, precision or recall: they need real images; give --data")
     seconds = {stage: round(s, 3) for stage, s in timer.seconds.items()}
-    print("seconds: " + ", ".join(f"{stage} {s:.3g}" for stage, s in seconds.items()))
     if config.out:
         document = {
             "reported": reported,
@@ -296,6 +308,26 @@ def report(
         }
         with atomic_path(config.out) as temporary:
             temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    seeds = ", ".join(f"{s[0]}-{s[-1]}" for s in sets)
+    source = f"seeds {seeds}" if config.network else "files"
+    references = " and ".join(p for p in (config.ref, config.data) if p)
+    size = f"{real.count:,} images" if real.count else "unknown number of images"
+    say(f"{config.network or config.images}, {len(sets[0]):,} images per sample set ({source})")
+    say(f"reference: {references}, {size}")
+    if len(results) > 1:
+        rule: dict[str | None, str]
+        rule = {"edm": "sample set of lowest distance", "sid": "mean ± std of the sample sets"}
+        say(f"{'':32} {rule[config.protocol]:32} all sample sets")
+    for name in (n for n in reported if not n.endswith("_std")):
+        std = reported.get(f"{name}_std")
+        text = f"{reported[name]:.5g}" + ("" if std is None else f" ± {std:.2g}")
+        each = "  ".join(f"{r[name]:.5g}" for r in results) if len(results) > 1 else ""
+        say(f"{label(name, detector):32} {text:32} {each}".rstrip())
+    if "is" in config.metrics and "inception_score" not in reported:
+        say(f"no {label('inception_score', detector)}: this detector has no class probabilities")
+    if real.features is None and ("kid" in config.metrics or "pr" in config.metrics):
+        say("no kernel distance, precision or recall: they need real images; give --data")
+    say("seconds: " + ", ".join(f"{stage} {s:.3g}" for stage, s in seconds.items()))
 
 
 def run_reference(config: ReferenceConfig, given: set[str]) -> None:
@@ -306,6 +338,7 @@ def run_reference(config: ReferenceConfig, given: set[str]) -> None:
     if not config.out or not config.out.endswith(".npz"):
         raise UserError(f"out={config.out} is not an .npz file: give --out NAME.npz")
     open_target(config.out)
+    cli.refuse_idle_detector_options(config, given)
     device = process_group.pick_device(config.device)
     with process_group.joined(device):
         detector, data, reader = prepare(config, device)
@@ -316,7 +349,7 @@ def run_reference(config: ReferenceConfig, given: set[str]) -> None:
             write_reference(config.out, stats, detector)
             seconds = sum(timer.seconds.values())
             how = f"at {len(data) / seconds:.0f} images/s" if seconds else "from the cache"
-            print(
+            say(
                 f"{config.out}: statistics of {len(data):,} images, {len(stats.mean)} "
                 f"{detector.name} features, {how}"
             )

@@ -4,6 +4,7 @@ python -m sid_fast.generate --network runs/000-digits --seeds 0-63 --grid digits
 """
 
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from sid_fast.data.datasets import write_dataset
 from sid_fast.data.images import save_grid, save_png
 from sid_fast.errors import UserError
 from sid_fast.io.atomic import atomic_path, open_target
+from sid_fast.io.streams import say
 from sid_fast.models import NetworkConfig
 from sid_fast.models.registry import load_network, require_denoiser, require_png_channels
 from sid_fast.performance import process_group
 from sid_fast.sampling import generate_images, seed_inputs
+from sid_fast.tools import host_memory
 
 
 @dataclasses.dataclass
@@ -69,7 +72,8 @@ def run(config: GenerateConfig, given: set[str]) -> None:
         raise UserError(
             "nothing to write: give --out FOLDER (or NAME.zip, NAME.npz), --grid FILE.png, or both"
         )
-    seeds = cli.parse_seeds(config.seeds)
+    cli.refuse_idle(config, given, config.steps == 1, "--steps 1", "init_sigma")
+    ranges = cli.seed_ranges(config.seeds)
     device = process_group.pick_device(config.device)
     net = load_network(config.network).to(device)
     if config.steps > 1:
@@ -80,14 +84,16 @@ def run(config: GenerateConfig, given: set[str]) -> None:
         last = net.config.label_dim - 1
         known = f"choose from 0 to {last}" if last > 0 else "the network has no classes"
         raise UserError(f"class={config.class_} is out of range: {known}")
+    require_memory(config, net.config, sum(map(len, ranges)))
+    seeds = list(itertools.chain(*ranges))
     init_sigma = config.init_sigma or net.config.init_sigma
     open_targets(config.out, config.grid)
     if config.steps == 1 and init_sigma is None:
         init_sigma = Settings.init_sigma
-        print(
+        say(
             f"{config.network} does not say that it is a one-step generator: sampling it in one "
             f"step from σ = {init_sigma:g}; for a teacher give --steps",
-            file=sys.stderr,
+            sys.stderr,
         )
     folder = Path(config.out) if config.out and not is_file(config.out) else None
 
@@ -115,6 +121,19 @@ def run(config: GenerateConfig, given: set[str]) -> None:
 
 # Unlikely suffixes of a folder name. --out writes .zip and .npz, in lower case only.
 FILE_SUFFIXES = (".zip", ".npz", ".npy", ".png", ".jpg", ".tar", ".gz", ".tgz")
+
+
+def require_memory(config: GenerateConfig, network: NetworkConfig, count: int) -> None:
+    """Raise UserError if `count` images do not fit in this machine's memory."""
+    pixels = network.channels * network.resolution**2
+    copies = 1 + bool(config.grid) + bool(config.out and is_file(config.out))  # while writing
+    per_image = 56 + copies * pixels  # the seed, twice; the class; the image
+    latents = min(config.batch, count) * pixels * 8  # drawn one by one, then stacked, float32
+    host_memory.require(
+        count * per_image + latents,
+        f"{count:,} images (--seeds) in batches of {config.batch:,}",
+        "split --seeds over several calls, or use a smaller --batch",
+    )
 
 
 def is_file(out: str) -> bool:
@@ -156,7 +175,7 @@ def write(
         with atomic_path(config.out) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **values)
     targets = " and ".join(p for p in (config.out, config.grid) if p)
-    print(f"wrote {len(seeds)} images: {targets}")
+    say(f"wrote {len(seeds)} images: {targets}")
 
 
 main = cli.command(GenerateConfig, run, None, __doc__)

@@ -11,6 +11,7 @@ import torch
 from sid_fast import cli, kernels
 from sid_fast.config.types import Settings, check, option, part
 from sid_fast.errors import UserError
+from sid_fast.io.streams import say
 from sid_fast.models.registry import network_config
 from sid_fast.tools import estimator, planner
 
@@ -41,20 +42,25 @@ def run(config: PlanConfig, given: set[str]) -> None:
     check(config)
     if not config.teacher:
         raise UserError("teacher is missing: give --teacher FILE or --preset NAME")
+    if "micro_batch" in given:
+        raise UserError(
+            f"--micro-batch={config.micro_batch} has no effect on a plan, which finds the largest "
+            "that fits: leave it out"
+        )
+    cli.refuse_idle(config, given, config.gpus > 1, "several GPUs (--gpus)", "link")
     settings, cluster = part(config, Settings), part(config, planner.Cluster)
     planner.check_batch(settings, cluster.gpus)
     network = network_config(config.teacher)
     gpu = torch.device("cuda")  # the run's device, not this machine's
     kernels.dispatch.configure(config.kernels, gpu)
     backends = kernels.dispatch.runs(gpu)
-    print(
+    say(
         "counting the operations of a training step, which takes about a minute …",
-        file=sys.stderr,
-        flush=True,
+        sys.stderr,
     )
     counts = estimator.counts(network, settings, config.checkpoint_activations, backends)
     name = config.preset or config.teacher
-    print(planner.text(name, network, counts, settings, config.kimg, cluster))
+    say(planner.text(name, network, counts, settings, config.kimg, cluster))
 
 
 main = cli.command(PlanConfig, run, "train", __doc__)

@@ -73,6 +73,7 @@ def run(config: PretrainConfig, given: set[str]) -> None:
     """Train a teacher; `given` names the fields that the command line set."""
     resume = cli.resume(config, given)
     check(config)
+    cli.refuse_idle_run_options(config, given)
     if not config.data:
         raise UserError("data is missing: give the training images as --data IMAGES.zip")
     if config.lr_rampup_kimg is None:  # the ratio of EDM: 10 of 200 million images
@@ -95,6 +96,7 @@ def run(config: PretrainConfig, given: set[str]) -> None:
     with process_group.joined(device, config.parallel, config.timeout):
         settings = part(config, PretrainSettings)
         grad_accum_steps(settings, process_group.world_size())
+        estimator.require_host_memory(network, settings, device)
         state = estimator.StateMemory(
             lambda s: EDM(EDMNetwork(network), s),
             mixed_precision.resolve_precision(settings, device),

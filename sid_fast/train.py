@@ -26,6 +26,7 @@ from sid_fast.data.datasets import ImageDataset
 from sid_fast.data.digits import open_dataset
 from sid_fast.distiller import Distiller
 from sid_fast.errors import UserError
+from sid_fast.io.streams import say
 from sid_fast.methods.sid import SiD
 from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.models.registry import load_teacher, network_config
@@ -80,6 +81,7 @@ def run(config: TrainConfig, given: set[str]) -> None:
         config.micro_batch, given = None, given - {"micro_batch"}
     resume = cli.resume(config, given)
     check(config)
+    cli.refuse_idle_run_options(config, given)
     if not config.teacher:
         raise UserError("teacher is missing: give --teacher FILE or --preset NAME")
     if config.eval_every and not (config.data or config.ref):
@@ -106,6 +108,7 @@ def run(config: TrainConfig, given: set[str]) -> None:
         if data:
             check_data(data, teacher.config)
         network, backends = teacher.config, kernels.dispatch.runs(device)
+        estimator.require_host_memory(network, config, device)
         state = estimator.StateMemory(
             lambda settings: SiD(EDMNetwork(network), settings),
             mixed_precision.resolve_precision(part(config, Settings), device),
@@ -264,7 +267,7 @@ def micro_batch_that_fits(
 
     def log(line: str) -> None:
         if process_group.rank() == 0:
-            print(line, flush=True)
+            say(line)
 
     sizes = micro_batches(settings, process_group.world_size())
     start = config.micro_batch if isinstance(config.micro_batch, int) else upper

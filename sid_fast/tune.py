@@ -26,6 +26,7 @@ from sid_fast.config.types import (
 )
 from sid_fast.errors import UserError
 from sid_fast.io.atomic import atomic_path, open_target
+from sid_fast.io.streams import say
 from sid_fast.models.registry import network_config
 from sid_fast.performance import process_group
 from sid_fast.tools import autotune
@@ -73,14 +74,14 @@ def run(config: TuneConfig, given: set[str]) -> None:
         if process_group.rank():
             return
     for note in tuning.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
     if config.json:
         with atomic_path(config.json) as temporary:
             text = json.dumps(tuning.to_json(), indent=2, ensure_ascii=False)
             temporary.write_text(text + "\n", "utf-8")
     if not tuning.rows or not any(row.ms for row in tuning.rows):
         raise UserError(tuning.text)
-    print(tuning.text)
+    say(tuning.text)
 
 
 main = cli.command(TuneConfig, run, "train", __doc__)

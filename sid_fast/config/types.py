@@ -331,6 +331,7 @@ class RunOptions:
         50_000,
         "generated images per evaluation; below 50,000 KID is logged too, as FID is then biased",
         2,
+        10**8,
     )
     detector: str = _evaluation(
         "inception", "feature network; see --detector of python -m sid_fast.evaluate"

@@ -9,6 +9,7 @@ import numpy as np
 from sid_fast.data.datasets import ImageDataset, write_dataset
 from sid_fast.errors import one_line
 from sid_fast.io.download import cache_folder, require_writable_cache
+from sid_fast.io.streams import say
 
 
 def open_dataset(path: str) -> ImageDataset:
@@ -29,5 +30,5 @@ def open_dataset(path: str) -> ImageDataset:
         path = str(cached)
     data = ImageDataset(path)
     if data.note and os.environ.get("RANK", "0") == "0":
-        print(one_line(f"note: {path}: {data.note}"), file=sys.stderr)
+        say(one_line(f"note: {path}: {data.note}"), sys.stderr)
     return data

@@ -11,6 +11,7 @@ import torch
 
 from sid_fast.data.datasets import ImageDataset
 from sid_fast.errors import UserError
+from sid_fast.io import streams
 
 BATCH = 1024  # images; DALI's threads want many at a time
 PLAIN_BATCH = 64  # small, so that a progress bar moves
@@ -30,7 +31,7 @@ def choose(reader: str = "auto") -> str:
         how = "pip install nvidia-dali-cuda130 (or -cuda120)"
         if reader == "dali":
             raise UserError(f"reader=dali: DALI is not installed ({error}): {how}") from None
-        print(f"reading PNGs without DALI, several times slower: {how}", file=sys.stderr)
+        streams.say(f"reading PNGs without DALI, several times slower: {how}", sys.stderr)
         return "plain"
     return "dali"
 

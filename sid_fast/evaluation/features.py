@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sid_fast.errors import UserError
+from sid_fast.io import streams
 from sid_fast.io.download import fetch
 from sid_fast.io.untrusted import describe, read_limited, sniff
 
@@ -165,7 +166,7 @@ def load_detector(
             f"{digest} is not a known one: give --trust if you trust its source"
         )
     which = "NVIDIA's Inception network" if known else f"sha256 {digest}, allowed by --trust"
-    print(f"running the TorchScript code of {path}: {which}", file=sys.stderr)
+    streams.say(f"running the TorchScript code of {path}: {which}", sys.stderr)
     try:
         with warnings.catch_warnings():  # torch.jit is deprecated, but NVIDIA's file is TorchScript
             warnings.simplefilter("ignore", DeprecationWarning)

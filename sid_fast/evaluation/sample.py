@@ -94,13 +94,15 @@ def generate_batches(
         cuda_graph: replay the network's forward pass from a CUDA graph.
         classes: class numbers to draw from, such as those that real images have; empty: all.
     """
-    mine = list(shard_by_rank(seeds))
+    mine = shard_by_rank(seeds)
     # Captured once per pass, which costs two extra calls. A graph that outlived the pass would hold
     # a batch of activations while training needs the memory, and a sharded network is gathered into
     # a new copy for each pass.
     call = GraphedFunction(net) if cuda_graph else net
     for i in range(0, len(mine), GENERATION_BATCH):
-        latents, labels = seed_inputs(mine[i : i + GENERATION_BATCH], net.config, None, classes)
+        latents, labels = seed_inputs(
+            list(mine[i : i + GENERATION_BATCH]), net.config, None, classes
+        )
         yield generate_images(net, latents, labels, init_sigma, steps, call)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,15 +19,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the same folder, renamed to `path` when the block succeeds.
 
     The block writes one file there. If it raises, the temporary file is removed and the old `path`
-    is untouched. Parent folders are not created.
+    is untouched. A link stays, and the file it points to is replaced. Parent folders are not
+    created.
 
     Raises:
-        UserError: `path` is a folder.
+        UserError: `path` is a folder, device, pipe or socket.
         WriteFailed: its folder is missing, or writing fails.
     """
-    target = Path(path)
-    if target.is_dir():
-        raise UserError(f"{target} is a folder: give the name of a file")
+    target = replaceable(path)
     if not target.parent.is_dir():
         raise WriteFailed(f"{target} cannot be written: create the folder {target.parent} first")
     # Random, since process ids of ranks on several nodes can coincide on a shared file system.
@@ -44,6 +44,26 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replaceable(path: str | os.PathLike[str]) -> Path:
+    """Follow links to the file that a write to `path` replaces, which may not exist yet.
+
+    Raises:
+        UserError: it is a folder, device, pipe or socket.
+        WriteFailed: it cannot be looked up, as where links form a circle.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    except OSError as error:
+        raise WriteFailed(f"{path} cannot be written ({error.strerror}): check the path") from None
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{path} is a folder: give the name of a file")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path} is a device, pipe or socket: give the name of a file")
+    return Path(os.path.realpath(path))
 
 
 def flush(path: Path) -> None:
@@ -64,9 +84,9 @@ def open_target(target: str, folder: bool = False) -> None:
 
     Raises:
         UserError: the folder cannot be created or written, or `target` should be a file but is a
-            folder.
+            folder, device, pipe or socket.
     """
-    directory = Path(target) if folder else Path(target).parent
+    directory = Path(target) if folder else replaceable(target).parent
     try:
         directory.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()
@@ -74,5 +94,3 @@ def open_target(target: str, folder: bool = False) -> None:
         raise UserError(
             f"{target} cannot be written ({error.strerror}): give a path you can write to"
         ) from None
-    if not folder and Path(target).is_dir():
-        raise UserError(f"{target} is a folder: give the name of a file")

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from sid_fast.errors import Fallback, UserError, WriteFailed
+from sid_fast.io import streams
 from sid_fast.io.atomic import atomic_path
 from sid_fast.io.cache import user_cache
 from sid_fast.io.untrusted import MAX_NETWORK_BYTES, Kind, describe, sniff_file, unreadable
@@ -61,7 +62,7 @@ def fetch(source: str, others: str = "") -> Path:
                     "another URL"
                 )
         if sha256 is None:
-            print(f"not verified; to pin this version give {url}#sha256={actual}", file=sys.stderr)
+            streams.say(f"not verified; to pin this version give {url}#sha256={actual}", sys.stderr)
     elif sha256 is not None and (actual := file_sha256(target)) != sha256:
         raise UserError(
             f"{target} has sha256 {actual}, not {sha256}: delete it to download it again, or give "

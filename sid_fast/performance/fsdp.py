@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, cast, overload
 
@@ -118,7 +117,7 @@ def plan(
         UserError: shard_group does not divide the number of ranks.
     """
     ranks = process_group.world_size()
-    group = shard_group or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    group = shard_group or process_group.launch().local_world_size
     room = float("inf")
     if device.type == "cuda":
         room = torch.cuda.get_device_properties(device).total_memory * STATE_MEMORY_FRACTION

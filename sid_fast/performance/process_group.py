@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import gc
 import os
+import re
 import signal
 import socket
 import traceback
@@ -18,6 +19,78 @@ import torch.distributed as dist
 
 from sid_fast.errors import RunFailed, UserError
 from sid_fast.performance import determinism, failure
+
+
+class Launch(NamedTuple):
+    """This process's place among the processes that torchrun started."""
+
+    rank: int
+    local_rank: int  # on this node
+    world_size: int
+    local_world_size: int  # processes on this node
+    restarts: int  # of the whole group
+
+
+_WITH_TORCHRUN = "unset it for a single process, or start with torchrun, which sets all of them"
+
+
+def launch() -> Launch:
+    """Read torchrun's environment variables; without them, a single process.
+
+    Raises:
+        UserError: a variable is empty or not a number, is set without the others, or contradicts
+            them.
+    """
+    limits = {  # name: (default, smallest)
+        "RANK": (0, 0),
+        "LOCAL_RANK": (0, 0),
+        "WORLD_SIZE": (1, 1),
+        "LOCAL_WORLD_SIZE": (1, 1),
+        "TORCHELASTIC_RESTART_COUNT": (0, 0),
+    }
+    values = {}
+    for name, (default, low) in limits.items():
+        text = os.environ.get(name, str(default))
+        if not re.fullmatch("[0-9]{1,9}", text) or int(text) < low:
+            raise UserError(
+                f"{name}={text!r} in the environment is not a whole number from {low}: "
+                f"{_WITH_TORCHRUN}"
+            )
+        values[name] = int(text)
+    found = Launch(*values.values())
+    if "WORLD_SIZE" not in os.environ:
+        for name in ("RANK", "LOCAL_RANK"):
+            if name in os.environ:
+                raise UserError(f"{name} is set without WORLD_SIZE: {_WITH_TORCHRUN}")
+    elif found.world_size > 1:
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                raise UserError(
+                    f"WORLD_SIZE={found.world_size} is set without {name}: {_WITH_TORCHRUN}"
+                )
+        port = os.environ["MASTER_PORT"]
+        if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+            raise UserError(
+                f"MASTER_PORT={port!r} in the environment is not a port: use 1 to 65535"
+            )
+    if found.rank >= found.world_size:
+        raise UserError(
+            f"RANK={found.rank} is not below WORLD_SIZE={found.world_size}: {_WITH_TORCHRUN}"
+        )
+    return found
+
+
+def _rendezvous() -> tuple[dist.Store, int, int]:
+    """Meet the other processes: (store, rank, world size); UserError if that fails."""
+    try:
+        return next(dist.rendezvous("env://"))
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"the processes cannot meet at MASTER_ADDR:MASTER_PORT, {where} ({reason}): start them "
+            "with torchrun, on a free port"
+        ) from error
 
 
 def pick_device(name: str = "auto", deterministic: bool = False) -> torch.device:
@@ -43,7 +116,7 @@ def named_device(name: str = "auto") -> torch.device:
     Raises:
         UserError: There is no such device.
     """
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    local = launch().local_rank
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -101,14 +174,13 @@ def joined(
         RunFailed: A process was lost, or did not answer in time; names it.
     """
     global _group
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    alone = launch().world_size == 1
     if alone and mode in ("auto", "ddp"):
         yield
         return
-    store, me, count = (dist.HashStore(), 0, 1) if alone else next(dist.rendezvous("env://"))
+    store, me, count = (dist.HashStore(), 0, 1) if alone else _rendezvous()
     # After a restart torchrun may reuse the store, which still holds the old addresses.
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(purpose, dist.PrefixStore(restart, store))
+    store = dist.PrefixStore(purpose, dist.PrefixStore(str(launch().restarts), store))
     timeout = datetime.timedelta(minutes=minutes)
     device_id = device if device.type == "cuda" else None
     # Registering a graph's buffers syncs the ranks during the capture, and fails with expandable

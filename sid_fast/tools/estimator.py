@@ -16,12 +16,13 @@ from sid_fast.config.types import Settings
 from sid_fast.methods.base import Method, RandomStream
 from sid_fast.methods.sid import SiD
 from sid_fast.models import EDMNetwork, NetworkConfig
-from sid_fast.performance import fsdp
+from sid_fast.performance import fsdp, process_group
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
+from sid_fast.tools import host_memory
+from sid_fast.tools.host_memory import GIB
 from sid_fast.tools.op_counter import Backends, Count, Op, fake
 from sid_fast.training.step import Trainer
 
-GIB = 2**30
 ALLOWANCE = 2 * GIB  # CUDA context, cuDNN workspaces, allocator fragmentation
 # Cost of a step per image, in forward passes (a backward is 2, without weight gradients 1): fake
 # score step G 1, ψ 3; generator step G 3, φ 2, ψ 2.
@@ -225,6 +226,33 @@ def counts(
         parameters=parameters,
         backends=backends,
     )
+
+
+def least_bytes(network: NetworkConfig, micro_batch: int) -> int:
+    """A lower bound of the bytes that a training step takes, from the configuration alone.
+
+    Counts float32 weights, gradients, Adam's second moments and EMA of the 3x3 convolutions, and
+    three feature maps per residual block, of which there are one more in the decoder.
+    """
+    weights = maps = 0
+    for level, multiplier in enumerate(network.channel_mult):
+        channels = network.model_channels * multiplier
+        blocks = 2 * network.num_blocks + 1
+        weights += blocks * 2 * 9 * channels**2
+        maps += blocks * 3 * channels * (network.resolution >> level) ** 2
+    return 4 * (4 * weights + micro_batch * maps)
+
+
+def require_host_memory(network: NetworkConfig, settings: Any, device: torch.device) -> None:
+    """Raise UserError, before anything is allocated, for a CPU run that cannot fit in memory."""
+    if device.type == "cpu":
+        batch, ranks = settings.batch_size, process_group.launch().world_size
+        micro = settings.micro_batch if isinstance(settings.micro_batch, int) else batch // ranks
+        host_memory.require(
+            least_bytes(network, micro),
+            f"a step of {micro} images of a {network} network",
+            "use a smaller --micro-batch, --batch-size or network",
+        )
 
 
 def estimated_micro_batch(

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from sid_fast.config.types import RunOptions, smaller_micro_batch
 from sid_fast.errors import OutOfMemory, RunFailed, UserError, WriteFailed
+from sid_fast.io import streams
 from sid_fast.io.atomic import atomic_path
 from sid_fast.performance import determinism, process_group
 from sid_fast.performance.compile import heartbeat
@@ -33,7 +33,6 @@ from sid_fast.training.checkpoint import (
 from sid_fast.training.logging import Log, read_log
 
 MAX_FAILED_STEPS = 20  # failed steps in a row after which a run stops
-STDOUT_GONE_ERRNOS = (errno.EPIPE, errno.EIO)  # a pipe without reader, a closed terminal
 FAULT_METRICS = ("dropped", "nonfinite", "skipped", "failed")  # summed between log lines
 
 
@@ -354,13 +353,8 @@ class Loop:
 
     def _print(self, line: str) -> None:
         if self.log:
-            try:
-                tqdm.write(line, file=sys.stdout)
-                sys.stdout.flush()
-            except OSError as error:  # on a full disk, for example, only this line is lost
-                if error.errno in STDOUT_GONE_ERRNOS:
-                    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-                    signal.raise_signal(signal.SIGHUP)
+            tqdm.write(streams.clean(line), file=sys.stdout)
+            sys.stdout.flush()
 
     def _record(self, values: dict[str, float]) -> None:
         if self.log and values:

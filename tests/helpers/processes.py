@@ -38,3 +38,21 @@ def tensors_of(state: Path) -> dict:
     """The tensors of a state that one process wrote."""
     files = [load_file(path) for path in sorted(state.glob("*.safetensors"))]
     return {name.removeprefix("state."): tensor for file in files for name, tensor in file.items()}
+
+
+def python_without_stdout(stdout: str, *arguments: object) -> subprocess.CompletedProcess:
+    """Run python with a stdout that is "closed", on a "full" disk, or a pipe of a "reader gone"."""
+    command = [sys.executable, *map(str, arguments)]
+    if stdout == "closed":
+        command = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+    reader, writer = os.pipe()
+    os.close(reader)
+    target = os.open("/dev/full", os.O_WRONLY) if stdout == "full" else writer
+    try:
+        return subprocess.run(
+            command, env=ENV, stdout=target, stderr=subprocess.PIPE, text=True, timeout=300
+        )
+    finally:
+        os.close(writer)
+        if target != writer:
+            os.close(target)

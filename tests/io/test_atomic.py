@@ -1,11 +1,12 @@
 """Files are written atomically."""
 
 import os
+import stat
 
 import pytest
 
 from sid_fast.errors import UserError
-from sid_fast.io.atomic import atomic_path
+from sid_fast.io.atomic import atomic_path, open_target
 
 
 def test_writes_the_file_and_leaves_nothing_else(tmp_path):
@@ -64,3 +65,37 @@ def test_refusals_name_the_target(tmp_path):
         write(tmp_path, unreached)
     with pytest.raises(UserError, match=r"a\.bin cannot be written \(No space left"):
         write(tmp_path / "a.bin", OSError(28, "No space left on device"))
+
+
+def write(path, text):
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+
+
+def test_a_link_is_followed_and_stays(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "a.bin").write_text("old")
+    for name in ("a.bin", "missing.bin"):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+        open_target(str(tmp_path / name))
+        write(tmp_path / name, "new")
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / "disk" / name).read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == ["a.bin", "disk", "missing.bin"]
+
+
+def test_only_regular_files_are_replaced(tmp_path):
+    fifo, link, circle = (tmp_path / n for n in ("fifo", "link", "circle"))
+    os.mkfifo(fifo)
+    link.symlink_to(os.devnull)
+    circle.symlink_to(circle)
+    device = os.stat(os.devnull)
+    for path in (fifo, link):
+        for refused in (write, open_target):
+            with pytest.raises(UserError, match="is a device, pipe or socket: give the name of a"):
+                refused(str(path), *(["text"] * (refused is write)))
+    with pytest.raises(UserError, match="circle cannot be written"):
+        write(circle, "text")
+    assert stat.S_ISFIFO(os.stat(fifo).st_mode)
+    assert os.stat(os.devnull).st_ino == device.st_ino
+    assert sorted(os.listdir(tmp_path)) == ["circle", "fifo", "link"]

@@ -1,0 +1,37 @@
+"""The memory of this machine, and refusal of work that would not fit in it."""
+
+import contextlib
+import os
+import resource
+from pathlib import Path
+
+from sid_fast.errors import UserError
+
+GIB = 2**30
+CGROUP_LIMITS = (  # of a container: version 2 and 1
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+
+
+def host_memory() -> int:
+    """Bytes this process may use: the machine's memory, or less in a container or with ulimit."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # missing, or "max"
+            limits.append(int(path.read_text()))
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return min(limits if soft == resource.RLIM_INFINITY else [*limits, soft])
+
+
+def require(nbytes: float, what: str, instead: str) -> None:
+    """Raise UserError if `what` needs more bytes than host_memory(); `instead` is the way out.
+
+    Linux grants more memory than there is and kills the process when it is used, so nothing can be
+    caught later.
+    """
+    if nbytes > (available := host_memory()):
+        raise UserError(
+            f"{what} would take about {nbytes / GIB:,.0f} GiB of memory, and this machine has "
+            f"{available / GIB:.0f}: {instead}"
+        )

@@ -1,0 +1,125 @@
+"""Command lines as users mistype them: one line that says what to do, and nothing written."""
+
+import pytest
+
+from sid_fast.models.registry import save_network
+from sid_fast.tools import host_memory
+from tests.helpers.networks import small_teacher
+
+TYPED = {
+    "train --presett digits": [
+        "No such option", "--presett", "--preset", "python -m sid_fast.train --help",
+    ],
+    "train --preset cifar10": ["preset 'cifar10' is unknown", "cifar10-uncond"],
+    "train --teacher cifar10-conditional": ["cifar10-conditional", "cifar10-cond"],
+    "train digits": ["unexpected extra argument", "digits"],
+    "train --teacher T --batch-size 64k": ["'64k' is not a valid integer", "--batch-size"],
+    "train --teacher T --precision fp8": ["'fp8'", "'bf16'"],
+    "train --teacher T --resume RUN": ["resume=RUN", "there is no RUN"],
+    "generate --network T --seeds 0..63 --out out": ["'0..63'", "0-63"],
+    "generate --network T": ["nothing to write", "--out", "--grid"],
+    "evaluate --network T": ["a reference is missing", "--data", "--ref"],
+    "evaluate --network T --data real.zipp": ["real.zipp"],
+    "plan --preset cifar10-cond --card b300": ["'b300'", "'h200'"],
+    "pretrain --dataset images.zip": ["No such option", "--data"],
+}  # fmt: skip
+
+EMPTY = [  # an unset shell variable
+    "train --teacher T --resume=", "train --teacher T --data=", "train --teacher T --ref=",
+    "train --teacher T --detector=", "train --teacher=", "train --teacher T --out=",
+    "pretrain --data digits --channel-mult=", "pretrain --data= --kimg 1",
+    "generate --network= --out out", "generate --network T --out=", "generate --network T --grid=",
+    "evaluate --network T --data= --ref r.npz", "evaluate --network T --data digits --out=",
+    "evaluate --network T --data digits --protocol=", "evaluate reference --data= --out x.npz",
+    "plan --teacher=",
+]  # fmt: skip
+
+IDLE = {  # options that would do nothing, and what they need
+    "train --teacher T --detector pixels": ("--detector", "--eval-every"),
+    "train --teacher T --ref r.npz": ("--ref", "--eval-every"),
+    "train --teacher T --eval-images 100": ("--eval-images", "--eval-every"),
+    "train --teacher T --teacher-steps 0": ("--teacher-steps", "--eval-every"),
+    "train --teacher T --data digits --eval-every 1 --trust": ("--trust", "--detector FILE"),
+    "train --teacher T --shard-group 2": ("--shard-group", "several processes"),
+    "train --teacher T --cuda-graph on --device cpu": ("cuda-graph=on", "needs a GPU"),
+    "pretrain --data digits --detector pixels": ("--detector", "--eval-every"),
+    "pretrain --data digits --shard-group 1": ("--shard-group", "several processes"),
+    "generate --network T --out out --steps 4 --init-sigma 2": ("--init-sigma", "--steps 1"),
+    "generate --network T --out out --class 10": ("class=10", "0 to 9"),
+    "evaluate --images digits --data digits --steps 4": ("--steps", "--network"),
+    "evaluate --images digits --data digits --init-sigma 2": ("--init-sigma", "--network"),
+    "evaluate --images digits --data digits --seeds 0-9": ("--seeds", "--network"),
+    "evaluate --images digits --data digits --protocol edm": ("--protocol", "--network"),
+    "evaluate --network T --data digits --steps 4 --init-sigma 2": ("--init-sigma", "--steps 1"),
+    "evaluate --network T --ref r.npz --reader plain": ("--reader", "--data or --images"),
+    "evaluate --network T --ref r.npz --data digits --metrics fid": ("--data", "kid or pr"),
+    "evaluate --network T --data digits --trust": ("--trust", "--detector FILE"),
+    "evaluate --network T --data digits --detector pixels --batch 4": ("--batch", "--detector"),
+    "evaluate --network T --ref r.npz --metrics fid,kid": ("kid", "--data"),
+    "evaluate --network T --data digits --detector pixels --metrics is": ("is", "--detector"),
+    "evaluate --network T reference --data digits --out x.npz": ("--network", "reference"),
+    "evaluate reference --data digits --out x.npz --trust": ("--trust", "--detector FILE"),
+    "plan --teacher T --micro-batch 4": ("--micro-batch", "largest"),
+    "plan --teacher T --link 40": ("--link", "--gpus"),
+}  # fmt: skip
+
+TOO_LARGE = [  # on a machine of 1 GiB
+    "train --teacher T --batch-size 16777216",
+    "train --teacher T --batch-size 16777216 --micro-batch 8388608",
+    "pretrain --data digits --batch-size 16777216",
+    "pretrain --data digits --model-channels 4096 --num-blocks 64",
+    "generate --network T --out out.zip --seeds 0-99999999",
+    "generate --network T --out out --seeds 0-9999999 --batch 100000000",
+    "evaluate --network T --data digits --detector pixels --seeds 0-99999999",
+    "evaluate --network T --data digits --detector T --trust --batch 16777216",
+]
+
+
+@pytest.fixture
+def run(run_command, monkeypatch, tmp_path, cache):
+    """run("train --preset x"), in a folder that holds the network T -> its one line."""
+    monkeypatch.chdir(tmp_path)
+    save_network("T", small_teacher())
+
+    def run(line: str) -> str:
+        status, error = run_command(*line.split())
+        told = [each for each in error.splitlines() if "without DALI" not in each]
+        told = [each for each in told if "running the TorchScript" not in each]
+        assert status == 2, error
+        assert len(told) == 1, error
+        assert {p.name for p in tmp_path.iterdir()} <= {"T", "cache"}
+        return told[0]
+
+    return run
+
+
+@pytest.mark.parametrize("line", TYPED)
+def test_a_mistyped_command_line(run, line):
+    told = run(line)
+    for word in TYPED[line]:
+        assert word in told
+
+
+@pytest.mark.parametrize("line", EMPTY)
+def test_an_empty_value_is_refused(run, line):
+    option = next(word for word in line.split() if word.endswith("="))
+    assert f"error: {option[:-1]} is empty, perhaps an unset shell variable" in run(line)
+
+
+@pytest.mark.parametrize("line", IDLE)
+def test_an_option_without_effect_is_refused(run, line):
+    told = run(line)
+    for word in IDLE[line]:
+        assert word in told
+
+
+@pytest.mark.parametrize("line", TOO_LARGE)
+def test_too_much_for_the_memory_is_refused_before_it_is_allocated(run, monkeypatch, line):
+    monkeypatch.setattr(host_memory, "host_memory", lambda: 2**30)
+    assert "GiB of memory, and this machine has 1" in run(line)
+
+
+@pytest.mark.parametrize("line", ["-n 1000000000000", "--seeds 0-99999999,5"])
+def test_too_many_images_are_refused(run, line):
+    told = run(f"evaluate --network T --data digits --detector pixels {line}")
+    assert "10^8" in told or "100000000" in told
