@@ -39,8 +39,7 @@ def fetch(source: str, others: str = "") -> Path:
         return Path(source)
 
     _require_https(url)
-    name = PurePosixPath(url.partition("?")[0]).name
-    target = cache_folder() / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
+    target = _cache_path(url)
     if not target.exists():
         with atomic_path(target) as temporary:
             _download(url, temporary)
@@ -48,6 +47,16 @@ def fetch(source: str, others: str = "") -> Path:
     elif sha256 is not None:
         _verify(url, target, sha256)
     return target
+
+
+def is_cached(source: str) -> bool:
+    """Whether fetch(source) would find the URL's file in the cache."""
+    return _cache_path(_split_digest(source)[0]).exists()
+
+
+def _cache_path(url: str) -> Path:
+    name = PurePosixPath(url.partition("?")[0]).name
+    return cache_folder() / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
 
 
 def _split_digest(source: str) -> tuple[str, str | None]:

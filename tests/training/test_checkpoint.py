@@ -122,10 +122,11 @@ def test_only_the_newest_states_are_kept_and_nothing_half_written(command):
 def test_a_run_resumed_from_an_older_state_keeps_its_new_states(tmp_path):
     settings = Settings(batch_size=4)
     distiller = Distiller(small_teacher(), settings)
-    for steps in (8, 9, 10, 9):
+    for steps, left in ((8, [8]), (9, [9]), (10, [10]), (9, [9, 10]), (10, [10]), (11, [11])):
         distiller.steps = steps
         newest = save_state(tmp_path, distiller, settings, keep=1)
-        assert states(tmp_path) == [newest]
+        assert [int(p.name[6:]) for p in states(tmp_path)] == left  # the furthest is never removed
+        assert find_state(str(tmp_path), None) == newest
 
 
 def test_a_state_written_with_keep_all_removes_no_older_state(tmp_path):
