@@ -236,7 +236,15 @@ def _open_header(path: Path, mode: int, operation: int) -> int | bool | None:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove what a killed run left half-written, and no other temporary files."""
+    """Remove what a killed run left half-written, and no other temporary files.
+
+    Completes the replacement of a state: see States._complete.
+    """
+    for path in sorted(folder.glob("state-*-*[0-9]")):
+        replaced = path.with_name(path.name.rpartition("-")[0])
+        ours = re.fullmatch(r"state-\d+-\d+", path.name) and path.is_dir()
+        if ours and (not replaced.exists() or _remove(replaced)):
+            os.replace(path, replaced)
     for path in folder.glob("*.tmp"):
         temporary = TEMPORARY.fullmatch(path.name)
         if (

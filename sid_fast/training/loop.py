@@ -216,6 +216,7 @@ class Loop:
             missing = self._missing() if resume else []
             if self.trainer.images >= self.end and not missing:
                 if process_group.rank() == 0:
+                    remove_partial_files(self.folder)
                     print(self._finished())
                 return
             self._run(resume, header, missing)
