@@ -34,6 +34,7 @@ import torch
 from sid_fast import cli
 from sid_fast.data import datasets
 from sid_fast.data.digits import open_dataset
+from sid_fast.evaluation.curve import save_curve
 from sid_fast.io import download, lock
 from sid_fast.models.registry import load_network, save_network
 from sid_fast.training import callbacks, checkpoint, loop, step, storage
