@@ -433,7 +433,7 @@ def _parse_header(path: Path) -> dict[str, Any]:
         header = json.loads((path / HEADER).read_text("utf-8"))
         for name, kind in HEADER_TYPES.items():
             value = header[name]
-            if not isinstance(value, kind) or (kind is int and not 0 <= value < 2**63):
+            if type(value) is not kind or (kind is int and not 0 <= value < 2**63):
                 raise ValueError(f"{name} is not a valid {kind.__name__}")
         if not math.isfinite(header.get("written_at", 0.0)):
             raise ValueError("written_at is not a time")
