@@ -388,8 +388,9 @@ class Drills:
         rare = ["--state-every", 0.004, "--snapshot-every", 100, "--eval-every", 100]
         writer = self.start(*self.arguments(out), *rare, "--kimg", 100)
         writer.wait_for(lambda: any(out.glob("state-*[0-9]")))
-        deadline, seen = time.monotonic() + LIMIT_SECONDS, set()
-        while len(seen) < 5:
+        began, seen = time.monotonic(), set()
+        deadline = began + LIMIT_SECONDS
+        while len(seen) < 5 or time.monotonic() < began + 2:
             assert time.monotonic() < deadline, seen
             path, header = checkpoint.hold_state(
                 lambda: checkpoint.find_state("latest", str(out.parent), "TrainConfig")

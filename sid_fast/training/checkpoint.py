@@ -159,7 +159,7 @@ class States:
         self.header["files"] = {name: (self.temporary / name).stat().st_size for name in digests}
         self.header["digests"] = digests
         # Later than all others, even if a clock was set back or another machine wrote those.
-        last = max((_order(h)[0] for h in _headers(self.folder).values()), default=0.0)
+        last = max((_order(h)[0] for h in _headers(self.folder).values() if h), default=0.0)
         self.header["written_at"] = max(time.time(), math.nextafter(last, math.inf))
         with atomic_path(self.temporary / HEADER) as temporary:
             temporary.write_text(json.dumps(self.header), "utf-8")
@@ -276,7 +276,7 @@ def thin_out(folder: Path, pattern: str, limit: int) -> None:
 
 def prune_states(folder: Path, keep: int) -> None:
     """Remove all states except the `keep` last written and the one with the most steps."""
-    headers = _headers(folder)
+    headers = {path: header for path, header in _headers(folder).items() if header}
     states = sorted(headers, key=lambda path: _order(headers[path]))
     furthest = max(states, key=lambda path: (headers[path]["steps"], _order(headers[path])))
     for old in states[:-keep]:
@@ -285,12 +285,14 @@ def prune_states(folder: Path, keep: int) -> None:
 
 
 def _headers(*folders: Path) -> dict[Path, dict[str, Any]]:
-    """Read the headers of all states in these folders, except unreadable ones."""
+    """Read the headers of all states in these folders; an unreadable header is empty."""
     headers = {}
     for path in (p for folder in folders for p in folder.glob(PATTERN)):
         try:
             headers[path] = _parse_header(path)
-        except (UserError, FileNotFoundError):
+        except UserError:
+            headers[path] = {}
+        except FileNotFoundError:  # no state, or just removed by the run that wrote it
             continue
     return headers
 
@@ -321,11 +323,12 @@ def find_state(resume: str, out: str | None, kind: str = "") -> Path:
         return root.parent if root.name == HEADER else root
     folders = [root, *(p for p in root.glob("*") if resume == "latest" and p.is_dir())]
     headers = _headers(*folders)
-    unreadable = [
-        p for f in folders for p in f.glob(PATTERN) if p not in headers and (p / HEADER).exists()
-    ]
-    if resume == "latest" and kind:
-        headers = {path: header for path, header in headers.items() if header["kind"] == kind}
+    unreadable = [path for path, header in headers.items() if not header]
+    headers = {
+        path: header
+        for path, header in headers.items()
+        if header and (resume != "latest" or header["kind"] == (kind or header["kind"]))
+    }
     if not headers:
         if unreadable:
             return max(unreadable)  # reported when it is loaded
@@ -433,7 +436,7 @@ def _parse_header(path: Path) -> dict[str, Any]:
         header = json.loads((path / HEADER).read_text("utf-8"))
         for name, kind in HEADER_TYPES.items():
             value = header[name]
-            if type(value) is not kind or (kind is int and not 0 <= value < 2**63):
+            if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**63):
                 raise ValueError(f"{name} is not a valid {kind.__name__}")
         if not math.isfinite(header.get("written_at", 0.0)):
             raise ValueError("written_at is not a time")

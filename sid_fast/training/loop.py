@@ -306,7 +306,8 @@ class Loop:
         self.throughput, self.waits = Throughput(), InputWaits(trainer)
         failures: torch.Tensor | int = 0
         faults: dict[str, torch.Tensor] = {}
-        stop, unwritten = False, []
+        stop = False
+        unwritten: list[WriteFailed] = []
         while trainer.images < self.end and not stop:
             before = trainer.images
             first = trainer.steps == self.started
