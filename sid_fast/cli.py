@@ -24,8 +24,9 @@ from sid_fast.config.toml import loads
 from sid_fast.config.types import members
 from sid_fast.errors import Fallback, RunFailed, UserError, one_line
 from sid_fast.io import streams
+from sid_fast.io.download import is_cached
 from sid_fast.performance import failure, process_group
-from sid_fast.training.checkpoint import PATTERN, find_restarted_run, find_state, read_header
+from sid_fast.training.checkpoint import PATTERN, find_restarted_run, find_state, hold_state
 
 
 def presets(kind: str) -> dict[str, dict[str, Any]]:
@@ -291,9 +292,10 @@ def seed_ranges(text: str) -> list[range]:
     return ranges
 
 
-# A resumed run takes these from its own command line, never from the checkpoint.
+# A resumed run takes these from its own command line, never from the checkpoint. A checkpoint must
+# not bring the leave to run programs along: --trust.
 NOT_RESUMED = {
-    "resume", "device", "parallel", "shard_group", "timeout", "tune", "tune_minutes",
+    "resume", "device", "parallel", "shard_group", "timeout", "trust", "tune", "tune_minutes",
 }  # fmt: skip
 
 
@@ -308,7 +310,8 @@ def resume(config: Any, given: set[str]) -> Path | None:
         given: names of the fields that the command line set.
 
     Raises:
-        UserError: there is no such checkpoint, or another command or preset wrote it.
+        UserError: there is no such checkpoint, or another command or preset wrote it, or an option
+            in it is invalid or a URL that was never downloaded here.
     """
     if folder := find_restarted_run(config.out):
         config.out = str(folder)
@@ -317,18 +320,30 @@ def resume(config: Any, given: set[str]) -> Path | None:
     if not config.resume:
         return None
     kind = type(config).__name__
-    state = find_state(config.resume, config.out, kind)
-    header = read_header(state)
+    state, header = hold_state(lambda: find_state(config.resume, config.out, kind))
     saved = header["options"]
     if header["kind"] != kind:
         other = header["kind"].removesuffix("Config").lower()
         raise UserError(f"{state} was written by another command: python -m sid_fast.{other}")
-    if config.preset and config.preset != saved["preset"]:
-        raise UserError(f"{state} was written with preset={saved['preset']}, not {config.preset}")
+    if config.preset and config.preset != saved.get("preset"):
+        was = saved.get("preset")
+        raise UserError(f"{state} was written with preset={was}, not {config.preset}")
+    hints = typing.get_type_hints(type(config))
     for name in {f.name for f in dataclasses.fields(config)} - given - NOT_RESUMED:
         if name in saved:
-            value = saved[name]
-            setattr(config, name, tuple(value) if isinstance(value, list) else value)
+            value = tuple(saved[name]) if isinstance(saved[name], list) else saved[name]
+            if not _is_of(hints[name], value):
+                raise UserError(
+                    f"{state} has an invalid value of {name}: give --{name.replace('_', '-')}, or "
+                    "resume from another state"
+                )
+            if isinstance(value, str) and "://" in value and not is_cached(value):
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(
+                    f"{state} has {name}={value}, which was never downloaded here: give {option} "
+                    f"{value} if you trust the address, or another {option}"
+                )
+            setattr(config, name, value)
     config.out = config.out if "out" in given else str(state.parent)
     return state
 
@@ -343,6 +358,20 @@ OUT_OF_MEMORY = (
 def without_traceback(record: logging.LogRecord) -> bool:
     """Reject log records with a traceback: PyTorch raises the same error, and we report that."""
     return not record.exc_info
+
+
+def _is_of(hint: Any, value: Any) -> bool:
+    """Whether a value from a file has the type of a dataclass field."""
+    if value is None:
+        return type(None) in typing.get_args(hint)
+    choices, kinds = members(hint)
+    for kind in kinds:
+        if typing.get_origin(kind) is tuple:
+            if isinstance(value, tuple) and all(type(v) is int for v in value):
+                return True
+        elif type(value) is kind or (kind is float and type(value) is int):
+            return True
+    return isinstance(value, str) and value in choices
 
 
 def main(command: click.Command, module: str) -> None:

@@ -293,9 +293,13 @@ class RunOptions:
         500.0, "kimg between snapshots of the EMA network, each with a sample grid", 0.001
     )
     state_every: float = _output(1000.0, "kimg between checkpoints (full training states)", 0.001)
-    keep_states: int = _output(2, "number of newest checkpoints to keep", 1)
+    keep_states: int = _output(
+        2, "number of newest checkpoints to keep; the one with the most steps is kept as well", 1
+    )
     keep_snapshots: int = _output(
-        20, "number of newest snapshots to keep; all sample grids are kept", 1
+        20,
+        "number of newest snapshots to keep; sample grids: beyond 200 every second one is removed",
+        1,
     )
     device: str = _machine("auto", "auto, cpu or cuda; auto: a GPU if there is one")
     kernels: str = _machine(

@@ -1,9 +1,13 @@
 """Atomic writes: a file is either the old version or the complete new one."""
 
+import contextlib
 import os
+import re
 import secrets
+import signal
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +17,51 @@ from sid_fast.errors import UserError, WriteFailed
 # The umask can only be read by setting it.
 os.umask(_UMASK := os.umask(0))
 
+TEMPORARY = re.compile(r"(.+)\.[0-9a-f]{8}\.tmp")  # names of temporary files; group 1: the target
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # SIGINT raises KeyboardInterrupt
+_unfinished: set[Path] = set()  # temporary files of this process
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a new temporary name for `path`, in the same folder.
+
+    It is random: process ids of ranks on several nodes can coincide on a shared file system.
+    """
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+@contextmanager
+def _removed_on_signals(temporary: Path) -> Iterator[None]:
+    """Remove `temporary` at the end of the block, even if a signal kills the process in it."""
+
+    def die(number: int, frame: object) -> None:
+        for path in list(_unfinished):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    first = not _unfinished and threading.current_thread() is threading.main_thread()
+    _unfinished.add(temporary)
+    handled = [s for s in _SIGNALS if first and signal.getsignal(s) == signal.SIG_DFL]
+    for number in handled:
+        signal.signal(number, die)
+    try:
+        yield
+    finally:
+        temporary.unlink(missing_ok=True)
+        _unfinished.discard(temporary)
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
+
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the same folder, renamed to `path` when the block succeeds.
 
-    The block writes one file there. If it raises, the temporary file is removed and the old `path`
-    is untouched. A link stays, and the file it points to is replaced. Parent folders are not
-    created.
+    The block writes one file there. If it raises, or SIGTERM or SIGHUP kills the process, the
+    temporary file is removed and the old `path` is untouched. A link stays, and the file it points
+    to is replaced. Parent folders are not created.
 
     Raises:
         UserError: `path` is a folder, device, pipe or socket.
@@ -29,21 +70,19 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = replaceable(path)
     if not target.parent.is_dir():
         raise WriteFailed(f"{target} cannot be written: create the folder {target.parent} first")
-    # Random, since process ids of ranks on several nodes can coincide on a shared file system.
-    temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_name(target)
     try:
-        yield temporary
-        os.chmod(temporary, 0o666 & ~_UMASK)  # some libraries write with mode 600
-        flush(temporary)
-        os.replace(temporary, target)
-        flush(target.parent)  # the rename survives a power cut
+        with _removed_on_signals(temporary):
+            yield temporary
+            os.chmod(temporary, 0o666 & ~_UMASK)  # some libraries write with mode 600
+            flush(temporary)
+            os.replace(temporary, target)
+            flush(target.parent)  # the rename survives a power cut
     except OSError as error:
         raise WriteFailed(
             f"{target} cannot be written ({error.strerror or error}): "
             "check the permissions and the free space"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def replaceable(path: str | os.PathLike[str]) -> Path:

@@ -46,9 +46,8 @@ def fetch(source: str, others: str = "") -> Path:
         return Path(source)
 
     _require_https(url)
-    name = PurePosixPath(url.partition("?")[0]).name
     folder = cache_folder()
-    target = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name[-100:]}"
+    target = _cache_path(url)
     if not target.exists() or _page_kind(target):
         require_writable_cache(folder)
         with atomic_path(target) as temporary:
@@ -75,6 +74,16 @@ def _page_kind(path: Path) -> Kind | None:
     """What a file is if it is no download that was asked for but what a server says instead."""
     kind = sniff_file(path, MAX_NETWORK_BYTES)
     return kind if kind in ("html", "xml", "json", "lfs", "empty") else None
+
+
+def is_cached(source: str) -> bool:
+    """Whether fetch(source) would find the URL's file in the cache."""
+    return _cache_path(_split_digest(source)[0]).exists()
+
+
+def _cache_path(url: str) -> Path:
+    name = PurePosixPath(url.partition("?")[0]).name
+    return cache_folder() / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name[-100:]}"
 
 
 def _split_digest(source: str) -> tuple[str, str | None]:

@@ -29,13 +29,14 @@ from sid_fast.models.registry import save_network
 from sid_fast.performance import fsdp, process_group
 from sid_fast.performance.cuda_graphs import resolve_cuda_graph
 from sid_fast.sampling import to_uint8
-from sid_fast.training.checkpoint import Trainer, prune
+from sid_fast.training.checkpoint import Trainer, prune, thin_out
 from sid_fast.training.logging import read_log
 from sid_fast.training.random_streams import fixed_grid_inputs
 
 Make = Callable[[EDMNetwork, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 GRID = 100  # images of a sample grid, at most
+MAX_GRIDS = 200  # sample grids of a run; beyond, every second one is removed
 FID_ONLY_FROM = 50_000  # images; below, FID is biased enough that KID is computed too
 
 
@@ -62,14 +63,16 @@ class Snapshots:
         if net is None:
             return {}
         images = f"{self.trainer.images:010d}"
-        save_network(folder / f"snapshot-{images}.safetensors", net)
-        prune(folder, "snapshot-*.safetensors", self.keep)
+        snapshot = folder / f"snapshot-{images}.safetensors"
+        save_network(snapshot, net)
+        prune(folder, "snapshot-*.safetensors", self.keep, snapshot)
         columns = net.config.label_dim
         columns = columns if 1 < columns <= 16 else 10
         device = next(net.parameters()).device
         z, labels = fixed_grid_inputs(net.config, self.seed, GRID // columns * columns)
         grid = self.make(net, z.to(device), None if labels is None else labels.to(device))
         save_grid(folder / f"samples-{images}.png", to_uint8(grid), columns)
+        thin_out(folder, "samples-*.png", MAX_GRIDS)
         return {}
 
 
@@ -144,7 +147,7 @@ class Evaluations:
             if all(results[self.name] < r[self.name] for r in records):
                 best = folder / f"best-{self.trainer.images:010d}.safetensors"
                 save_network(best, net)
-                prune(folder, "best-*.safetensors", 1)
+                prune(folder, "best-*.safetensors", 1, best)
             points = [(r["images"], r[self.name]) for r in records]
             points.append((self.trainer.images, results[self.name]))
             save_curve(folder / "distance.png", *zip(*points, strict=True), self.name, baseline)

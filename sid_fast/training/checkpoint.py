@@ -3,14 +3,21 @@
 A state is a folder of safetensors, to which every rank writes its shards
 (torch.distributed.checkpoint, without pickles), and state.json, written last, which lists them all.
 The folder is renamed to state-* when it is complete, so every state-* folder is complete.
+state.json holds the sha256 of every file, and the time of writing, by which states are ordered: a
+copied folder has lost its file times.
 """
 
 import dataclasses
+import fcntl
 import json
+import math
 import os
+import re
 import shutil
+import sys
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +26,8 @@ from typing import Any, Protocol, cast
 import torch
 
 from sid_fast.errors import UserError
-from sid_fast.io.atomic import atomic_path, flush
+from sid_fast.io.atomic import TEMPORARY, atomic_path, flush, temporary_name
+from sid_fast.io.download import file_sha256
 from sid_fast.performance import process_group
 
 PATTERN = "state-*[0-9]"
@@ -29,6 +37,13 @@ HEADER_TYPES = {
 }  # fmt: skip
 FILES_PER_RANK = 4
 NO_RUN_ID = "none"  # torchrun's id for runs that were given none
+FIND_ATTEMPTS = 100  # at a state, while the run that writes it prunes its older ones
+# Files that a run writes with atomic_path, and folders of states that are written or removed.
+RUN_FILES = re.compile(
+    r"config\.json|log\.jsonl|distance\.png|(snapshot|best)-\d+\.safetensors|samples-\d+\.png"
+)
+STATE_FOLDERS = re.compile(r"state-\d+(-\d+)?(\.old|\.[0-9a-f]{8})?\.tmp")
+_held: list[int] = []  # open state.json files of the states that are being read
 
 # A single process needs no torch.distributed: the warning is noise.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -91,7 +106,9 @@ class States:
         Returns:
             The error message of the previous write, or None.
         """
-        from torch.distributed.checkpoint import HuggingFaceStorageWriter, async_save
+        from torch.distributed.checkpoint import async_save
+
+        from sid_fast.training.storage import DigestWriter
 
         problem, self.keep_all = self.finish(), keep_all
         self.path = self.folder / f"state-{self.trainer.steps:09d}"
@@ -113,12 +130,12 @@ class States:
             f"state.{n}": 1 + i * FILES_PER_RANK // len(state_dict)
             for i, n in enumerate(state_dict)
         }
-        writer = HuggingFaceStorageWriter(
+        self.writer = DigestWriter(
             str(self.temporary), fqn_to_index_mapping=files, save_distributed=True
         )
         written = async_save(
             {"state": state_dict},
-            storage_writer=writer,
+            storage_writer=self.writer,
             process_group=process_group.checkpoint_group(),
         )
         self.writing = cast(Future, written)  # AsyncSaveResponse comes with other stagers
@@ -146,15 +163,33 @@ class States:
         return None
 
     def _complete(self) -> None:
-        self.header["files"] = {p.name: p.stat().st_size for p in self.temporary.iterdir()}
+        """Write state.json, rename the folder and prune; a complete state exists at any moment."""
+        assert self.path is not None
+        digests = self.writer.digests
+        self.header["files"] = {name: (self.temporary / name).stat().st_size for name in digests}
+        self.header["digests"] = digests
+        # Later than all others, even if a clock was set back or another machine wrote those.
+        last = max((_order(h)[0] for h in _headers(self.folder).values() if h), default=0.0)
+        self.header["written_at"] = max(time.time(), math.nextafter(last, math.inf))
         with atomic_path(self.temporary / HEADER) as temporary:
             temporary.write_text(json.dumps(self.header), "utf-8")
-        assert self.path is not None
-        _remove(self.path)
-        os.replace(self.temporary, self.path)
+        if self.path.exists():  # a state of the same step is replaced
+            other = next(
+                path
+                for n in range(2, sys.maxsize)
+                if not (path := self.path.with_name(f"{self.path.name}-{n}")).exists()
+            )
+            os.replace(self.temporary, other)
+            flush(self.folder)
+            if _remove(self.path):
+                os.replace(other, self.path)
+            else:  # someone reads the old one
+                self.path = other
+        else:
+            os.replace(self.temporary, self.path)
         flush(self.folder)
         if not self.keep_all:
-            prune(self.folder, PATTERN, self.keep)
+            prune_states(self.folder, self.keep)
 
 
 def _reason(error: BaseException) -> str:
@@ -169,38 +204,124 @@ def _reason(error: BaseException) -> str:
     return str(error)
 
 
-def _remove(path: Path) -> None:
-    """Remove a file or folder; folders are renamed first, so state-* is never incomplete."""
-    if path.is_dir():
-        renamed = path.with_name(f"{path.name.removesuffix('.tmp')}.old.tmp")
-        os.replace(path, renamed)
-        shutil.rmtree(renamed)
-    else:
+def _remove(path: Path) -> bool:
+    """Remove a file or folder, unless it is a state that another process is reading.
+
+    Folders are renamed first, so state-* is never incomplete.
+    """
+    if not path.is_dir():
         path.unlink(missing_ok=True)
+        return True
+    removed = temporary_name(path.with_name(path.name.removesuffix(".tmp")))
+    lock = _open_header(path, os.O_RDWR, fcntl.LOCK_EX)
+    if lock is False:
+        return False
+    try:
+        os.replace(path, removed)
+    finally:
+        if lock:
+            os.close(lock)
+    shutil.rmtree(removed, ignore_errors=True)  # the next start removes what is left
+    return True
+
+
+def _open_header(path: Path, mode: int, operation: int) -> int | bool | None:
+    """Open and flock a state's state.json.
+
+    Returns:
+        The descriptor; None without that file; False if another process has it locked.
+    """
+    try:
+        file = os.open(path / HEADER, mode)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(file, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        return False
+    except OSError:  # no flock on this file system
+        pass
+    return file
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove the temporary files of a killed run."""
-    for partial in folder.glob("*.tmp"):
-        _remove(partial)
+    """Remove what a killed run left half-written, and no other temporary files.
+
+    Completes the replacement of a state: see States._complete.
+    """
+    for path in sorted(folder.glob("state-*-*[0-9]")):
+        replaced = path.with_name(path.name.rpartition("-")[0])
+        ours = re.fullmatch(r"state-\d+-\d+", path.name) and path.is_dir()
+        if ours and (not replaced.exists() or _remove(replaced)):
+            os.replace(path, replaced)
+    for path in folder.glob("*.tmp"):
+        temporary = TEMPORARY.fullmatch(path.name)
+        if (
+            STATE_FOLDERS.fullmatch(path.name)
+            if path.is_dir()
+            else (temporary and RUN_FILES.fullmatch(temporary[1]))
+        ):
+            _remove(path)
 
 
-def prune(folder: Path, pattern: str, keep: int) -> None:
-    """Remove all but the `keep` newest files or states."""
-    for old in sorted(folder.glob(pattern), key=_mtime)[:-keep]:
+def prune(folder: Path, pattern: str, keep: int, newest: Path) -> None:
+    """Remove files, except `newest` and those with the highest numbers, `keep` in all."""
+
+    def number(path: Path) -> int:
+        return int(re.sub(r"\D", "", path.stem) or 0)
+
+    others = sorted((p for p in folder.glob(pattern) if p != newest), key=number, reverse=True)
+    for old in others[keep - 1 :]:
         _remove(old)
 
 
-def _mtime(path: Path) -> float:
-    header = path / HEADER
-    return (header if header.exists() else path).stat().st_mtime
+def thin_out(folder: Path, pattern: str, limit: int) -> None:
+    """Remove every second file, the first and the last excepted, if there are over `limit`."""
+    files = sorted(folder.glob(pattern))
+    if len(files) > limit:
+        for path in files[1:-1:2]:
+            _remove(path)
+
+
+def prune_states(folder: Path, keep: int) -> None:
+    """Remove all states except the `keep` last written and the one with the most steps."""
+    headers = {path: header for path, header in _headers(folder).items() if header}
+    states = sorted(headers, key=lambda path: _order(headers[path]))
+    furthest = max(states, key=lambda path: (headers[path]["steps"], _order(headers[path])))
+    for old in states[:-keep]:
+        if old != furthest:
+            _remove(old)
+
+
+def _headers(*folders: Path) -> dict[Path, dict[str, Any]]:
+    """Read the headers of all states in these folders; an unreadable header is empty."""
+    headers = {}
+    for path in (p for folder in folders for p in folder.glob(PATTERN)):
+        try:
+            headers[path] = _parse_header(path)
+        except UserError:
+            headers[path] = {}
+        except FileNotFoundError:  # no state, or just removed by the run that wrote it
+            continue
+    return headers
+
+
+def _order(header: dict[str, Any]) -> tuple[float, int]:
+    """Return the sort key of states: the last written is the largest.
+
+    States of older versions hold no time: they come first, ordered by their steps.
+    """
+    return header.get("written_at", 0.0), header["steps"]
 
 
 def find_state(resume: str, out: str | None, kind: str = "") -> Path:
     """Resolve --resume to a state.
 
+    Unless `resume` is itself a state, unreadable states are passed over with a note.
+
     Args:
-        resume: A state, a run folder (its newest state), or `latest`.
+        resume: A state, a run folder (its last written state), or `latest`.
         out: With `latest`, the folder to search; default: runs/.
         kind: With `latest`, consider only states of runs with this options dataclass.
 
@@ -210,27 +331,89 @@ def find_state(resume: str, out: str | None, kind: str = "") -> Path:
     root = Path(out or "runs") if resume == "latest" else Path(resume)
     if root.is_file() or (root / HEADER).exists():
         return root.parent if root.name == HEADER else root
-    states = [*root.glob(PATTERN), *(root.glob(f"*/{PATTERN}") if resume == "latest" else ())]
-    if resume == "latest" and kind:
-        states = [path for path in states if _may_be(kind, path)]
-    if not states:
+    folders = [root, *(p for p in root.glob("*") if resume == "latest" and p.is_dir())]
+    headers = _headers(*folders)
+    unreadable = [path for path, header in headers.items() if not header]
+    headers = {
+        path: header
+        for path, header in headers.items()
+        if header and (resume != "latest" or header["kind"] == (kind or header["kind"]))
+    }
+    if not headers:
+        if unreadable:
+            return max(unreadable)  # reported when it is loaded
         missing = not (root.exists() or resume == "latest")
         what = "there is no" if missing else "there is no training state (state-*) in"
         raise UserError(f"resume={resume}: {what} {root}")
-    return max(states, key=_mtime)
+    chosen = max(headers, key=lambda path: _order(headers[path]))
+    if os.environ.get("RANK", "0") == "0":
+        for path in unreadable:
+            print(
+                f"note: {path} is not a complete training state, resuming {chosen}",
+                file=sys.stderr,
+            )
+    return chosen
 
 
-def _may_be(kind: str, path: Path) -> bool:
+def hold_state(find: Callable[[], Path]) -> tuple[Path, dict[str, Any]]:
+    """Find a state and keep a run that is writing from removing it until load_state has read it.
+
+    Args:
+        find: Finds the state; called again if the state is removed meanwhile.
+
+    Returns:
+        The state and its header.
+
+    Raises:
+        UserError: There is no state, or it is not complete.
+    """
+    for attempt in range(FIND_ATTEMPTS):
+        path = find()
+        file = _open_header(path, os.O_RDONLY, fcntl.LOCK_SH)
+        if file is False or (file and not _is_at(file, path / HEADER)):
+            time.sleep(0.05)
+            continue
+        try:
+            header = read_header(path)
+        except UserError:
+            if file:
+                os.close(file)
+            if path.exists() or attempt == FIND_ATTEMPTS - 1:
+                raise
+            continue
+        if file:
+            _held.append(file)
+        return path, header
+    raise UserError(f"{path} is being removed by the run that wrote it: resume again")
+
+
+def _is_at(file: int, path: Path) -> bool:
+    """Whether an open file is still at `path`; closes it if not."""
     try:
-        return read_header(path)["kind"] == kind
-    except UserError:
-        return True  # reported when the state is loaded
+        if os.path.samestat(os.fstat(file), path.stat()):
+            return True
+    except OSError:
+        pass
+    os.close(file)
+    return False
 
 
-def torchrun_run_id() -> dict[str, str]:
-    """Return torchrun's run id as an entry of config.json; it survives torchrun's restarts."""
+def torchrun_run_id() -> str:
+    """Return torchrun's run id, which survives its restarts; empty if it was given none."""
     run = os.environ.get("TORCHELASTIC_RUN_ID", NO_RUN_ID)
-    return {} if run == NO_RUN_ID else {"launch": run}
+    return "" if run == NO_RUN_ID else run
+
+
+def restart_count() -> int:
+    """Return how often torchrun has restarted this run."""
+    text = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
+
+
+def run_record() -> dict[str, Any]:
+    """Return the entries of config.json by which find_restarted_run finds a run."""
+    run = torchrun_run_id()
+    return {"started_at": time.time()} | ({"launch": run} if run else {})
 
 
 def find_restarted_run(out: str | None) -> Path | None:
@@ -238,19 +421,56 @@ def find_restarted_run(out: str | None) -> Path | None:
 
     Without --out, the run is found by torchrun's run id, set by --standalone or --rdzv-id.
     """
-    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) or not (out or torchrun_run_id()):
+    launch = torchrun_run_id()
+    if not restart_count() or not (out or launch):
         return None
-    configs = [Path(out) / "config.json"] if out else Path("runs").glob("*/config.json")
-    mine = [
-        p
-        for p in configs
-        if p.exists() and torchrun_run_id().items() <= json.loads(p.read_text()).items()
-    ]
-    return max(mine, key=_mtime).parent if mine else None
+    runs = {}
+    for path in [Path(out) / "config.json"] if out else Path("runs").glob("*/config.json"):
+        try:
+            config = json.loads(path.read_text("utf-8"))
+            if config.get("launch", "") == launch or not launch:
+                runs[path.parent] = float(config.get("started_at", 0))
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            continue  # not a run's
+    return max(runs, key=lambda folder: (runs[folder], folder.name)) if runs else None
+
+
+def _parse_header(path: Path) -> dict[str, Any]:
+    """Read a state's header and check the types in it, but not the state's other files.
+
+    Raises:
+        UserError: It is not a state's header.
+        FileNotFoundError: There is none.
+    """
+    try:
+        header = json.loads((path / HEADER).read_text("utf-8"))
+        for name, kind in HEADER_TYPES.items():
+            value = header[name]
+            if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**63):
+                raise ValueError(f"{name} is not a valid {kind.__name__}")
+        if not math.isfinite(header.get("written_at", 0.0)):
+            raise ValueError("written_at is not a time")
+        for name, size in header["files"].items():
+            if Path(name).name != name or type(size) is not int:
+                raise ValueError("files are not names and sizes")
+        for name, sha256 in header.get("digests", {}).items():
+            if name not in header["files"] or not isinstance(sha256, str):
+                raise ValueError("digests are not those of the files")
+    except FileNotFoundError:
+        raise
+    except KeyError as error:
+        raise UserError(
+            f"{path} is not a complete training state ({error} is missing): resume from another"
+        ) from error
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is not a complete training state ({error}): resume from another"
+        ) from error
+    return header
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Read and validate a state's header.
+    """Read and validate a state's header, and the sizes of its files.
 
     Raises:
         UserError: It is not a state, or it is incomplete.
@@ -258,22 +478,43 @@ def read_header(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise UserError(f"{path} is not a training state: use a state-* folder or a run folder")
     try:
-        header = json.loads((path / HEADER).read_text("utf-8"))
-        files = header["files"]
-        for name, kind in HEADER_TYPES.items():
-            if not isinstance(header[name], kind):
-                raise ValueError(f"{name} is {header[name]!r}")
-        for name, size in files.items():
+        header = _parse_header(path)
+        for name, size in header["files"].items():
             actual = (path / name).stat().st_size
             if actual != size:
-                raise UserError(f"{path / name} has {actual} bytes instead of {size}")
-    except UserError as error:
-        raise UserError(f"{error}: resume from another state") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(
+                    f"{path / name} has {actual} bytes instead of {size}: resume from another state"
+                )
+        # The reader takes all shards in the folder.
+        for file in path.glob("*.safetensors"):
+            if file.name not in header["files"]:
+                raise UserError(f"{file} does not belong to the state: move it elsewhere")
+    except OSError as error:
         raise UserError(
             f"{path} is not a complete training state ({error}): resume from another"
         ) from error
     return header
+
+
+def _verify(path: Path, header: dict[str, Any]) -> None:
+    """Compare the files with their digests, shared out over the ranks.
+
+    States of older versions hold no digests.
+
+    Raises:
+        UserError: A file has changed since it was written; on all ranks.
+    """
+    digests, problem = header.get("digests", {}), ""
+    for name in sorted(digests)[process_group.rank() :: process_group.world_size()]:
+        try:
+            if file_sha256(path / name) != digests[name]:
+                problem = (
+                    problem or f"{path / name} is damaged: its sha256 is not that of state.json"
+                )
+        except OSError as error:
+            problem = problem or f"{path / name} cannot be read ({error.strerror})"
+    if problem := process_group.first_text(problem):
+        raise UserError(f"{problem}; resume from another state")
 
 
 def load_state(path: Path, trainer: Trainer) -> dict[str, Any]:
@@ -283,6 +524,14 @@ def load_state(path: Path, trainer: Trainer) -> dict[str, Any]:
         UserError: The state is damaged, or its settings differ from the trainer's; names the first
             difference.
     """
+    try:
+        return _load(path, trainer)
+    finally:
+        while _held:
+            os.close(_held.pop())
+
+
+def _load(path: Path, trainer: Trainer) -> dict[str, Any]:
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -295,6 +544,7 @@ def load_state(path: Path, trainer: Trainer) -> dict[str, Any]:
                 f"{path} was written with {name}={saved}, this run has {name}={value}: resume "
                 "with the same settings, or start a new run"
             )
+    _verify(path, header)
     state = trainer.state_dict()
     try:
         load(  # in place

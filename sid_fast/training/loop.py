@@ -20,6 +20,7 @@ from sid_fast.config.types import RunOptions, smaller_micro_batch
 from sid_fast.errors import OutOfMemory, RunFailed, UserError, WriteFailed
 from sid_fast.io import streams
 from sid_fast.io.atomic import atomic_path
+from sid_fast.io.lock import RunLock
 from sid_fast.performance import determinism, process_group
 from sid_fast.performance.compile import heartbeat
 from sid_fast.training.checkpoint import (
@@ -28,9 +29,13 @@ from sid_fast.training.checkpoint import (
     Trainer,
     load_state,
     remove_partial_files,
+    restart_count,
+    run_record,
     torchrun_run_id,
 )
 from sid_fast.training.logging import Log, read_log
+
+Artifact = tuple[str, Callable[[Path], dict[str, float]]]  # "snapshot" or "evaluation"
 
 MAX_FAILED_STEPS = 20  # failed steps in a row after which a run stops
 FAULT_METRICS = ("dropped", "nonfinite", "skipped", "failed")  # summed between log lines
@@ -43,11 +48,8 @@ def open_folder(options: RunOptions, name: str, resume: Path | None) -> Path:
         UserError: The folder is not writable, or holds another run.
     """
     folder = Path(options.out) if options.out else None
-    if folder and any(folder.glob(PATTERN)) and not (resume and folder.samefile(resume.parent)):
-        raise UserError(
-            f"{folder} already holds a run: use --resume {folder} to continue it, or another --out "
-            "for a new one"
-        )
+    if folder:
+        _refuse_other_run(folder, resume)
     try:
         if folder is None:
             number = process_group.broadcast_from_rank0(lambda: _next_number(name))
@@ -59,6 +61,34 @@ def open_folder(options: RunOptions, name: str, resume: Path | None) -> Path:
             f"out={folder} cannot be written ({error.strerror}); use another --out"
         ) from None
     return folder
+
+
+def _refuse_other_run(folder: Path, resume: Path | None) -> None:
+    if any(folder.glob(PATTERN)) and not (resume and folder.samefile(resume.parent)):
+        raise UserError(
+            f"{folder} already holds a run: use --resume {folder} to continue it, or another --out "
+            "for a new one"
+        )
+
+
+@contextlib.contextmanager
+def locked(folder: Path, resume: Path | None) -> Iterator[RunLock | None]:
+    """Lock a run folder for all ranks; yields the lock on rank 0.
+
+    Raises:
+        UserError: Another process writes to it; on all ranks.
+    """
+    lock, problem = None, ""
+    if process_group.rank() == 0:
+        try:
+            lock = RunLock(folder, torchrun_run_id(), restart_count())
+        except UserError as error:
+            problem = str(error)
+    with lock or contextlib.nullcontext():
+        if problem := process_group.first_text(problem):
+            raise UserError(problem)
+        _refuse_other_run(folder, resume)  # one that ended while this one started
+        yield lock
 
 
 def _next_number(name: str) -> int:
@@ -182,15 +212,44 @@ class Loop:
             UserError: The first file cannot be written, or the device is out of memory; then it
                 suggests a smaller micro-batch.
         """
-        header = load_state(resume, self.trainer) if resume else None
         self.folder = open_folder(self.options, self.name, resume)
+        with locked(self.folder, resume) as self.lock:
+            header = load_state(resume, self.trainer) if resume else None
+            missing = self._missing() if resume else []
+            if self.trainer.images >= self.end and not missing:
+                if process_group.rank() == 0:
+                    remove_partial_files(self.folder)
+                    streams.say(self._finished())
+                return
+            self._run(resume, header, missing)
+
+    def _finished(self) -> str:
+        done = f"{self.trainer.images / 1000:g} kimg"
+        return f"{self.folder} is finished at {done}: give a larger --kimg to continue it"
+
+    def _missing(self) -> list[Artifact]:
+        """Return the snapshot and the evaluation of the resumed state that a kill prevented."""
+        before = self.trainer.images - self.trainer.settings.batch_size
+        missing: list[Artifact] = []
+        if self.trainer.images >= self.end and not process_group.broadcast_from_rank0(
+            lambda: any(self.folder.glob(f"snapshot-{self.trainer.images:010d}.*"))
+        ):
+            missing.append(("snapshot", self.snapshot))
+        evaluate = self._evaluation(before)
+        if evaluate and not process_group.broadcast_from_rank0(self._evaluated):
+            missing.append(("evaluation", evaluate))
+        return missing
+
+    def _run(
+        self, resume: Path | None, header: dict[str, Any] | None, missing: list[Artifact]
+    ) -> None:
         self.options = dataclasses.replace(self.options, out=str(self.folder), resume=None)
         first = process_group.rank() == 0
         keep = self.options.keep_states
         self.states = States(self.folder, self.trainer, self.options, keep, self.extra)
         if first:
             remove_partial_files(self.folder)
-            config = dataclasses.asdict(self.options) | torchrun_run_id() | self.extra
+            config = dataclasses.asdict(self.options) | run_record() | self.extra
             text = json.dumps(config, indent=2, ensure_ascii=False)
             with atomic_path(self.folder / "config.json") as temporary:
                 temporary.write_text(text + "\n", "utf-8")
@@ -225,10 +284,12 @@ class Loop:
                         f"note: the state was written by {header['processes']} processes and is "
                         f"resumed by {count}: results are equal up to rounding, not bit for bit"
                     )
-                before = self.trainer.images - self.trainer.settings.batch_size
-                evaluate = self._evaluation(before)
-                if evaluate and not process_group.broadcast_from_rank0(self._evaluated):
-                    self._run_callback("evaluation", evaluate)
+                unwritten = [e for what, call in missing for e in self._run_callback(what, call)]
+                if self.trainer.images >= self.end:
+                    if unwritten:
+                        raise RunFailed(f"{unwritten[0]}; the state is {resume}")
+                    self._print(self._finished())
+                    return
             else:
                 self._run_callback("snapshot", self.snapshot)
                 if self.evaluate:
@@ -249,6 +310,7 @@ class Loop:
         failures: torch.Tensor | int = 0
         faults: dict[str, torch.Tensor] = {}
         stop = False
+        unwritten: list[WriteFailed] = []
         while trainer.images < self.end and not stop:
             before = trainer.images
             first = trainer.steps == self.started
@@ -259,6 +321,11 @@ class Loop:
                 smaller = smaller_micro_batch(trainer.settings, process_group.world_size())
                 advice = f"try --micro-batch {smaller}" if smaller else "try --parallel fsdp"
                 raise UserError(f"{error}: {advice}") from error
+            if self.lock and self.lock.lost:
+                raise RunFailed(
+                    f"another process has taken over {self.folder}: this one was paused for "
+                    "minutes, or could not write; earlier states are kept"
+                )
             self.throughput.steps += 1
             self.bar.update(trainer.images - before)
             # Summed on the device until the next log line, to avoid host syncs.

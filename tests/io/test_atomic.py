@@ -1,7 +1,10 @@
 """Files are written atomically."""
 
+import contextlib
 import os
+import signal
 import stat
+import time
 
 import pytest
 
@@ -99,3 +102,29 @@ def test_only_regular_files_are_replaced(tmp_path):
     assert stat.S_ISFIFO(os.stat(fifo).st_mode)
     assert os.stat(os.devnull).st_ino == device.st_ino
     assert sorted(os.listdir(tmp_path)) == ["circle", "fifo", "link"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_leaves_the_old_file_and_no_temporary_one(tmp_path, number):
+    (tmp_path / "a.bin").write_bytes(b"old")
+    pid = os.fork()
+    if not pid:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with contextlib.suppress(KeyboardInterrupt), atomic_path(tmp_path / "a.bin") as temporary:
+            temporary.write_bytes(b"half of the n")
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status == (0 if number == signal.SIGINT else -number)
+    assert os.listdir(tmp_path) == ["a.bin"]
+    assert (tmp_path / "a.bin").read_bytes() == b"old"
+
+
+def test_the_handlers_of_signals_are_those_of_before(tmp_path):
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(s) for s in numbers]
+    with atomic_path(tmp_path / "a") as first, atomic_path(tmp_path / "b") as second:
+        first.touch()
+        second.touch()
+    assert [signal.getsignal(s) for s in numbers] == before

@@ -1,7 +1,9 @@
 """Resuming is bit-exact, whenever a run was stopped."""
 
+import contextlib
 import errno
 import json
+import math
 import os
 import pickle
 import re
@@ -16,15 +18,21 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from sid_fast.config.types import Settings
 from sid_fast.distiller import Distiller
 from sid_fast.errors import UserError
-from sid_fast.io import safetensors
+from sid_fast.io import download, safetensors
+from sid_fast.io.lock import RunLock
 from sid_fast.models.registry import save_network
+from sid_fast.training import callbacks, checkpoint, loop
 from sid_fast.training.checkpoint import (
     HEADER,
     States,
     find_restarted_run,
     find_state,
+    hold_state,
     load_state,
+    prune,
     read_header,
+    remove_partial_files,
+    thin_out,
 )
 from sid_fast.training.loop import Loop
 from tests.helpers.networks import small_teacher
@@ -122,10 +130,11 @@ def test_only_the_newest_states_are_kept_and_nothing_half_written(command):
 def test_a_run_resumed_from_an_older_state_keeps_its_new_states(tmp_path):
     settings = Settings(batch_size=4)
     distiller = Distiller(small_teacher(), settings)
-    for steps in (8, 9, 10, 9):
+    for steps, left in ((8, [8]), (9, [9]), (10, [10]), (9, [9, 10]), (10, [10]), (11, [11])):
         distiller.steps = steps
         newest = save_state(tmp_path, distiller, settings, keep=1)
-        assert states(tmp_path) == [newest]
+        assert [int(p.name[6:]) for p in states(tmp_path)] == left  # the furthest is never removed
+        assert find_state(str(tmp_path), None) == newest
 
 
 def test_a_state_written_with_keep_all_removes_no_older_state(tmp_path):
@@ -324,3 +333,348 @@ def test_a_restart_without_a_run_id_resumes_no_other_run(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert find_restarted_run(None) is None
     assert find_restarted_run("runs/003-other") == Path("runs/003-other")
+
+
+def small_run(folder, *more) -> list:
+    """A run of 6 steps, its arguments."""
+    save_network(folder / "teacher.safetensors", small_teacher())
+    return [
+        "train", "--teacher", folder / "teacher.safetensors", "--batch-size", 4, "--kimg", 0.024,
+        "--out", folder / "run", "--snapshot-every", 0.024, *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kimg", [(), ("--kimg", 0.012)])
+def test_a_finished_run_says_so_in_one_line(tmp_path, run_command, monkeypatch, kimg):
+    assert run_command(*small_run(tmp_path))[0] == 0
+    out = tmp_path / "run"
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    seen = []
+    monkeypatch.setattr(loop, "print", seen.append, raising=False)
+    monkeypatch.setattr(Loop, "_print", lambda self, line: seen.append(line))
+    assert run_command("train", "--resume", out, *kimg)[0] == 0
+    assert seen == [f"{out} is finished at 0.024 kimg: give a larger --kimg to continue it"]
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    assert run_command("train", "--resume", out, "--kimg", 0.028)[0] == 0
+    assert states(out)[-1].name == "state-000000007"
+
+
+def test_what_a_kill_at_the_end_prevented_is_made_up_for(tmp_path, run_command, monkeypatch):
+    evaluated = "--data", "digits", "--eval-every", 0.024, "--eval-images", 20
+    arguments = small_run(tmp_path, *evaluated, "--detector", "pixels", "--teacher-steps", 0)
+    real = callbacks.Evaluations.__call__
+
+    def killed(self, folder):
+        if self.trainer.images == 24:
+            raise SystemExit(9)
+        return real(self, folder)
+
+    monkeypatch.setattr(callbacks.Evaluations, "__call__", killed)
+    assert run_command(*arguments)[0] == 9
+    monkeypatch.setattr(callbacks.Evaluations, "__call__", real)
+    out = tmp_path / "run"
+    (out / "snapshot-0000000024.safetensors").unlink()
+    seen = []
+    monkeypatch.setattr(Loop, "_print", lambda self, line: seen.append(line))
+    for _ in range(2):  # the second time there is nothing left to do
+        assert run_command("train", "--resume", out)[0] == 0
+    assert [r["images"] for r in log(out) if "evaluation_s" in r] == [0, 24]
+    assert (out / "snapshot-0000000024.safetensors").exists()
+    assert "is finished at 0.024 kimg" in seen[-1]
+
+
+def written(folder, *steps, keep=9):
+    """States of these steps, in this order of writing."""
+    settings = Settings(batch_size=4)
+    distiller = Distiller(small_teacher(), settings)
+    for distiller.steps in steps:
+        save_state(folder, distiller, settings, keep)
+    return distiller, settings
+
+
+def test_states_are_ordered_by_what_they_say_and_not_by_file_times(tmp_path):
+    distiller, settings = written(tmp_path, 2, 4, 6)
+    for age, state in enumerate(states(tmp_path)):  # copied, the newest first
+        for path in (*state.iterdir(), state):
+            os.utime(path, (1e9 - age, 1e9 - age))
+    assert find_state(str(tmp_path), None).name == "state-000000006"
+    distiller.steps = 8
+    save_state(tmp_path, distiller, settings, keep=2)
+    assert [int(p.name[6:]) for p in states(tmp_path)] == [6, 8]
+
+
+def test_the_last_written_state_is_the_newest_even_if_the_clock_was_set_back(tmp_path, monkeypatch):
+    distiller, settings = written(tmp_path, 2)
+    monkeypatch.setattr(checkpoint.time, "time", lambda: 1e9)
+    for distiller.steps in (4, 3):
+        newest = save_state(tmp_path, distiller, settings, keep=9)
+        assert find_state(str(tmp_path), None) == newest
+
+
+def without(state, *names):
+    header = json.loads((state / HEADER).read_text())
+    (state / HEADER).write_text(json.dumps({k: v for k, v in header.items() if k not in names}))
+
+
+def test_states_of_older_versions_resume_and_come_before_newer_ones(tmp_path):
+    distiller, settings = written(tmp_path, 2, 10, 4)
+    for state in states(tmp_path):
+        without(state, "digests", "written_at")
+    assert find_state(str(tmp_path), None).name == "state-000000010"
+    assert load_state(states(tmp_path)[-1], distiller)["steps"] == 10
+    distiller.steps = 3
+    newest = save_state(tmp_path, distiller, settings, keep=1)
+    assert find_state(str(tmp_path), None) == newest
+    assert [int(p.name[6:]) for p in states(tmp_path)] == [3, 10]
+
+
+def test_latest_is_the_run_that_wrote_last(tmp_path):
+    for name, steps in (("000-a", 9), ("001-b", 4)):
+        (tmp_path / name).mkdir()
+        written(tmp_path / name, steps)
+    assert find_state("latest", str(tmp_path)).parent.name == "001-b"
+
+
+def test_an_unreadable_state_is_passed_over_with_a_note(tmp_path, capsys):
+    written(tmp_path, 2, 4)
+    (tmp_path / "state-000000004" / HEADER).write_text("[" * 100_000)
+    assert find_state(str(tmp_path), None).name == "state-000000002"
+    assert "note: " in (error := capsys.readouterr().err)
+    assert "state-000000004" in error
+    (tmp_path / "state-000000002" / HEADER).write_bytes(b"\xff")
+    with pytest.raises(UserError, match="not a complete training state"):
+        read_header(find_state(str(tmp_path), None))
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    distiller, _ = written(tmp_path, 2)
+    (state,) = states(tmp_path)
+    file = sorted(state.glob("*.safetensors"))[1]
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{file.name} is damaged.*resume from another state"):
+        load_state(state, distiller)
+
+
+def test_a_shard_that_is_not_of_the_state_is_refused(tmp_path):
+    """The reader would take tensors from it."""
+    distiller, _ = written(tmp_path, 2)
+    (state,) = states(tmp_path)
+    save_network(state / "zzz.safetensors", small_teacher())
+    with pytest.raises(UserError, match=r"zzz\.safetensors does not belong to the state"):
+        load_state(state, distiller)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", -1), ("steps", True), ("steps", 2**63), ("written_at", math.nan),
+        ("written_at", "x"), ("files", {"../x": 1}), ("files", [1]), ("digests", {"x": "y"}),
+        ("options", []),
+    ],
+)  # fmt: skip
+def test_headers_with_wrong_values_are_refused_in_one_line(tmp_path, name, value):
+    written(tmp_path, 2)
+    (state,) = states(tmp_path)
+    header = json.loads((state / HEADER).read_text()) | {name: value}
+    (state / HEADER).write_text(json.dumps(header))
+    with pytest.raises(UserError, match="not a complete training state"):
+        read_header(state)
+
+
+def test_leftovers_of_a_kill_never_block_a_start_and_a_users_files_stay(tmp_path):
+    distiller, settings = written(tmp_path, 2)
+    partial = ["state-000000002.tmp", "state-000000002.old.tmp", "state-000000001.0123abcd.tmp"]
+    for name in partial:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shard.safetensors").touch()
+    ours = ["config.json.0123abcd.tmp", "snapshot-0000000004.safetensors.0123abcd.tmp"]
+    theirs = ["notes.tmp", "my.0123abcd.tmp", "state-backup.tmp", "config.json.tmp"]
+    for name in (*ours, *theirs):
+        (tmp_path / name).touch()
+    save_state(tmp_path, distiller, settings)  # of the same step
+    remove_partial_files(tmp_path)
+    assert {p.name for p in tmp_path.glob("*.tmp")} == {*theirs}
+    assert load_state(states(tmp_path)[0], distiller)["steps"] == 2
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2, 3])
+def test_a_state_of_the_same_step_is_there_whenever_its_replacement_is_cut(
+    tmp_path, monkeypatch, renames
+):
+    distiller, settings = written(tmp_path, 2)
+    real, done = os.replace, []
+
+    def replace(source, target):
+        if "state.json" not in str(target):
+            if len(done) == renames:
+                raise SystemExit
+            done.append(target)
+        real(source, target)
+
+    writer = States(tmp_path, distiller, settings, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", replace)
+        assert writer.begin() is None
+        with pytest.raises(SystemExit) if renames < 3 else contextlib.nullcontext():
+            writer.finish()
+    assert load_state(find_state(str(tmp_path), None), distiller)["steps"] == 2
+    remove_partial_files(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["state-000000002"]
+    assert load_state(find_state(str(tmp_path), None), distiller)["steps"] == 2
+
+
+def test_a_state_that_is_being_read_is_not_removed(tmp_path):
+    distiller, settings = written(tmp_path, 2)
+    path, header = hold_state(lambda: find_state(str(tmp_path), None))
+    distiller.steps = 4
+    save_state(tmp_path, distiller, settings, keep=1)
+    assert [int(p.name[6:]) for p in states(tmp_path)] == [2, 4]
+    assert load_state(path, distiller)["steps"] == header["steps"] == 2
+    distiller.steps = 5
+    save_state(tmp_path, distiller, settings, keep=1)  # read, it may go
+    assert [int(p.name[6:]) for p in states(tmp_path)] == [5]
+
+
+def test_a_state_that_is_removed_while_it_is_looked_for_is_found_anew(tmp_path):
+    distiller, settings = written(tmp_path, 2)
+    calls = []
+
+    def find():
+        path = find_state(str(tmp_path), None)
+        if not calls:
+            distiller.steps = 4
+            save_state(tmp_path, distiller, settings, keep=1)
+        calls.append(path)
+        return path
+
+    path, header = hold_state(find)
+    assert (path.name, header["steps"], len(calls)) == ("state-000000004", 4, 2)
+    assert load_state(path, distiller)["steps"] == 4
+
+
+def test_a_run_in_use_has_no_second_writer(tmp_path, run_command):
+    arguments = small_run(tmp_path)
+    (tmp_path / "run").mkdir()
+    with RunLock(tmp_path / "run"):
+        status, error = run_command(*arguments)
+        assert (status, f"in use by process {os.getpid()}" in error) == (2, True)
+    assert run_command(*arguments)[0] == 0
+    with RunLock(tmp_path / "run"):
+        status, error = run_command("train", "--resume", tmp_path / "run", "--kimg", 1)
+    assert (status, f"in use by process {os.getpid()}" in error) == (2, True)
+    assert error.count("\n") == 1
+
+
+def test_a_run_whose_folder_was_taken_over_stops(tmp_path, run_command, monkeypatch):
+    real = Distiller.step
+
+    def step(self):
+        taken.lost = self.steps == 2
+        return real(self)
+
+    class Taken(RunLock):
+        def __init__(self, *arguments):
+            nonlocal taken
+            super().__init__(*arguments)
+            taken = self
+
+    taken = None
+    monkeypatch.setattr(loop, "RunLock", Taken)
+    monkeypatch.setattr(Distiller, "step", step)
+    status, error = run_command(*small_run(tmp_path))
+    assert (status, "another process has taken over" in error) == (1, True)
+
+
+def changed_options(state, **options):
+    header = json.loads((state / HEADER).read_text())
+    header["options"] |= options
+    (state / HEADER).write_text(json.dumps(header))
+
+
+def test_a_state_brings_no_leave_to_run_programs(tmp_path, run_command, monkeypatch, script):
+    """Neither trust, nor a detector with it, nor an address; the command line may."""
+    evaluated = "--data", "digits", "--eval-every", 0.1, "--eval-images", 20, "--teacher-steps", 0
+    assert run_command(*small_run(tmp_path, *evaluated, "--detector", "pixels"))[0] == 0
+    out = tmp_path / "run"
+    loaded = []
+    real = torch.jit.load
+    monkeypatch.setattr(torch.jit, "load", lambda *a, **k: (loaded.append(a), real(*a, **k))[1])
+    changed_options(states(out)[-1], trust=True, detector=str(script))
+    status, error = run_command("train", "--resume", out, "--kimg", 0.028)
+    assert (status, "give --trust" in error, loaded) == (2, True, [])
+    status, error = run_command("train", "--resume", out, "--kimg", 0.028, "--trust")
+    assert (status, len(loaded)) == (0, 1), error
+
+
+@pytest.mark.parametrize("name", ["teacher", "data", "ref", "detector"])
+def test_a_state_has_no_address_fetched(tmp_path, run_command, monkeypatch, cache, name):
+    assert run_command(*small_run(tmp_path))[0] == 0
+    out, url = tmp_path / "run", "https://example.com/x.safetensors"
+    monkeypatch.setattr(download, "_download", lambda *a: pytest.fail("it was fetched"))
+    changed_options(states(out)[-1], **{name: url})
+    status, error = run_command("train", "--resume", out, "--kimg", 0.028)
+    assert (status, f"{name}={url}" in error, f"give --{name}" in error) == (2, True, True)
+
+
+def test_a_cached_address_of_a_state_is_used_again(tmp_path, run_command, cache):
+    arguments = small_run(tmp_path)
+    assert run_command(*arguments)[0] == 0
+    url = "https://example.com/x.safetensors"
+    target = download._cache_path(url)
+    target.write_bytes((tmp_path / "teacher.safetensors").read_bytes())
+    changed_options(states(tmp_path / "run")[-1], teacher=url)
+    status, error = run_command("train", "--resume", tmp_path / "run", "--kimg", 0.028)
+    assert status == 0, error
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("batch_size", "4"), ("alpha", [1]), ("kimg", None), ("seed", 1.5), ("precision", 7),
+     ("log_every", True), ("teacher", {})],
+)  # fmt: skip
+def test_options_of_a_state_have_their_types(tmp_path, run_command, name, value):
+    assert run_command(*small_run(tmp_path))[0] == 0
+    changed_options(states(tmp_path / "run")[-1], **{name: value})
+    status, error = run_command("train", "--resume", tmp_path / "run")
+    assert (status, f"invalid value of {name}" in error, error.count("\n")) == (2, True, 1)
+
+
+def test_a_damaged_config_of_another_run_does_not_stop_a_restart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    contents = [b"{", b"[]", b"\xff", b"7", b'{"launch": 7}', b'{"launch": "ours"}', b"[" * 100_000,
+                b'{"launch": "ours", "started_at": "x"}']  # fmt: skip
+    for i, content in enumerate(contents):
+        (tmp_path / "runs" / f"{i:03d}-x").mkdir(parents=True)
+        (tmp_path / "runs" / f"{i:03d}-x" / "config.json").write_bytes(content)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "ours")
+    for count, run in (("1", Path("runs/005-x")), ("0", None), ("", None), ("x", None)):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        assert find_restarted_run(None) == run
+    (tmp_path / "runs" / "000-x" / "config.json").write_text('{"launch": "ours", "started_at": 5}')
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert find_restarted_run(None) == Path("runs/000-x")
+
+
+def test_snapshots_are_pruned_by_their_numbers(tmp_path):
+    paths = [tmp_path / f"snapshot-{n:010d}.safetensors" for n in (4, 8, 12)]
+    for path in reversed(paths):
+        path.touch()
+    os.utime(paths[2], (1, 1))
+    prune(tmp_path, "snapshot-*.safetensors", 2, paths[2])
+    assert sorted(tmp_path.iterdir()) == paths[1:]
+    paths[0].touch()  # a run that was resumed from an older state
+    prune(tmp_path, "snapshot-*.safetensors", 2, paths[0])
+    assert sorted(tmp_path.iterdir()) == [paths[0], paths[2]]
+
+
+def test_sample_grids_are_bounded_and_spread_over_the_run(tmp_path):
+    for n in range(100):
+        (tmp_path / f"samples-{n:010d}.png").touch()
+        thin_out(tmp_path, "samples-*.png", 10)
+        assert len(list(tmp_path.iterdir())) <= 10
+    left = sorted(int(p.stem[8:]) for p in tmp_path.iterdir())
+    assert left[0] == 0
+    assert left[-1] == 99
+    assert len(left) >= 6

@@ -1,0 +1,149 @@
+"""A run folder has one writer."""
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sid_fast.errors import UserError
+from sid_fast.io import lock
+from sid_fast.io.lock import NAME, RunLock
+
+HOST = socket.gethostname()
+
+
+@pytest.fixture
+def no_flock(monkeypatch):
+    """A file system without flock."""
+
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+
+
+def lease_of(folder) -> dict:
+    return json.loads((folder / NAME).read_bytes())
+
+
+def write_lease(folder, **changes):
+    """The lease of a process that is gone without releasing it."""
+    with RunLock(folder) as held:
+        values = dataclasses.asdict(held.lease) | changes
+    (folder / NAME).write_text(json.dumps(values))
+
+
+def test_a_second_writer_is_refused_and_told_the_holder(tmp_path):
+    with RunLock(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()} on {HOST}"):
+        RunLock(tmp_path)
+    with RunLock(tmp_path):
+        pass
+    assert (tmp_path / NAME).read_bytes() == b""
+
+
+def test_a_lease_alone_refuses_a_second_writer(tmp_path, no_flock):
+    with RunLock(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()} on {HOST}"):
+        RunLock(tmp_path)
+    with RunLock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("flock", [True, False])
+def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path, request, flock):
+    if not flock:
+        request.getfixturevalue("no_flock")
+    pid = os.fork()
+    if not pid:
+        RunLock(tmp_path)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert lease_of(tmp_path)["pid"] == pid
+    with RunLock(tmp_path) as held:
+        assert held.lease.pid == os.getpid()
+
+
+def test_a_reused_process_id_is_not_the_holder(tmp_path, no_flock):
+    write_lease(tmp_path, flocked=False, started=1)
+    with RunLock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(("age", "free"), [(10, False), (lock.STALE_SECONDS + 10, True)])
+def test_another_host_holds_it_while_its_heart_beats(tmp_path, age, free):
+    write_lease(tmp_path, host="elsewhere", boot="another")
+    then = time.time() - age
+    os.utime(tmp_path / NAME, (then, then))
+    if free:
+        with RunLock(tmp_path):
+            pass
+    else:
+        with pytest.raises(UserError, match="on elsewhere"):
+            RunLock(tmp_path)
+
+
+def test_a_heartbeat_renews_the_lease_and_sees_that_it_was_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.01)
+    with RunLock(tmp_path) as held:
+        os.utime(tmp_path / NAME, (1, 1))
+        deadline = time.monotonic() + 60
+        while (tmp_path / NAME).stat().st_mtime < 2:
+            assert time.monotonic() < deadline
+        assert not held.lost
+        other = json.dumps(dataclasses.asdict(held.lease) | {"token": "another"}).encode()
+        while not held.lost:  # a heartbeat may overwrite it
+            with open(tmp_path / NAME, "r+b") as file:
+                file.write(other.ljust(1024))
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert lease_of(tmp_path)["token"] == "another"
+
+
+def test_a_restart_by_torchrun_takes_its_own_lock(tmp_path):
+    write_lease(tmp_path, host="elsewhere", boot="another", launch="ours")
+    for launch, restart in (("ours", 0), ("theirs", 1), ("", 1)):
+        with pytest.raises(UserError, match="on elsewhere"):
+            RunLock(tmp_path, launch, restart)
+    with RunLock(tmp_path, "ours", 1):
+        pass
+
+
+def test_a_copied_folder_is_not_locked(tmp_path, no_flock):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    with RunLock(tmp_path / "a"):
+        (tmp_path / "b" / NAME).write_bytes((tmp_path / "a" / NAME).read_bytes())
+        with RunLock(tmp_path / "b"):
+            pass
+
+
+@pytest.mark.parametrize("content", [b"\xff\0", b"[]", b'{"host": 7}', b"[" * 100_000])
+def test_a_damaged_lock_file_locks_nothing(tmp_path, content):
+    (tmp_path / NAME).write_bytes(content)
+    with RunLock(tmp_path):
+        pass
+
+
+def test_a_child_that_outlives_the_holder_does_not_keep_the_lock(tmp_path):
+    program = (
+        "import os, sys, time, pathlib; from sid_fast.io.lock import RunLock\n"
+        "held = RunLock(pathlib.Path(sys.argv[1]))\n"
+        "child = os.fork()\n"
+        "print(child, flush=True) if child else time.sleep(600)\n"
+        "os._exit(0)"
+    )
+    done = subprocess.Popen([sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE)
+    child = int(done.stdout.readline())
+    done.wait()
+    try:
+        with RunLock(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        done.stdout.close()

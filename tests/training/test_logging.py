@@ -1,0 +1,69 @@
+"""The log of a run is bounded, and survives damage."""
+
+import json
+
+import pytest
+
+from sid_fast.errors import WriteFailed
+from sid_fast.training import logging
+from sid_fast.training.logging import Log, read_log, thin
+
+
+def test_a_log_stays_below_its_bound_and_keeps_its_evaluations(tmp_path, monkeypatch):
+    monkeypatch.setattr(logging, "MAX_BYTES", 20_000)
+    with Log(tmp_path, -1) as log:
+        for images in range(1000):
+            log.write(images, {"loss": images / 7})
+            if images % 100 == 0:
+                log.write(images, {"FID": 1.0, "evaluation_s": 2.0})
+            assert (tmp_path / "log.jsonl").stat().st_size <= 20_000
+    records = read_log(tmp_path / "log.jsonl")
+    assert [r["images"] for r in records if "evaluation_s" in r] == [*range(0, 1000, 100)]
+    steps = [r["images"] for r in records if "loss" in r]
+    assert steps[0] == 0
+    assert steps[-1] == 999
+    assert steps == sorted(set(steps))
+
+
+def test_evaluations_alone_are_bounded_too():
+    records = [{"images": i, "evaluation_s": 1.0} for i in range(1000)]
+    kept = thin(records, 5000)
+    assert sum(len(json.dumps(r)) + 1 for r in kept) <= 5000
+    assert [kept[0], kept[-1]] == [records[0], records[-1]]
+    assert thin(records[:10], 5000) == records[:10]
+
+
+def test_damaged_lines_lose_no_other_records(tmp_path):
+    path = tmp_path / "log.jsonl"
+    lines = [b'{"images": 1, "a": 1}', b"\xff\0", b"[]", b'{"a": 1}', b"[" * 10_000,
+             b'{"images": "2"}', b"9" * 5000, b'{"images": 3}', b'{"images": 4, "cut']  # fmt: skip
+    path.write_bytes(b"\n".join(lines))
+    assert [r["images"] for r in read_log(path)] == [1, 3]
+    with Log(tmp_path, 3) as log:
+        log.write(4, {"a": 2.0})
+    assert [r["images"] for r in read_log(path)] == [1, 3, 4]
+    assert (tmp_path / "log-damaged.jsonl").read_bytes() == b"\n".join(lines)
+
+
+def test_a_cut_last_line_is_no_damage(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"images": 1}\n{"ima')
+    with Log(tmp_path, 1):
+        pass
+    assert read_log(tmp_path / "log.jsonl") == [{"images": 1}]
+    assert not (tmp_path / "log-damaged.jsonl").exists()
+
+
+def test_a_log_that_cannot_be_thinned_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(logging, "MAX_BYTES", 100)
+    with Log(tmp_path, -1) as log:
+        log.write(1, {"a" * 60: 1.0})
+
+        def full(path):
+            raise WriteFailed("full")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(logging, "atomic_path", full)
+            with pytest.raises(WriteFailed):
+                log.write(2, {"a" * 60: 1.0})
+        log.write(3, {"a" * 60: 1.0})
+    assert [r["images"] for r in read_log(tmp_path / "log.jsonl")] == [1, 3]
