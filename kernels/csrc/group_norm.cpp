@@ -2,6 +2,7 @@
 // a group of an image is one contiguous block. A task is one such block; it fits a core's cache, so
 // the passes below read memory once. No result depends on the number of threads: a task's sums have
 // a fixed order, and the sums over images run per channel, in the images' order.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -27,25 +28,22 @@ using sid_fast::GroupNormGrads;
 
 namespace {
 
+constexpr int64_t kSpan = 4096;  // elements that are summed up in float32
+
 // exp(x), relative error below 2e-7; x is clamped to the range of normal numbers. NaN stays NaN.
 SID_FAST_INLINE float exponential(float x) {
   x = x < -87.0f ? -87.0f : x;
   x = x > 88.0f ? 88.0f : x;
-  const float magic = 12582912.0f;  // 1.5·2^23: adding it rounds to an integer
-  const float shifted = x * 1.44269504f + magic;
-  const float n = shifted - magic;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // x − n·ln 2
-  float p = 1.0f / 5040;  // Taylor's series: |r| ≤ ln(2)/2
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, 4);
-  bits = (bits + 127u) << 23;  // the low bits of `shifted` are n
+  const int32_t n = int32_t(x * 1.44269504f + 256.5f) - 256;  // rounds: the cast truncates
+  const float r = x - float(n) * 0.693147181f;
+  float p = 1.9875691500e-4f;  // a minimax polynomial (Cephes, expf) for |r| ≤ ln(2)/2
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1);
+  const uint32_t bits = uint32_t(n + 127) << 23;
   float power;
   std::memcpy(&power, &bits, 4);
   return p * power;
@@ -57,8 +55,7 @@ struct Channel {
 };
 
 SID_FAST_INLINE Channel channel_of(const GroupNorm& f, int64_t n, int64_t c, float mean) {
-  Channel k = {-mean, f.weight[c], f.bias[c]};
-  if (f.add) k.offset += f.add[n * f.add_stride + c];
+  Channel k = {(f.add ? f.add[n * f.add_stride + c] : 0) - mean, f.weight[c], f.bias[c]};
   if (f.scale) {
     const int64_t at = n * f.scale_shift_stride + c;
     k.weight *= f.scale[at] + 1;
@@ -67,51 +64,61 @@ SID_FAST_INLINE Channel channel_of(const GroupNorm& f, int64_t n, int64_t c, flo
   return k;
 }
 
-SID_FAST_INLINE void statistics(const GroupNorm& f, int64_t n, int64_t first, int64_t channels,
-                                float* mean, float* rstd) {
-  const float* x = f.x + (n * f.channels + first) * f.pixels;
-  const double count = double(channels) * double(f.pixels);
-  double total = 0, squares = 0;
-  for (int64_t c = 0; c < channels; ++c) {
-    const float* row = x + c * f.pixels;
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t p = 0; p < f.pixels; ++p) sum += row[p];
-    total += sum;
-    if (f.add) total += double(f.add[n * f.add_stride + first + c]) * double(f.pixels);
+// Σ (row[p] + offset)^power, power 1 or 2: two sums at a time, since each waits for its own last
+// addition.
+template <int power>
+SID_FAST_INLINE float sum_of(const float* row, int64_t count, float offset) {
+  const int64_t half = count / 2;
+  float a = 0, b = 0;
+#pragma omp simd reduction(+ : a, b)
+  for (int64_t p = 0; p < half; ++p) {
+    const float x = row[p] + offset, y = row[p + half] + offset;
+    a += power == 2 ? x * x : x;
+    b += power == 2 ? y * y : y;
   }
-  *mean = float(total / count);
-  for (int64_t c = 0; c < channels; ++c) {
-    const float* row = x + c * f.pixels;
-    const float offset = channel_of(f, n, first + c, *mean).offset;
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t p = 0; p < f.pixels; ++p) sum += (row[p] + offset) * (row[p] + offset);
-    squares += sum;
+  if (count % 2) {
+    const float x = row[count - 1] + offset;
+    a += power == 2 ? x * x : x;
   }
-  *rstd = float(1 / std::sqrt(squares / count + f.eps));
+  return a + b;
 }
 
-SID_FAST_CLONES void forward_task(const GroupNorm& f, float* y, float* stats, int64_t task) {
+SID_FAST_CLONES void forward_task(const GroupNorm& f, float* out, float* stats, int64_t task) {
   const int64_t n = task / f.groups, channels = f.channels / f.groups;
-  const int64_t first = task % f.groups * channels;
-  float* mean = stats + task;
-  float* rstd = mean + f.samples * f.groups;
-  statistics(f, n, first, channels, mean, rstd);
-  for (int64_t c = first; c < first + channels; ++c) {
-    const Channel k = channel_of(f, n, c, *mean);
-    const float offset = k.offset, factor = k.weight * *rstd, bias = k.bias;
-    const float* from = f.x + (n * f.channels + c) * f.pixels;
-    float* to = y + (n * f.channels + c) * f.pixels;
+  const int64_t first = task % f.groups * channels, count = channels * f.pixels;
+  const float* x = f.x + (n * f.channels + first) * f.pixels;
+  float* y = out + (n * f.channels + first) * f.pixels;
+  if (f.add) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const float add = f.add[n * f.add_stride + first + c];
+#pragma omp simd
+      for (int64_t p = 0; p < f.pixels; ++p) y[c * f.pixels + p] = x[c * f.pixels + p] + add;
+    }
+    x = y;
+  }
+  double total = 0, squares = 0;
+  for (int64_t at = 0; at < count; at += kSpan)
+    total += sum_of<1>(x + at, std::min(kSpan, count - at), 0);
+  const float mean = float(total / double(count));
+  for (int64_t at = 0; at < count; at += kSpan)
+    squares += sum_of<2>(x + at, std::min(kSpan, count - at), -mean);
+  const float rstd = float(1 / std::sqrt(squares / double(count) + f.eps));
+  stats[task] = mean;
+  stats[task + f.samples * f.groups] = rstd;
+  for (int64_t c = 0; c < channels; ++c) {
+    const Channel k = channel_of(f, n, first + c, mean);
+    const float factor = k.weight * rstd, bias = k.bias;
+    const float* from = x + c * f.pixels;
+    float* to = y + c * f.pixels;
     if (f.silu) {
 #pragma omp simd
       for (int64_t p = 0; p < f.pixels; ++p) {
-        const float z = (from[p] + offset) * factor + bias;
+        const float z = (from[p] - mean) * factor + bias;
         to[p] = z / (1 + exponential(-z));
       }
     } else {
 #pragma omp simd
-      for (int64_t p = 0; p < f.pixels; ++p) to[p] = (from[p] + offset) * factor + bias;
+      for (int64_t p = 0; p < f.pixels; ++p) to[p] = (from[p] - mean) * factor + bias;
     }
   }
 }
