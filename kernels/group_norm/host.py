@@ -107,7 +107,9 @@ def _forward(
     norm, _alive = _describe(x, weight, bias, add, scale, shift, groups, eps, silu)
     library = _cuda.library()
     assert library is not None  # otherwise `choose` would not return "cuda"
-    library.sid_fast_group_norm_host(ctypes.byref(norm), y.data_ptr(), stats.data_ptr(), _threads(x))
+    library.sid_fast_group_norm_host(
+        ctypes.byref(norm), y.data_ptr(), stats.data_ptr(), _threads(x)
+    )
     return y, stats
 
 
