@@ -5,6 +5,8 @@ import functools
 import sys
 from pathlib import Path
 
+import torch
+
 INTERFACE = 3  # of csrc/interface.h
 
 
@@ -46,3 +48,9 @@ def library() -> ctypes.CDLL | None:
     paths = (path for folder in folders for path in folder.glob("libsid_fast_kernels.*"))
     path = next(paths, None)
     return load(path) if path and is_current(path) else None
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace a search for files
+def is_built() -> bool:
+    """Return whether `library` finds one."""
+    return library() is not None

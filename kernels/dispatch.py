@@ -36,7 +36,8 @@ def available_backends() -> list[str]:
 # 13,000 launches -> 2); `python -m sid_fast.tune` times all backends on the machine itself.
 DEFAULTS = {
     "cuda": dict.fromkeys(("group_norm", "sid_loss", "sida_loss", "random", "adam_ema"), "triton"),
-    "cpu": dict.fromkeys(("group_norm", "adam_ema"), "cuda"),  # the host build of csrc
+    # The host build of csrc. Its group norm is not shown to be faster: see benchmarks/LOG.md.
+    "cpu": {"adam_ema": "cuda"},
 }
 HOST_ONLY = {"group_norm"}  # operations whose "cuda" backend has no device build
 
@@ -55,7 +56,7 @@ def _resolve(forced: Mapping[str, str], operation: str, device: torch.device) ->
     name = forced.get(operation, default)
     missing = name not in ("eager", *OPERATIONS[operation])
     if name == "cuda":
-        missing |= _cuda.library() is None
+        missing |= not _cuda.is_built()
         missing |= device.type != "cpu" and operation in HOST_ONLY
     missing |= name == "triton" and not AVAILABLE
     if not missing:
