@@ -45,7 +45,7 @@ from sid_fast.models.teachers import TEACHERS
 from sid_fast.performance import process_group
 
 # The modules; the package exports functions of the same names.
-adam_ema, attention, augment, dropout, group_norm, random, sid_loss = (
+adam_ema, attention, augment, dropout, group_norm, random, sid_loss, _sida_loss = (
     importlib.import_module(f"sid_fast.kernels.{name}") for name in compile.MODULES
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -129,7 +129,7 @@ VARIANTS = {
 }
 
 
-# On a CPU sid_fast runs its eager backend, so variants without one kernel would all be the same.
+# On a CPU sid_fast runs the default backends: variants without one kernel would all be the same.
 ON_CPU = (
     "sid_fast",
     "default",
@@ -202,7 +202,9 @@ class Running:
         """Apply the variant's process-wide settings: backends, layout, cuDNN, TF32."""
         cudnn = torch.backends.cudnn
         with contextlib.ExitStack() as stack:
-            backends = self.variant.kernels if self.device.type == "cuda" else "eager"
+            backends = self.variant.kernels
+            if self.device.type == "cpu" and backends != "eager":
+                backends = None
             stack.enter_context(kernels.dispatch.forced("eager"))
             stack.enter_context(kernels.dispatch.forced(backends))
             if not self.variant.channels_last:

@@ -5,7 +5,9 @@ import functools
 import sys
 from pathlib import Path
 
-INTERFACE = 2  # of csrc/interface.h
+import torch
+
+INTERFACE = 3  # of csrc/interface.h
 
 
 def load(path: Path) -> ctypes.CDLL:
@@ -15,6 +17,11 @@ def load(path: Path) -> ctypes.CDLL:
     arguments += [ctypes.c_int64, *[ctypes.c_double] * 4, ctypes.c_int]
     lib.sid_fast_adam_ema_host.argtypes = arguments
     lib.sid_fast_adam_ema_host.restype = None
+    # Structures of kernels/group_norm/host.py, tensors, threads.
+    pointers: list[type[ctypes._SimpleCData]] = [ctypes.c_void_p] * 3
+    for name in ("group_norm", "group_norm_backward"):
+        function = getattr(lib, f"sid_fast_{name}_host")
+        function.argtypes, function.restype = [*pointers, ctypes.c_int], None
     if hasattr(lib, "sid_fast_adam_ema_cuda"):
         lib.sid_fast_adam_ema_cuda.argtypes = [*arguments, ctypes.c_int, ctypes.c_void_p]
         lib.sid_fast_adam_ema_cuda.restype = ctypes.c_int
@@ -41,3 +48,9 @@ def library() -> ctypes.CDLL | None:
     paths = (path for folder in folders for path in folder.glob("libsid_fast_kernels.*"))
     path = next(paths, None)
     return load(path) if path and is_current(path) else None
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace a search for files
+def is_built() -> bool:
+    """Return whether `library` finds one."""
+    return library() is not None

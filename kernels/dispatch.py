@@ -14,7 +14,7 @@ from sid_fast.kernels._triton import AVAILABLE
 # eager in edm_unet/unet.py, composed of the fused operations in edm_unet/fused.py.
 OPERATIONS = {
     "block": ("triton",),
-    "group_norm": ("triton", "apex"),
+    "group_norm": ("triton", "apex", "cuda"),
     "attention": ("triton",),
     "sid_loss": ("triton",),
     "sida_loss": ("triton",),
@@ -36,15 +36,17 @@ def available_backends() -> list[str]:
 # 13,000 launches -> 2); `python -m sid_fast.tune` times all backends on the machine itself.
 DEFAULTS = {
     "cuda": dict.fromkeys(("group_norm", "sid_loss", "sida_loss", "random", "adam_ema"), "triton"),
-    "cpu": {"adam_ema": "cuda"},  # the host build of the same C++
+    # The host build of csrc. Its group norm is not shown to be faster: see benchmarks/LOG.md.
+    "cpu": {"adam_ema": "cuda"},
 }
+HOST_ONLY = {"group_norm"}  # operations whose "cuda" backend has no device build
 
 
 def choose(operation: str, device: torch.device) -> str:
     """Return the backend that runs an operation on tensors of a device.
 
-    A forced backend that the operation lacks, or that was not built, falls back to Triton; a
-    default that was not built falls back to eager.
+    A forced backend that the operation lacks on the device, or that was not built, falls back to
+    Triton; a default that was not built falls back to eager.
     """
     return _resolve(_forced, operation, device)
 
@@ -53,7 +55,9 @@ def _resolve(forced: Mapping[str, str], operation: str, device: torch.device) ->
     default = DEFAULTS.get(device.type, {}).get(operation, "eager")
     name = forced.get(operation, default)
     missing = name not in ("eager", *OPERATIONS[operation])
-    missing |= name == "cuda" and _cuda.library() is None
+    if name == "cuda":
+        missing |= not _cuda.is_built()
+        missing |= device.type != "cpu" and operation in HOST_ONLY
     missing |= name == "triton" and not AVAILABLE
     if not missing:
         return name
@@ -87,7 +91,7 @@ def force(names: str | Mapping[str, str] | None) -> None:
     """Set the backend of all operations, or of some, on every device.
 
     "triton" on a CPU needs TRITON_INTERPRET=1 in the environment before triton is imported; "cuda"
-    on a CPU runs the host build of the same arithmetic.
+    on a CPU runs the host build of the C++.
 
     Args:
         names: a backend for all operations; a mapping from operations to backends, which leaves

@@ -4,7 +4,7 @@
 
 using namespace sid_fast;
 
-const int sid_fast_interface = 2;
+const int sid_fast_interface = 3;
 
 void sid_fast_adam_ema_host(const void* table, const double* step, const uint8_t* enabled,
                             const double* lr, const double* ema_beta, int64_t* counts,

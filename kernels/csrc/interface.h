@@ -29,3 +29,39 @@ SID_FAST_EXPORT int sid_fast_adam_ema_cuda(const void* table, const double* step
                                            const double* ema_beta, int64_t* counts,
                                            int64_t rows, double beta1, double beta2, double eps,
                                            double clip, int compute_dtype, int blocks, void* stream);
+
+// The group norm of kernels/group_norm/host.py; every pointer is to float32 in host memory, and all
+// tensors are contiguous but for the row strides of add, scale and shift.
+namespace sid_fast {
+
+struct GroupNorm {
+  const float* x;  // [samples, channels, pixels]
+  const float* weight;
+  const float* bias;
+  const float* add;  // [samples, channels] or null; scale and shift too, both or neither
+  const float* scale;
+  const float* shift;
+  int64_t samples, channels, pixels, groups, add_stride, scale_shift_stride, silu;
+  double eps;
+};
+
+// Gradients. All but y_grad and dx may be null: they are not computed.
+struct GroupNormGrads {
+  const float* y_grad;
+  float* dx;
+  float* param_sums;  // scratch [2, samples, channels]: weight, bias
+  float* dparam;      // [2, channels]; null if param_sums is
+  float* dadd;        // [samples, channels]
+  float* dscale;
+  float* dshift;  // null if dscale is
+};
+
+}  // namespace sid_fast
+
+// stats: [2, samples, groups], written by forward and read by backward: mean, 1/std.
+SID_FAST_EXPORT void sid_fast_group_norm_host(const sid_fast::GroupNorm* norm, float* y,
+                                              float* stats, int threads);
+
+SID_FAST_EXPORT void sid_fast_group_norm_backward_host(const sid_fast::GroupNorm* norm,
+                                                       const sid_fast::GroupNormGrads* grads,
+                                                       const float* stats, int threads);

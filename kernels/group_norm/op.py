@@ -5,20 +5,12 @@ import torch
 from sid_fast.kernels import _apex
 from sid_fast.kernels._operator import operator
 from sid_fast.kernels.dispatch import choose
+from sid_fast.kernels.group_norm import host
 from sid_fast.kernels.group_norm.backward import backward_kernel
 from sid_fast.kernels.group_norm.eager import GroupNormOutput, group_norm_eager
 from sid_fast.kernels.group_norm.forward import forward_kernel
+from sid_fast.kernels.group_norm.host import rows
 from sid_fast.kernels.group_norm.launch import launch
-
-
-def _rows(*values: torch.Tensor | None) -> tuple[tuple[torch.Tensor | None, ...], int]:
-    """Return [N, C] tensors with contiguous rows and one common row stride, and that stride."""
-    given = [v for v in values if v is not None]
-    if not given:
-        return values, 0
-    if len({v.stride() for v in given}) > 1 or given[0].stride(1) != 1:
-        given = [v.contiguous() for v in given]
-    return tuple(given), given[0].stride(0)
 
 
 def _resampled_size(x: torch.Tensor, resample: str | None) -> list[int]:
@@ -64,8 +56,8 @@ def _launch_forward(
     blocks, tiles, constants = launch(
         (channels, *x.shape[2:]), x.shape[1], x.dtype, groups, silu, resample, False
     )
-    (add,), add_stride = _rows(add)
-    (scale, shift), scale_shift_stride = _rows(scale, shift)
+    (add,), add_stride = rows(add)
+    (scale, shift), scale_shift_stride = rows(scale, shift)
     with torch.cuda.device_of(x):
         forward_kernel[(blocks * n,)](
             x, skip, residual, x_bias, h if h.numel() else None, y,
@@ -136,8 +128,8 @@ def _launch_backward(
     has_x_bias, has_param, has_add, has_scale_shift = wanted
     x_bias_sums = stats.new_empty((n, h.shape[1])) if has_x_bias else None
     param_sums = stats.new_empty((2, n, channels)) if has_param else None
-    (add,), add_stride = _rows(add)
-    (scale, shift), scale_shift_stride = _rows(scale, shift)
+    (add,), add_stride = rows(add)
+    (scale, shift), scale_shift_stride = rows(scale, shift)
     with torch.cuda.device_of(h):
         backward_kernel[(blocks * n,)](
             h, skip, y_grad, h_grad, h_for_skip_grad, skip_grad, resampled_grad,
@@ -289,6 +281,14 @@ def group_norm(
         if norm_only and x_scale == 1 and not dropout and resample is None:
             y = _apex.group_norm(x, weight, bias, groups, eps, silu)
             return GroupNormOutput(y, x, x, None, None)
+    if backend == "cuda":
+        conditioning = (weight, bias, add, scale, shift)
+        scaled = None if x_scale == 1 else x_scale
+        unfused = (skip, residual, x_bias, scaled, dropout or None, resample)
+        if host.is_supported(x, conditioning, unfused):
+            y = host.group_norm(x, weight, bias, groups, eps, add, scale, shift, silu)
+            return GroupNormOutput(y, x, x, None, None)
+        backend = "eager"
     if backend == "eager":
         return group_norm_eager(
             x, weight, bias, groups, eps, skip=skip, x_scale=x_scale, silu=silu,

@@ -3,8 +3,6 @@
 import ctypes
 import importlib
 import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sid_fast import kernels
 from sid_fast.kernels import _cuda, dispatch
 from tests.helpers.golden import relative
+from tests.helpers.library import build
 
 module = importlib.import_module("sid_fast.kernels.adam_ema")
 
@@ -21,24 +20,6 @@ TOLERANCE = {"triton": 1e-6, "cuda": 1e-6, "eager": 1e-6}
 # Convolutions, among them one of several chunks and one whose size is not a multiple of four; a
 # linear layer; biases; a scalar.
 SHAPES = [(128, 3, 3, 3), (48, 36, 3, 3), (5, 7, 3, 3), (32, 20, 1, 1), (130, 67), (192,), (3,), ()]
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory, device):
-    """The CUDA C++ library: the installed one on a GPU machine, else a CPU build by CMake."""
-    if device.type == "cuda":
-        return _cuda.library() or pytest.skip("the installed package has no CUDA library")
-    if not (shutil.which("cmake") and shutil.which("c++")):
-        pytest.skip("no CMake or no C++ compiler")
-    return _cuda.load(build(tmp_path_factory.mktemp("host"), "-DCMAKE_CUDA_COMPILER=NOTFOUND"))
-
-
-def build(folder: Path, *options: str) -> Path:
-    source = Path(module.__file__).resolve().parents[1]
-    for command in (["-S", source, "-B", folder, *options], ["--build", folder]):
-        done = subprocess.run(["cmake", *command], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return next(folder.glob("libsid_fast_kernels.*"))
 
 
 @pytest.fixture(params=["triton", "cuda", "eager"])
