@@ -8,7 +8,6 @@ log.jsonl are copied there, and so is the picture.
 """
 
 import json
-import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -26,7 +25,11 @@ FOLDER = Path(__file__).parents[1] / "experiments" / "digits-sida"
 def copy(run: Path, folder: Path) -> list[dict]:
     """Copy a run's configuration and the evaluations of its log; return these."""
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(run / "config.json", folder / "config.json")
+    config = json.loads((run / "config.json").read_text("utf-8"))
+    for name in ("out", "generator"):  # without the folders of the machine
+        config[name] = config.get(name) and Path(config[name]).name
+    with atomic_path(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
     records = [r for r in read_log(run / "log.jsonl") if NAME in r]
     with atomic_path(folder / "log.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(r) + "\n" for r in records), "utf-8")
