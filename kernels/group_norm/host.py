@@ -1,6 +1,7 @@
 """The host build of csrc/group_norm.cpp: norm, conditioning and SiLU in one pass on a CPU."""
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -192,7 +193,7 @@ class _HostGroupNorm(torch.autograd.Function):
             needs[3],
             needs[4] or needs[5],
         ]
-        run = _backward if _is_plain(y_grad) else _backward_operator
+        run: Callable[..., Any] = _backward if _is_plain(y_grad) else _backward_operator
         dx, dparam, dadd, dscale, dshift = run(
             y_grad.contiguous(), *ctx.saved_tensors, *ctx.options, wanted
         )
