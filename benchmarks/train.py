@@ -1,4 +1,4 @@
-"""Time the SiD step of the presets: sid_fast's variants and two PyTorch baselines.
+"""Time the SiD or SiDA step of the presets: sid_fast's variants and two PyTorch baselines.
 
     python -m benchmarks.train --preset cifar10-uncond --micro-batch 8,32,64
 
@@ -8,9 +8,9 @@ all alike. Variants that don't fit into memory together are timed in groups, eac
 interleaved with `sid_fast`, if it fits.
 
 - `relative_time`: time over that of `sid_fast`, interleaved in the same group.
-- `mfu`: FLOP of 11 forward passes per image (fake step 4, generator step 7), by PyTorch's counter,
-  over the fastest matrix product in the same run, whatever the precision of the variant. That is
-  bfloat16's on a GPU and float32's on most CPUs.
+- `mfu`: FLOP of 11 forward passes per image (fake step 4, generator step 7; SiDA: and 3 of the
+  encoder), by PyTorch's counter, over the fastest matrix product in the same run, whatever the
+  precision of the variant. That is bfloat16's on a GPU and float32's on most CPUs.
 - `peak_allocated`, `peak_reserved`: memory that the variant adds at its peak, GiB, from the
   construction of its networks through three steps.
 - `host_ms`: time until a step that starts on an idle device returns.
@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
@@ -34,8 +35,8 @@ from benchmarks.baselines import OptimisedBaseline, PublishedBaseline
 from benchmarks.results import RESULTS, Results, times
 from sid_fast import cli, kernels
 from sid_fast.cli import presets
-from sid_fast.config.types import Precision, Settings, check, option, part
-from sid_fast.distiller import Distiller
+from sid_fast.config.types import Precision, Settings, SiDASettings, check, option
+from sid_fast.distiller import Distiller, blank_feed
 from sid_fast.errors import UserError
 from sid_fast.kernels._cuda import library
 from sid_fast.models import EDMNetwork, NetworkConfig
@@ -191,7 +192,10 @@ class Running:
                 join_single_process_group(self.device)
                 sharding = fsdp.plan("fsdp", self.device, lambda shards, reshard_after_forward: 0)
             options = v.options | {"cuda_graph": graph}
-            return Distiller(teacher, settings, sharding=sharding, **options).step
+            feed = blank_feed(config, settings, self.device)
+            return Distiller(teacher, settings, sharding=sharding, data=feed, **options).step
+        if isinstance(settings, SiDASettings):
+            raise RuntimeError("the baselines have no SiDA")
         dtype = mixed_precision.TYPES[v.precision]
         settings = dataclasses.replace(settings, eps=mixed_precision.ADAM_EPS[v.precision])
         baseline = PublishedBaseline if v.kind == "published" else OptimisedBaseline
@@ -240,21 +244,33 @@ def memory(device: torch.device, prefix: Literal["", "max_"] = "") -> list[int]:
 def single_micro_batch(preset: str, images: int) -> tuple[NetworkConfig, Settings]:
     """Return a preset's network and its settings for a step of one micro-batch."""
     config = TrainConfig(**presets("train")[preset])
-    settings = part(config, Settings)
+    settings = dataclasses.replace(config.settings(), batch_size=images, micro_batch=None)
+    if isinstance(settings, SiDASettings):  # both phases from the second step on
+        settings = dataclasses.replace(
+            settings, adversarial_group=math.gcd(settings.adversarial_group, images),
+            generator_start_kimg=0.0, adversarial_start_kimg=0.0,
+        )  # fmt: skip
     assert config.teacher
-    return network_config(config.teacher), dataclasses.replace(
-        settings, batch_size=images, micro_batch=None
-    )
+    return network_config(config.teacher), settings
 
 
-def forward_flop(config: NetworkConfig) -> int:
-    """Count FLOP of one image's forward pass: convolutions and matrix products, 2 per FMA."""
+def step_flop(config: NetworkConfig, settings: Settings) -> int:
+    """Count FLOP of a step per image."""
+    extra = 3 * forward_flop(config, encoder=True) if isinstance(settings, SiDASettings) else 0
+    return FORWARDS * forward_flop(config) + extra
+
+
+def forward_flop(config: NetworkConfig, encoder: bool = False) -> int:
+    """Count FLOP of one image's forward pass: convolutions and matrix products, 2 per FMA.
+
+    encoder: Of the encoder alone.
+    """
     x = torch.empty(1, config.channels, config.resolution, config.resolution, device="meta")
     labels = torch.empty(1, config.label_dim, device="meta") if config.label_dim else None
     with torch.device("meta"), torch.no_grad(), kernels.dispatch.forced("eager"):
         net = EDMNetwork(config)
         with FlopCounterMode(display=False) as count:
-            net(x, torch.ones(1), labels)
+            (net.logits if encoder else net)(x, torch.ones(1), labels)
     return count.get_total_flops()
 
 
@@ -273,11 +289,11 @@ class Bench:
         """Whether --seconds have passed."""
         return time.monotonic() > self.end
 
-    def run(self, preset: str, micro_batch: int, names: Iterable[str], flop: int) -> bool:
+    def run(self, preset: str, micro_batch: int, names: Iterable[str]) -> bool:
         """Time the variants; returns whether any fits into memory."""
         config, settings = single_micro_batch(preset, micro_batch)
         self.keys = {"preset": preset, "micro_batch": micro_batch}
-        self.flop = FORWARDS * flop * micro_batch
+        self.flop = step_flop(config, settings) * micro_batch
         alive: dict[str, Running] = {}
         written: set[str] = set()
         fits = False
@@ -410,9 +426,8 @@ def run(options: Options, given: set[str]) -> None:
     print(HEAD)
     bench = Bench(results, options, device, rates)
     for preset in names:
-        flop = forward_flop(network_config(known[preset]["teacher"]))
         for micro_batch in batches:
-            if bench.out_of_time() or not bench.run(preset, micro_batch, variants, flop):
+            if bench.out_of_time() or not bench.run(preset, micro_batch, variants):
                 break
     print(f"results: {results.path}")
 

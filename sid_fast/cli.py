@@ -84,7 +84,7 @@ class Option(click.Option):
 # Sections of --help, in this order.
 HEADINGS = (
     "Preset", "Teacher and data", "Data", "Network", "Cluster", "Run", "Run and output", "Method",
-    "Optimizer and EMA", "Batch and precision", "Evaluation during the run", "Machine",
+    "SiDA", "Optimizer and EMA", "Batch and precision", "Evaluation during the run", "Machine",
     "Options", "Help",
 )  # fmt: skip
 

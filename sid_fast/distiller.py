@@ -8,14 +8,32 @@ import torch
 
 from sid_fast.config.types import Settings, SiDASettings, check, grad_accum_steps
 from sid_fast.data.datasets import ImageDataset
-from sid_fast.data.feed import ImageFeed
+from sid_fast.data.feed import BlankFeed, ImageFeed
 from sid_fast.errors import UserError
 from sid_fast.io.digest import digest
 from sid_fast.methods.sid import Draw, SiD
 from sid_fast.methods.sida import SiDA, check_images
-from sid_fast.models import EDMNetwork
+from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.performance import fsdp, mixed_precision
 from sid_fast.training.step import Trainer
+
+
+def blank_feed(
+    network: NetworkConfig, settings: Settings, device: torch.device
+) -> BlankFeed | None:
+    """Return black images for a Distiller that only measures or tries steps; None for SiD."""
+    if not isinstance(settings, SiDASettings):
+        return None
+    shape = network.channels, network.resolution, network.resolution
+    return BlankFeed(settings.batch_size, shape, network.label_dim, device)
+
+
+def data_free_method(teacher: EDMNetwork, settings: Settings) -> SiD:
+    """Make the method of the settings for steps that only measure or try: SiDA gets blank_feed."""
+    if not isinstance(settings, SiDASettings):
+        return SiD(teacher, settings)
+    device = next(teacher.parameters()).device
+    return SiDA(teacher, settings, feed=blank_feed(teacher.config, settings, device))
 
 
 class Distiller(Trainer):
@@ -31,7 +49,7 @@ class Distiller(Trainer):
         seed: Determines every random number.
         label_weights: Relative class frequencies, [label_dim]; uniform if None.
         sharding: See Trainer.
-        data: Real images for SiDA; without them, every step needs draws.
+        data: Real images for SiDA, or a feed of them; without, every step needs draws.
         generator: Network of the teacher's shape from which SiDA's generator and EMA start (SiD²A).
         cuda_graph: See Trainer.
         compile: See Trainer.
@@ -49,7 +67,7 @@ class Distiller(Trainer):
         label_weights: torch.Tensor | None = None,
         sharding: fsdp.ShardingPlan | None = None,
         *,
-        data: ImageDataset | None = None,
+        data: ImageDataset | ImageFeed | None = None,
         generator: EDMNetwork | None = None,
         cuda_graph: bool | Literal["auto"] = False,
         compile: bool = False,
@@ -67,8 +85,8 @@ class Distiller(Trainer):
         sharding = sharding or fsdp.replicated()
         if isinstance(settings, SiDASettings):
             grad_accum_steps(settings, sharding.ranks)  # refuses before the images are read
-            feed = None
-            if data is not None:
+            feed = data if isinstance(data, ImageFeed) else None
+            if isinstance(data, ImageDataset):
                 check_images(data, teacher.config)
                 shares = sharding.rank, sharding.ranks
                 feed = ImageFeed(data, settings.batch_size, seed, device, *shares)

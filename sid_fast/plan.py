@@ -9,7 +9,7 @@ import sys
 import torch
 
 from sid_fast import cli, kernels
-from sid_fast.config.types import Settings, check, option, part
+from sid_fast.config.types import MethodOptions, check, check_method, option, part
 from sid_fast.errors import UserError
 from sid_fast.io.streams import say
 from sid_fast.models.registry import network_config
@@ -17,7 +17,7 @@ from sid_fast.tools import estimator, planner
 
 
 @dataclasses.dataclass
-class PlanConfig(Settings, planner.Cluster):
+class PlanConfig(MethodOptions, planner.Cluster):
     """Options of `python -m sid_fast.plan`."""
 
     preset: str | None = None
@@ -40,6 +40,7 @@ class PlanConfig(Settings, planner.Cluster):
 def run(config: PlanConfig, given: set[str]) -> None:
     """Count one step and print the plan."""
     check(config)
+    check_method(config, given)
     if not config.teacher:
         raise UserError("teacher is missing: give --teacher FILE or --preset NAME")
     if "micro_batch" in given:
@@ -48,7 +49,7 @@ def run(config: PlanConfig, given: set[str]) -> None:
             "that fits: leave it out"
         )
     cli.refuse_idle(config, given, config.gpus > 1, "several GPUs (--gpus)", "link")
-    settings, cluster = part(config, Settings), part(config, planner.Cluster)
+    settings, cluster = config.settings(), part(config, planner.Cluster)
     planner.check_batch(settings, cluster.gpus)
     network = network_config(config.teacher)
     gpu = torch.device("cuda")  # the run's device, not this machine's

@@ -1,8 +1,10 @@
-"""Distil an EDM teacher into a one-step generator by Score identity Distillation (SiD).
+"""Distil an EDM teacher into a one-step generator with SiD or, on real images too, SiDA.
 
 python -m sid_fast.train --preset digits
+python -m sid_fast.train --preset cifar10-uncond-sida --data cifar10.zip
 """
 
+import contextlib
 import dataclasses
 import os
 from functools import partial
@@ -12,24 +14,24 @@ import torch
 
 from sid_fast import cli, kernels
 from sid_fast.config.types import (
+    MethodOptions,
     RunOptions,
-    Settings,
     StepOptions,
     Tune,
     check,
+    check_method,
     grad_accum_steps,
     micro_batches,
     option,
-    part,
 )
 from sid_fast.data.datasets import ImageDataset
 from sid_fast.data.digits import open_dataset
-from sid_fast.distiller import Distiller
+from sid_fast.distiller import Distiller, blank_feed, data_free_method
 from sid_fast.errors import UserError
 from sid_fast.io.streams import say
-from sid_fast.methods.sid import SiD
+from sid_fast.methods.sida import check_generator, check_images
 from sid_fast.models import EDMNetwork, NetworkConfig
-from sid_fast.models.registry import load_teacher, network_config
+from sid_fast.models.registry import load_generator, load_teacher, network_config
 from sid_fast.performance import fsdp, mixed_precision, process_group
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
 from sid_fast.performance.cuda_graphs import resolve_cuda_graph
@@ -42,7 +44,7 @@ from sid_fast.training.loop import Loop
 
 
 @dataclasses.dataclass
-class TrainConfig(RunOptions, StepOptions, Settings):  # type: ignore[misc]  # micro_batch
+class TrainConfig(RunOptions, StepOptions, MethodOptions):  # type: ignore[misc]  # micro_batch
     """Options of `python -m sid_fast.train`."""
 
     preset: str | None = None
@@ -55,8 +57,15 @@ class TrainConfig(RunOptions, StepOptions, Settings):  # type: ignore[misc]  # m
     data: str | None = option(
         None,
         "EDM data set (zip or folder). Its class frequencies weight the sampled labels (default: "
-        "uniform) and its images are the reference for --eval-every; it is never trained on",
+        "uniform) and its images are the reference for --eval-every. SiDA trains on it, SiD never "
+        "does",
         heading="Teacher and data",
+    )
+    generator: str | None = option(
+        None,
+        "network that generator and EMA start from, instead of the teacher: the folder of a SiD "
+        "run (its best network, else its newest snapshot) or a file",
+        heading="SiDA",
     )
     tune: Tune = option(
         "auto",
@@ -82,8 +91,10 @@ def run(config: TrainConfig, given: set[str]) -> None:
     resume = cli.resume(config, given)
     check(config)
     cli.refuse_idle_run_options(config, given)
+    check_method(config, given)
     if not config.teacher:
         raise UserError("teacher is missing: give --teacher FILE or --preset NAME")
+    check_sida(config, resume)
     if config.eval_every and not (config.data or config.ref):
         raise UserError(
             f"eval_every={config.eval_every} needs a reference: give real images as --data, or "
@@ -102,17 +113,22 @@ def run(config: TrainConfig, given: set[str]) -> None:
         auto &= not (choice and choice.micro_batch)
         if auto and resume and read_header(resume)["processes"] != process_group.world_size():
             config.micro_batch = None
-        grad_accum_steps(part(config, Settings), process_group.world_size())
+        grad_accum_steps(config.settings(), process_group.world_size())
         with process_group.main_process_first():  # may download
             teacher = load_teacher(config.teacher)
-        if data:
+            generator = None
+            if config.generator and not resume:
+                generator = open_generator(config, given, teacher.config)
+        if data and config.method == "sid":
             check_data(data, teacher.config)
-        network, backends = teacher.config, kernels.dispatch.runs(device)
+        elif data:
+            check_images(data, teacher.config)
+        network = teacher.config
         estimator.require_host_memory(network, config, device)
         state = estimator.StateMemory(
-            lambda settings: SiD(EDMNetwork(network), settings),
-            mixed_precision.resolve_precision(part(config, Settings), device),
-            backends,
+            lambda settings: data_free_method(EDMNetwork(network), settings),
+            mixed_precision.resolve_precision(config.settings(), device),
+            kernels.dispatch.runs(device),
         )
         sharding = fsdp.plan(config.parallel, device, state.nbytes, config.shard_group)
         sharded = sharding.mesh is not None
@@ -121,7 +137,7 @@ def run(config: TrainConfig, given: set[str]) -> None:
         teacher = teacher.to(device)
         if auto and device.type == "cuda":
             config.micro_batch = micro_batch_that_fits(teacher, config, upper, sharding)
-        settings = part(config, Settings)
+        settings = config.settings()
         mode = config.cuda_graph
         graphs, note = resolve_cuda_graph(mode, device, sharded)
         test_first = mode == "auto"
@@ -141,6 +157,8 @@ def run(config: TrainConfig, given: set[str]) -> None:
             config.seed,
             label_weights(data, teacher.config),
             sharding,
+            data=None if config.method == "sid" else data,
+            generator=generator,
             cuda_graph="auto" if graphs and test_first else graphs,
             compile=compile,
             channels_last=choice.channels_last if choice else None,
@@ -167,22 +185,69 @@ def run(config: TrainConfig, given: set[str]) -> None:
             f"on {device} in {trainer.settings.precision}, kernels: {described}"
             f"{', CUDA graphs' * graphs}{', torch.compile' * compile}, {sharding.text}"
         )
-        headline = f"distilling {config.teacher} ({teacher.config}), {where}"
+        feed = trainer.method.feed
+        trained_on = f" with SiDA on {len(feed.dataset):,} images {feed.text}" if feed else ""
+        headline = f"distilling {config.teacher} ({teacher.config}){trained_on}, {where}"
         headline += tuning.text and f", {tuning.text}"
         headline += "".join(f"\nnote: {line}" for line in (note, *tuning.notes) if line)
         if data and data.labels is None and teacher.config.label_dim:
             headline += f"\nnote: {data.path} has no labels: classes are sampled uniformly"
         name = config.preset or "distil"
         extra = {"tuning": tuning.to_json()}
-        Loop(trainer, config, snapshots, name, headline, evaluations, extra).run(resume)
+        with contextlib.closing(feed) if feed else contextlib.nullcontext():
+            Loop(trainer, config, snapshots, name, headline, evaluations, extra).run(resume)
+
+
+def check_sida(config: TrainConfig, resume: Path | None) -> None:
+    """Raise UserError if the run to resume has another method or generator, or SiDA lacks data."""
+    if resume:
+        saved = read_header(resume)["options"]
+        method, generator = saved.get("method", "sid"), saved.get("generator")
+        if config.method != method:
+            raise UserError(
+                f"{resume} was written with method={method}, not {config.method}: start a new run; "
+                f"--method sid2a --generator {resume.parent} continues from its generator"
+            )
+        if config.generator != generator:
+            raise UserError(
+                f"{resume} was written with generator={generator}, not {config.generator}: start a "
+                "new run, or leave out --generator"
+            )
+    if config.method != "sid" and not config.data:
+        raise UserError(
+            f"data is missing: --method {config.method} trains on real images; give the teacher's "
+            "data set as --data IMAGES.zip"
+        )
+    if config.method == "sid2a" and not config.generator:
+        raise UserError(
+            "generator is missing: --method sid2a starts from a SiD run; give --generator RUN"
+        )
+
+
+def open_generator(config: TrainConfig, given: set[str], teacher: NetworkConfig) -> EDMNetwork:
+    """Load --generator and take its init_sigma, unless the command line sets another.
+
+    Raises:
+        UserError: it has another architecture than the teacher, or another init_sigma.
+    """
+    assert config.generator
+    generator = load_generator(config.generator)
+    if generator.config.init_sigma is not None and "init_sigma" not in given:
+        config.init_sigma = generator.config.init_sigma
+    wanted = dataclasses.replace(teacher, init_sigma=config.init_sigma)
+    check_generator(generator.config, wanted, config.generator)
+    return generator
 
 
 def tuned(
     config: TrainConfig, given: set[str], device: torch.device, resume: Path | None, auto: bool
 ) -> autotune.Tuning:
     """Decide how to take steps; all ranks decide the same, in a process group of its own."""
-    ranks, settings = int(os.environ.get("WORLD_SIZE", 1)), part(config, Settings)
+    ranks, settings = int(os.environ.get("WORLD_SIZE", 1)), config.settings()
     grad_accum_steps(settings, ranks)
+    if config.method != "sid":
+        asked = config.tune == "again"
+        return autotune.Tuning(notes=["steps of SiDA are not tuned: defaults are used"] * asked)
     saved = read_header(resume).get("tuning", {}) if resume else None
     # A run that torchrun restarts continues as it was, whatever its command says.
     mode = "auto" if resume and "resume" not in given else config.tune
@@ -216,7 +281,7 @@ def estimated_micro_batch(
         UserError: Not even the smallest micro-batch fits, or config.micro_batch needs more than the
             GPU's memory; the message gives the sizes and what would fit.
     """
-    settings, world = part(config, Settings), process_group.world_size()
+    settings, world = config.settings(), process_group.world_size()
     sizes = micro_batches(settings, world)
     resolved = mixed_precision.resolve_precision(settings, device)
     backends = kernels.dispatch.runs(device)
@@ -254,13 +319,14 @@ def micro_batch_that_fits(
         upper: the estimate to start from otherwise.
         sharding: layout of the networks over the ranks.
     """
-    settings = part(config, Settings)
+    settings = config.settings()
 
     def try_step(n: int) -> None:
         if sharding.mesh is not None:
             return
         single = dataclasses.replace(settings, batch_size=n, micro_batch=n)
-        trainer = Distiller(teacher, single, sharding=fsdp.SINGLE_PROCESS)
+        feed = blank_feed(teacher.config, single, next(teacher.parameters()).device)
+        trainer = Distiller(teacher, single, sharding=fsdp.SINGLE_PROCESS, data=feed)
         prepare(trainer, config)
         with trainer.updates_disabled():
             trainer.dry_run()

@@ -58,6 +58,8 @@ def run(config: TuneConfig, given: set[str]) -> None:
     micro_batch = config.micro_batch
     config.micro_batch = None if micro_batch == "auto" else micro_batch
     check(config)
+    if config.preset and cli.presets("train")[config.preset].get("method", "sid") != "sid":
+        raise UserError(f"preset={config.preset}: steps of SiDA are not tuned yet; use one of SiD")
     if not config.teacher:
         raise UserError("teacher is missing: --teacher FILE, or --preset NAME with one of its own")
     if config.json:

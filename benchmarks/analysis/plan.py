@@ -9,7 +9,7 @@ import click
 
 from sid_fast import cli
 from sid_fast.cli import presets
-from sid_fast.config.types import Card, Precision, Settings, part
+from sid_fast.config.types import Card, Precision, group_size
 from sid_fast.io.atomic import atomic_path
 from sid_fast.models.teachers import TEACHERS
 from sid_fast.tools import estimator, planner
@@ -51,14 +51,18 @@ COLUMNS = (
 def main() -> None:
     """Run the command."""
     parts, rows = [], []
-    for name in TEACHERS:
+    for name in (*TEACHERS, *(f"{name}-sida" for name in TEACHERS)):
         config = TrainConfig(**presets("train")[name])
         config.precision = PRECISION
-        settings, network = part(config, Settings), TEACHERS[name].network
+        assert config.teacher
+        settings, network = config.settings(), TEACHERS[config.teacher].network
         print(f"counting {name}", flush=True)
         counts = estimator.counts(network, settings)
         parts.append(f"## {name}\n")
         for gpus, card in MACHINES:
+            if settings.batch_size // gpus % group_size(settings):
+                parts.append(f"Not on {gpus} x {card}: the batch has fewer groups of images.\n")
+                continue
             options = planner.Cluster(gpus=gpus, card=card)
             shown = planner.text(name, network, counts, settings, config.kimg, options)
             parts.append(f"```\n{shown}\n```\n")

@@ -10,6 +10,7 @@ is measured.
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 from benchmarks.results import RESULTS, Results
 from sid_fast import cli
 from sid_fast.cli import presets
-from sid_fast.config.types import Card, Settings, check, option, part
+from sid_fast.config.types import Card, Precision, check, option
 from sid_fast.errors import UserError
 from sid_fast.io.atomic import atomic_path
 from sid_fast.models.registry import network_config
@@ -157,7 +158,7 @@ def run(options: Options, given: set[str]) -> None:
     chosen, precision, images = card(options.card), options.precision, options.images
     config = TrainConfig(**known[options.preset])
     assert config.teacher
-    network, settings = network_config(config.teacher), part(config, Settings)
+    network, settings = network_config(config.teacher), config.settings()
     print(
         f"{options.preset}: {network}; {precision}, micro-batch {images}, {options.kernels} kernels"
     )
@@ -171,7 +172,7 @@ def run(options: Options, given: set[str]) -> None:
     for backend, ops in ((options.kernels, forward), ("eager", eager)):
         calls, nbytes = norms(ops)
         print(f"group norms, forward, {backend}: {calls} operations, {nbytes / 1e6:,.0f} MB")
-    settings = dataclasses.replace(settings, precision=precision)
+    settings = dataclasses.replace(settings, precision=cast(Precision, precision))
     (step,) = estimator.steps(network, settings, [images], options.kernels)
     kinds = rows("step", step.ops, chosen, precision)
     show("the whole step", kinds)

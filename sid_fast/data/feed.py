@@ -309,3 +309,38 @@ class ImageFeed:
                 done += len(some)
                 bar.update(len(some))
         return images
+
+
+class BlankFeed(ImageFeed):
+    """Black images without classes, for steps that only measure or try the machine.
+
+    Args:
+        batch_size: Images per step, on one rank.
+        shape: Of an image, [C, R, R].
+        label_dim: Number of classes.
+        device: Device of the images.
+    """
+
+    def __init__(
+        self, batch_size: int, shape: tuple[int, ...], label_dim: int, device: torch.device
+    ):
+        self.batch_size, self.rank, self.world_size = batch_size, 0, 1
+        self.shape, self.label_dim = shape, label_dim
+        self.device, self.waits = device, 0
+
+    def fingerprint(self) -> dict[str, str | None]:
+        """Return nothing: these steps are not resumed."""
+        return {}
+
+    def load(self, step: int) -> None:
+        """Do nothing: there are no images to stage."""
+
+    def take(self, counter: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return n black images and all-zero labels; see ImageFeed.take."""
+        images = torch.zeros(n, *self.shape, dtype=torch.uint8, device=self.device)
+        if not self.label_dim:
+            return images, None
+        return images, torch.zeros(n, self.label_dim, device=self.device)
+
+    def close(self) -> None:
+        """Do nothing."""

@@ -118,6 +118,10 @@ class Method:
     fingerprint: Mapping[str, Any]
     feed: ImageFeed | None = None
 
+    def work(self, images: int) -> float:
+        """Work of the first `images` images of a run, in images of an ordinary step."""
+        return images
+
 
 def one_hot_labels(
     rng: RandomStream, label_dim: int, cumulative: torch.Tensor | None = None

@@ -59,6 +59,12 @@ def load_network(path: str | Path) -> EDMNetwork:
     return net.requires_grad_(False).eval()
 
 
+def load_generator(path: str | Path) -> EDMNetwork:
+    """Load a generator like load_network, but prefer a run folder's best network (best-*)."""
+    best = sorted(Path(path).glob("best-*.safetensors"))
+    return load_network(best[-1] if best else path)
+
+
 def _locate(path: str) -> Path:
     if not path:
         raise UserError("the network's name is empty: give a file; is a shell variable unset?")

@@ -12,21 +12,22 @@ from typing import Any
 
 import torch
 
-from sid_fast.config.types import Settings
+from sid_fast.config.types import Settings, SiDASettings
+from sid_fast.distiller import data_free_method
 from sid_fast.methods.base import Method, RandomStream
-from sid_fast.methods.sid import SiD
 from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.performance import fsdp, process_group
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
 from sid_fast.tools import host_memory
 from sid_fast.tools.host_memory import GIB
-from sid_fast.tools.op_counter import Backends, Count, Op, fake
+from sid_fast.tools.op_counter import Backends, Count, Op, fake, forward
 from sid_fast.training.step import Trainer
 
 ALLOWANCE = 2 * GIB  # CUDA context, cuDNN workspaces, allocator fragmentation
-# Cost of a step per image, in forward passes (a backward is 2, without weight gradients 1): fake
-# score step G 1, ψ 3; generator step G 3, φ 2, ψ 2.
+# Cost of a SiD step per image, in forward passes (a backward is 2, without weight gradients 1):
+# fake score step G 1, ψ 3; generator step G 3, φ 2, ψ 2. SiDA adds 3 of the encoder to the former.
 FORWARDS = 11
+LATE = 10**15  # images seen, after every warm-up
 SHARDED = ("weights", "gradients", "optimiser", "average")  # kinds that fsdp always shards
 
 
@@ -45,19 +46,22 @@ def steps(
     micro_batches: Iterable[int],
     backends: Backends = "triton",
     prepare: Callable[..., None] = lambda *nets: None,
+    images: int = LATE,
 ) -> list[Step]:
-    """Count one SiD step of a single micro-batch, for each micro-batch size.
+    """Count one SiD or SiDA step of a single micro-batch, for each micro-batch size.
 
     Args:
         network: of the teacher.
-        settings: batch_size and micro_batch are ignored.
+        settings: SiDASettings count SiDA; batch_size, micro_batch and adversarial_group are
+            ignored.
         micro_batches: numbers of images.
         backends: see op_counter.fake.
         prepare: called with teacher, generator and fake score before the first step.
+        images: images seen before the step.
     """
     counted = []
     with fake(backends), Count() as count:
-        trainer = _trainer(lambda s: SiD(EDMNetwork(network), s), settings)
+        trainer = _trainer(lambda s: data_free_method(EDMNetwork(network), s), settings)
         prepare(*trainer.method.frozen.values(), *trainer.method.networks.values())
         gc.collect()  # frees the float32 teacher if a low-precision copy replaced it
         for kind, tensors in _resident(trainer).items():
@@ -68,6 +72,7 @@ def steps(
                 phase.name: [phase.sample_inputs(RandomStream(trainer.counter, phase.name, n))]
                 for phase in trainer.method.phases
             }
+            trainer.images = images
             trainer.step(inputs)
             counted.append(Step(n, count.ops, count.peak))
     return counted
@@ -77,6 +82,8 @@ def _trainer(make: Callable[[Any], Method], settings: Any) -> Trainer:
     # tf32 uses the memory and FLOP of fp32; auto is bf16 on every card of gpu_specs.
     precision = {"tf32": "fp32", "auto": "bf16"}.get(settings.precision, settings.precision)
     settings = dataclasses.replace(settings, batch_size=1, micro_batch=None, precision=precision)
+    if isinstance(settings, SiDASettings):
+        settings = dataclasses.replace(settings, adversarial_group=1)
     method = make(settings)
     for net in (*method.networks.values(), *method.frozen.values()):
         for p in net.parameters():
@@ -169,6 +176,7 @@ class Counts:
         resident: bytes by kind that do not depend on the micro-batch.
         image: bytes by kind that each image of the micro-batch adds.
         flop: FLOP of a step per image.
+        fake_flop: of a step of SiDA's warm-up, in which the fake score alone learns; 0 for SiD.
         forward: FLOP of one forward pass of one image.
         parameters: of one network.
         backends: see op_counter.fake.
@@ -180,6 +188,7 @@ class Counts:
     forward: float
     parameters: int
     backends: Backends
+    fake_flop: float = 0.0
 
     def memory(
         self, images: int, gpus: int = 1, shards: int = 1, reshard_after_forward: bool = False
@@ -211,9 +220,12 @@ def counts(
         recompute: with --checkpoint-activations.
         backends: see op_counter.fake.
     """
-    prepare = {"prepare": checkpoint_activations} if recompute else {}
-    forwards = FORWARDS + 4 * recompute  # recomputed: ψ; G, φ and ψ
-    one, two = steps(network, settings, [1, 2], backends, **prepare)
+    prepare = checkpoint_activations if recompute else lambda *nets: None
+    one, two = steps(network, settings, [1, 2], backends, prepare)
+    fake_flop = 0.0
+    if isinstance(settings, SiDASettings):
+        (warmup,) = steps(network, settings, [1], backends, prepare, images=0)
+        fake_flop = sum(op.flops for op in warmup.ops)
     kinds = {*one.peak, *two.peak}
     image = Counter({kind: two.peak[kind] - one.peak[kind] for kind in kinds})
     with torch.device("meta"):
@@ -221,10 +233,11 @@ def counts(
     return Counts(
         resident=Counter({kind: one.peak[kind] - image[kind] for kind in kinds}),
         image=image,
-        flop=(flop := sum(op.flops for op in two.ops) / 2),
-        forward=flop / forwards,
+        flop=sum(op.flops for op in two.ops) / 2,
+        forward=sum(op.flops for op in forward(network)),
         parameters=parameters,
         backends=backends,
+        fake_flop=fake_flop,
     )
 
 

@@ -4,7 +4,14 @@ import dataclasses
 from collections import Counter
 from functools import partial
 
-from sid_fast.config.types import Card, Settings, grad_accum_steps, micro_batches, option
+from sid_fast.config.types import (
+    Card,
+    Settings,
+    SiDASettings,
+    grad_accum_steps,
+    micro_batches,
+    option,
+)
 from sid_fast.kernels.dispatch import describe
 from sid_fast.models import NetworkConfig
 from sid_fast.tools.estimator import GIB, Counts, estimated_micro_batch
@@ -60,6 +67,7 @@ class Plan:
         exposed: seconds of communication per step that computation does not hide.
         images_per_second: training images per second, over all GPUs.
         days: length of the run.
+        warmup: seconds per step in which the fake score alone learns (SiDA); 0: no such steps.
     """
 
     memory: dict[str, Counter[str]]
@@ -72,6 +80,7 @@ class Plan:
     exposed: float
     images_per_second: float
     days: float
+    warmup: float = 0.0
 
 
 def plan(counts: Counts, settings: Settings, kimg: float, options: Cluster) -> Plan:
@@ -88,8 +97,14 @@ def plan(counts: Counts, settings: Settings, kimg: float, options: Cluster) -> P
     traffic = 2 * (gpus - 1) / gpus * counts.resident["gradients"]
     communication = traffic / (link_of(options) * 1e9)
     # Each network's all-reduce overlaps its last micro-batch's backward (the FLOP of 2 forwards).
-    exposed = max(0.0, communication - 2 * 2 * counts.forward * micro / rate)
+    hidden = 2 * 2 * counts.forward * micro / rate
+    exposed = max(0.0, communication - hidden)
     seconds = compute + exposed
+    warmup, warmup_kimg = 0.0, 0.0
+    if isinstance(settings, SiDASettings):
+        warmup = counts.fake_flop * batch / gpus / rate + exposed / 2  # one network of two
+        warmup_kimg = min(kimg, settings.generator_start_kimg)
+    total = ((kimg - warmup_kimg) * seconds + warmup_kimg * warmup) * 1000 / batch
     return Plan(
         memory={
             layout: counts.memory(max(micro, 1), gpus, gpus if layout == "fsdp" else 1)
@@ -103,7 +118,8 @@ def plan(counts: Counts, settings: Settings, kimg: float, options: Cluster) -> P
         communication=communication,
         exposed=exposed,
         images_per_second=batch / seconds,
-        days=kimg * 1000 / batch * seconds / 86400,
+        days=total / 86400,
+        warmup=warmup if warmup_kimg else 0.0,
     )
 
 
@@ -155,7 +171,7 @@ def text(
         f"largest micro-batch  {p.micro_batch} of {batch // gpus} images per GPU: "
         f"{p.grad_accum_steps} micro-batch{'es' if p.grad_accum_steps > 1 else ''} per step",
         f"work per step        {amount(p.flop)}FLOP: {amount(counts.flop)}FLOP per image, "
-        f"{counts.flop / counts.forward:.0f} forward passes",
+        f"{counts.flop / counts.forward:.3g} forward passes",
         f"compute per step     {p.compute * 1e3:,.1f} ms at {rate} (assumed MFU)",
     ]
     if gpus > 1:
@@ -168,6 +184,8 @@ def text(
             f"communication        {p.traffic / 1e9:.2f} GB per GPU and step, "
             f"{p.communication * 1e3:.1f} ms at {link_of(options):g} GB/s (assumed); {hidden}"
         )
+    if isinstance(settings, SiDASettings):
+        lines += _warmup(p, counts, settings, kimg)
     lines.append(
         f"whole run            {amount(kimg * 1e3).rstrip()} images at "
         f"{p.images_per_second:,.0f} images/s: {p.days:.1f} days, {p.days * gpus:.1f} GPU-days"
@@ -184,6 +202,24 @@ def text(
             )
         )
     return "\n".join(lines)
+
+
+def _warmup(p: Plan, counts: Counts, settings: SiDASettings, kimg: float) -> list[str]:
+    """Lines on the two parts of SiDA's warm-up."""
+    start, end = settings.generator_start_kimg, settings.adversarial_start_kimg
+    lines = []
+    if p.warmup:
+        lines.append(
+            f"warm-up              {amount(min(start, kimg) * 1e3).rstrip()} images of the fake "
+            f"score alone: {counts.fake_flop / counts.forward:.3g} forward passes, "
+            f"{p.warmup * 1e3:,.1f} ms per step"
+        )
+    if (images := min(end, kimg) - start) > 0:
+        lines.append(
+            f"{'':21}{amount(images * 1e3).rstrip()} images without the adversarial loss, at the "
+            "cost of later steps"
+        )
+    return lines
 
 
 def amount(value: float) -> str:

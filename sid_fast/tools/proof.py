@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from sid_fast.config.types import grad_accum_steps
+from sid_fast.config.types import SiDASettings, grad_accum_steps
+from sid_fast.distiller import data_free_method
 from sid_fast.kernels import Losses
 from sid_fast.methods.base import Method
-from sid_fast.methods.sid import SiD
 from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.models.edm_unet.layers import GroupNorm
 from sid_fast.performance import cuda_graphs, fsdp, mixed_precision
@@ -30,7 +30,7 @@ STEPS = 3
 # another product in a graph; random numbers that repeat are off by more than 0.1.
 BOUND = 1e-2
 
-METHODS: dict[str, Callable[[EDMNetwork, Any], Method]] = {"sid": SiD}
+METHODS: dict[str, Callable[[EDMNetwork, Any], Method]] = {"sid": data_free_method}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +128,10 @@ def build(job: Job, candidate: Candidate, **changes: Any) -> Trainer:
     settings = mixed_precision.resolve_precision(
         dataclasses.replace(job.settings, **changes), device
     )
+    if isinstance(settings, SiDASettings):  # the trial's few images hold a smaller group
+        micro = settings.micro_batch or settings.batch_size
+        group = math.gcd(settings.adversarial_group, micro)
+        settings = dataclasses.replace(settings, adversarial_group=group)
     method = METHODS[job.method](network(job.network, device), settings)
     trainer = Trainer(
         method, settings, sharding=fsdp.SINGLE_PROCESS, cuda_graph=candidate.cuda_graph,

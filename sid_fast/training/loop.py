@@ -434,20 +434,23 @@ class Loop:
         """Print a progress line and, if `keep`, log a record; reading the metrics syncs."""
         self.throttle.catch_up()
         values = {name: float(v) for name, v in metrics.items()}
-        rate = self.throughput.read()
+        steps, rate = self.throughput.steps, self.throughput.read()
         images = rate * self.trainer.settings.batch_size
-        left = (self.end - self.trainer.images) / images
-        progress = self.trainer.method.progress
+        method, now = self.trainer.method, self.trainer.images
+        shown = {name: label for name, label in method.progress.items() if name in values}
+        done = steps * self.trainer.settings.batch_size
+        speed = rate * (method.work(now) - method.work(now - done)) / steps
+        left = (method.work(self.end) - method.work(now)) / speed
         parts = [
             f"{self.trainer.images / 1000:9.2f} kimg",
             f"{min(100 * self.trainer.images / self.end, 100):3.0f} %",
             f"{rate:.3g} it/s",
             f"{images:.0f} img/s",
             "ETA " + tqdm.format_interval(max(left, 0)),
-            *(f"{label} {values[name]:.4g}" for name, label in progress.items() if name in values),
+            *(f"{label} {values[name]:.4g}" for name, label in shown.items()),
         ]
         parts += [f"{k} {v:.0f}" for k, v in values.items() if k.endswith(FAULT_METRICS) and v]
-        if self.trainer.method.feed:
+        if method.feed:
             values["input_waits"] = share = self.waits.read()
             parts += [f"{share:.1%} of steps waited for images"] * (share > 0)
         self._print("  ".join(parts))

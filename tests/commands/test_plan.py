@@ -1,5 +1,6 @@
 """The plan command on a small teacher, and what it refuses."""
 
+import re
 import sys
 
 import pytest
@@ -24,7 +25,7 @@ def test_plan_of_a_teacher_without_a_gpu(tmp_path, monkeypatch, capsys):
     for part in ("EMA", "activations", "CUDA and allocator", "ddp      fsdp"):
         assert part in shown
     assert "32 of 32 images per GPU: 1 micro-batch per step" in shown
-    assert "11 forward passes" in shown
+    assert re.search(r"image, (10\.9|11)\d* forward passes", shown)
     assert "40% of 790 TFLOP/s" in shown
     assert "GB/s (assumed)" in shown
     assert "2 M images at" in shown

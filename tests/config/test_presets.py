@@ -1,10 +1,12 @@
 """Every preset is valid for its command."""
 
+import dataclasses
+
 import pytest
 
 from sid_fast import pretrain, train
 from sid_fast.cli import presets
-from sid_fast.config.types import check, grad_accum_steps
+from sid_fast.config.types import SiDASettings, check, grad_accum_steps
 from sid_fast.models.teachers import TEACHERS
 
 KINDS = {"train": train.TrainConfig, "pretrain": pretrain.PretrainConfig}
@@ -14,13 +16,19 @@ KINDS = {"train": train.TrainConfig, "pretrain": pretrain.PretrainConfig}
 def test_preset_is_valid(kind, name):
     config = KINDS[kind](**presets(kind)[name])
     check(config)
-    for processes in (1, 8):
-        grad_accum_steps(config, processes)
+    for processes in (1, 8 if name != "digits-sida" else 4):
+        config.micro_batch = None  # auto, until a GPU is known
+        grad_accum_steps(config.settings() if kind == "train" else config, processes)
 
 
 def test_the_published_presets_are_all_there_with_their_teachers():
-    assert set(presets("train")) == {*TEACHERS, "digits"}
-    assert all(presets("train")[name]["teacher"] == name for name in TEACHERS)
+    sida = {f"{name}-{kind}" for name in TEACHERS for kind in ("sida", "sid2a")}
+    assert set(presets("train")) == {*TEACHERS, *sida, "digits", "digits-sida"}
+    for name, preset in presets("train").items():
+        teacher, _, kind = name.rpartition("-")
+        method = kind if kind in ("sida", "sid2a") else "sid"
+        assert preset["teacher"] == (name if method == "sid" else teacher)
+        assert preset.get("method", "sid") == method
 
 
 # As published: α, batch, learning rate, generator β1, dropout, p, half-life, Mimg.
@@ -44,3 +52,32 @@ def test_published_hyperparameters(name):
     assert found == TABLE[name]
     assert (c.tmax, c.init_sigma, c.fake_loss_scale, c.generator_loss_scale) == (800, 2.5, 1, 100)
     assert (c.fake_beta1, c.beta2, c.eps) == (0, 0.999, None)  # 1e-8, and 1e-6 with fp16
+
+
+# Of SiDA: group and length in Mimg, and that of SiD²A.
+SIDA = {
+    "cifar10-uncond": (32, 300, 100),
+    "cifar10-cond": (32, 300, 100),
+    "imagenet64-cond": (32, 300, 100),
+    "ffhq64": (64, 200, 200),
+    "afhqv2-64": (64, 200, 200),
+}
+
+
+@pytest.mark.parametrize("name", SIDA)
+@pytest.mark.parametrize("kind", ["sida", "sid2a"])
+def test_sida_differs_from_sid_as_published(name, kind):
+    sid = train.TrainConfig(**presets("train")[name])
+    config = train.TrainConfig(**presets("train")[f"{name}-{kind}"])
+    assert isinstance(config.settings(), SiDASettings)
+    group, sida, sid2a = SIDA[name]
+    assert config.adversarial_group == group
+    assert config.kimg / 1000 == (sida if kind == "sida" else sid2a)
+    assert (config.alpha, config.fake_beta1, config.generator_beta1) == (1, 0, 0)
+    assert (config.discriminator_loss_scale, config.adversarial_loss_scale) == (1, 0.01)
+    assert (config.generator_start_kimg, config.adversarial_start_kimg) == (100, 200)
+    assert config.fake_grad_clip == 1
+    ours = {"method", "adversarial_group", "kimg", "alpha", "generator_beta1"}
+    for f in dataclasses.fields(config):
+        if f.name not in ours:
+            assert getattr(config, f.name) == getattr(sid, f.name), f.name

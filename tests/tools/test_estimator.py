@@ -3,10 +3,12 @@
 import dataclasses
 
 import pytest
+import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from sid_fast import Settings, losses
+from sid_fast import Settings, SiDASettings, losses
 from sid_fast.cli import presets
+from sid_fast.models import EDMNetwork
 from sid_fast.models.teachers import TEACHERS
 from sid_fast.tools import estimator, op_counter
 from tests.helpers.networks import SMALL
@@ -30,7 +32,7 @@ def test_a_step_is_eleven_forwards(cifar):
     forward = sum(op.flops for op in op_counter.forward(TEACHERS["cifar10-uncond"].network))
     for step in cifar:
         found = sum(op.flops for op in step.ops) / step.images
-        assert found == pytest.approx(estimator.FORWARDS * forward, rel=0.01)
+        assert found == pytest.approx(11 * forward, rel=0.01)
 
 
 def test_a_step_does_the_same_every_time(cifar):
@@ -76,3 +78,21 @@ def test_a_step_that_reads_a_value_fails(monkeypatch, read, error, backend):
     monkeypatch.setattr(losses, "finite", spoiled)
     with pytest.raises(error):
         estimator.steps(SMALL, Settings(), [1], backend)
+
+
+def test_sida_adds_the_encoder_and_its_warmup_costs_less():
+    """On FLOP of an encoder and a network that are counted apart."""
+    sid, sida = (
+        estimator.counts(SMALL, kind(precision="fp32"), backends="eager")
+        for kind in (Settings, SiDASettings)
+    )
+    with op_counter.fake("eager"), torch.no_grad(), op_counter.Count() as count:
+        EDMNetwork(SMALL).logits(torch.empty(1, 1, 8, 8), torch.ones(1), torch.empty(1, 10))
+    encoder = sum(op.flops for op in count.ops)
+    assert sid.fake_flop == 0
+    assert 0.1 < encoder / sid.forward < 0.5
+    assert sida.forward == sid.forward
+    # Backward leaves out the first convolution's gradient of the images.
+    assert sida.flop - sid.flop == pytest.approx(3 * encoder, rel=0.02)
+    assert sida.fake_flop == pytest.approx(4 * sid.forward + 3 * encoder, rel=0.02)
+    assert sida.memory(8).total() >= sid.memory(8).total()

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from sid_fast import Settings
+from sid_fast import Settings, SiDASettings
 from sid_fast.tools import graph_trial, proof
 from sid_fast.tools.isolation import Child, Failed
 from sid_fast.training import step
@@ -31,6 +31,18 @@ def stand_in(monkeypatch):
 def test_graphs_that_make_the_eager_steps_pass(stand_in, micro_batch):
     job = made(batch_size=8, micro_batch=micro_batch, dropout=0.2, precision="bf16")
     assert proof.replays_agree(*job) == ""
+
+
+def test_steps_of_sida_are_tried_past_their_warmup(stand_in, monkeypatch):
+    """With both phases, black images and a group that the trial's few images hold."""
+    settings = SiDASettings(**FAST | dict(batch_size=64))
+    job = graph_trial.job(small_teacher().config, settings, CPU)
+    trainers, build = [], proof.build
+    monkeypatch.setattr(
+        proof, "build", lambda *a, **k: trainers.append(build(*a, **k)) or trainers[-1]
+    )
+    assert proof.replays_agree(*job) == ""
+    assert all(len(t.phases) == 2 and t.method.feed for t in trainers)
 
 
 def test_graphs_that_repeat_their_random_numbers_do_not(stand_in, monkeypatch):

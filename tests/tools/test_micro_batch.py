@@ -95,17 +95,19 @@ def test_auto_keeps_what_a_state_had(tmp_path, run_command):
     assert '"micro_batch": 2' in (out / "config.json").read_text()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_auto_tries_a_whole_step_and_changes_nothing(monkeypatch, precision):
+@pytest.mark.parametrize(
+    ("precision", "method"), [("fp32", "sid"), ("bf16", "sid"), ("fp32", "sida")]
+)
+def test_auto_tries_a_whole_step_and_changes_nothing(monkeypatch, precision, method):
     """On a CPU in place of the GPU, with room for three images of eight."""
     teacher = small_teacher()
     before = [p.clone() for p in teacher.parameters()]
     config = train.TrainConfig(
-        batch_size=8, micro_batch=None, dropout=0.2, augment_p=0.1, precision=precision
-    )
-    counts = estimator.counts(
-        teacher.config, part(config, Settings), backends=runs(torch.device("cpu"))
-    )
+        batch_size=8, micro_batch=None, dropout=0.2, augment_p=0.1, precision=precision,
+        method=method, adversarial_group=2,
+    )  # fmt: skip
+    backends = runs(torch.device("cpu"))
+    counts = estimator.counts(teacher.config, config.settings(), backends=backends)
     room = (counts.memory(3).total() + counts.memory(4).total()) // 2
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (room, room))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)

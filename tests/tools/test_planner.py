@@ -1,10 +1,11 @@
 """The planner: memory, time and traffic, from counts made up for the test."""
 
+import dataclasses
 from collections import Counter
 
 import pytest
 
-from sid_fast import Settings
+from sid_fast import Settings, SiDASettings
 from sid_fast.tools.estimator import ALLOWANCE, GIB, Counts
 from sid_fast.tools.planner import Cluster, text
 from sid_fast.tools.planner import plan as planned
@@ -63,6 +64,27 @@ def test_shards_and_traffic():
     assert sharded.micro_batch == 16
     assert sharded.exposed == found.exposed
     assert planned(COUNTS, SETTINGS, 1000, Cluster(link=6, **options)).exposed == 0
+
+
+def test_the_warmup_of_sida_takes_less_time():
+    """Of 400 kimg, 100 train the fake score alone, at 5 of 12 forward passes."""
+    counts = dataclasses.replace(COUNTS, flop=12e12, fake_flop=5e12)
+    settings = SiDASettings(batch_size=64)
+    options = Cluster(tflops=200, mfu=0.5)
+    found = planned(counts, settings, 400, options)
+    assert found.days * 86400 == pytest.approx((300e3 * 12e12 + 100e3 * 5e12) / 100e12)
+    assert found.warmup == pytest.approx(64 * 5e12 / 100e12)
+    assert found.micro_batch % 32 == 0
+    shown = text("x", small_teacher().config, counts, settings, 400, options)
+    assert "12 forward passes" in shown
+    assert "100 k images of the fake score alone: 5 forward passes, 3,200.0 ms per step" in shown
+    assert "100 k images without the adversarial loss" in shown
+    short = planned(counts, settings, 50, options)  # all of it warm-up
+    assert short.days * 86400 == pytest.approx(50e3 * 5e12 / 100e12)
+    late = SiDASettings(batch_size=64, generator_start_kimg=0.0, adversarial_start_kimg=0.0)
+    assert planned(counts, late, 400, options).warmup == 0
+    assert "warm-up" not in text("x", small_teacher().config, counts, late, 400, options)
+    assert "warm-up" not in text("x", small_teacher().config, COUNTS, SETTINGS, 400, options)
 
 
 def test_a_plan_says_what_to_change_where_nothing_fits():

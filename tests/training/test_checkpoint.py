@@ -7,15 +7,18 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from sid_fast.config.types import Settings
+from sid_fast.data.datasets import write_dataset
 from sid_fast.distiller import Distiller
 from sid_fast.errors import UserError
 from sid_fast.io import download, safetensors
@@ -35,6 +38,7 @@ from sid_fast.training.checkpoint import (
     thin_out,
 )
 from sid_fast.training.loop import Loop
+from tests.helpers.images import pictures
 from tests.helpers.networks import small_teacher
 from tests.helpers.processes import python, python_until, tensors_of
 
@@ -92,6 +96,37 @@ def test_a_killed_and_resumed_run_is_bit_exact(command, tmp_path, moment):
     # The log of the resumed run reads like that of an unbroken one, times aside.
     steps = [[r["images"], r.get("fake/loss")] for r in log(out)]
     assert steps == [[r["images"], r.get("fake/loss")] for r in log(whole)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [2, 5, 8])  # in each part of the schedule, and into an epoch
+def test_a_killed_and_resumed_run_of_sida_is_bit_exact(tmp_path, steps):
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    write_dataset(tmp_path / "data.zip", pictures(14), np.arange(14) % 10)
+    arguments = [
+        "-m", "sid_fast.train", "--teacher", tmp_path / "teacher.safetensors", "--data",
+        tmp_path / "data.zip", "--method", "sida", "--batch-size", 4, "--micro-batch", 2,
+        "--adversarial-group", 2, "--dropout", 0.1, "--augment-p", 0.3, "--kimg", 0.16,
+        "--generator-start-kimg", 0.012, "--adversarial-start-kimg", 0.028, "--log-every", 1,
+        "--state-every", 0.004, "--keep-states", 100, "--fake-lr", 1e-3, "--generator-lr", 1e-3,
+    ]  # fmt: skip
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    done = python(*arguments, "--out", whole)
+    assert done.returncode == 0, done.stderr
+
+    def ready() -> bool:
+        return bool(states(out)) and int(states(out)[-1].name[6:]) >= steps
+
+    status = python_until(ready, signal.SIGKILL, *arguments, "--out", out)
+    assert status == -signal.SIGKILL
+    for late in states(out)[steps:]:
+        shutil.rmtree(late)
+    done = python(*arguments, "--out", out, "--resume", "latest")
+    assert done.returncode == 0, done.stderr
+    assert same_end(out, whole)
+    metrics = "fake/loss", "fake/discriminator", "generator/adversarial"
+    found, expected = ([[r.get(m) for m in metrics] for r in log(f)] for f in (out, whole))
+    assert found == expected
 
 
 def log(folder):

@@ -9,6 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from sid_fast.data.datasets import write_dataset
 from sid_fast.distiller import Distiller
@@ -226,6 +227,32 @@ def test_the_time_of_an_evaluation_is_not_in_the_throughput(tmp_path, run_comman
     (line,) = (r for r in records(tmp_path / "run") if "it_per_s" in r)
     assert line["it_per_s"] == 1
     assert [r["evaluation_s"] for r in records(tmp_path / "run") if DISTANCE in r] == [1000] * 5
+
+
+def test_the_time_left_knows_that_the_warmup_is_cheaper(tmp_path, run_command, monkeypatch, capsys):
+    """A step takes 41 s while the generator rests, and 100 s afterwards."""
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    step = Distiller.step
+
+    def timed(self):
+        now[0] += 100 if self.images > 16 else 41
+        return step(self)
+
+    monkeypatch.setattr(Distiller, "step", timed)
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    lines = []
+    monkeypatch.setattr(loop.Loop, "_print", lambda self, line: lines.append(line))
+    status, _ = run_command(
+        "train", "--teacher", tmp_path / "teacher.safetensors", "--data", "digits", "--out",
+        tmp_path / "run", "--method", "sida", "--adversarial-group", 4, "--batch-size", 4,
+        "--kimg", 0.04, "--generator-start-kimg", 0.016, "--log-every", 3,
+    )  # fmt: skip
+    assert status == 0
+    left = [re.search(r"ETA (\S+)", line)[1] for line in lines if "ETA" in line]
+    # After 2 and 3 steps; 6, in an interval of both kinds; 9 and 10 of 10 steps.
+    assert left[1] == tqdm.format_interval(2 * 41 + 5 * 100)
+    assert left[-2:] == ["01:40", "00:00"]
 
 
 def test_a_signal_within_the_first_step_ends_it_at_once(tmp_path, run_command, monkeypatch):
