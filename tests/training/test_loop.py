@@ -8,7 +8,6 @@ import signal
 
 import numpy as np
 import pytest
-import torch
 from tqdm import tqdm
 
 from sid_fast.data.datasets import write_dataset
