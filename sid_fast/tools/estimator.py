@@ -241,18 +241,19 @@ def counts(
     )
 
 
-def least_bytes(network: NetworkConfig, micro_batch: int) -> int:
+def least_bytes(network: NetworkConfig, micro_batch: int, recompute: bool = False) -> int:
     """A lower bound of the bytes that a training step takes, from the configuration alone.
 
     Counts float32 weights, gradients, Adam's second moments and EMA of the 3x3 convolutions, and
-    three feature maps per residual block, of which there are one more in the decoder.
+    six feature maps per residual block, or its input alone with --checkpoint-activations
+    (`recompute`). The decoder has one block more per level than the encoder.
     """
     weights = maps = 0
     for level, multiplier in enumerate(network.channel_mult):
         channels = network.model_channels * multiplier
         blocks = 2 * network.num_blocks + 1
         weights += blocks * 2 * 9 * channels**2
-        maps += blocks * 3 * channels * (network.resolution >> level) ** 2
+        maps += blocks * (1 if recompute else 6) * channels * (network.resolution >> level) ** 2
     return 4 * (4 * weights + micro_batch * maps)
 
 
@@ -262,7 +263,7 @@ def require_host_memory(network: NetworkConfig, settings: Any, device: torch.dev
         batch, ranks = settings.batch_size, process_group.launch().world_size
         micro = settings.micro_batch if isinstance(settings.micro_batch, int) else batch // ranks
         host_memory.require(
-            least_bytes(network, micro),
+            least_bytes(network, micro, getattr(settings, "checkpoint_activations", False)),
             f"a step of {micro} images of a {network} network",
             "use a smaller --micro-batch, --batch-size or network",
         )

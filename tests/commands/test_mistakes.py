@@ -19,7 +19,7 @@ TYPED = {
     "generate --network T --seeds 0..63 --out out": ["'0..63'", "0-63"],
     "generate --network T": ["nothing to write", "--out", "--grid"],
     "evaluate --network T": ["a reference is missing", "--data", "--ref"],
-    "evaluate --network T --data real.zipp": ["real.zipp"],
+    "evaluate --network T --detector pixels --data real.zipp": ["real.zipp"],
     "plan --preset cifar10-cond --card b300": ["'b300'", "'h200'"],
     "pretrain --dataset images.zip": ["No such option", "--data"],
 }  # fmt: skip
@@ -77,17 +77,17 @@ TOO_LARGE = [  # on a machine of 1 GiB
 
 @pytest.fixture
 def run(run_command, monkeypatch, tmp_path, cache):
-    """run("train --preset x"), in a folder that holds the network T -> its one line."""
+    """run("train --preset x"), in a folder that holds a network, T -> its one line."""
     monkeypatch.chdir(tmp_path)
-    save_network("T", small_teacher())
+    save_network("T.safetensors", small_teacher())
 
     def run(line: str) -> str:
-        status, error = run_command(*line.split())
+        status, error = run_command(*("T.safetensors" if w == "T" else w for w in line.split()))
         told = [each for each in error.splitlines() if "without DALI" not in each]
         told = [each for each in told if "running the TorchScript" not in each]
         assert status == 2, error
         assert len(told) == 1, error
-        assert {p.name for p in tmp_path.iterdir()} <= {"T", "cache"}
+        assert {p.name for p in tmp_path.iterdir()} <= {"T.safetensors", "cache"}
         return told[0]
 
     return run

@@ -1,5 +1,7 @@
 """torchrun's environment variables: read as a whole, or refused in one line."""
 
+import socket
+
 import pytest
 
 from sid_fast.performance.process_group import Launch, launch
@@ -56,7 +58,9 @@ def test_a_broken_environment_is_one_line(environment, run_command, tmp_path, va
 
 
 def test_processes_that_cannot_meet_are_one_line(environment, run_command, tmp_path):
-    environment(TORCHRUN | {"RANK": "0", "MASTER_ADDR": "no.such.host.invalid"})
-    status, error = run_command("generate", "--network", "digits", "--out", tmp_path / "out")
+    with socket.create_server(("localhost", 0)) as other:
+        port = str(other.getsockname()[1])
+        environment(TORCHRUN | {"RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": port})
+        status, error = run_command("generate", "--network", "digits", "--out", tmp_path / "out")
     assert status == 2
-    assert "cannot meet at MASTER_ADDR:MASTER_PORT, no.such.host.invalid:29500" in error
+    assert f"cannot meet at MASTER_ADDR:MASTER_PORT, localhost:{port}" in error
