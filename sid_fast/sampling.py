@@ -78,7 +78,7 @@ def seed_inputs(
         shape = (network.channels, network.resolution, network.resolution)
         latents.append(torch.randn(shape, generator=rng))
         drawn = int(torch.randint(len(choices), (), generator=rng))
-        labels.append(choices[drawn] if only is None else only)
+        labels.append(choices[int(drawn)] if only is None else only)
     return torch.stack(latents), torch.tensor(labels)
 
 
