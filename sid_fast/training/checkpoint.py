@@ -28,6 +28,7 @@ import torch
 from sid_fast.errors import UserError
 from sid_fast.io.atomic import TEMPORARY, atomic_path, flush, temporary_name
 from sid_fast.io.download import file_sha256
+from sid_fast.io.streams import say
 from sid_fast.performance import process_group
 
 PATTERN = "state-*[0-9]"
@@ -348,10 +349,7 @@ def find_state(resume: str, out: str | None, kind: str = "") -> Path:
     chosen = max(headers, key=lambda path: _order(headers[path]))
     if os.environ.get("RANK", "0") == "0":
         for path in unreadable:
-            print(
-                f"note: {path} is not a complete training state, resuming {chosen}",
-                file=sys.stderr,
-            )
+            say(f"note: {path} is not a complete training state, resuming {chosen}", sys.stderr)
     return chosen
 
 
