@@ -385,7 +385,7 @@ def test_a_finished_run_says_so_in_one_line(tmp_path, run_command, monkeypatch, 
     out = tmp_path / "run"
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     seen = []
-    monkeypatch.setattr(loop, "print", seen.append, raising=False)
+    monkeypatch.setattr(loop.streams, "say", seen.append)
     monkeypatch.setattr(Loop, "_print", lambda self, line: seen.append(line))
     assert run_command("train", "--resume", out, *kimg)[0] == 0
     assert seen == [f"{out} is finished at 0.024 kimg: give a larger --kimg to continue it"]
