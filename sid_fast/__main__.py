@@ -9,7 +9,7 @@ TEXT = """sid_fast distils a pretrained EDM diffusion model into a one-step gene
 
   python -m sid_fast.train      distil a teacher into a one-step generator
   python -m sid_fast.plan       estimate memory, time and cost of a run on a given cluster
-  python -m sid_fast.tune       prove and time the ways to take a training step on this machine
+  python -m sid_fast.tune       check and time implementations of the training step on this machine
   python -m sid_fast.generate   generate images
   python -m sid_fast.evaluate   compute FID, IS, KID, precision and recall
   python -m sid_fast.pretrain   train a teacher on your own images
@@ -17,7 +17,8 @@ TEXT = """sid_fast distils a pretrained EDM diffusion model into a one-step gene
 Each command lists its options with --help. To try it on a CPU, in a few minutes:
 
   python -m sid_fast.train --preset digits"""
-COMMANDS = tuple(line.split()[2].partition(".")[2] for line in TEXT.splitlines()[2:7])
+LINES = (line.split() for line in TEXT.splitlines() if line.startswith("  python -m sid_fast."))
+COMMANDS = tuple(dict.fromkeys(words[2].partition(".")[2] for words in LINES))
 
 
 def main(arguments: list[str]) -> None:
