@@ -23,7 +23,8 @@ def test_the_first_argument_is_a_command():
     done = python("-m", "sid_fast", "trian")
     assert done.returncode == 2
     assert done.stderr == (
-        "error: 'trian' is not a command: choose from train, plan, generate, evaluate, pretrain\n"
+        "error: 'trian' is not a command: choose from train, plan, tune, generate, evaluate, "
+        "pretrain\n"
     )
     done = python("-m", "sid_fast", "--help")
     assert (done.returncode, done.stderr) == (0, "")
