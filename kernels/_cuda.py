@@ -5,8 +5,6 @@ import functools
 import sys
 from pathlib import Path
 
-import torch
-
 INTERFACE = 3  # of csrc/interface.h
 
 
@@ -50,7 +48,11 @@ def library() -> ctypes.CDLL | None:
     return load(path) if path and is_current(path) else None
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace a search for files
 def is_built() -> bool:
     """Return whether `library` finds one."""
     return library() is not None
+
+
+# As torch.compiler.assume_constant_result marks it, since torch.compile cannot trace a search for
+# files; that function would import the compiler whenever this package is imported.
+is_built._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -36,8 +36,8 @@ def available_backends() -> list[str]:
 # 13,000 launches -> 2); `python -m sid_fast.tune` times all backends on the machine itself.
 DEFAULTS = {
     "cuda": dict.fromkeys(("group_norm", "sid_loss", "sida_loss", "random", "adam_ema"), "triton"),
-    # The host build of csrc. Its group norm is not shown to be faster: see benchmarks/LOG.md.
-    "cpu": {"adam_ema": "cuda"},
+    # The host build of csrc; measured, see benchmarks/LOG.md.
+    "cpu": dict.fromkeys(("group_norm", "adam_ema"), "cuda"),
 }
 HOST_ONLY = {"group_norm"}  # operations whose "cuda" backend has no device build
 

@@ -199,7 +199,7 @@ def command(
         source = context.get_parameter_source
         given = {n for n in values if source(n) == click.core.ParameterSource.COMMANDLINE}
         for name in values:
-            if name in given and (values[name] == () or not str(values[name]).strip()):
+            if name in given and not str(values[name]).strip():  # an empty list means none
                 raise UserError(
                     f"{flag(name)} is empty, perhaps an unset shell variable: give it a value, or "
                     "leave it out"

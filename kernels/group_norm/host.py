@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from sid_fast.kernels import _cuda
 from sid_fast.kernels._operator import operator
@@ -172,7 +173,8 @@ _backward_operator = operator("group_norm_host_backward", _backward, _backward_f
 
 def _is_plain(x: torch.Tensor) -> bool:
     """Return whether x holds values that nothing traces; calls then skip the operator's 30 µs."""
-    return type(x) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    return type(x) in (torch.Tensor, torch.nn.Parameter) and not traced
 
 
 class _HostGroupNorm(torch.autograd.Function):

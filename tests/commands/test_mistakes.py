@@ -27,7 +27,7 @@ TYPED = {
 EMPTY = [  # an unset shell variable
     "train --teacher T --resume=", "train --teacher T --data=", "train --teacher T --ref=",
     "train --teacher T --detector=", "train --teacher=", "train --teacher T --out=",
-    "pretrain --data digits --channel-mult=", "pretrain --data= --kimg 1",
+    "pretrain --data= --kimg 1",
     "generate --network= --out out", "generate --network T --out=", "generate --network T --grid=",
     "evaluate --network T --data= --ref r.npz", "evaluate --network T --data digits --out=",
     "evaluate --network T --data digits --protocol=", "evaluate reference --data= --out x.npz",

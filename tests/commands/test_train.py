@@ -64,7 +64,7 @@ def test_train_without_a_teacher_says_how_to_give_one(run_command):
 
 
 @pytest.mark.parametrize(
-    ("labels", "label_dim", "noted"), [(None, 10, True), ([3, 1], 10, False), (None, 0, False)]
+    ("labels", "label_dim", "noted"), [(None, 10, True), ([0, 1], 10, False), (None, 0, False)]
 )
 def test_train_notes_a_data_set_without_labels(
     run_command, monkeypatch, tmp_path, labels, label_dim, noted

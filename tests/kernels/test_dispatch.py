@@ -58,7 +58,7 @@ def test_defaults_of_a_cpu(monkeypatch):
     """Eager, and the C++ update where it was built."""
     monkeypatch.setattr(dispatch._cuda, "library", object)
     eager = dict.fromkeys(dispatch.OPERATIONS, "eager")
-    assert dispatch.runs(CPU) == eager | {"adam_ema": "cuda"}
+    assert dispatch.runs(CPU) == eager | {"group_norm": "cuda", "adam_ema": "cuda"}
     monkeypatch.setattr(dispatch._cuda, "library", lambda: None)
     assert dispatch.runs(CPU) == eager
 

@@ -65,7 +65,7 @@ def test_a_stopped_teacher_resumes_bit_exactly(tmp_path, run_command):
     assert run_command("pretrain", *resume)[0] == 0
     a, b = (tensors_of(tmp_path / run / "state-000000004") for run in ("a", "b"))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    status, error = run_command("pretrain", *resume, "--num-blocks", 2)
+    status, error = run_command("pretrain", *resume[:3], tmp_path / "c", "--num-blocks", 2)
     assert status == 2
     assert "network num_blocks=1" in error
     status, error = run_command("train", "--resume", tmp_path / "a")

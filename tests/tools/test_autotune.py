@@ -500,7 +500,7 @@ def test_the_command_writes_its_table_and_train_takes_its_verdict(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Tournament, "_wins", wins)
-    arguments = [*teacher, "--kernels", "adam_ema=eager"]
+    arguments = [*teacher, "--kernels", "adam_ema=eager,group_norm=eager"]
     status, error = run_command("tune", *arguments, "--json", "tune.json")
     assert (status, error) == (0, "")
     table = json.loads((tmp_path / "tune.json").read_text())
