@@ -110,6 +110,7 @@ def test_a_signal_leaves_the_old_file_and_no_temporary_one(tmp_path, number):
     pid = os.fork()
     if not pid:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
         with contextlib.suppress(KeyboardInterrupt), atomic_path(tmp_path / "a.bin") as temporary:
             temporary.write_bytes(b"half of the n")
             os.kill(os.getpid(), number)

@@ -134,8 +134,10 @@ def test_a_child_that_outlives_the_holder_does_not_keep_the_lock(tmp_path):
     program = (
         "import os, sys, time, pathlib; from sid_fast.io.lock import RunLock\n"
         "held = RunLock(pathlib.Path(sys.argv[1]))\n"
+        "read, write = os.pipe()\n"
         "child = os.fork()\n"
-        "print(child, flush=True) if child else time.sleep(600)\n"
+        "if not child: os.write(write, b'x'), time.sleep(600)\n"
+        "os.read(read, 1), print(child, flush=True)\n"
         "os._exit(0)"
     )
     done = subprocess.Popen([sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE)
