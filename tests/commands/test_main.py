@@ -39,7 +39,7 @@ def test_ctrl_c_during_the_imports_has_no_traceback(tmp_path):
     command = [sys.executable, "-m", "sid_fast.train", "--help"]
     done = subprocess.run(
         command, env=env, capture_output=True, text=True, timeout=100,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in the background
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # not ignored
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
