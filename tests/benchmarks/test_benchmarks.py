@@ -182,6 +182,7 @@ def test_variants_are_timed_together_and_a_failure_is_a_row(small, tmp_path):
     assert base["mfu"] == pytest.approx(flop * base["it_s"] / 1e12)
 
 
+@pytest.mark.slow
 def test_a_breakdown_sums_the_operations_of_a_step(small, monkeypatch, tmp_path):
     path = tmp_path / "breakdown.jsonl"
     breakdown.run(breakdown.Options(micro_batch=2, device="cpu", out=str(path)), set())

@@ -66,6 +66,7 @@ def test_logits_match_golden(golden, name):
             assert not ran, "the decoder runs for the logits"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "backend"), [*((n, "eager") for n in NETWORKS), ("ddpmpp_uncond", "triton")]
 )
@@ -99,6 +100,7 @@ def test_losses_match_golden(golden, name, backend):
         check_gradients(fake_score, data, "f_grad")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "compile"), [("ddpmpp_uncond", False), ("adm_cond", False), ("ddpmpp_uncond", True)]
 )
@@ -417,6 +419,7 @@ def test_a_state_of_the_other_method_is_refused(tmp_path, data):
             load_state(states.path, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [1, 6])
 def test_replayed_steps_end_on_the_same_bits(monkeypatch, data, device, rounds, tmp_path):
     """Two sets of graphs serve the three regimes."""

@@ -128,6 +128,7 @@ def test_gradients_through_copies_equal_those_through_casts(architecture, backen
     assert [p.grad.data_ptr() for p in copied.parameters()] == addresses
 
 
+@pytest.mark.slow
 def test_float16_loses_no_gradient_to_an_overflow(device):
     """A convolution's output exceeds float16; the norm after it restores the range."""
     net = small(device=device)
@@ -224,6 +225,7 @@ def test_a_frozen_network_stores_its_weights_in_16_bits_only():
             assert relative(net(*inputs), expected(*inputs)) <= 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["ddpmpp", "adm"])
 def test_a_block_compiles_without_a_graph_break(architecture, device):
     """Includes its custom operators, forward and backward."""

@@ -110,6 +110,7 @@ def planted(monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_planted_candidates_are_named_and_the_rest_goes_on(planted):
     rows, said = planted(crash="crash", hang="hang", scale="scale", leak="leak")
     assert rows["crash"].wrong == "ended by SIGSEGV"
@@ -127,6 +128,7 @@ def test_planted_candidates_are_named_and_the_rest_goes_on(planted):
     assert "right" in said[-1]
 
 
+@pytest.mark.slow
 def test_two_that_do_not_fit_together_run_one_after_the_other(planted, tmp_path):
     rows, _ = planted(large=f"full {tmp_path}")
     assert (tmp_path / "seen").exists()
@@ -476,6 +478,7 @@ def ranks(out):
         Path(out).write_text(json.dumps(texts))
 
 
+@pytest.mark.slow
 def test_two_ranks_with_one_failing_candidate_end_on_one_verdict(tmp_path):
     done = python(*TORCHRUN, 2, __file__, tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
@@ -495,6 +498,7 @@ def teacher(tmp_path):
     return ["--teacher", tmp_path / "teacher.safetensors", "--batch-size", 4]
 
 
+@pytest.mark.slow
 def test_the_command_writes_its_table_and_train_takes_its_verdict(
     teacher, tmp_path, monkeypatch, capsys, run_command
 ):

@@ -59,6 +59,7 @@ def test_memory_is_what_the_networks_and_the_images_need(cifar):
     assert small["workspace"] < large["workspace"] < 2 * small["workspace"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("read", "error"),
     [
@@ -80,6 +81,7 @@ def test_a_step_that_reads_a_value_fails(monkeypatch, read, error, backend):
         estimator.steps(SMALL, Settings(), [1], backend)
 
 
+@pytest.mark.slow
 def test_sida_adds_the_encoder_and_its_warmup_costs_less():
     """On FLOP of an encoder and a network that are counted apart."""
     sid, sida = (

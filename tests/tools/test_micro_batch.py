@@ -95,6 +95,7 @@ def test_auto_keeps_what_a_state_had(tmp_path, run_command):
     assert '"micro_batch": 2' in (out / "config.json").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "method"), [("fp32", "sid"), ("bf16", "sid"), ("fp32", "sida")]
 )

@@ -71,6 +71,7 @@ def test_a_list_operation_takes_the_launches_it_takes_on_cuda(sizes, types, copi
     assert [op.launches for op in count.ops] == [copies, adds]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["cifar10-uncond", "ffhq64"])
 def test_a_round_starts_few_small_kernels(preset):
     step = passes.of_micro_batch(preset, "triton")

@@ -74,6 +74,7 @@ def records(out) -> list[dict]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_evaluations_equal_those_of_the_evaluate_command(tmp_path, run_command):
     save_network(tmp_path / "teacher.safetensors", small_teacher())
     arguments = ["--teacher", tmp_path / "teacher.safetensors", "--data", "digits"]
@@ -273,6 +274,7 @@ def test_a_signal_within_the_first_step_ends_it_at_once(tmp_path, run_command, m
     assert list(out.glob("snapshot-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stdout", ["closed", "reader gone", "full"])
 def test_a_lost_stdout_does_not_stop_the_run(teacher, tmp_path, stdout):
     out = tmp_path / "run"
