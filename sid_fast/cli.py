@@ -293,7 +293,7 @@ def seed_ranges(text: str) -> list[range]:
 
 
 # A resumed run takes these from its own command line, never from the checkpoint. A checkpoint must
-# not bring the leave to run programs along: --trust.
+# not grant permission to run programs: --trust.
 NOT_RESUMED = {
     "resume", "device", "parallel", "shard_group", "timeout", "trust", "tune", "tune_minutes",
 }  # fmt: skip
