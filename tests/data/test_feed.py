@@ -328,6 +328,7 @@ def ten_classes(tmp_path):
     return ImageDataset(tmp_path / "ten.zip")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [None, 3, 1])
 def test_replayed_steps_take_the_images_of_eager_ones(
     ten_classes, opened, source, micro_batch, monkeypatch

@@ -203,6 +203,7 @@ def test_a_missing_disassembler_is_named(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_counted_path_stores_each_output_byte_once():
     """Loop iterations and full tiles are counted correctly."""
     done = run(

@@ -574,6 +574,7 @@ def test_fewer_classes_in_the_data_than_the_teacher_knows(tmp_path):
     assert draw.class_labels.sum(1).eq(1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("architecture", ["ddpmpp", "ncsnpp", "adm"])
 def test_every_architecture_and_precision_steps(data, architecture, precision):

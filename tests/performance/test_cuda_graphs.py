@@ -152,6 +152,7 @@ def state_of(distiller):
         yield from (*optimizer.exp_avg, *optimizer.exp_avg_sq, optimizer.step_count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("micro_batch", "at"), [(None, 1), (1, 1), (1, 3), (1, 6)])
 def test_under_auto_a_failed_capture_leaves_the_eager_run(failing, micro_batch, at):
     """Bit-exact: weights, optimizer states, gradients, and random states, the caller's too."""

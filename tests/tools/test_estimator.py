@@ -28,6 +28,7 @@ def cifar():
     )
 
 
+@pytest.mark.slow
 def test_a_step_is_eleven_forwards(cifar):
     forward = sum(op.flops for op in op_counter.forward(TEACHERS["cifar10-uncond"].network))
     for step in cifar:

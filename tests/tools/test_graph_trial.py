@@ -27,6 +27,7 @@ def stand_in(monkeypatch):
     recorder.stand_in(monkeypatch.setattr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [None, 1])
 def test_graphs_that_make_the_eager_steps_pass(stand_in, micro_batch):
     job = made(batch_size=8, micro_batch=micro_batch, dropout=0.2, precision="bf16")

@@ -32,6 +32,7 @@ class Device:
         return largest_micro_batch(divisors(batch), estimate, self, self.said.append)
 
 
+@pytest.mark.slow
 def test_the_largest_estimated_to_fit_is_tried_first_then_smaller_ones():
     device = Device(room=20)
     assert device.fit(96, 50) == 16
@@ -53,6 +54,7 @@ def test_sizes_hold_whole_groups():
     assert device.tried == [16, 16]
 
 
+@pytest.mark.slow
 def test_every_rank_must_fit(monkeypatch):
     monkeypatch.setattr(
         "sid_fast.performance.process_group.all_reduce_any", lambda flag: len(device.tried) < 3
@@ -124,6 +126,7 @@ def test_auto_tries_a_whole_step_and_changes_nothing(monkeypatch, precision, met
     assert not any(o.exp_avg_sq[0].any() for o in steps[0].optimizers.values())
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_is_refused_before_anything_is_allocated(monkeypatch):
     """With the sizes and what would fit; an evaluation takes its part of the memory."""
     network, cpu = small_teacher().config, torch.device("cpu")
@@ -165,6 +168,7 @@ def test_recomputed_blocks_give_the_same_step():
         assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_recomputed_blocks_keep_less():
     config = small_teacher().config
     # In PyTorch's form, where frozen networks too keep all that their convolutions read.

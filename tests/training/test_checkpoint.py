@@ -152,6 +152,7 @@ def test_sigterm_saves_a_state_of_the_last_step(command, tmp_path, send):
     assert same_end(out, whole)
 
 
+@pytest.mark.slow
 def test_only_the_newest_states_are_kept_and_nothing_half_written(command):
     _, whole = command
     assert [p.name for p in states(whole)] == ["state-000000035", LAST]
@@ -276,6 +277,7 @@ def full_disk_at(monkeypatch, *steps):
     monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", write_data)
 
 
+@pytest.mark.slow
 def test_a_full_disk_does_not_stop_a_run_that_can_write_its_last_state(
     tmp_path, monkeypatch, run_command
 ):
@@ -299,6 +301,7 @@ def test_a_full_disk_does_not_stop_a_run_that_can_write_its_last_state(
     assert names == ["state-000000002", "state-000000008"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_the_end_is_a_failure_with_the_last_good_state_intact(
     tmp_path, monkeypatch, run_command
 ):
@@ -319,6 +322,7 @@ def test_a_full_disk_at_the_end_is_a_failure_with_the_last_good_state_intact(
     assert read_header(states(out)[0])["steps"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("at", "status"), [(0, 2), (16, 0), (32, 1)])
 def test_a_snapshot_that_cannot_be_written(tmp_path, monkeypatch, run_command, at, status):
     """At the start it is an error, later a warning, at the end a failure after the state."""
@@ -343,6 +347,7 @@ def test_a_snapshot_that_cannot_be_written(tmp_path, monkeypatch, run_command, a
     assert made == ([n for n in (0, 8, 16, 24, 32) if n != at] if at else [])
 
 
+@pytest.mark.slow
 def test_a_torchrun_restart_resumes_the_last_state_of_its_run(tmp_path, monkeypatch, run_command):
     monkeypatch.chdir(tmp_path)
     save_network("teacher.safetensors", small_teacher())
@@ -379,6 +384,7 @@ def small_run(folder, *more) -> list:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kimg", [(), ("--kimg", 0.012)])
 def test_a_finished_run_says_so_in_one_line(tmp_path, run_command, monkeypatch, kimg):
     assert run_command(*small_run(tmp_path))[0] == 0
@@ -501,6 +507,7 @@ def test_a_shard_that_is_not_of_the_state_is_refused(tmp_path):
         load_state(state, distiller)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -534,6 +541,7 @@ def test_leftovers_of_a_kill_never_block_a_start_and_a_users_files_stay(tmp_path
     assert load_state(states(tmp_path)[0], distiller)["steps"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("renames", [0, 1, 2, 3])
 def test_a_state_of_the_same_step_is_there_whenever_its_replacement_is_cut(
     tmp_path, monkeypatch, renames
@@ -643,6 +651,7 @@ def test_a_state_brings_no_leave_to_run_programs(tmp_path, run_command, monkeypa
     assert (status, len(loaded)) == (0, 1), error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["teacher", "data", "ref", "detector"])
 def test_a_state_has_no_address_fetched(tmp_path, run_command, monkeypatch, cache, name):
     assert run_command(*small_run(tmp_path))[0] == 0
@@ -664,6 +673,7 @@ def test_a_cached_address_of_a_state_is_used_again(tmp_path, run_command, cache)
     assert status == 0, error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value"),
     [("batch_size", "4"), ("alpha", [1]), ("kimg", None), ("seed", 1.5), ("precision", 7),

@@ -104,6 +104,7 @@ def test_evaluations_equal_those_of_the_evaluate_command(tmp_path, run_command):
         assert two[0][name] == pytest.approx(one[0][name], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_remembers_teacher_and_best(tmp_path, run_command):
     save_network(tmp_path / "teacher.safetensors", small_teacher())
     out = tmp_path / "run"
@@ -138,6 +139,7 @@ def test_evaluations_generate_the_classes_that_have_images(tmp_path, run_command
     assert f"note: {tmp_path}/a.zip: no images of class 0, 2 to 3:" in error
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_is_a_warning(tmp_path, run_command, monkeypatch, capsys):
     """And the run goes on, at the start, later, and when it is resumed."""
     compute, calls = callbacks.compute_stats, []
@@ -176,6 +178,7 @@ def test_an_evaluation_that_fails_is_a_warning(tmp_path, run_command, monkeypatc
     assert [r["images"] for r in records(out) if isinstance(r.get(DISTANCE), float)] == [4, 16]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loses", [True, False])
 def test_a_run_stopped_during_an_evaluation_has_a_state(tmp_path, run_command, monkeypatch, loses):
     """After SIGKILL the resumed run repeats the evaluation; after SIGTERM it is finished first."""
@@ -203,6 +206,7 @@ def test_a_run_stopped_during_an_evaluation_has_a_state(tmp_path, run_command, m
     assert (out / "state-000000004").exists()
 
 
+@pytest.mark.slow
 def test_the_time_of_an_evaluation_is_not_in_the_throughput(tmp_path, run_command, monkeypatch):
     now = [0.0]  # a step takes a second, an evaluation a thousand
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])

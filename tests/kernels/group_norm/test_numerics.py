@@ -68,6 +68,7 @@ def test_fusions(fusion, dtype, device):
     check(*draw(*SHAPES["few-channels"], dtype, device, **FUSIONS[fusion]), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_fusions_over_tiles(fusion, device):
     """The same over several tiles, in the most precise dtype."""
