@@ -45,11 +45,25 @@ def draw_curve(
         axes.legend()
 
 
-def save_curve(path: Path, *curve: Any) -> None:
-    """Write the plot as a PNG, atomically; `curve` is draw_curve's arguments after `axes`."""
-    from matplotlib.figure import Figure  # slow to import and used only here
+def save_curve(path: Path, *curve: Any, grids: Sequence[tuple[int, Path]] = ()) -> None:
+    """Write the plot as a PNG, atomically, and beside it how the images changed.
 
-    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
-    draw_curve(figure.add_subplot(), *curve)
+    Args:
+        path: the PNG to write.
+        *curve: draw_curve's arguments after `axes`.
+        grids: (training images seen, PNG of a sample grid), in order; of these the first, the
+            middle and the last one are drawn.
+    """
+    from matplotlib.figure import Figure  # slow to import and used only here
+    from matplotlib.image import imread
+
+    shown = [grids[i] for i in sorted({0, len(grids) // 2, len(grids) - 1})] if grids else []
+    figure = Figure(figsize=(7 + 4 * len(shown), 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots(1, 1 + len(shown), width_ratios=[7] + [4] * len(shown), squeeze=False)[0]
+    draw_curve(axes[0], *curve)
+    for place, (images, grid) in zip(axes[1:], shown, strict=True):
+        place.imshow(imread(grid), cmap="gray", vmin=0, vmax=1)
+        place.set_title(f"{images / 1000:g} kimg")
+        place.set_axis_off()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from functools import partial
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -45,13 +46,21 @@ def write_reference(path: str | Path, stats: FeatureStats, detector: Detector | 
 
 
 def read_reference(source: str, detector: Detector | Pixels) -> FeatureStats:
-    """Read statistics from an .npz file or URL with `mu` [D] and `sigma` [D, D]; executes nothing.
+    """Read statistics with `mu` [D] and `sigma` [D, D]; executes nothing.
+
+    Args:
+        source: an .npz file, its URL, or `fashion`, the statistics of Fashion-MNIST's pixels at
+            16x16 that come with this package.
+        detector: what the distance is measured with.
 
     Raises:
         UserError: the file is missing or damaged, holds NaN, sigma is no covariance, or another
             detector made it.
     """
-    path = fetch(source)
+    if source == "fashion" and not Path(source).exists():
+        path = Path(str(resources.files("sid_fast") / "teachers" / "fashion-pixels.npz"))
+    else:
+        path = fetch(source)
     what = (
         "a reference, an .npz with mu [D] and sigma [D, D], as python -m sid_fast.evaluate "
         "reference writes it"

@@ -14,6 +14,8 @@ from sid_fast.io.untrusted import MAX_NETWORK_BYTES, describe, sniff_file
 from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.models.teachers import TEACHERS
 
+EMBEDDED = ("digits", "fashion")  # teachers in this package
+
 
 def load_network(path: str | Path) -> EDMNetwork:
     """Load a network from an EDM or SiD pickle, or a .safetensors snapshot.
@@ -22,7 +24,7 @@ def load_network(path: str | Path) -> EDMNetwork:
 
     Args:
         path: A file, a run folder (its newest snapshot), an https URL, the name of a published
-            teacher (`cifar10-uncond`, …), or `digits`, the teacher in this package.
+            teacher (`cifar10-uncond`, …), or `digits` or `fashion`, the teachers in this package.
 
     Returns:
         The network, frozen, in eval mode, float32, on the CPU.
@@ -73,11 +75,11 @@ def _locate(path: str) -> Path:
         if not snapshots:
             raise UserError(f"{path} is a folder without snapshot-*.safetensors; use a file")
         return snapshots[-1]
-    if path == "digits" and not Path(path).exists():
-        return Path(str(resources.files("sid_fast") / "teachers" / "digits.safetensors"))
+    if path in EMBEDDED and not Path(path).exists():
+        return Path(str(resources.files("sid_fast") / "teachers" / f"{path}.safetensors"))
     if path in TEACHERS:
         return fetch(TEACHERS[path].source)
-    return fetch(path, ", a run folder or one of digits, " + ", ".join(TEACHERS))
+    return fetch(path, ", a run folder or one of " + ", ".join((*EMBEDDED, *TEACHERS)))
 
 
 def network_config(teacher: str) -> NetworkConfig:

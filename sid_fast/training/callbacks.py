@@ -150,8 +150,15 @@ class Evaluations:
                 prune(folder, "best-*.safetensors", 1, best)
             points = [(r["images"], r[self.name]) for r in records]
             points.append((self.trainer.images, results[self.name]))
-            save_curve(folder / "distance.png", *zip(*points, strict=True), self.name, baseline)
+            curve = *zip(*points, strict=True), self.name, baseline
+            save_curve(folder / "distance.png", *curve, grids=self._grids(folder))
         return results | {"evaluation_s": time.perf_counter() - began}
+
+    def _grids(self, folder: Path) -> list[tuple[int, Path]]:
+        """The sample grids up to now, not those of a run that a resumed state precedes."""
+        found = ((p.stem.removeprefix("samples-"), p) for p in folder.glob("samples-*.png"))
+        grids = sorted((int(number), p) for number, p in found if number.isdecimal())
+        return [(images, p) for images, p in grids if images <= self.trainer.images]
 
     def _metrics(
         self, net: EDMNetwork, sigma: float | None, steps: int, what: str

@@ -23,7 +23,7 @@ def test_preset_is_valid(kind, name):
 
 def test_the_published_presets_are_all_there_with_their_teachers():
     sida = {f"{name}-{kind}" for name in TEACHERS for kind in ("sida", "sid2a")}
-    assert set(presets("train")) == {*TEACHERS, *sida, "digits", "digits-sida"}
+    assert set(presets("train")) == {*TEACHERS, *sida, "digits", "digits-sida", "fashion"}
     for name, preset in presets("train").items():
         teacher, _, kind = name.rpartition("-")
         method = kind if kind in ("sida", "sid2a") else "sid"

@@ -4,6 +4,7 @@ import io
 import os
 import tracemalloc
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -220,3 +221,11 @@ def test_features_of_a_large_set_are_spread_over_it(tmp_path, monkeypatch):
     assert np.allclose(found.features, pixels[spread], atol=1e-6)
     assert found.count == 150
     assert np.allclose(found.mean, pixels.mean(0))
+
+
+def test_the_embedded_reference_is_that_of_its_detector():
+    stats = read_reference("fashion", load_detector("pixels", CPU))
+    assert stats.mean.shape == (256,)
+    assert stats.count == 70_000
+    with pytest.raises(UserError, match="another detector"):
+        read_reference("fashion", SimpleNamespace(name="other", key="0" * 64))
