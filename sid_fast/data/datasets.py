@@ -35,16 +35,16 @@ from sid_fast.io.untrusted import (
 )
 
 MAX_CLASSES = 100_000  # that a network can have
-_LABELS = "dataset.json"
+LABELS = "dataset.json"
 _LABEL_ALIASES = {"dataset.json", "labels.json"}  # in any case, at the top
-_OTHER_FORMATS = {
+OTHER_FORMATS = {
     ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".apng", ".avif", ".heic",
     ".jp2", ".jxl", ".ppm", ".pgm", ".tga", ".npy",
 }  # fmt: skip
 _BAR_MIN_IMAGES = 1000  # show a progress bar for more images
 _GREY, _RGB, _PALETTE = 0, 2, 3  # PNG colour types
 _MAX_PNG_BYTES = 2**27  # noise of MAX_RESOLUTION takes 50 MB
-_MAX_LABEL_BYTES = 2**28  # the labels of ImageNet take 60 MB
+MAX_LABEL_BYTES = 2**28  # the labels of ImageNet take 60 MB
 _MAX_LABEL_VALUES = 10_000_000  # commas and brackets: three an image
 
 
@@ -72,10 +72,10 @@ class ImageDataset:
         self._map: mmap.mmap | None = None
         self._linked_folders = 0
         listed = self._list()
-        names = {name for name in listed if not _is_hidden(name)}
+        names = {name for name in listed if not is_hidden(name)}
         self._names = sorted(name for name in names if name.lower().endswith(".png"))
-        others = Counter(_suffix(name) for name in names if _suffix(name) in _OTHER_FORMATS)
-        hidden = sum(_suffix(n) in {".png", *_OTHER_FORMATS} for n in set(listed) - names)
+        others = Counter(suffix_of(name) for name in names if suffix_of(name) in OTHER_FORMATS)
+        hidden = sum(suffix_of(n) in {".png", *OTHER_FORMATS} for n in set(listed) - names)
         if not self._names:
             advice = "give a data set zip or folder"
             if others:
@@ -106,7 +106,7 @@ class ImageDataset:
                 "is read"
             )
         self.labels = None
-        if _LABELS in names:
+        if LABELS in names:
             self.labels, unused = self._read_labels()
             if unused:
                 notes.append(f"{unused:,} label{'s' * (unused > 1)} of files that are not read")
@@ -172,17 +172,7 @@ class ImageDataset:
             # Not is_dir(), which fails for a name that is empty.
             return [i.filename for i in self._zip.infolist() if not i.filename.endswith("/")]
 
-        def refuse(error: OSError) -> None:
-            raise UserError(
-                f"{error.filename} cannot be read ({error.strerror}): check its permissions"
-            ) from error
-
-        names = []
-        for folder, inner, files in os.walk(self.path, onerror=refuse):
-            at = Path(folder).relative_to(self.path)
-            prefix = "" if at == Path() else f"{at.as_posix()}/"
-            names += [prefix + file for file in files]
-            self._linked_folders += sum(os.path.islink(os.path.join(folder, n)) for n in inner)
+        names, self._linked_folders = walk(self.path)
         return names
 
     def _error(self, name: str, what: object) -> UserError:
@@ -239,17 +229,17 @@ class ImageDataset:
 
     def _refuse_misplaced_labels(self, names: set[str]) -> None:
         """Refuse labels in a file that would not be read, as training would ignore them."""
-        if _LABELS in names:
+        if LABELS in names:
             return
         for name in sorted(names):
             folder, _, file = name.rpartition("/")
             if not folder and file.lower() in _LABEL_ALIASES:
                 raise self._error(
                     name,
-                    f"may hold labels, which only {_LABELS} gives: rename it to that, or remove it "
+                    f"may hold labels, which only {LABELS} gives: rename it to that, or remove it "
                     "to go on without labels",
                 )
-            if folder and file.lower() == _LABELS:
+            if folder and file.lower() == LABELS:
                 way = f"zip what is in {folder} without the folder itself"
                 if not self._zip:
                     way = f"give {self.path / folder} as the data set"
@@ -261,39 +251,7 @@ class ImageDataset:
 
     def _read_labels(self) -> tuple[np.ndarray | None, int]:
         """Return the labels of the images, and how many labels are of other files."""
-        form = 'must be of the form {"labels": [[name, class], ...] or null}'
-        try:
-            content = parse_json(self._read(_LABELS, _MAX_LABEL_BYTES), 4, _MAX_LABEL_VALUES)
-        except Refused as error:
-            raise self._error(_LABELS, f"cannot be used ({error}): it {form}") from error
-        if not isinstance(content, dict) or "labels" not in content:
-            raise self._error(_LABELS, form)
-        pairs = content["labels"]
-        if pairs is None:
-            return None, 0
-        if not isinstance(pairs, list):
-            raise self._error(_LABELS, form)
-        by_name: dict[str, Any] = {}
-        for pair in pairs:
-            if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
-                raise self._error(_LABELS, form)
-            by_name[pair[0]] = pair[1]
-        if len(pairs) != len(by_name):
-            raise self._error(_LABELS, "labels an image twice: every image needs one label")
-        labels = np.empty(len(self), np.int64)
-        for i, name in enumerate(self._names):
-            if name not in by_name:
-                raise self._error(_LABELS, f"has no label for {name}: every image needs one")
-            label = by_name[name]
-            whole = type(label) is int or (type(label) is float and label.is_integer())
-            if not whole or not 0 <= label < MAX_CLASSES:
-                raise self._error(
-                    _LABELS,
-                    f"gives {name} the label {brief(label)}: only class numbers (0, 1, …, below "
-                    f"{MAX_CLASSES:,}) are supported, not vectors",
-                )
-            labels[i] = label
-        return labels, len(by_name) - len(self)
+        return parse_labels(self._read(LABELS, MAX_LABEL_BYTES), self._names, self.path)
 
     def _absent_classes(self) -> list[str]:
         """A note about class numbers below the largest that no image has."""
@@ -308,16 +266,94 @@ class ImageDataset:
         ]
 
 
-def _suffix(name: str) -> str:
+def walk(path: Path) -> tuple[list[str], int]:
+    """List the files below a folder, and count the links to folders, which are not followed.
+
+    Returns:
+        Names relative to the folder, with forward slashes, and the number of links.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}): check its permissions"
+        ) from error
+
+    names, links = [], 0
+    for folder, inner, files in os.walk(path, onerror=refuse):
+        at = Path(folder).relative_to(path)
+        prefix = "" if at == Path() else f"{at.as_posix()}/"
+        names += [prefix + file for file in files]
+        links += sum(os.path.islink(os.path.join(folder, n)) for n in inner)
+    return names, links
+
+
+def suffix_of(name: str) -> str:
+    """The suffix of a file name in lower case, such as ".png"."""
     return os.path.splitext(name)[1].lower()
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     """Whether a file or a folder above it is hidden, or is what macOS adds to a zip."""
     return any(
         part == "__MACOSX" or (part.startswith(".") and part not in (".", ".."))
         for part in name.split("/")
     )
+
+
+def parse_labels(content: bytes, names: Sequence[str], path: Path) -> tuple[np.ndarray | None, int]:
+    """Read the labels of images from a `dataset.json`.
+
+    Args:
+        content: of the file.
+        names: of the images, as the file should have them.
+        path: of the data set, for errors.
+
+    Returns:
+        Class numbers, int64 [N], or None if the file says null; and how many labels are of other
+        files.
+
+    Raises:
+        UserError: the file has another form, or no class number for one of the images.
+    """
+
+    def wrong(what: str) -> UserError:
+        return UserError(f"{path}: {LABELS} {what}")
+
+    form = 'must be of the form {"labels": [[name, class], ...] or null}'
+    try:
+        values = parse_json(content, 4, _MAX_LABEL_VALUES)
+    except Refused as error:
+        raise wrong(f"cannot be used ({error}): it {form}") from error
+    if not isinstance(values, dict) or "labels" not in values:
+        raise wrong(form)
+    pairs = values["labels"]
+    if pairs is None:
+        return None, 0
+    if not isinstance(pairs, list):
+        raise wrong(form)
+    by_name: dict[str, Any] = {}
+    for pair in pairs:
+        if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise wrong(form)
+        by_name[pair[0]] = pair[1]
+    if len(pairs) != len(by_name):
+        raise wrong("labels an image twice: every image needs one label")
+    labels = np.empty(len(names), np.int64)
+    for i, name in enumerate(names):
+        if name not in by_name:
+            raise wrong(f"has no label for {name}: every image needs one")
+        label = by_name[name]
+        whole = type(label) is int or (type(label) is float and label.is_integer())
+        if not whole or not 0 <= label < MAX_CLASSES:
+            raise wrong(
+                f"gives {name} the label {brief(label)}: only class numbers (0, 1, …, below "
+                f"{MAX_CLASSES:,}) are supported, not vectors"
+            )
+        labels[i] = label
+    return labels, len(by_name) - len(names)
 
 
 def _convert(suffix: str) -> str:
@@ -353,6 +389,42 @@ def content_digest(data: ImageDataset) -> str:
     return content.hexdigest()
 
 
+class DatasetWriter:
+    """Write an EDM data set zip image by image; the same calls give the same bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self._zip = zipfile.ZipFile(path, "w")
+        self._labels: list[int | None] = []
+
+    def __enter__(self) -> "DatasetWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._zip.close()
+
+    @property
+    def count(self) -> int:
+        """Images written so far."""
+        return len(self._labels)
+
+    def add(self, png: bytes, label: int | None) -> None:
+        """Write an image; either all images have a label or none has."""
+        self._zip.writestr(zipfile.ZipInfo(_image_name(self.count)), png)
+        self._labels.append(label)
+
+    def finish(self, **extra: Any) -> None:
+        """Write the labels and further entries of `dataset.json`; nothing can be added then."""
+        pairs = None
+        if self._labels and None not in self._labels:
+            pairs = [[_image_name(i), label] for i, label in enumerate(self._labels)]
+        content = json.dumps({"labels": pairs, **extra})
+        self._zip.writestr(zipfile.ZipInfo(LABELS), content)
+
+
+def _image_name(index: int) -> str:
+    return f"{index // 1000:05d}/img{index:08d}.png"
+
+
 def write_dataset(
     path: str | os.PathLike[str],
     images: Iterable[np.ndarray | torch.Tensor],
@@ -371,14 +443,10 @@ def write_dataset(
         UserError: the file cannot be written, or images and labels differ in number.
     """
     hide = None if length_hint(images, _BAR_MIN_IMAGES + 1) > _BAR_MIN_IMAGES else True
-    names: list[str] = []
-    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+    with atomic_path(path) as temporary, DatasetWriter(temporary) as writer:
         for i, image in enumerate(tqdm(images, desc=f"writing {path}", disable=hide)):
-            names.append(f"{i // 1000:05d}/img{i:08d}.png")
-            archive.writestr(zipfile.ZipInfo(names[-1]), encode_png(image))
-        pairs: Any = None
-        if labels is not None:
-            if len(labels) != len(names):
-                raise UserError(f"{path}: {len(names)} images but {len(labels)} labels")
-            pairs = [[name, int(label)] for name, label in zip(names, labels, strict=True)]
-        archive.writestr(zipfile.ZipInfo(_LABELS), json.dumps({"labels": pairs}))
+            label = int(labels[i]) if labels is not None and i < len(labels) else None
+            writer.add(encode_png(image), label)
+        if labels is not None and len(labels) != writer.count:
+            raise UserError(f"{path}: {writer.count} images but {len(labels)} labels")
+        writer.finish()

@@ -23,8 +23,13 @@ def encode_png(image: np.ndarray | torch.Tensor) -> bytes:
     """Encode a uint8 image [C, H, W], C = 1 or 3, as PNG bytes."""
     image = np.asarray(image)
     pixels = image[0] if image.shape[0] == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
+    return png_bytes(Image.fromarray(pixels))
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """Encode an image as PNG bytes."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""Read EDM teacher and SiD generator pickles without executing anything in them.
+"""Read network pickles and pickled arrays without executing anything in them.
 
 Every global that a pickle names is looked up in a short table of record classes, which only store
 their arguments. The result is a tree of plain values and records, from which untrusting code then
@@ -29,6 +29,8 @@ from sid_fast.io.untrusted import (
 
 _MAX_OPCODES = 500_000  # the largest EDM network has some 70,000
 _MAX_STORAGE_OPCODES = 1000  # of each pickle within a tensor's storage, which has about 20
+_MAX_ARRAY_BYTES = 2**30  # of a pickle of arrays; CIFAR-100 has 155 MB
+_MAX_ARRAY_OPCODES = 2_000_000  # CIFAR-100 has some 200,000: labels and file names
 _MAX_TENSORS = 100_000
 _MAX_DEPTH = 16  # of modules in modules
 _MAX_NAME = 200  # characters of a module's or tensor's name
@@ -64,9 +66,42 @@ def read_pickle(path: str | os.PathLike[str]) -> PickledNetwork:
         try:
             return _network(_Unpickler(file, _MAX_OPCODES).load())
         except (EOFError, _CutShort) as error:
-            raise UserError(
-                f"{path} is cut short: delete it, then copy or download it again"
-            ) from error
+            raise _cut_short(path) from error
+
+
+def read_arrays_pickle(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
+    """Read a pickled dict of lists, text and uint8 arrays, such as a batch of CIFAR-10.
+
+    Nothing in the file is executed. Bytes of Python 2 become text (latin1).
+
+    Args:
+        path: of the file.
+        what: what it should be, for errors.
+
+    Raises:
+        UserError: the file is missing, cut short or damaged, or holds anything else.
+    """
+    with naming(path, what), open_limited(path, _MAX_ARRAY_BYTES) as file:
+        try:
+            data = _Unpickler(file, _MAX_ARRAY_OPCODES, encoding="latin1").load()
+        except EOFError as error:
+            raise _cut_short(path) from error
+        values = _typed(data, dict, "its content")
+        return {k: _array(v) if isinstance(v, _Record) else v for k, v in values.items()}
+
+
+def _array(record: "_Record") -> np.ndarray:
+    """The uint8 array of a record of numpy's _reconstruct, whose state is that of an ndarray."""
+    state = _typed(record.state, tuple, "an array")
+    if len(state) != 5 or not isinstance(state[2], _Record) or state[2].args[:1] != ("u1",):
+        raise Refused("it holds an array of another type than uint8")
+    raw = state[4].encode("latin1") if isinstance(state[4], str) else _bytes(state[4])
+    shape = checked_shape(state[1], len(raw), "the shape of an array")
+    return np.frombuffer(raw, np.uint8).reshape(shape, order="F" if state[3] is True else "C")
+
+
+def _cut_short(path: str | os.PathLike[str]) -> UserError:
+    return UserError(f"{path} is cut short: delete it, then copy or download it again")
 
 
 class _CutShort(Exception):
@@ -214,8 +249,8 @@ class _Unpickler(_Base):
         if code not in _REFUSED_OPCODES
     }
 
-    def __init__(self, file: Any, max_opcodes: int):
-        super().__init__(file)
+    def __init__(self, file: Any, max_opcodes: int, encoding: str = "ASCII"):
+        super().__init__(file, encoding=encoding)
         self.dispatch = _Opcodes(self.dispatch, max_opcodes)  # type: ignore[misc]
 
     def _check_call(self) -> None:
