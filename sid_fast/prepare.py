@@ -44,7 +44,7 @@ class PrepareConfig:
     source: str | None = option(
         None,
         "images to read: a folder (searched recursively) or a zip, or a data set as torchvision "
-        "(CIFAR-10, CIFAR-100, MNIST and its relatives, SVHN, ImageFolder) or Hugging Face "
+        "(CIFAR-10, CIFAR-100, MNIST and others in its format, ImageFolder) or Hugging Face "
         "(save_to_disk, Parquet files, ImageFolder with metadata) stores it. Nothing is downloaded",
     )
     out: str | None = option(None, "the data set to write, NAME.zip; it must not exist yet")

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import functools
 import gc
+import gzip
 import io
 import json
 import pickle
@@ -35,8 +36,10 @@ from hypothesis import strategies as st
 from hypothesis.database import DirectoryBasedExampleDatabase
 from PIL import Image
 
+from sid_fast.data.convert import Conversion, Converted, LeftOut, convert
 from sid_fast.data.datasets import MAX_CLASSES, ImageDataset, write_dataset
 from sid_fast.data.images import encode_png
+from sid_fast.data.sources import Source, open_source
 from sid_fast.errors import LINE, UserError
 from sid_fast.evaluation.features import Pixels
 from sid_fast.evaluation.references import read_reference
@@ -193,6 +196,74 @@ def _read_labels(path: Path) -> tuple[ImageDataset, np.ndarray]:
     return _read_images(path.parent)
 
 
+def _pictures() -> list[bytes]:
+    """Images of all formats and colour models that `prepare` takes."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(256, size=(12, 16, 3), dtype=np.uint8))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    files = []
+    for picture, kind, options in (
+        (image, "JPEG", {"exif": exif}),
+        (image.convert("CMYK"), "JPEG", {}),
+        (image.convert("RGBA"), "WEBP", {}),
+        (image.quantize(4), "GIF", {}),
+        (image.convert("1"), "TIFF", {}),
+        (image.convert("LA"), "PNG", {}),
+        (image, "BMP", {}),
+    ):
+        picture.save(buffer := io.BytesIO(), kind, **options)
+        files.append(buffer.getvalue())
+    return files
+
+
+def _convert(path: Path) -> Converted:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's, of damaged metadata
+            return convert(path.read_bytes(), Conversion(8))
+    except LeftOut as reason:
+        raise UserError(reason) from reason
+
+
+def _check_converted(result: Converted) -> None:
+    image = Image.open(io.BytesIO(result.png))
+    assert image.size == (8, 8)
+    assert image.mode == {1: "L", 3: "RGB"}[result.channels]
+
+
+def _batches() -> list[bytes]:
+    batch = {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]}
+    return [pickle.dumps(batch, protocol) for protocol in (2, 4)]
+
+
+def _idx_files() -> list[bytes]:
+    idx = bytes([0, 0, 8, 3, *(0, 0, 0, 2) * 3, *range(8)])
+    return [idx, gzip.compress(idx)]
+
+
+def _read_source(path: Path) -> Source:
+    """Read a folder of the file alone; idx files also get labels."""
+    with tempfile.TemporaryDirectory() as folder:
+        content, copy = path.read_bytes(), Path(folder) / path.name
+        if "images" in path.name:
+            labels = bytes([0, 0, 8, 1, 0, 0, 0, 2, 0, 1])
+            (copy.parent / "train-labels-idx1-ubyte").write_bytes(labels)
+            if content.startswith(b"\x1f\x8b"):
+                copy = copy.with_suffix(".gz")
+        copy.write_bytes(content)
+        return open_source(Path(folder), None, True)
+
+
+def _check_source(source: Source) -> None:
+    assert source.labels is not None
+    assert source.labels.shape == (source.count,)
+    for index in range(min(source.count, 10)):
+        image = source.read(index)
+        assert isinstance(image, np.ndarray)
+        assert image.dtype == np.uint8
+
+
 def _references() -> list[bytes]:
     arrays = {"mu": np.zeros(3), "sigma": np.eye(3, dtype=np.float32), "images": np.array(5)}
     files = []
@@ -291,6 +362,18 @@ TARGETS: dict[str, Target] = {
         lambda: [b'{"labels": [["a.png", 1], ["b.png", null]], "x": [1e3, [[true]]]}'],
         _VALUES,
         lambda result: json.dumps(result) and None,
+    ),
+    "picture": Target(_convert, _pictures, [*_CHUNKS, *_SIDES], _check_converted),
+    "batch": Target(
+        _read_source,
+        _batches,
+        [*_OPCODES, *_GLOBALS, *_SIZES],
+        _check_source,
+        "data_batch_1",
+        _opcodes,
+    ),
+    "idx": Target(
+        _read_source, _idx_files, [*_SIDES, *_SIZES], _check_source, "train-images-idx3-ubyte"
     ),
     "first bytes": Target(
         lambda path: sniff(path.read_bytes()),

@@ -44,7 +44,7 @@ OTHER_FORMATS = {
 _BAR_MIN_IMAGES = 1000  # show a progress bar for more images
 _GREY, _RGB, _PALETTE = 0, 2, 3  # PNG colour types
 _MAX_PNG_BYTES = 2**27  # noise of MAX_RESOLUTION takes 50 MB
-MAX_LABEL_BYTES = 2**28  # the labels of ImageNet take 60 MB
+_MAX_LABEL_BYTES = 2**28  # the labels of ImageNet take 60 MB
 _MAX_LABEL_VALUES = 10_000_000  # commas and brackets: three an image
 
 
@@ -251,7 +251,7 @@ class ImageDataset:
 
     def _read_labels(self) -> tuple[np.ndarray | None, int]:
         """Return the labels of the images, and how many labels are of other files."""
-        return parse_labels(self._read(LABELS, MAX_LABEL_BYTES), self._names, self.path)
+        return parse_labels(self._read(LABELS, _MAX_LABEL_BYTES), self._names, self.path)
 
     def _absent_classes(self) -> list[str]:
         """A note about class numbers below the largest that no image has."""

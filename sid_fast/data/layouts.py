@@ -1,4 +1,4 @@
-"""Data sets as torchvision stores them on disk: CIFAR, MNIST and its relatives, SVHN.
+"""Data sets as torchvision stores them on disk: CIFAR, MNIST and others in its format.
 
 Nothing in the files is executed; CIFAR's are pickles.
 """
@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from sid_fast.data.datasets import MAX_CLASSES
+from sid_fast.errors import UserError
 from sid_fast.io.pickles import read_arrays_pickle
 from sid_fast.io.untrusted import Refused, checked_int, naming, open_limited, require_file
 
-_MAX_BYTES = 2**31  # of the pixels in a file; SVHN's largest has 1.6 GB
+_MAX_BYTES = 2**31  # of the pixels in a file
 _IDX = re.compile(r"(train|t10k|test)-images[-.]idx3-ubyte(\.gz)?")
 _SVHN = re.compile(r"(train|test|extra)_32x32\.mat")
 
@@ -40,7 +41,11 @@ class Layout:
 
 
 def find_layout(folder: Path, names: set[str]) -> Layout | None:
-    """Recognize a data set by the names of the files in a folder."""
+    """Recognize a data set by the names of the files in a folder.
+
+    Raises:
+        UserError: it is SVHN, whose format is not supported.
+    """
     batches = sorted(n for n in names if re.fullmatch(r"data_batch_\d", n))
     if batches:
         splits = {"train": batches} | ({"test": ["test_batch"]} if "test_batch" in names else {})
@@ -54,9 +59,13 @@ def find_layout(folder: Path, names: set[str]) -> Layout | None:
         return Layout("CIFAR-100", splits, lambda path: _cifar(path, "fine_labels"), read)
     idx = {m[1]: m[0] for m in map(_IDX.fullmatch, sorted(names, reverse=True)) if m}
     if idx:  # where a file is there twice, the one that is not compressed
-        return Layout("MNIST's layout", {_split(k): [idx[k]] for k in sorted(idx)}, _mnist)
-    mat = {m[1]: [m[0]] for m in map(_SVHN.fullmatch, sorted(names)) if m}
-    return Layout("SVHN", mat, _svhn) if mat else None
+        return Layout("MNIST or alike", {_split(k): [idx[k]] for k in sorted(idx)}, _mnist)
+    if svhn := sorted(n for n in names if _SVHN.fullmatch(n)):
+        raise UserError(
+            f"{folder / svhn[0]}: SVHN's .mat files are not supported: give its Parquet files from "
+            "Hugging Face, or a folder of images"
+        )
+    return None
 
 
 def _split(name: str) -> str:
@@ -120,19 +129,3 @@ def _idx(path: Path, dimensions: int) -> np.ndarray:
         if len(data) != count:
             raise Refused("it is cut short: copy it again")
         return np.frombuffer(data, np.uint8).reshape(shape)
-
-
-def _svhn(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    import scipy.io  # slow to import and used only here
-
-    with naming(path, "a .mat file of SVHN (cropped digits)"):
-        require_file(path, _MAX_BYTES)
-        shapes = {name: (shape, kind) for name, shape, kind in scipy.io.whosmat(path)}
-        (shape, kind), (labels, _) = shapes.get("X", ((), "")), shapes.get("y", ((), ""))
-        square = len(shape) == 4 and shape[:3] == (32, 32, 3) and kind == "uint8"
-        if not square or labels != (shape[3], 1) or np.prod(shape, dtype=object) > _MAX_BYTES:
-            raise Refused("it has no images X, uint8 [32, 32, 3, N], with labels y, [N, 1]")
-        arrays = scipy.io.loadmat(path, variable_names=["X", "y"])
-        digits = arrays["y"][:, 0] % 10  # the digit 0 has the label 10
-        images = arrays["X"].transpose(3, 0, 1, 2)
-        return images, _labels(digits.tolist(), len(images))

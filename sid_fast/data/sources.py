@@ -14,7 +14,6 @@ from sid_fast.data.convert import LeftOut
 from sid_fast.data.datasets import (
     LABELS,
     MAX_CLASSES,
-    MAX_LABEL_BYTES,
     OTHER_FORMATS,
     is_hidden,
     parse_labels,
@@ -38,7 +37,7 @@ from sid_fast.io.untrusted import (
 
 _WHAT = "a folder or zip of images, or a data set as torchvision or Hugging Face stores it"
 _IMAGES = {".png", *OTHER_FORMATS} - {".npy"}
-_MAX_IMAGE_BYTES = 2**28  # of an image file
+_MAX_FILE_BYTES = 2**28  # of an image file, or of labels
 _MAX_METADATA_LINES = 10_000_000
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _LABEL_KEYS = ("label", "labels", "class")  # of such metadata
@@ -149,10 +148,12 @@ def _choose_split(available: Iterable[str], wanted: str | None, path: Path) -> l
 
 
 def _named(what: str, chosen: Sequence[str], available: Iterable[str]) -> str:
-    """Append the splits to the name of a source."""
-    rest = sorted(set(available) - set(chosen))
-    text = f"{what}, split {' + '.join(chosen)}"
-    return f"{text} (not read: {', '.join(rest)})" if rest else text
+    """Append the splits to the name of a source that has several."""
+    known = set(available)
+    if len(known) == 1:
+        return what
+    rest = ", ".join(sorted(known - set(chosen)))
+    return f"{what}, split {' + '.join(chosen)}{f' (not read: {rest})' * bool(rest)}"
 
 
 def _open_folder(path: Path, names: list[str], split: str | None, with_labels: bool) -> Source:
@@ -175,7 +176,7 @@ def _open_folder(path: Path, names: list[str], split: str | None, with_labels: b
 
     def read(name: str) -> bytes:
         try:
-            return read_limited(path / name, _MAX_IMAGE_BYTES)
+            return read_limited(path / name, _MAX_FILE_BYTES)
         except UserError as error:
             raise LeftOut("unreadable") from error
 
@@ -188,7 +189,7 @@ def _open_zip(path: Path, split: str | None, with_labels: bool) -> Source:
 
     def read(name: str) -> bytes:
         try:
-            return read_member(archive, archive.getinfo(name), _MAX_IMAGE_BYTES)
+            return read_member(archive, archive.getinfo(name), _MAX_FILE_BYTES)
         except Refused as error:
             raise LeftOut("encrypted, too large or compressed in an unknown way") from error
         except Exception as error:  # damaged bytes can fail in any way
@@ -328,12 +329,9 @@ class _Images:
 
     def _read_text(self, name: str) -> bytes:
         try:
-            content = self._read(name)
+            return self._read(name)
         except LeftOut as error:
             raise UserError(f"{self._path}: {name} is {error}: replace it") from error
-        if len(content) > MAX_LABEL_BYTES:
-            raise UserError(f"{self._path}: {name} has {len(content):,} bytes, too many for labels")
-        return content
 
     def _metadata(self, name: str, folder: str) -> dict[str, str | int | None]:
         """Read Hugging Face's metadata: the label of each image, by its name in the source."""

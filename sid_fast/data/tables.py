@@ -15,6 +15,7 @@ from sid_fast.errors import UserError
 from sid_fast.io.archives import MAX_BYTES
 from sid_fast.io.untrusted import Refused, brief, naming, parse_json, require_file
 
+_WHAT = "a Parquet or Arrow file of images"
 SUFFIXES = (".parquet", ".arrow")
 _PART = re.compile(r"(.+?)-\d{5}-of-\d{5}.*")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
@@ -73,9 +74,7 @@ class Rows:
         """Return the file of an image."""
         file, row = self._locate(index)
         value = file.value(self._image, row)
-        if isinstance(value, dict):
-            value = value.get("bytes")
-        if not isinstance(value, bytes):
+        if value is None:
             raise LeftOut("without an image in the file")  # such as a path elsewhere
         return value
 
@@ -92,7 +91,7 @@ class Rows:
             return None, None, ""
         values: list[Any] = []
         for file in self._files:
-            with naming(file.path, "a table of images"):
+            with naming(file.path, _WHAT):
                 if label not in file.columns:
                     raise Refused(f"it has no column {label}")
                 values += file.column(label)
@@ -138,8 +137,8 @@ class _Table:
         """All values of a column."""
         raise NotImplementedError
 
-    def value(self, name: str, row: int) -> Any:
-        """One value."""
+    def value(self, name: str, row: int) -> bytes | None:
+        """One value of a column of images; None if it is missing."""
         raise NotImplementedError
 
 
@@ -160,14 +159,15 @@ class _Parquet(_Table):
     def column(self, name: str) -> list[Any]:
         return self._file.read(columns=[name]).column(name).to_pylist()
 
-    def value(self, name: str, row: int) -> Any:
+    def value(self, name: str, row: int) -> bytes | None:
         group = int(np.searchsorted(self._ends, row, side="right"))
         with self._lock:
             values = self._group(name, group)
-        return values[row - (int(self._ends[group - 1]) if group else 0)].as_py()
+        return _bytes(values[row - (int(self._ends[group - 1]) if group else 0)])
 
     def _read_group(self, name: str, group: int) -> Any:
-        return self._file.read_row_group(group, columns=[name]).column(name)
+        with naming(self.path, _WHAT):
+            return self._file.read_row_group(group, columns=[name]).column(name)
 
 
 class _Arrow(_Table):
@@ -184,8 +184,15 @@ class _Arrow(_Table):
     def column(self, name: str) -> list[Any]:
         return self._table.column(name).to_pylist()
 
-    def value(self, name: str, row: int) -> Any:
-        return self._table.column(name)[row].as_py()
+    def value(self, name: str, row: int) -> bytes | None:
+        return _bytes(self._table.column(name)[row])
+
+
+def _bytes(scalar: Any) -> bytes | None:
+    """The file in a value of an image column: a struct with `bytes`, or the bytes."""
+    if scalar.is_valid and hasattr(scalar, "keys"):
+        scalar = scalar["bytes"]
+    return scalar.as_py()
 
 
 def _open(path: Path) -> _Table:
@@ -193,10 +200,10 @@ def _open(path: Path) -> _Table:
         import pyarrow  # noqa: F401
     except ImportError:
         raise UserError(
-            f"{path} needs pyarrow to be read: pip install pyarrow, or give a folder of images"
+            f"{path} needs pyarrow: pip install pyarrow, or give a folder of images"
         ) from None
     require_file(path, MAX_BYTES)
-    with naming(path, "a Parquet or Arrow file"):
+    with naming(path, _WHAT):
         return _Parquet(path) if path.suffix == ".parquet" else _Arrow(path)
 
 

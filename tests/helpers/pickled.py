@@ -13,12 +13,19 @@ from sid_fast.models.edm_unet.config import ARCHITECTURES
 
 @dataclasses.dataclass
 class Call:
-    """A call of a global with arguments, then BUILD with `state` unless that is None."""
+    """A call of a global with arguments, then BUILD with `state` unless that is None.
+
+    Without arguments (None) it is the global itself.
+    """
 
     module: str
     name: str
-    args: tuple = ()
+    args: tuple | None = ()
     state: Any = None
+
+
+class Python2(bytes):
+    """A str of Python 2."""
 
 
 def dump(value: Any) -> bytes:
@@ -36,6 +43,8 @@ def _dump(value: Any) -> bytes:
         return b"G" + struct.pack(">d", value)
     if isinstance(value, str):
         return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+    if isinstance(value, Python2):
+        return b"T" + struct.pack("<i", len(value)) + value
     if isinstance(value, bytes):
         return b"B" + struct.pack("<I", len(value)) + value
     if isinstance(value, tuple | list):
@@ -44,7 +53,8 @@ def _dump(value: Any) -> bytes:
     if isinstance(value, dict):
         return b"}(" + b"".join(_dump(v) for item in value.items() for v in item) + b"u"
     if isinstance(value, Call):
-        called = f"c{value.module}\n{value.name}\n".encode() + _dump(value.args) + b"R"
+        named = f"c{value.module}\n{value.name}\n".encode()
+        called = named if value.args is None else named + _dump(value.args) + b"R"
         return called if value.state is None else called + _dump(value.state) + b"b"
     raise TypeError(type(value))
 
