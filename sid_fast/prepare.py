@@ -97,6 +97,8 @@ def run(config: PrepareConfig, given: set[str]) -> None:
     indices: Sequence[int] | np.ndarray = range(source.count)
     if config.classes not in ("auto", "none"):
         indices = select_classes(source, [c.strip() for c in config.classes.split(",")])
+    if not len(indices):
+        raise UserError(f"{config.source} has no images of that split and class: choose others")
     channels = None if config.channels == "auto" else int(config.channels)
     conversion = Conversion(config.resolution, channels, config.crop, config.filter)
     say(f"reading {config.source}: {source.what}, {len(indices):,} images, {_classes(source)}")

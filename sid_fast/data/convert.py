@@ -91,7 +91,7 @@ def convert(data: bytes | np.ndarray, how: Conversion) -> Converted:
     with _large if large else contextlib.nullcontext():
         try:
             image.load()
-            if isinstance(data, bytes):
+            with contextlib.suppress(Exception):  # damaged EXIF does not spoil the pixels
                 image = ImageOps.exif_transpose(image)
             image, was_transparent = _to_8_bits(image)
         except LeftOut:

@@ -216,7 +216,11 @@ class ImageDataset:
             raise self._error(name, "is damaged or not a PNG: replace it")
         width, height, depth, colour = struct.unpack(">IIBB", png[16:26])
         if width != height:
-            raise self._error(name, f"is {width}x{height} pixels: crop it to a square")
+            raise self._error(
+                name,
+                f"is {width}x{height} pixels: crop it to a square, for "
+                "example with python -m sid_fast.prepare",
+            )
         if not 0 < width <= MAX_RESOLUTION:
             raise self._error(
                 name, f"is {width}x{height} pixels: scale it to {MAX_RESOLUTION} at most"
@@ -357,7 +361,19 @@ def parse_labels(content: bytes, names: Sequence[str], path: Path) -> tuple[np.n
 
 
 def _convert(suffix: str) -> str:
-    return f"magick mogrify -format png *{suffix}"
+    """A command that converts files with this suffix."""
+    foreign = (
+        ".apng",
+        ".heic",
+        ".jxl",
+        ".npy",
+        ".tga",
+    )  # that PIL cannot read, or not as one image
+    return (
+        f"magick mogrify -format png *{suffix}"
+        if suffix in foreign
+        else "python -m sid_fast.prepare"
+    )
 
 
 def content_digest(data: ImageDataset) -> str:

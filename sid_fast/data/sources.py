@@ -164,7 +164,7 @@ def _open_folder(path: Path, names: list[str], split: str | None, with_labels: b
         folders.setdefault(folder, set()).add(file)
     found = [(f, layouts.find_layout(path / f, folders[f])) for f in sorted(folders)]
     known = [(f, layout) for f, layout in found if layout]
-    table_files = [n for n in names if suffix_of(n) in tables.SUFFIXES]
+    table_files = [n for n in names if tables.is_table(n)]
     if len(known) + bool(table_files) > 1:
         places = [str(path / f) for f, _ in known] + [str(path / n) for n in table_files[:1]]
         raise UserError(f"{path} holds several data sets: give one of {', '.join(places)}")
@@ -230,6 +230,10 @@ def _tables(path: Path, names: Sequence[str], split: str | None, with_labels: bo
     splits = tables.splits_of(names)
     chosen = _choose_split(splits, split, path)
     files = [path / name for each in chosen for name in splits[each]]
+    for each in chosen:
+        if len(folders := {(path / name).parent for name in splits[each]}) > 1:
+            places = ", ".join(map(str, sorted(folders)))
+            raise UserError(f"{path} holds several data sets: give one of {places}")
     if len({file.suffix for file in files}) > 1:
         raise UserError(f"{path} holds both Parquet and Arrow files: give a folder of one kind")
     rows = tables.Rows(files, with_labels)

@@ -16,9 +16,14 @@ from sid_fast.io.archives import MAX_BYTES
 from sid_fast.io.untrusted import Refused, brief, naming, parse_json, require_file
 
 _WHAT = "a Parquet or Arrow file of images"
-SUFFIXES = (".parquet", ".arrow")
 _PART = re.compile(r"(.+?)-\d{5}-of-\d{5}.*")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
+
+
+def is_table(name: str) -> bool:
+    """Whether a file is a table of a data set; Hugging Face also leaves caches beside them."""
+    path = PurePosixPath(name)
+    return path.suffix in (".parquet", ".arrow") and not path.name.startswith("cache-")
 
 
 def splits_of(names: Iterable[str]) -> dict[str, list[str]]:

@@ -10,6 +10,7 @@ from PIL import Image
 from sid_fast.data import convert as module
 from sid_fast.data.convert import Conversion, LeftOut, convert, inspect
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*EXIF")  # PIL's, of damaged files
 RNG = np.random.default_rng(0)
 
 
@@ -102,6 +103,12 @@ def test_the_orientation_of_exif_is_applied():
     assert np.array_equal(result, np.rot90(np.asarray(image), -1))
 
 
+def test_damaged_exif_is_ignored():
+    image = photo(32, 32)
+    for exif in (b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0rubbish"):
+        assert convert(file(image, "JPEG", exif=exif), Conversion()).resolution == 32
+
+
 def test_16_bits_become_8():
     values = RNG.integers(65536, size=(8, 8), dtype=np.uint16)
     values[0, :4] = 0, 65535, 128, 129
@@ -160,7 +167,6 @@ def test_what_is_not_a_single_image_is_left_out():
     assert convert(data, Conversion()).resolution == 40
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF"])
 def test_damaged_files_are_left_out(kind):
     data = file(photo(200, 200), kind)

@@ -153,9 +153,8 @@ def test_other_pictures_are_counted(tmp_path):
         data = ImageDataset(source)
         assert len(data) == 1
         assert data.note == (
-            "not read: 2 .jpg files (convert them, for example with magick mogrify -format png "
-            "*.jpg), 1 .webp file (convert them, for example with magick mogrify -format png "
-            "*.webp)"
+            "not read: 2 .jpg files (convert them, for example with python -m sid_fast.prepare), "
+            "1 .webp file (convert them, for example with python -m sid_fast.prepare)"
         )
     labels = {"labels": [[name, 0] for name in names[:4]] + [["gone.png", 3]]}
     data = ImageDataset(png_zip(path, names, **{"dataset.json": labels}))
@@ -286,7 +285,7 @@ def test_a_folder_of_other_pictures_names_the_way_out(tmp_path, kind):
     (tmp_path / "cats").mkdir()
     for name in (f"cats/1.{kind}", "readme.txt"):
         (tmp_path / name).write_bytes(b"")
-    refused(tmp_path, f"no PNG images: convert its .{kind.lower()} files, for example with magick")
+    refused(tmp_path, f"no PNG images: convert its .{kind.lower()} files, for example with python")
     refused(make_zip(tmp_path / "a.zip", {f"1.{kind}": b""}), f"convert its .{kind.lower()} files")
 
 

@@ -1,6 +1,7 @@
 """Hugging Face's Parquet files and saved data sets."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -66,6 +67,16 @@ def test_a_saved_data_set(tmp_path):
     assert [source.read(i) for i in range(5)] == [b"image %d" % i for i in range(5)]
     assert source.labels.tolist() == [0, 1, 0, 1, 1]
     assert open_source(tmp_path / "test", None, True).class_names == ["cat", "dog"]
+
+
+def test_other_tables_are_not_mixed_in(tmp_path):
+    save_arrow(tmp_path / "train", 5)
+    shutil.copy(tmp_path / "train/data-00000-of-00001.arrow", tmp_path / "train/cache-12.arrow")
+    assert open_source(tmp_path, None, True).count == 5
+    for name in ("plain", "large"):
+        save_parquet(tmp_path / "two" / name, "train-00000-of-00001.parquet", 2)
+    with pytest.raises(UserError, match=r"several data sets: give one of .*large, .*plain"):
+        open_source(tmp_path / "two", None, True)
 
 
 def test_labels_of_other_columns(tmp_path):
