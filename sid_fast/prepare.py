@@ -174,7 +174,7 @@ def refuse_mix(a: tuple[int, int], name_a: str, b: tuple[int, int], name_b: str)
     if a[0] != b[0]:
         raise UserError(
             f"the source mixes sizes, such as {a[0]}x{a[0]} pixels ({name_a}) and {b[0]}x{b[0]} "
-            f"({name_b}): give --resolution {min(a[0], b[0])} or another"
+            f"({name_b}): give --resolution, to which larger images are scaled down"
         )
 
 

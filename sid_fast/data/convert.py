@@ -153,7 +153,7 @@ def _to_8_bits(image: Image.Image) -> tuple[Image.Image, bool]:
         return Image.fromarray(((pixels * 255 + 32767) // 65535).astype(np.uint8)), False
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        was_transparent = rgba.getextrema()[3][0] < 255
+        was_transparent = rgba.getchannel("A").getextrema() != (255, 255)
         if was_transparent:
             rgba = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
         return rgba.convert("L" if grey else "RGB"), was_transparent

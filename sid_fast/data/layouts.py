@@ -15,7 +15,7 @@ import numpy as np
 from sid_fast.data.datasets import MAX_CLASSES
 from sid_fast.errors import UserError
 from sid_fast.io.pickles import read_arrays_pickle
-from sid_fast.io.untrusted import Refused, checked_int, naming, open_limited, require_file
+from sid_fast.io.untrusted import Refused, checked_int, naming, open_limited
 
 _MAX_BYTES = 2**31  # of the pixels in a file
 _IDX = re.compile(r"(train|t10k|test)-images[-.]idx3-ubyte(\.gz)?")
@@ -107,9 +107,9 @@ def _mnist(path: Path) -> tuple[np.ndarray, np.ndarray]:
     # torchvision's names; some copies have a dot in place of the first hyphen.
     name = path.name.replace("images", "labels").replace("idx3", "idx1")
     other = name.removesuffix(".gz") if name.endswith(".gz") else f"{name}.gz"
-    labels = next((p for p in (path.with_name(name), path.with_name(other)) if p.exists()), None)
-    if labels is None:
-        require_file(path.with_name(name), _MAX_BYTES)
+    labels = path.with_name(name)
+    if not labels.exists() and path.with_name(other).exists():
+        labels = path.with_name(other)
     with naming(labels, "an idx file of labels"):
         return images, _labels(_idx(labels, 1).tolist(), len(images))
 

@@ -171,7 +171,7 @@ def test_a_difference_that_shows_late_is_refused_as_well(run_command, tmp_path, 
         "prepare", "--source", tmp_path / "a.zip", "--out", tmp_path / "b.zip"
     )
     assert (status, error.count("\n")) == (2, 1)
-    assert "mixes sizes, such as 8x8 pixels (a.png) and 9x9 (b.png): give --resolution 8" in error
+    assert "mixes sizes, such as 8x8 pixels (a.png) and 9x9 (b.png): give --resolution, to" in error
     assert [p.name for p in tmp_path.iterdir()] == ["a.zip"]
 
 
