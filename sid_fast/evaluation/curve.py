@@ -32,7 +32,7 @@ def draw_curve(
         axes.axhline(teacher, color="black", linestyle="--", label=f"teacher: {teacher:.3g}")
     axes.set(xscale="log", yscale="log", xlabel="images seen", ylabel=name)
     title = f"{distances[0]:.3g} at {images[0] / 1000:g} kimg"
-    axes.set_title(title + f", {distances[-1]:.3g} at {images[-1] / 1000:g}" * (len(images) > 1))
+    axes.set_title(title + f", {distances[-1]:.3g} at {images[-1] / 1000:.4g}" * (len(images) > 1))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axis.set_major_formatter(ScalarFormatter())
@@ -63,7 +63,7 @@ def save_curve(path: Path, *curve: Any, grids: Sequence[tuple[int, Path]] = ()) 
     draw_curve(axes[0], *curve)
     for place, (images, grid) in zip(axes[1:], shown, strict=True):
         place.imshow(imread(grid), cmap="gray", vmin=0, vmax=1)
-        place.set_title(f"{images / 1000:g} kimg")
+        place.set_title(f"{images / 1000:.4g} kimg")
         place.set_axis_off()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
