@@ -4,19 +4,21 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test lint release help
+.PHONY: train test lint docs release help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train   set up $(VENV) and distil the embedded digits teacher (minutes on a CPU)"
 	@echo "make test    set up $(VENV) and run all tests; ARGS='-m \"not slow\"' runs the quick ones"
 	@echo "make lint    check style, types and layers"
+	@echo "make docs    build the documentation into build/docs; a broken link fails"
 	@echo "make release build the sdist and, from it, the wheel into dist/"
 
 # What is installed, for a user and for a developer.
 $(VENV)/.ready: WHAT = .
 $(VENV)/.ready-dev: WHAT = .[dev]
-$(VENV)/.ready $(VENV)/.ready-dev: pyproject.toml constraints.txt CMakeLists.txt
+$(VENV)/.ready-docs: WHAT = .[docs]
+$(VENV)/.ready $(VENV)/.ready-dev $(VENV)/.ready-docs: pyproject.toml constraints.txt CMakeLists.txt
 	@echo "== setting up $(VENV): downloads PyTorch and more, which takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.3"
@@ -43,6 +45,10 @@ lint: $(VENV)/.ready-dev
 		PYTHONPATH=.:$$packages $(abspath $(BIN))/python -S -c \
 		"from importlinter.cli import lint_imports_command as lint; lint()" \
 		$(CURDIR)/pyproject.toml --no-cache
+
+docs: $(VENV)/.ready-docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env docs build/docs
+	@echo "== open build/docs/index.html"
 
 # The wheel is built from the sdist, so an sdist that lacks a file fails here.
 release: $(VENV)/.ready-dev
