@@ -14,12 +14,15 @@ autodoc_member_order = "bysource"
 napoleon_use_ivar = True
 default_role = "literal"  # `name` in docstrings
 html_theme = "alabaster"
+html_static_path = ["_static"]
 html_theme_options = {
     "description": "One-step generators from EDM diffusion models",
-    "page_width": "1060px",
+    "page_width": "1200px",
+    "body_max_width": "920px",
     "sidebar_width": "230px",
     "fixed_sidebar": True,
 }
+toc_object_entries = False
 html_copy_source = html_show_sourcelink = False
 
 

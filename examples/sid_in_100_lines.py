@@ -96,5 +96,5 @@ axes[0].set(xlabel="images seen", ylabel="Fréchet distance, pixels")
 axes[0].legend()
 for place, title, picture in (axes[1], "before", pictures[0]), (axes[2], "after", pictures[-1]):
     place.imshow(picture.reshape(8, 8, 8, 8).transpose(1, 2).reshape(64, 64), cmap="gray")
-    place.set(title=title, xticks=[], yticks=[])
+    place.set(xlabel=title, xticks=[], yticks=[])
 figure.savefig(args.out)

@@ -36,11 +36,11 @@ class RandomStream:
         self.drawn: set[int] = set()
 
     def uniform(self, name: str, *shape: int) -> torch.Tensor:
-        """Draw from U[0, 1): float32 [n, *shape]."""
+        """Draw from U[0, 1): float32 `[n, *shape]`."""
         return self._draw("uniform", name, shape)
 
     def normal(self, name: str, *shape: int) -> torch.Tensor:
-        """Draw from N(0, 1): float32 [n, *shape]."""
+        """Draw from N(0, 1): float32 `[n, *shape]`."""
         return self._draw("normal", name, shape)
 
     def _draw(self, kind: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
