@@ -17,8 +17,7 @@ help:
 # What is installed, for a user and for a developer.
 $(VENV)/.ready: WHAT = .
 $(VENV)/.ready-dev: WHAT = .[dev]
-$(VENV)/.ready-docs: WHAT = .[docs]
-$(VENV)/.ready $(VENV)/.ready-dev $(VENV)/.ready-docs: pyproject.toml constraints.txt CMakeLists.txt
+$(VENV)/.ready $(VENV)/.ready-dev: pyproject.toml constraints.txt CMakeLists.txt
 	@echo "== setting up $(VENV): downloads PyTorch and more, which takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.3"
@@ -46,7 +45,7 @@ lint: $(VENV)/.ready-dev
 		"from importlinter.cli import lint_imports_command as lint; lint()" \
 		$(CURDIR)/pyproject.toml --no-cache
 
-docs: $(VENV)/.ready-docs
+docs: $(VENV)/.ready-dev
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env docs build/docs
 	@echo "== open build/docs/index.html"
 

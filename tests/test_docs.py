@@ -9,10 +9,11 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.processes import python
 
 ROOT = Path(__file__).parents[1]
 DOCS, EXAMPLES = ROOT / "docs", ROOT / "examples"
@@ -112,23 +113,17 @@ def test_every_log_key_is_documented():
 # --- examples
 
 
-def run_example(script: Path, *arguments: str, cwd: Path) -> str:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    command = [sys.executable, str(script), *arguments]
-    return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, check=True, timeout=300
-    ).stdout
-
-
 @pytest.mark.slow
 def test_sid_in_100_lines(tmp_path):
     script = EXAMPLES / "sid_in_100_lines.py"
     assert len(script.read_text("utf-8").splitlines()) <= 100
-    found = run_example(script, "--steps", "8", "--images", "128", cwd=tmp_path)
-    distances = [float(v) for v in re.findall(r"distance ([\d.]+)", found)]
+    out = tmp_path / "digits.png"
+    ended = python(script, "--steps", 8, "--images", 128, "--out", out)
+    assert ended.returncode == 0, ended.stderr
+    distances = [float(v) for v in re.findall(r"distance ([\d.]+)", ended.stdout)]
     assert len(distances) == 9
     assert distances[-1] < 0.95 * distances[0]
-    assert (tmp_path / "sid_digits.png").read_bytes().startswith(b"\x89PNG")
+    assert out.read_bytes().startswith(b"\x89PNG")
 
 
 def notebook() -> dict:
@@ -159,10 +154,12 @@ def test_the_notebook_runs(tmp_path):
         assert old in source
         source = source.replace(old, new)
     script = tmp_path / "notebook.py"
-    script.write_text(f"import matplotlib\nmatplotlib.use('Agg')\n{source}\n", "utf-8")
-    found = run_example(script, cwd=tmp_path)
-    assert "same images: True" in found
-    distances = [float(v) for v in re.findall(r"images  distance ([\d.]+)", found)]
+    setup = f"import matplotlib, os\nmatplotlib.use('Agg')\nos.chdir({str(tmp_path)!r})\n"
+    script.write_text(setup + source, "utf-8")
+    ended = python(script)
+    assert ended.returncode == 0, ended.stderr
+    assert "same images: True" in ended.stdout
+    distances = [float(v) for v in re.findall(r"images  distance ([\d.]+)", ended.stdout)]
     assert distances[-1] < 0.95 * distances[0]
 
 
