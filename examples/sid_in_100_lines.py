@@ -81,7 +81,7 @@ for step in range(args.steps + 1):
     if step % max(args.steps // 8, 1) == 0:
         images = sampling.one_step(ema, latents, labels, SIGMA_INIT)
         points.append((step * BATCH, measure(images)))
-        pictures.append(sampling.to_uint8(images[:64]))
+        pictures.append(torch.nn.functional.pad(sampling.to_uint8(images[:64]), [1] * 4))
         print("{:6,} images  distance {:.3f}".format(*points[-1]), flush=True)
     if step < args.steps:
         train_step()
@@ -95,6 +95,6 @@ axes[0].axhline(heun, color="black", linestyle="--", label="teacher, 35 calls")
 axes[0].set(xlabel="images seen", ylabel="Fréchet distance, pixels")
 axes[0].legend()
 for place, title, picture in (axes[1], "before", pictures[0]), (axes[2], "after", pictures[-1]):
-    place.imshow(picture.reshape(8, 8, 8, 8).transpose(1, 2).reshape(64, 64), cmap="gray")
+    place.imshow(picture.reshape(8, 8, 10, 10).transpose(1, 2).reshape(80, 80), cmap="gray")
     place.set(xlabel=title, xticks=[], yticks=[])
 figure.savefig(args.out)

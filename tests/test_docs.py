@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from sid_fast.__main__ import COMMANDS
 from tests.helpers.processes import python
 
 ROOT = Path(__file__).parents[1]
 DOCS, EXAMPLES = ROOT / "docs", ROOT / "examples"
 PAGES = sorted(page for page in DOCS.glob("*.md") if page.name != "prose.md")
-COMMANDS = ("train", "generate", "evaluate", "pretrain", "plan", "tune")
 
 
 def blocks(page: Path, language: str) -> list[str]:
