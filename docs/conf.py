@@ -8,6 +8,7 @@ author = "The sid_fast authors"
 copyright = author
 release = metadata.version("sid-fast")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+highlight_language = "none"  # of blocks that name no language
 myst_heading_anchors = 3  # links to a heading are checked: page.md#heading
 
 autodoc_member_order = "bysource"

@@ -110,6 +110,18 @@ def test_every_log_key_is_documented():
         assert f"`{key}`" in text, key
 
 
+@pytest.mark.parametrize(
+    ("section", "records"),
+    [("Memory traffic of a network", ("PASSES", "LAUNCHES")), ("Group norm", ("INSTRUCTIONS",))],
+)
+def test_figures_of_the_kernels_page_are_those_of_the_records(section, records):
+    text = (DOCS / "kernels.md").read_text("utf-8").split(f"## {section}\n")[1].split("\n## ")[0]
+    known = "".join((ROOT / "benchmarks" / f"{name}.md").read_text("utf-8") for name in records)
+    figures = set(re.findall(r"(?<![\d.,+])\d+[.,]\d+(?![\d.])", text))
+    assert len(figures) > 10
+    assert figures <= set(re.findall(r"(?<![\d.,])\d+[.,]\d+(?![\d.])", known)) | {"13,000"}
+
+
 # --- examples
 
 
