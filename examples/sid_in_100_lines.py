@@ -1,6 +1,6 @@
 """Score identity Distillation in 100 lines: digits in one step instead of 35 network calls.
 
-    python examples/sid_in_100_lines.py     # a minute of CPU; writes sid_digits.png
+    python examples/sid_in_100_lines.py     # half a minute; writes sid_digits.png
 
 A plain PyTorch loop over sid_fast's losses, noise levels and samplers, without its speed.
 """
