@@ -12,6 +12,7 @@ TEXT = """sid_fast distils a pretrained EDM diffusion model into a one-step gene
   python -m sid_fast.tune       check and time implementations of the training step on this machine
   python -m sid_fast.generate   generate images
   python -m sid_fast.evaluate   compute FID, IS, KID, precision and recall
+  python -m sid_fast.report     show runs on one HTML page: curves, images, speed, configuration
   python -m sid_fast.pretrain   train a teacher on your own images
   python -m sid_fast.prepare    make a data set of a folder or zip of images
 

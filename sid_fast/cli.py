@@ -40,6 +40,20 @@ def presets(kind: str) -> dict[str, dict[str, Any]]:
     }
 
 
+def changed_options(config: Any, kind: str) -> dict[str, Any]:
+    """Return the preset's value, else the default, of each option that has another value.
+
+    Args:
+        config: the command's dataclass, with a field `preset`.
+        kind: "train" or "pretrain", as for `presets`.
+    """
+    values = presets(kind).get(config.preset or "", {})
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    original = type(config)(**values, preset=config.preset)
+    names = (f.name for f in dataclasses.fields(config))
+    return {n: getattr(original, n) for n in names if getattr(original, n) != getattr(config, n)}
+
+
 class NumberList(click.ParamType):
     """Integers separated by commas."""
 
@@ -160,6 +174,7 @@ def command(
     kind: str | None,
     help: str,
     moved: Mapping[str, str] = types.MappingProxyType({}),
+    positional: str | None = None,
     **subcommands: click.Command,
 ) -> click.Command:
     """Make a click command that fills dataclass `config` and calls run(config, given).
@@ -170,14 +185,20 @@ def command(
         kind: folder of the presets that --preset offers, "train" or "pretrain"; None: no presets.
         help: text above the options in --help.
         moved: former options and the module of the command that has each of them now.
+        positional: the field, a tuple of strings, that takes the arguments without an option.
         subcommands: commands that run instead of this one when named.
     """
     hints = typing.get_type_hints(config)
     fields = {f.name: f for f in dataclasses.fields(config)}
     names = dict.fromkeys(n for c in config.__mro__ for n in inspect.get_annotations(c))
     params: list[click.Parameter] = [
-        _option(fields[n], hints[n]) for n in names if not (kind and n == "preset")
+        _option(fields[n], hints[n])
+        for n in names
+        if not (kind and n == "preset") and n != positional
     ]
+    if positional:
+        metavar = f"{positional.removesuffix('s').upper()}…"
+        params.append(click.Argument([positional], nargs=-1, metavar=metavar))
     if kind:
         known = ", ".join(presets(kind))
         params.insert(

@@ -120,7 +120,8 @@ def run(config: PretrainConfig, given: set[str]) -> None:
         where = f"on {device} in {trainer.settings.precision}, kernels: {backends}, {sharding.text}"
         headline = f"training a teacher ({network}) on {len(data):,} images {feed.text}, {where}"
         with contextlib.closing(feed):
-            Loop(trainer, config, snapshots, name, headline, evaluations).run(resume)
+            changed = {"changed": cli.changed_options(config, "pretrain")}
+            Loop(trainer, config, snapshots, name, headline, evaluations, changed).run(resume)
 
 
 main = cli.command(PretrainConfig, run, "pretrain", __doc__)

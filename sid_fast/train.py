@@ -193,7 +193,7 @@ def run(config: TrainConfig, given: set[str]) -> None:
         if data and data.labels is None and teacher.config.label_dim:
             headline += f"\nnote: {data.path} has no labels: classes are sampled uniformly"
         name = config.preset or "distil"
-        extra = {"tuning": tuning.to_json()}
+        extra = {"tuning": tuning.to_json(), "changed": cli.changed_options(config, "train")}
         with contextlib.closing(feed) if feed else contextlib.nullcontext():
             Loop(trainer, config, snapshots, name, headline, evaluations, extra).run(resume)
 

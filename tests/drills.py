@@ -440,7 +440,7 @@ def _tensors(state: Path, shards: str) -> dict[str, torch.Tensor]:
 
 def _curve(folder: Path) -> list[Any]:
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    times = re.compile(r".*(_s|per_s|waits)$")
+    times = re.compile(r".*(_s|per_s|waits|_gib)$")
     return sorted(
         ([r["images"], {k: v for k, v in r.items() if not times.match(k)}] for r in records),
         key=str,

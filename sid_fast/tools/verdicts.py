@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from sid_fast.performance import mixed_precision
 from sid_fast.tools import timing
 from sid_fast.tools.proof import Job
 from sid_fast.tools.trial import reference_kernel
+from sid_fast.training.environment import installed, processor
 
 # Whatever decides how a step runs, by folder or file of the package.
 CODE = ("performance", "models", "methods", "training", "tools")
@@ -63,14 +63,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def processor() -> str:
-    """The CPU's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())
-
-
 @functools.cache
 def code() -> str:
     """A digest of what a step is made of."""
@@ -89,7 +81,7 @@ def key(job: Job, found: dict[str, Any]) -> dict[str, Any]:
         **{name: value for name, value in found.items() if name not in transient},
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": installed("triton"),
+        "triton": installed("triton") or "",
         "library": _cuda.library() is not None,
         "code": code(),
         "network": job.network.to_dict(),
@@ -107,14 +99,6 @@ def key(job: Job, found: dict[str, Any]) -> dict[str, Any]:
         "pinned": sorted(job.pinned),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
     }
-
-
-def installed(package: str) -> str:
-    """The version of a package, or ""."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def place(key: dict[str, Any]) -> Path:

@@ -33,6 +33,7 @@ from sid_fast.training.checkpoint import (
     run_record,
     torchrun_run_id,
 )
+from sid_fast.training.environment import environment, peak_gib
 from sid_fast.training.logging import Log, read_log
 
 Artifact = tuple[str, Callable[[Path], dict[str, float]]]  # "snapshot" or "evaluation"
@@ -249,7 +250,8 @@ class Loop:
         self.states = States(self.folder, self.trainer, self.options, keep, self.extra)
         if first:
             remove_partial_files(self.folder)
-            config = dataclasses.asdict(self.options) | run_record() | self.extra
+            machine = {"headline": self.headline, "environment": environment(self.trainer.device)}
+            config = dataclasses.asdict(self.options) | run_record() | self.extra | machine
             text = json.dumps(config, indent=2, ensure_ascii=False)
             with atomic_path(self.folder / "config.json") as temporary:
                 temporary.write_text(text + "\n", "utf-8")
@@ -455,7 +457,9 @@ class Loop:
             parts += [f"{share:.1%} of steps waited for images"] * (share > 0)
         self._print("  ".join(parts))
         if keep:
-            self._record(values | {"it_per_s": rate, "img_per_s": images})
+            speed_and_memory = {"it_per_s": rate, "img_per_s": images}
+            speed_and_memory["peak_gib"] = peak_gib(self.trainer.device)
+            self._record(values | speed_and_memory)
 
     def _evaluated(self) -> int:
         """Return whether the log already has an evaluation at this point."""
