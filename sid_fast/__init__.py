@@ -1,7 +1,7 @@
 """Fast Score identity Distillation (SiD) of EDM diffusion models into one-step generators.
 
 `load_network` loads a teacher, and `Distiller` distils it with `Settings`. The commands are
-`python -m sid_fast.train`, `.generate`, `.evaluate`, `.pretrain` and `.plan`.
+`python -m sid_fast.train`, `.tune`, `.plan`, `.generate`, `.evaluate`, `.report` and `.pretrain`.
 """
 
 import os as _os

@@ -17,7 +17,7 @@ from tests.helpers.browser import Browser, find_chromium
 from tests.helpers.images import png
 from tests.helpers.runs import DISTANCE, make_run, progress
 
-VOID = {"meta", "link", "img", "input", "br"}
+VOID = {"meta", "link", "img", "input", "br", "wbr"}
 CANDIDATE = {"kernels": {"group_norm": "triton"}, "cuda_graph": True}
 ROW = {"low": 9.8, "high": 10.4, "images": 128, "gib": 3.25, "wrong": ""}
 TUNING = {
@@ -101,7 +101,7 @@ def test_the_page_says_what_a_run_was_and_reached(report, tmp_path):
     assert page.row("median throughput, img/s")[1][1] == "512"
     assert page.row("training time")[1][1] == "16 s"  # 8192 images at 512 img/s
     assert page.row("time of evaluations")[1][1] == "8 s"
-    assert page.row("peak memory, GiB")[1][1] == "0.5"
+    assert page.row("peak memory")[1][1] == "0.50 GiB"
     assert ["kimg", "8preset: 32"] in [cells for _, cells in page.rows]
     assert not any(cells[:1] == ["out"] for _, cells in page.rows)
     assert page.row("PyTorch")[1][1] == "2.13.0"
@@ -138,7 +138,7 @@ def test_runs_stand_side_by_side_and_differences_are_marked(report, tmp_path):
 
 def test_tuning_shows_its_candidates_and_why_one_was_chosen(report, tmp_path):
     page = report(make_run(tmp_path / "run", tuning=TUNING))
-    assert TUNING["text"] in page.text
+    assert "Tuned: group_norm triton, CUDA graphs (1.83 times eager)." in page.text
     name, cells = page.row("CUDA graphs")
     assert name == "won"
     assert cells[1:3] == ["right, chosen: the fastest", "12,800"]
@@ -215,7 +215,7 @@ def test_a_run_that_has_just_begun_and_an_old_one(report, tmp_path):
     (old / "log.jsonl").write_text("\n".join(map(json.dumps, kept)) + "\n")
     page = report(young, old)
     assert "young: there is no log.jsonl yet" in page.text
-    assert page.row("peak memory, GiB")[1][1:] == ["–", "not recorded"]
+    assert page.row("peak memory")[1][1:] == ["–", "not recorded"]
     page = report(young)
     for words in ("No evaluation yet", "no sample grid yet", "No progress was logged", "Not tuned"):
         assert words in page.text
@@ -244,15 +244,15 @@ def test_many_large_grids_and_a_long_log_stay_within_bounds(report, tmp_path, mo
     monkeypatch.setattr("sid_fast.report.MAX_PAGE_BYTES", 300_000)
     run = make_run(tmp_path / "run", images=0, options={"kimg": 1000.0})
     noise = torch.randint(256, (16, 3, 16, 16), dtype=torch.uint8)
-    for i in range(60):
+    for i in range(40):
         save_grid(run / f"samples-{i * 1000:010d}.png", noise, 4)
     with (run / "log.jsonl").open("a") as log:
-        for i in range(2000):
+        for i in range(700):
             log.write(json.dumps(progress(128 * i)) + "\n")
     page = report(run)
     frames = [int(a["data-images"]) for a in page.all("figure", "frame")]
     assert len(frames) == grids.MAX_POSITIONS
-    assert (frames[0], frames[-1]) == (0, 59_000)
+    assert (frames[0], frames[-1]) == (0, 39_000)
     sizes = [len(a["src"]) for a in page.all("img")]
     assert sum(sizes) < 1.4 * 300_000
     counts = [len(a["data-v"].split()) for a in page.all("g", "line")]
@@ -335,6 +335,7 @@ def test_a_chart_of_extreme_values_can_be_drawn():
     assert charts.chart("t", [charts.Line("a", 0, [(0.0, None)])], "x") == ""
 
 
+@pytest.mark.slow
 def test_a_browser_shows_the_page_without_network(report, tmp_path):
     chromium = find_chromium()
     runs = [make_run(tmp_path / name, best=best) for name, best in (("sid", 0.4), ("sida", 0.3))]
@@ -363,9 +364,9 @@ def test_a_browser_shows_the_page_without_network(report, tmp_path):
             r"\d.*: sid \d.*, sida \d",
             browser.run("document.querySelector('.readout').textContent"),
         )
-        wide = np.array(Image.open(io.BytesIO(browser.screenshot())).convert("RGB"))
-        assert wide.shape[0] > 2000
-        assert len(np.unique(wide.reshape(-1, 3), axis=0)) > 100
+        wide = Image.open(io.BytesIO(browser.screenshot())).convert("RGB")
+        assert wide.height > 2000
+        assert len(wide.getcolors(1 << 24)) > 100
         browser.open(tmp_path / "page.html", 400, dark=True)
         assert browser.run("document.documentElement.scrollWidth") <= 400  # no sideways scroll
         assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 27)"

@@ -8,6 +8,7 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 from tqdm import tqdm
 
 from sid_fast.data.datasets import write_dataset
@@ -55,6 +56,7 @@ def test_a_run_leaves_pictures_metrics_and_a_network_that_knows_itself(tmp_path,
     steps = [r for r in records if "fake/loss" in r]
     assert [r["images"] for r in steps] == [4, 8, 12]
     assert steps[0].keys() >= {"generator/loss", "generator/distance", "img_per_s", "it_per_s"}
+    assert 0.01 < steps[0]["peak_gib"] <= steps[-1]["peak_gib"] < 1000
     for kind in ("samples-*.png", "snapshot-*.safetensors"):
         assert [int(p.stem.split("-")[1]) for p in sorted(out.glob(kind))] == [0, 8, 12]
     least = min(figures, key=lambda r: r[DISTANCE])["images"]
@@ -64,6 +66,11 @@ def test_a_run_leaves_pictures_metrics_and_a_network_that_knows_itself(tmp_path,
     config = json.loads((out / "config.json").read_text())
     assert config["batch_size"] == 4
     assert config["alpha"] == 1.2
+    assert config["changed"]["batch_size"] == 256  # the default
+    assert "alpha" not in config["changed"]
+    assert config["environment"]["torch"] == torch.__version__
+    assert config["environment"]["processes"] == 1
+    assert config["headline"].startswith("distilling ")
     # The newest snapshot of a run folder is found, and it says how to use it.
     net = load_network(out)
     assert net.config.init_sigma == 2.5

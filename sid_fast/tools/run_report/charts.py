@@ -78,6 +78,7 @@ def chart(
     levels: Sequence[Level] = (),
     log_x: bool = False,
     log_y: bool = False,
+    from_zero: bool = False,
 ) -> str:
     """Draw a chart as an HTML figure; empty if no line has a finite point.
 
@@ -85,10 +86,11 @@ def chart(
         title: Above the chart.
         lines: What to draw.
         x_label: Below the x axis.
-        note: Explains the metric in a few words.
+        note: Explains the metric in a few words of HTML.
         levels: Horizontal lines.
         log_x: Logarithmic x axis; 0 is drawn at its left end.
         log_y: Logarithmic y axis, if all values are positive.
+        from_zero: The linear y axis begins at 0, so that heights compare as ratios.
     """
     lines = [line for line in lines if any(y is not None for _, y in line.points)]
     if not lines:
@@ -96,6 +98,7 @@ def chart(
     xs = [x for line in lines for x, y in line.points if y is not None]
     ys = [y for line in lines for _, y in line.points if y is not None]
     ys += [level.value for level in levels]
+    ys += [0.0] * from_zero
     log_y &= min(ys) > 0
     low, high = _limits(ys, log_y)
     vertical = _Axis(low, high, log_y, _HEIGHT - _BOTTOM, _TOP)
@@ -114,7 +117,7 @@ def chart(
     summary = f"{one_line(title)} against {x_label}. " + " ".join(map(_summary, lines))
     summary += "".join(f" {one_line(v.label)}: {value_text(v.value)}." for v in levels)
     axis = f"{horizontal.low:.9g} {horizontal.high:.9g} {horizontal.start:.1f} {horizontal.end}"
-    note = f"<p>{text(note)}</p>" if note else ""
+    note = f"<p>{note}</p>" if note else ""
     return (
         f'<figure class="chart"><figcaption><h3>{text(title)}</h3>{note}</figcaption>'
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(summary)}" '
@@ -139,15 +142,17 @@ def value_text(value: float) -> str:
 def tick_label(value: float) -> str:
     """Show a round number in few characters."""
     if abs(value) >= 1e7:
-        return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
-    if abs(value) >= 1e4:
-        return f"{value:,.0f}"
-    return f"{value:.4g}".replace("e-0", "e-")
+        label = f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
+    elif abs(value) >= 1e4:
+        label = f"{value:,.0f}"
+    else:
+        label = f"{value:.4g}".replace("e-0", "e-")
+    return label.replace("-", "−")
 
 
 def linear_ticks(low: float, high: float) -> list[float]:
     """Three to six round numbers within the limits."""
-    raw = (high - low) / 4
+    raw = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
@@ -155,14 +160,14 @@ def linear_ticks(low: float, high: float) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Three to seven numbers such as 1, 2, 5, 10 within the limits."""
+    """Four to seven numbers such as 1, 2, 5, 10 within the limits."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     every = max(1, (last - first) // 6)
-    for mantissas in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+    for mantissas in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5, 7)):
         powers = range(first, last + 1, every)
         ticks = [float(f"{m}e{p}") for p in powers for m in mantissas]
         ticks = [t for t in ticks if low <= t <= high]
-        if 3 <= len(ticks) <= 7:
+        if 4 <= len(ticks) <= 7:
             return ticks
     return linear_ticks(low, high)
 

@@ -24,8 +24,7 @@ if (player) {
   const pause = () => {
     clearInterval(timer);
     timer = 0;
-    play.textContent = "▶";
-    play.setAttribute("aria-label", "Play");
+    play.textContent = "Play";
   };
   const move = (by) => {
     slider.value = Number(slider.value) + by;
@@ -37,8 +36,7 @@ if (player) {
   play.addEventListener("click", () => {
     if (timer) return pause();
     if (Number(slider.value) === stops.length - 1) move(-stops.length);
-    play.textContent = "❚❚";
-    play.setAttribute("aria-label", "Pause");
+    play.textContent = "Pause";
     timer = setInterval(() => {
       move(1);
       if (Number(slider.value) === stops.length - 1) pause();

@@ -5,6 +5,7 @@ forbids any network request and any script but the page's own.
 """
 
 import base64
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from typing import Any
 
+from sid_fast.config.types import Settings, SiDASettings
 from sid_fast.io.untrusted import brief
 from sid_fast.tools.run_report.charts import (
     STYLES,
@@ -32,16 +34,20 @@ MAX_ROWS = 200  # of a table
 KIMG = "thousand images seen (kimg)"
 NOTHING = "–"
 
-# Charts of the log: title, explanation, and the metrics drawn in it with their names in the legend.
+# Charts of the log: title, explanation (HTML), and the metrics drawn with their names.
 METRICS: tuple[tuple[str, str, dict[str, str]], ...] = (
-    ("Loss of the fake score", "‖f_ψ − y‖², weighted and summed over an image", {"fake/loss": ""}),
+    (
+        "Loss of the fake score",
+        "‖f<sub>ψ</sub> − y‖², weighted and summed over an image",
+        {"fake/loss": ""},
+    ),
     ("Loss of the generator", "summed over an image; may be negative", {"generator/loss": ""}),
     (
         "Distance of teacher and fake score",
-        "‖f_φ − f_ψ‖² on generated images; 0 where both agree",
+        "‖f<sub>φ</sub> − f<sub>ψ</sub>‖² on generated images; 0 where both agree",
         {"generator/distance": ""},
     ),
-    ("Error of the fake score", "‖f_ψ − y‖², unweighted", {"fake/distance": ""}),
+    ("Error of the fake score", "‖f<sub>ψ</sub> − y‖², unweighted", {"fake/distance": ""}),
     (
         "Adversarial losses",
         "filled: the discriminator's; hollow, dashed: the generator's",
@@ -76,6 +82,10 @@ FAULTS = {  # endings of metrics that count, and what they count
 _SPEED = (RATE, "it_per_s", "input_waits", "peak_gib")
 _MISSING = object()  # an option that a run does not have
 _FOLDERS = ("out", "resume")  # options that differ between any two runs
+_FIRST = ("method", "preset", "teacher", "generator", "data")  # options that tables begin with
+_SIDA = {f.name for f in dataclasses.fields(SiDASettings)} - {
+    f.name for f in dataclasses.fields(Settings)
+}
 _ENVIRONMENT = {
     "device": "device",
     "device_gib": "memory of the device, GiB",
@@ -182,6 +192,7 @@ def _table(
     rows: Iterable[tuple[str, Sequence[str]]],
     label: str,
     numbers: bool = False,
+    kind: str = "",
 ) -> str:
     """A table that scrolls by itself.
 
@@ -190,19 +201,20 @@ def _table(
         rows: Class of each row, and HTML of its cells; the first one heads the row.
         label: What the table holds, for screen readers.
         numbers: All cells but the first hold numbers.
+        kind: Class of the table.
     """
-    kind = ' class="number"' if numbers else ""
+    aligned = ' class="number"' if numbers else ""
     cells = "".join(
-        f'<th scope="col"{kind if i else ""}>{cell}</th>' for i, cell in enumerate(head)
+        f'<th scope="col"{aligned if i else ""}>{cell}</th>' for i, cell in enumerate(head)
     )
     body = "".join(
         f'<tr class="{name}"><th scope="row">{first}</th>'
-        + "".join(f"<td{kind}>{cell}</td>" for cell in rest)
+        + "".join(f"<td{aligned}>{cell}</td>" for cell in rest)
         + "</tr>"
         for name, (first, *rest) in rows
     )
     return (
-        f'<div class="table" tabindex="0" role="region" aria-label="{text(label)}"><table>'
+        f'<div class="table {kind}" tabindex="0" role="region" aria-label="{text(label)}"><table>'
         f"<thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -259,7 +271,7 @@ def _card(run: Run, style: int) -> str:
         rows.append(("training time", duration(seconds[-1][0])))
     peak = _peak(run)
     if peak is not None:
-        rows.append(("peak memory", f"{value_text(peak)} GiB"))
+        rows.append(("peak memory", _gib(peak)))
     device = run.section("environment").get("device") or _machine(run).get("device")
     if device:
         rows.append(("device", _show(device)))
@@ -389,12 +401,12 @@ def _images(runs: Sequence[Run], stops: Sequence[int], grids: Sequence[Sequence[
     )
     disabled = " disabled" if not last else ""
     return (
-        "<p>The latents are the same in every grid. The slider and the arrow keys move through "
+        "<p>All grids of a run show the same latents. The slider and the arrow keys move through "
         f"training{', all runs at once' * (len(runs) > 1)}.</p>"
         '<div class="player">'
-        f'<button type="button" data-by="-1" aria-label="Earlier grid"{disabled}>◀</button>'
-        f'<button type="button" data-play aria-label="Play"{disabled}>▶</button>'
-        f'<button type="button" data-by="1" aria-label="Later grid"{disabled}>▶▏</button>'
+        f'<button type="button" data-by="-1" aria-label="Earlier grid"{disabled}>‹</button>'
+        f'<button type="button" data-play{disabled}>Play</button>'
+        f'<button type="button" data-by="1" aria-label="Later grid"{disabled}>›</button>'
         f'<input type="range" min="0" max="{last}" value="{last}" aria-label="Images seen" '
         f'aria-valuetext="{kimg(stops[-1])} kimg" data-stops="{" ".join(map(str, stops))}"'
         f"{disabled}><output>{kimg(stops[-1])} kimg</output></div>"
@@ -481,27 +493,25 @@ def _faults(runs: Sequence[Run]) -> str:
 def _throughput(runs: Sequence[Run]) -> str:
     seconds = [run.training_seconds() for run in runs]
     longest = max((points[-1][0] for points in seconds if points), default=0.0)
-    unit, divisor = ("hours", 3600) if longest >= 3 * 3600 else ("minutes", 60)
+    units = {3 * 3600: ("hours", 3600), 180: ("minutes", 60), 0: ("seconds", 1)}
+    unit, divisor = next(unit for least, unit in units.items() if longest >= least)
     rates = [
         Line(run.name, i, [(t / divisor, rate) for t, rate in points])
         for i, (run, points) in enumerate(zip(runs, seconds, strict=True))
     ]
     pauses = "without compilation, snapshots and evaluations"
-    charts = chart("Throughput, img/s", rates, f"{unit} of training", pauses)
-    charts += chart(
-        "Waits for images, %",
-        [
-            Line(run.name, i, _scaled(_in_kimg(run.curve("input_waits")), 100))
-            for i, run in enumerate(runs)
-        ],
-        KIMG,
-        "share of the steps that waited for real images",
-    )
+    charts = chart("Throughput, img/s", rates, f"{unit} of training", pauses, from_zero=True)
+    waits = [run.curve("input_waits") for run in runs]
+    if any(share for curve in waits for _, share in curve):
+        lines = [Line(r.name, i, _percent(waits[i])) for i, r in enumerate(runs)]
+        note = "share of the steps that waited for real images"
+        charts += chart("Waits for images, %", lines, KIMG, note, from_zero=True)
     charts += chart(
         "Peak memory, GiB",
         [Line(run.name, i, _in_kimg(run.curve("peak_gib"))) for i, run in enumerate(runs)],
         KIMG,
-        "so far; of the GPU's memory what PyTorch reserved, on a CPU the process",
+        "so far: reserved by PyTorch on a GPU, or used by the process on a CPU",
+        from_zero=True,
     )
     if not charts:
         return _empty("No progress was logged yet (<code>--log-every</code>).")
@@ -510,7 +520,7 @@ def _throughput(runs: Sequence[Run]) -> str:
         ("training time", lambda run: duration(run.training_seconds()[-1][0])),
         ("time of evaluations", _evaluation_time),
         ("steps that waited for images", _waits),
-        ("peak memory, GiB", lambda run: _optional(_peak(run))),
+        ("peak memory", lambda run: _gib(_peak(run))),
     ]
     table = [
         ("", [name, *(cell(run) if run.training_seconds() else NOTHING for run in runs)])
@@ -522,12 +532,12 @@ def _throughput(runs: Sequence[Run]) -> str:
     )
 
 
-def _scaled(points: Sequence[Point], factor: float) -> list[Point]:
-    return [(x, None if y is None else y * factor) for x, y in points]
+def _percent(curve: Sequence[tuple[int, float | None]]) -> list[Point]:
+    return [(x, None if y is None else 100 * y) for x, y in _in_kimg(curve)]
 
 
-def _optional(value: float | None) -> str:
-    return "not recorded" if value is None else value_text(value)
+def _gib(value: float | None) -> str:
+    return "not recorded" if value is None else f"{value:,.2f} GiB"
 
 
 def _evaluation_time(run: Run) -> str:
@@ -537,7 +547,7 @@ def _evaluation_time(run: Run) -> str:
 
 def _waits(run: Run) -> str:
     waits = [v for _, v in run.curve("input_waits") if v is not None]
-    return f"{statistics.mean(waits):.1%}" if waits else "uses none"
+    return f"{statistics.mean(waits):.1%}" if waits else "reads none"
 
 
 # Configuration
@@ -562,31 +572,43 @@ def _plain(value: Any) -> Any:
 
 
 def _configuration(runs: Sequence[Run]) -> str:
-    names = dict.fromkeys(name for run in runs for name in run.options if name not in _FOLDERS)
+    options = [_effective(run) for run in runs]
+    names = dict.fromkeys([*_FIRST, *(name for each in options for name in each)])
+    names = [n for n in names if any(n in each for each in options)]
     rows, prominent = [], []
     for name in names:
-        values = [run.options.get(name, _MISSING) for run in runs]
+        values = [each.get(name, _MISSING) for each in options]
         known = [_plain(v) for v in values if v is not _MISSING]
         differs = len(set(known)) > 1 or len(known) < len(runs)
-        changed = any(_is_changed(run, name) for run in runs)
+        changed = any(
+            name in each and _is_changed(run, name) for run, each in zip(runs, options, strict=True)
+        )
         sign = '<span title="differs between the runs" aria-label="differs: ">≠ </span>'
-        cells = [f"{sign * (differs and len(runs) > 1)}{text(name)}"]
-        cells += [_option(run, name) for run in runs]
+        label = text(name).replace("_", "_<wbr>")
+        cells = [f"{sign * (differs and len(runs) > 1)}{label}"]
+        cells += [
+            _option(run, name) if name in each else NOTHING
+            for run, each in zip(runs, options, strict=True)
+        ]
         row = ("differs" if differs and len(runs) > 1 else "", cells)
         rows.append(row)
         if changed or row[0]:
             prominent.append(row)
     head = ["option", *(text(run.name) for run in runs)]
-    everything = _table(head, rows[:MAX_ROWS], "All options")
+    everything = _table(head, rows[:MAX_ROWS], "All options", kind="options")
     presets = {_preset(run) for run in runs}
-    base = presets.pop() if len(presets) == 1 else "its preset"
+    base = presets.pop() if len(presets) == 1 else "their presets"
     if len(runs) > 1:
         intro = f"Options that differ between the runs (≠, marked) or from {base}."
     else:
         intro = f"Options that differ from {base}."
     if all(run.changed is None for run in runs):
         intro += " What the preset had was not recorded."
-    first = _table(head, prominent[:MAX_ROWS], "Options that differ") if prominent else ""
+    first = (
+        _table(head, prominent[:MAX_ROWS], "Options that differ", kind="options")
+        if prominent
+        else ""
+    )
     first = first or _empty("There are none.")
     return (
         f"<p>{intro}</p>{first}<details><summary>All {len(rows)} options</summary>{everything}"
@@ -604,9 +626,13 @@ def _is_changed(run: Run, name: str) -> bool:
     return name in (run.changed or {}) and name not in _FOLDERS and not chosen_by_itself
 
 
+def _effective(run: Run) -> dict[str, Any]:
+    """The options of a run without folders and, for SiD, without SiDA's, which have no effect."""
+    idle = _SIDA if run.options.get("method") == "sid" else set()
+    return {k: v for k, v in run.options.items() if k not in _FOLDERS and k not in idle}
+
+
 def _option(run: Run, name: str) -> str:
-    if name not in run.options:
-        return NOTHING
     value = _show(run.options[name])
     if not _is_changed(run, name):
         return value
@@ -618,23 +644,28 @@ def _option(run: Run, name: str) -> str:
 
 
 def _tuning(runs: Sequence[Run]) -> str:
-    parts = []
+    tuned: dict[str, list[str]] = {}  # the runs of each result
     for i, run in enumerate(runs):
-        heading = f"<h3>{_key(i)} {text(run.name)}</h3>" if len(runs) > 1 else ""
-        parts.append(f'<div class="tuned">{heading}{_tuned(run)}</div>')
-    return "".join(parts)
+        name = f'<span class="name">{_key(i)} {text(run.name)}</span>'
+        tuned.setdefault(_tuned(run), []).append(name)
+    if len(runs) == 1:
+        return next(iter(tuned))
+    return "".join(
+        f'<h3 class="names">{" ".join(names)}</h3>{result}' for result, names in tuned.items()
+    )
 
 
 def _tuned(run: Run) -> str:
     tuning = run.section("tuning")
     said = tuning.get("text")
-    sentence = f"<p>{text(said)}</p>" if isinstance(said, str) and said else ""
+    sentence = (
+        f"<p>{text(said[0].upper() + said[1:])}.</p>" if isinstance(said, str) and said else ""
+    )
     rows = tuning.get("rows")
     rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
     if not rows:
-        return sentence or _empty(
-            "Not tuned: the run took the default implementation of each operation."
-        )
+        sentence = sentence or "<p>Not tuned.</p>"
+        return sentence + _empty("The run took the default implementation of each operation.")
     fastest = max((number(row.get("img_s")) or 0.0 for row in rows), default=0.0)
     chosen = tuning.get("candidate")
     body = [_candidate(row, chosen, fastest) for row in rows[:MAX_ROWS]]
