@@ -339,10 +339,10 @@ def _distances(runs: Sequence[Run]) -> str:
         )
         for name in metrics
     )
-    tables = "".join(_values(runs, name) for name in metrics)
+    tables = "".join(f"<div>{_values(runs, name)}</div>" for name in metrics)
     return (
         f'{_legend(runs, levels)}<div class="charts large">{charts}</div>'
-        f"<details><summary>Values</summary>{tables}</details>"
+        f'<details><summary>Values</summary><div class="charts">{tables}</div></details>'
     )
 
 
@@ -583,7 +583,7 @@ def _configuration(runs: Sequence[Run]) -> str:
         changed = any(
             name in each and _is_changed(run, name) for run, each in zip(runs, options, strict=True)
         )
-        sign = '<span title="differs between the runs" aria-label="differs: ">≠ </span>'
+        sign = '<span title="differs between the runs" aria-label="differs: ">≠&nbsp;</span>'
         label = text(name).replace("_", "_<wbr>")
         cells = [f"{sign * (differs and len(runs) > 1)}{label}"]
         cells += [
@@ -678,7 +678,7 @@ def _tuned(run: Run) -> str:
         machine
     )
     head = ["candidate", "verdict", "img/s", "", "ms a step (range)", "GiB"]
-    return sentence + _table(head, body, "Candidates of tuning") + _empty(where)
+    return sentence + _table(head, body, "Candidates of tuning", kind="candidates") + _empty(where)
 
 
 def _candidate(row: dict[str, Any], chosen: Any, fastest: float) -> tuple[str, list[str]]:
@@ -687,9 +687,10 @@ def _candidate(row: dict[str, Any], chosen: Any, fastest: float) -> tuple[str, l
     is_chosen = bool(row.get("won")) and row.get("candidate") == chosen
     verdict = text(wrong) if wrong and isinstance(wrong, str) else "right"
     if is_chosen:
-        verdict += ", chosen: the fastest"
+        first = rate is not None and rate >= fastest
+        verdict += ", chosen: " + ("fastest" if first else "none is faster beyond the spread")
     elif row.get("won"):
-        verdict += ", the fastest so far"
+        verdict += ", fastest so far"
     elif ms is not None and not wrong:
         verdict += ", not faster beyond the spread"
     spread = "" if low is None or high is None else f" ({value_text(low)} to {value_text(high)})"
@@ -726,7 +727,7 @@ def _environment(runs: Sequence[Run]) -> str:
     if started := [run.config.get("started_at") for run in runs]:
         cells = [_time(number(value)) for value in started]
         rows.append(("", ["started", *cells]))
-    table = _table(["", *(text(run.name) for run in runs)], rows, "Environment")
+    table = _table(["", *(text(run.name) for run in runs)], rows, "Environment", kind="facts")
     headlines = "".join(
         f"<p><b>{text(run.name)}</b><br><code>{_lines(run.config['headline'])}</code></p>"
         for run in runs
