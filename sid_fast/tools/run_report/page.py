@@ -339,10 +339,11 @@ def _distances(runs: Sequence[Run]) -> str:
         )
         for name in metrics
     )
-    tables = "".join(f"<div>{_values(runs, name)}</div>" for name in metrics)
+    tables = "".join(f"<div><h3>{text(name)}</h3>{_values(runs, name)}</div>" for name in metrics)
     return (
         f'{_legend(runs, levels)}<div class="charts large">{charts}</div>'
-        f'<details><summary>Values</summary><div class="charts">{tables}</div></details>'
+        f'<details><summary>Values</summary><p class="soft">The best '
+        f'value of each run is bold.</p><div class="charts">{tables}</div></details>'
     )
 
 
@@ -378,9 +379,7 @@ def _values(runs: Sequence[Run], metric: str) -> str:
     rows = [
         ("", [kimg(i), *(cell(c, i, b) for c, b in zip(curves, best, strict=True))]) for i in images
     ]
-    return _table(["kimg", *(text(r.name) for r in runs)], rows, metric, True) + _empty(
-        f"{text(metric)} by images seen; the best value of each run is bold."
-    )
+    return _table(["kimg", *(text(run.name) for run in runs)], rows, metric, True)
 
 
 def _in_kimg(curve: Sequence[tuple[int, float | None]]) -> list[Point]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from sid_fast.errors import UserError
 from sid_fast.io.untrusted import naming, parse_json, read_limited, unreadable
 from sid_fast.training.logging import MAX_BYTES
@@ -166,16 +168,19 @@ def _read_log(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     if not path.exists():
         notes.append("there is no log.jsonl yet")
         return []
+    data = read_limited(path, 2 * MAX_BYTES)
     records, damaged, names = [], 0, set()
-    for line in _lines(read_limited(path, 2 * MAX_BYTES)):
-        record = _record(line)
-        if record is None:
-            damaged += 1
-            continue
-        names |= record.keys()
-        if len(names) > MAX_METRICS:
-            raise UserError(f"{path} has more than {MAX_METRICS} metrics: it is no log of a run")
-        records.append(record)
+    with tqdm(total=len(data), unit="B", unit_scale=True, delay=1, disable=None) as bar:
+        for line in _lines(data):
+            bar.update(len(line) + 1)
+            record = _record(line)
+            if record is None:
+                damaged += 1
+                continue
+            names |= record.keys()
+            if len(names) > MAX_METRICS:
+                raise UserError(f"{path} has more than {MAX_METRICS} metrics: is it a run's log?")
+            records.append(record)
     if damaged:
         lines = "1 damaged line" if damaged == 1 else f"{damaged:,} damaged lines"
         notes.append(f"{lines} of log.jsonl left out")
