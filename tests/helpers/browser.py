@@ -37,7 +37,7 @@ class Browser:
         console: Messages, errors and exceptions of the page's console.
     """
 
-    def __init__(self, executable: str, timeout: float = 60.0):
+    def __init__(self, executable: str, timeout: float = 120.0):
         self.deadline = time.monotonic() + timeout
         self.requests: list[str] = []
         self.console: list[str] = []
