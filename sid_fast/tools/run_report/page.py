@@ -254,10 +254,11 @@ def _card(run: Run, style: int) -> str:
     rows: list[tuple[str, str]] = []
     big, what = NOTHING, "no evaluation"
     names = run.evaluation_metrics()
-    points = [p for p in run.curve(names[0]) if p[1] is not None] if names else []
+    curve = run.curve(names[0]) if names else []
+    points = [(images, value) for images, value in curve if value is not None]
     if points:
-        images, best = min(points, key=lambda p: p[1] or 0.0)
-        first = points[0][1] or 0.0
+        images, best = min(points, key=lambda point: point[1])
+        first = points[0][1]
         big = value_text(best)
         what = f"best {text(names[0])}, at {kimg(images)} kimg"
         rows.append(("first", f"{value_text(first)} at {kimg(points[0][0])} kimg"))
@@ -445,7 +446,7 @@ def _losses(runs: Sequence[Run]) -> str:
     names = [n for n in metrics if n not in evaluation and n not in _SPEED and not _fault(n)]
     if not names:
         return _empty("No progress was logged yet (<code>--log-every</code>).")
-    charts, drawn = [], set()
+    charts, drawn = [], set[str]()
     for title, note, shown in METRICS:
         charts.append(_metric_chart(runs, title, note, shown))
         drawn |= shown.keys()
@@ -574,7 +575,8 @@ def _configuration(runs: Sequence[Run]) -> str:
     options = [_effective(run) for run in runs]
     names = dict.fromkeys([*_FIRST, *(name for each in options for name in each)])
     names = [n for n in names if any(n in each for each in options)]
-    rows, prominent = [], []
+    rows: list[tuple[str, list[str]]] = []
+    prominent: list[tuple[str, list[str]]] = []
     for name in names:
         values = [each.get(name, _MISSING) for each in options]
         known = [_plain(v) for v in values if v is not _MISSING]
@@ -723,9 +725,8 @@ def _environment(runs: Sequence[Run]) -> str:
         label = text(_ENVIRONMENT.get(name, name))
         cells = [NOTHING if value is None else _environment_value(value) for value in values]
         rows.append(("differs" if differs else "", [label, *cells]))
-    if started := [run.config.get("started_at") for run in runs]:
-        cells = [_time(number(value)) for value in started]
-        rows.append(("", ["started", *cells]))
+    started = [_time(number(run.config.get("started_at"))) for run in runs]
+    rows.append(("", ["started", *started]))
     table = _table(["", *(text(run.name) for run in runs)], rows, "Environment", kind="facts")
     headlines = "".join(
         f"<p><b>{text(run.name)}</b><br><code>{_lines(run.config['headline'])}</code></p>"

@@ -97,7 +97,8 @@ class Run:
 
         Pauses for snapshots and evaluations are left out, as in the rates themselves.
         """
-        points, seconds, before = [], 0.0, 0
+        points: list[tuple[float, float]] = []
+        seconds, before = 0.0, 0
         for images, rate in self.curve(RATE):
             if rate and rate > 0:
                 seconds += max(images - before, 0) / rate
@@ -169,7 +170,8 @@ def _read_log(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         notes.append("there is no log.jsonl yet")
         return []
     data = read_limited(path, 2 * MAX_BYTES)
-    records, damaged, names = [], 0, set()
+    records: list[dict[str, Any]] = []
+    damaged, names = 0, set[str]()
     with tqdm(total=len(data), unit="B", unit_scale=True, delay=1, disable=None) as bar:
         for line in _lines(data):
             bar.update(len(line) + 1)
