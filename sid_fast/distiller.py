@@ -13,7 +13,7 @@ from sid_fast.errors import UserError
 from sid_fast.io.digest import digest
 from sid_fast.methods.sid import Draw, SiD
 from sid_fast.methods.sida import SiDA, check_images
-from sid_fast.models import EDMNetwork, NetworkConfig
+from sid_fast.models import EDMNetwork, Network, NetworkConfig
 from sid_fast.performance import fsdp, mixed_precision
 from sid_fast.training.step import Trainer
 
@@ -61,7 +61,7 @@ class Distiller(Trainer):
 
     def __init__(
         self,
-        teacher: EDMNetwork,
+        teacher: Network,
         settings: Settings,
         seed: int = 0,
         label_weights: torch.Tensor | None = None,

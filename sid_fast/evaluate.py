@@ -74,8 +74,9 @@ class EvaluateConfig(DetectorOptions):
 
     network: str | None = option(
         None,
-        "generator or teacher to evaluate: a .safetensors snapshot, an EDM or SiD pickle (.pkl), a "
-        "run folder (its newest snapshot), an https URL, or the name of a published teacher",
+        "generator or teacher to evaluate: a .safetensors snapshot, an EDM, EDM2 or SiD pickle "
+        "(.pkl), a run folder (its newest snapshot), an https URL, or the name of a published "
+        "teacher",
     )
     images: str | None = option(
         None, "instead of --network: generated images, a zip or folder of PNGs"

@@ -33,14 +33,15 @@ class GenerateConfig:
 
     network: str | None = option(
         None,
-        "generator or teacher: a .safetensors snapshot, an EDM or SiD pickle (.pkl), a run folder "
-        "(its newest snapshot), an https URL, or the name of a published teacher",
+        "generator or teacher: a .safetensors snapshot, an EDM, EDM2 or SiD pickle (.pkl), a run "
+        "folder (its newest snapshot), an https URL, or the name of a published teacher",
     )
     seeds: str = option("0-63", "one image per seed: numbers and ranges, such as 0-63,100")
     out: str | None = option(
         None,
         "a folder for one PNG per seed; NAME.zip for an EDM data set; or NAME.npz with `images` "
-        "(uint8 [N, R, R, C]), `seeds` and, with classes, `labels`",
+        "(uint8 [N, R, R, C]; `latents`, float32 [N, C, R, R], from a network that makes latents), "
+        "`seeds` and, with classes, `labels`",
     )
     grid: str | None = option(None, "PNG file to write, a grid of all the images")
     class_: int | None = option(
@@ -49,7 +50,7 @@ class GenerateConfig:
     steps: int = option(
         1,
         "1 for a one-step generator; for a teacher its sampler steps: 18 at 32x32 pixels, 40 at "
-        "64x64",
+        "64x64, 32 for EDM2",
         1,
         1000,
     )
@@ -101,7 +102,8 @@ def run(config: GenerateConfig, given: set[str]) -> None:
         rank = process_group.rank()
         mine = seeds[rank :: process_group.world_size()]
         shape = net.config.channels, net.config.resolution, net.config.resolution
-        images = torch.empty(len(mine), *shape, dtype=torch.uint8)
+        dtype = torch.float32 if net.config.is_latent else torch.uint8
+        images = torch.empty(len(mine), *shape, dtype=dtype)
         classes = torch.empty(len(mine), dtype=torch.int64)
         bar = tqdm(total=len(mine), unit="img", disable=True if rank else None)
         for i in range(0, len(mine), config.batch):
@@ -125,7 +127,7 @@ FILE_SUFFIXES = (".zip", ".npz", ".npy", ".png", ".jpg", ".tar", ".gz", ".tgz")
 
 def require_memory(config: GenerateConfig, network: NetworkConfig, count: int) -> None:
     """Raise UserError if `count` images do not fit in this machine's memory."""
-    pixels = network.channels * network.resolution**2
+    pixels = network.channels * network.resolution**2 * (4 if network.is_latent else 1)  # bytes
     copies = 1 + bool(config.grid) + bool(config.out and is_file(config.out))  # while writing
     per_image = 56 + copies * pixels  # the seed, twice; the class; the image
     latents = min(config.batch, count) * pixels * 8  # drawn one by one, then stacked, float32
@@ -162,7 +164,10 @@ def write(
     images: torch.Tensor,
     classes: torch.Tensor,
 ) -> None:
-    """Write --grid, and --out if it is a file; images are uint8 [N, C, R, R], classes int64 [N]."""
+    """Write --grid, and --out if it is a file; classes are int64 [N].
+
+    images are uint8 [N, C, R, R]; of a network that makes latents, they are latents in float32.
+    """
     labels = classes.numpy() if network.label_dim else None
     if config.grid:
         save_grid(config.grid, images)
@@ -170,7 +175,11 @@ def write(
     if config.out and suffix == ".zip":
         write_dataset(config.out, images, labels)
     if config.out and suffix == ".npz":
-        values: dict[str, Any] = {"images": images.permute(0, 2, 3, 1).numpy()}
+        values: dict[str, Any] = (
+            {"latents": images.numpy()}
+            if network.is_latent
+            else {"images": images.permute(0, 2, 3, 1).numpy()}
+        )
         values |= {"seeds": np.array(seeds)} | ({} if labels is None else {"labels": labels})
         with atomic_path(config.out) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **values)

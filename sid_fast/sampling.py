@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from sid_fast.errors import UserError
-from sid_fast.models import EDMNetwork, NetworkConfig
+from sid_fast.models import Network, NetworkConfig
 from sid_fast.noise import sampler_sigmas
 
 
@@ -89,7 +89,7 @@ def group_size(device: torch.device, resolution: int) -> int:
 
 @torch.no_grad()
 def generate_images(
-    net: EDMNetwork,
+    net: Network,
     latents: torch.Tensor,
     classes: torch.Tensor,
     init_sigma: float | None = None,
@@ -109,7 +109,7 @@ def generate_images(
         call: Called in place of the network, e.g. a CUDA graph of it.
 
     Returns:
-        uint8 images [N, C, R, R], on the CPU.
+        uint8 images [N, C, R, R], on the CPU; float32 of a network that makes latents.
 
     Raises:
         UserError: The network's output is not finite.
@@ -133,5 +133,5 @@ def generate_images(
                 "the network's images have NaN or infinite pixels: its weights are finite but too "
                 "large; give another network, such as an earlier snapshot"
             )
-        images.append(to_uint8(x).cpu())
+        images.append((x.float() if net.config.is_latent else to_uint8(x)).cpu())
     return torch.cat(images)[: len(latents)]

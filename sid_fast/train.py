@@ -236,6 +236,7 @@ def open_generator(config: TrainConfig, given: set[str], teacher: NetworkConfig)
         config.init_sigma = generator.config.init_sigma
     wanted = dataclasses.replace(teacher, init_sigma=config.init_sigma)
     check_generator(generator.config, wanted, config.generator)
+    assert isinstance(generator, EDMNetwork)  # as the teacher
     return generator
 
 

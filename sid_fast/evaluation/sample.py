@@ -15,7 +15,7 @@ from sid_fast.errors import UserError
 from sid_fast.evaluation.features import Detector, Pixels
 from sid_fast.evaluation.frechet import Moments, frechet_distance
 from sid_fast.evaluation.metrics import inception_score, kernel_distance, precision_recall
-from sid_fast.models import EDMNetwork
+from sid_fast.models import Network
 from sid_fast.performance import process_group
 from sid_fast.performance.cuda_graphs import GraphedFunction
 from sid_fast.sampling import generate_images, seed_inputs
@@ -70,14 +70,14 @@ def shard_by_rank(items: Sequence) -> Sequence:
     return items[process_group.rank() :: process_group.world_size()]
 
 
-def classes_to_draw(data: ImageDataset | None, net: EDMNetwork) -> list[int]:
+def classes_to_draw(data: ImageDataset | None, net: Network) -> list[int]:
     """The classes that real images have, if the network knows others too; empty: draw all."""
     classes = [c for c in data.classes if c < net.config.label_dim] if data else []
     return [] if len(classes) == net.config.label_dim else classes
 
 
 def generate_batches(
-    net: EDMNetwork,
+    net: Network,
     seeds: Sequence[int],
     init_sigma: float | None,
     steps: int = 1,

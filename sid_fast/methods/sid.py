@@ -22,7 +22,8 @@ from sid_fast.config.types import Settings
 from sid_fast.errors import UserError
 from sid_fast.kernels import Losses
 from sid_fast.methods.base import Method, Phase, RandomStream, one_hot_labels
-from sid_fast.models import EDMNetwork
+from sid_fast.models import Network
+from sid_fast.models.registry import require_edm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +69,10 @@ class SiD(Method):
     }
 
     def __init__(
-        self, teacher: EDMNetwork, settings: Settings, label_weights: torch.Tensor | None = None
+        self, teacher: Network, settings: Settings, label_weights: torch.Tensor | None = None
     ):
         s = settings
+        teacher = require_edm(teacher, "the teacher")
         if s.augment_p and not teacher.config.augment_dim:
             raise UserError(
                 f"augment_p={s.augment_p}: the teacher takes no augmentation labels, so "

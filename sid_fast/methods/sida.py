@@ -31,7 +31,7 @@ from sid_fast.errors import UserError
 from sid_fast.losses import SiDAFakeScoreLosses, SiDAGeneratorLosses
 from sid_fast.methods.base import Phase, RandomStream
 from sid_fast.methods.sid import Draw, SiD
-from sid_fast.models import EDMNetwork, NetworkConfig
+from sid_fast.models import EDMNetwork, Network, NetworkConfig
 
 
 class SiDA(SiD):
@@ -64,7 +64,7 @@ class SiDA(SiD):
 
     def __init__(
         self,
-        teacher: EDMNetwork,
+        teacher: Network,
         settings: SiDASettings,
         label_weights: torch.Tensor | None = None,
         feed: ImageFeed | None = None,
@@ -75,7 +75,7 @@ class SiDA(SiD):
             check_generator(generator.config, self.generator.config)
             self.generator.load_state_dict(generator.state_dict())
         self.feed, self.group = feed, settings.adversarial_group
-        s, config = settings, teacher.config
+        s, config = settings, self.teacher.config
         values = config.channels * config.resolution**2  # per image
         self.generator_start = start = round(s.generator_start_kimg * 1000)
         adversarial_start = round(s.adversarial_start_kimg * 1000)

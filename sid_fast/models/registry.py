@@ -1,24 +1,88 @@
-"""Loading and saving networks: upstream's pickles and .safetensors snapshots."""
+"""Building, loading and saving networks of all families: pickles and .safetensors snapshots."""
 
+import dataclasses
 import os
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sid_fast.errors import UserError
 from sid_fast.io.download import fetch
-from sid_fast.io.pickles import read_pickle
+from sid_fast.io.pickles import PickledNetwork, read_pickle
 from sid_fast.io.safetensors import read_snapshot, write_snapshot
-from sid_fast.io.untrusted import MAX_NETWORK_BYTES, describe, sniff_file
-from sid_fast.models import EDMNetwork, NetworkConfig
+from sid_fast.io.untrusted import MAX_NETWORK_BYTES, brief, describe, sniff_file
+from sid_fast.models import EDM2Config, EDM2Network, EDMNetwork, Network, NetworkConfig
+from sid_fast.models.edm2.pickle import config_of
 from sid_fast.models.teachers import TEACHERS
 
 EMBEDDED = ("digits", "fashion")  # teachers in this package
 
 
-def load_network(path: str | Path) -> EDMNetwork:
-    """Load a network from an EDM or SiD pickle, or a .safetensors snapshot.
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A network family.
+
+    Attributes:
+        config: Class of its configurations.
+        network: Class of its networks, built from a configuration.
+        published: Class name of its networks in upstream's pickles.
+        from_pickle: Reads the configuration of such a network.
+    """
+
+    config: type[NetworkConfig]
+    network: Callable[[Any], Network]
+    published: str
+    from_pickle: Callable[[PickledNetwork], NetworkConfig]
+
+
+FAMILIES = (
+    Family(
+        NetworkConfig, EDMNetwork, "EDMPrecond",
+        lambda p: NetworkConfig.from_published(p.class_name, p.init_kwargs),
+    ),
+    Family(
+        EDM2Config, EDM2Network, "Precond",
+        lambda p: config_of(p.init_kwargs, has_logvar="logvar_linear.weight" in p.state),
+    ),
+)  # fmt: skip
+
+
+def build_network(config: NetworkConfig) -> Network:
+    """Build the network of a configuration, with initial weights."""
+    (family,) = (family for family in FAMILIES if type(config) is family.config)
+    return family.network(config)
+
+
+def read_config(values: dict[str, Any]) -> NetworkConfig:
+    """Rebuild a configuration from NetworkConfig.to_dict; its architecture tells the family.
+
+    Raises:
+        UserError: The values are not a configuration of a known family.
+    """
+    known = {name: family for family in FAMILIES for name in family.config.architectures}
+    name = values.get("architecture")
+    if not isinstance(name, str) or name not in known:
+        raise UserError(
+            f"network: architecture={brief(name)} is not supported: use one of {', '.join(known)}"
+        )
+    return known[name].config.from_dict(values)
+
+
+def _pickled_config(pickled: PickledNetwork) -> NetworkConfig:
+    for family in FAMILIES:
+        if family.published == pickled.class_name:
+            return family.from_pickle(pickled)
+    raise UserError(
+        f"network: {brief(pickled.class_name)} is not a supported class of networks: give a file "
+        f"with {' (EDM) or '.join(family.published for family in FAMILIES)} (EDM2)"
+    )
+
+
+def load_network(path: str | Path) -> Network:
+    """Load a network from an EDM, EDM2 or SiD pickle, or a .safetensors snapshot.
 
     The file determines the architecture. Nothing in the file is executed.
 
@@ -37,20 +101,20 @@ def load_network(path: str | Path) -> EDMNetwork:
     try:
         if kind == "safetensors":
             state, values = read_snapshot(file)
-            config = NetworkConfig.from_dict(values)
+            config = read_config(values)
         elif kind == "pickle":
             pickled = read_pickle(file)
             state = pickled.state
-            config = NetworkConfig.from_published(pickled.class_name, pickled.init_kwargs)
+            config = _pickled_config(pickled)
         else:
             raise UserError(
-                f"{file} is {describe(kind)}: give a snapshot-*.safetensors or an EDM or SiD "
-                "network pickle (.pkl)"
+                f"{file} is {describe(kind)}: give a snapshot-*.safetensors or an EDM, EDM2 "
+                "or SiD network pickle (.pkl)"
             )
         if len(state) < config.num_blocks * len(config.channel_mult):  # before they are built
             raise UserError("weights do not fit: they are fewer than the network's blocks")
         with torch.device("meta"):
-            net = EDMNetwork(config)
+            net = build_network(config)
         _check(state, net.state_dict())
         state = {name: value.float() for name, value in state.items()}
         _check_finite(state)
@@ -61,7 +125,7 @@ def load_network(path: str | Path) -> EDMNetwork:
     return net.requires_grad_(False).eval()
 
 
-def load_generator(path: str | Path) -> EDMNetwork:
+def load_generator(path: str | Path) -> Network:
     """Load a generator like load_network, but prefer a run folder's best network (best-*)."""
     best = sorted(Path(path).glob("best-*.safetensors"))
     return load_network(best[-1] if best else path)
@@ -83,9 +147,13 @@ def _locate(path: str) -> Path:
 
 
 def network_config(teacher: str) -> NetworkConfig:
-    """Return a teacher's configuration, without downloading a published one."""
+    """Return a teacher's configuration, without downloading a published one.
+
+    Raises:
+        UserError: As load_network; or runs cannot train the network's family yet.
+    """
     known = TEACHERS.get(teacher)
-    return known.network if known else load_network(teacher).config
+    return known.network if known else require_edm(load_network(teacher), teacher).config
 
 
 def _check(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -112,20 +180,30 @@ def _check_finite(state: dict[str, torch.Tensor]) -> None:
             )
 
 
+def require_edm(net: Network, name: str) -> EDMNetwork:
+    """Return the network; UserError, naming it, if it is of a family that runs cannot train yet."""
+    if not isinstance(net, EDMNetwork):
+        raise UserError(
+            f"{name} is an EDM2 network, which runs cannot train yet: give an EDM teacher "
+            "(DDPM++, NCSN++ or ADM)"
+        )
+    return net
+
+
 def load_teacher(path: str | Path) -> EDMNetwork:
     """Load a network as load_network does, for training on it.
 
     Raises:
-        UserError: As load_network; or the network is a one-step generator, or its images have
-            neither 1 nor 3 channels, so that sample grids cannot be written.
+        UserError: As load_network; or the network is an EDM2 network or a one-step generator, or
+            its images have neither 1 nor 3 channels, so that sample grids cannot be written.
     """
-    net = load_network(path)
+    net = require_edm(load_network(path), str(path))
     require_denoiser(net, str(path), "a teacher")
     require_png_channels(net, str(path), "give another teacher")
     return net
 
 
-def require_denoiser(net: EDMNetwork, name: str, role: str) -> None:
+def require_denoiser(net: Network, name: str, role: str) -> None:
     """Raise UserError if a network is a one-step generator, trained at one noise level alone.
 
     Args:
@@ -141,7 +219,7 @@ def require_denoiser(net: EDMNetwork, name: str, role: str) -> None:
         )
 
 
-def require_png_channels(net: EDMNetwork, name: str, way_out: str) -> None:
+def require_png_channels(net: Network, name: str, way_out: str) -> None:
     """Raise UserError if a network's images have neither 1 nor 3 channels, as PNG files have.
 
     Args:
@@ -149,6 +227,11 @@ def require_png_channels(net: EDMNetwork, name: str, way_out: str) -> None:
         name: Where it came from, for the message.
         way_out: The end of the message.
     """
+    if net.config.is_latent:
+        raise UserError(
+            f"{name} makes latents of {net.config.channels} channels, which cannot be decoded to "
+            f"images yet: {way_out}"
+        )
     if net.config.channels not in (1, 3):
         raise UserError(
             f"{name} makes images of {net.config.channels} channels, but PNG files have 1 or 3: "
@@ -156,6 +239,6 @@ def require_png_channels(net: EDMNetwork, name: str, way_out: str) -> None:
         )
 
 
-def save_network(path: str | Path, net: EDMNetwork) -> None:
+def save_network(path: str | Path, net: Network) -> None:
     """Write weights and configuration to one .safetensors file, atomically."""
     write_snapshot(path, net.state_dict(), net.config.to_dict())

@@ -21,7 +21,8 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from torch.utils.module_tracker import ModuleTracker
 
 from sid_fast import kernels
-from sid_fast.models import EDMNetwork, NetworkConfig
+from sid_fast.models import NetworkConfig
+from sid_fast.models.registry import build_network
 from sid_fast.performance.mixed_precision import TYPES
 
 Backends = str | Mapping[str, str]  # for all operations, or by operation
@@ -299,7 +300,7 @@ def forward(
         images: batch size.
     """
     with fake(backends), torch.no_grad():
-        net = EDMNetwork(config).eval().requires_grad_(False)
+        net = build_network(config).eval().requires_grad_(False)
         net.compute_in(TYPES[precision])
         x = torch.empty(images, config.channels, config.resolution, config.resolution)
         labels = torch.empty(images, config.label_dim) if config.label_dim else None

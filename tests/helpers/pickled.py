@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sid_fast.models import EDMNetwork
+from sid_fast.models import EDM2Network, EDMNetwork
 from sid_fast.models.edm_unet.config import ARCHITECTURES
 
 
@@ -94,14 +94,15 @@ def module(
     return Call("torch_utils.persistence", "_reconstruct_persistent_obj", (meta,))
 
 
+def _part(source: torch.nn.Module) -> Call:
+    values = {k: v for k, v in source.state_dict().items() if "." not in k}
+    tensors = {k: tensor(v) for k, v in values.items()}
+    children = {k: _part(child) for k, child in source.named_children()}
+    return module(type(source).__name__, tensors, children)
+
+
 def network_pickle(net: EDMNetwork, **arguments: Any) -> bytes:
     """Pickle a network as upstream would; `arguments` override those of its constructor."""
-
-    def part(source: torch.nn.Module) -> Call:
-        values = {k: v for k, v in source.state_dict().items() if "." not in k}
-        tensors = {k: tensor(v) for k, v in values.items()}
-        children = {k: part(child) for k, child in source.named_children()}
-        return module(type(source).__name__, tensors, children)
 
     config, kind = net.config, ARCHITECTURES[net.config.architecture]
     kwargs = {
@@ -120,6 +121,27 @@ def network_pickle(net: EDMNetwork, **arguments: Any) -> bytes:
         "channel_mult_noise": kind.embedding_width,
         "resample_filter": list(kind.filter),
     }
-    net_part = part(net.model)
+    net_part = _part(net.model)
     root = module("EDMPrecond", {}, {"model": net_part}, _init_kwargs=kwargs | arguments)
     return dump({"ema": root, "dataset_kwargs": {"path": "/data"}})
+
+
+def edm2_pickle(net: EDM2Network, class_name: str = "Precond", **arguments: Any) -> bytes:
+    """Pickle an EDM2 network as upstream would; an argument of None is left out."""
+    config = net.config
+    kwargs = {
+        "img_resolution": config.resolution,
+        "img_channels": config.channels,
+        "label_dim": config.label_dim,
+        "use_fp16": True,
+        "logvar_channels": config.logvar_channels or 128,
+        "model_channels": config.model_channels,
+        "channel_mult": list(config.channel_mult),
+        "num_blocks": config.num_blocks,
+        "attn_resolutions": list(config.attention_resolutions),
+        "dropout": config.dropout,
+    } | arguments
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    children = {name: _part(child) for name, child in net.named_children()}
+    root = module(class_name, {}, children, _init_kwargs=kwargs)
+    return dump({"ema": root, "encoder": module("StandardRGBEncoder", {}, {})})

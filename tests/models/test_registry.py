@@ -142,7 +142,7 @@ def test_few_weights_do_not_make_a_large_network(tmp_path, monkeypatch):
     def build(config):
         raise AssertionError("built")
 
-    monkeypatch.setattr("sid_fast.models.registry.EDMNetwork", build)
+    monkeypatch.setattr("sid_fast.models.registry.build_network", build)
     config = SMALL.to_dict() | {"num_blocks": 64, "resolution": 16, "channel_mult": [1] * 4}
     metadata = {"sid_fast": json.dumps({"version": 1, "config": config})}
     save_file({"a": torch.ones(1)}, tmp_path / "net", metadata)

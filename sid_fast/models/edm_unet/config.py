@@ -1,10 +1,13 @@
 """Network configurations: architectures, sizes and their validation."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sid_fast.errors import UserError
 from sid_fast.io.untrusted import brief
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11
 
 _MAX_BLOCKS = 256  # of the encoder, in all; EDM's largest network has 16
 
@@ -84,9 +87,11 @@ class NetworkConfig:
     sigma_data: float = 0.5
     init_sigma: float | None = None  # noise level of a one-step generator; None: a denoiser
 
+    architectures: ClassVar = tuple(ARCHITECTURES)  # of the family
+
     def __post_init__(self) -> None:
-        if self.architecture not in ARCHITECTURES:
-            self._refuse("architecture", f"use one of {', '.join(ARCHITECTURES)}")
+        if self.architecture not in self.architectures:
+            self._refuse("architecture", f"use one of {', '.join(self.architectures)}")
         limits = {
             "resolution": (1, 4096),
             "channels": (1, 64),
@@ -125,7 +130,7 @@ class NetworkConfig:
             self._refuse("resolution", f"{levels} levels need a multiple of {smallest}")
         if self.model_channels % 4:
             self._refuse("model_channels", "the embedding and GroupNorm need a multiple of 4")
-        head = ARCHITECTURES[self.architecture].head_channels
+        head = self.head_channels
         for level, mult in enumerate(self.channel_mult):
             attends = (self.resolution >> level) in self.attention_resolutions
             attends |= level == len(self.channel_mult) - 1
@@ -140,6 +145,16 @@ class NetworkConfig:
         value = brief(getattr(self, field))
         raise UserError(f"network: {field}={value} is not supported: {why}")
 
+    @property
+    def head_channels(self) -> int | None:
+        """Channels per attention head; None: a single head."""
+        return ARCHITECTURES[self.architecture].head_channels
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether the network makes latents, which an autoencoder turns into images."""
+        return False
+
     def __str__(self) -> str:
         classes = f"{self.label_dim} classes" if self.label_dim else "unconditional"
         return f"{self.architecture}, {self.resolution}x{self.resolution}, {classes}"
@@ -149,7 +164,7 @@ class NetworkConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "NetworkConfig":
+    def from_dict(cls, values: dict[str, Any]) -> "Self":
         """Rebuild a configuration from to_dict's dictionary, possibly after a JSON round trip."""
         if not isinstance(values, dict):
             raise UserError(f"network: {brief(values)} is not a configuration")

@@ -1,140 +1,32 @@
-"""EDM preconditioning around the U-Net, and its low-precision weights (arXiv 2206.00364, §5)."""
+"""The U-Net of EDM with its low-precision weights (arXiv 2206.00364, §5)."""
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 from torch import nn
 
+from sid_fast.models.base import Network
 from sid_fast.models.edm_unet.config import NetworkConfig
 from sid_fast.models.edm_unet.layers import ALL_ROWS, Conv2d, GroupNorm, Leaf
 from sid_fast.models.edm_unet.unet import Conditioning, UNet
 
 
-class EDMNetwork(nn.Module):
-    """D(x; σ, c) = c_skip·x + c_out·F(c_in·x, c_noise, c) (arXiv 2206.00364, equation 7).
+class EDMNetwork(Network):
+    """DDPM++, NCSN++ or ADM with EDM's preconditioning.
 
-    Only F runs in `compute_dtype`; everything else is float32.
+    NCSN++ has no published discriminator; it uses the same feature map as the others, the encoder's
+    last one.
     """
 
-    # Methods besides forward that use the weights; see fsdp.
-    forward_methods = ("raw", "logits", "denoise_and_logits", "raw_logits", "raw_and_logits")
-
     def __init__(self, config: NetworkConfig):
-        super().__init__()
-        self.config = config
-        self.compute_dtype = torch.float32
+        super().__init__(config)
         self.model = UNet(config)
         self.compute_copies: list[Leaf] = []
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        sigma: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-        augment_labels: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Denoise images.
-
-        Args:
-            x: Noisy images, [N, C, R, R].
-            sigma: Noise levels σ: [N], [N, 1, 1, 1] or a scalar.
-            class_labels: One-hot [N, label_dim]; None means zeros.
-            augment_labels: [N, augment_dim], or None.
-
-        Returns:
-            D(x; σ, c), float32 [N, C, R, R].
-        """
-        x, c_skip, c_out, inputs = self._scaled(x, sigma, class_labels, augment_labels)
-        return c_skip * x + c_out * self.model(*inputs).float()
-
-    def logits(
-        self,
-        x: torch.Tensor,
-        sigma: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-        augment_labels: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Apply SiDA's discriminator: the encoder alone (arXiv 2410.14919).
-
-        Arguments are those of forward. NCSN++ has no published discriminator; it uses the same
-        feature map, the encoder's last one.
-
-        Returns:
-            The channel mean of the encoder's last feature map, float32 [N, 1, H', W']; positive
-            where the image is taken for real.
-        """
-        _, _, _, inputs = self._scaled(x, sigma, class_labels, augment_labels)
-        return self.model(*inputs, heads="encoder")
-
-    def denoise_and_logits(
-        self,
-        x: torch.Tensor,
-        sigma: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-        augment_labels: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the outputs of forward and of logits from one pass."""
-        x, c_skip, c_out, inputs = self._scaled(x, sigma, class_labels, augment_labels)
-        raw, logits = self.model(*inputs, heads="both")
-        return c_skip * x + c_out * raw.float(), logits
-
-    def raw(
-        self,
-        network_input: torch.Tensor,
-        c_noise: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-        augment_labels: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Apply F alone to c_in·x, in the compute dtype, and c_noise = ln(σ)/4, [N]."""
-        labels = self._labels(class_labels, network_input)
-        return self.model(network_input, c_noise, labels, augment_labels)
-
-    def raw_logits(
-        self,
-        network_input: torch.Tensor,
-        c_noise: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-        augment_labels: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return the logits of raw's arguments."""
-        labels = self._labels(class_labels, network_input)
-        return self.model(network_input, c_noise, labels, augment_labels, heads="encoder")
-
-    def raw_and_logits(
-        self,
-        network_input: torch.Tensor,
-        c_noise: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-        augment_labels: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the outputs of raw and of raw_logits from one pass."""
-        labels = self._labels(class_labels, network_input)
-        return self.model(network_input, c_noise, labels, augment_labels, heads="both")
-
-    def _scaled(self, x, sigma, class_labels, augment_labels):
-        """Return x in float32, c_skip, c_out, and the arguments of F."""
-        x = x.float()
-        sigma = sigma.float().reshape(-1, 1, 1, 1)
-        if sigma.shape[0] != len(x):
-            sigma = sigma.expand(len(x), 1, 1, 1)
-        data = self.config.sigma_data
-        total = sigma**2 + data**2
-        c_skip = data**2 / total
-        root = total.sqrt()
-        c_out = sigma * data / root
-        c_in = root.reciprocal()
-        c_noise = sigma.log() / 4
-        scaled = (c_in * x).to(self.compute_dtype)
-        labels = self._labels(class_labels, x)
-        return x, c_skip, c_out, (scaled, c_noise.flatten(), labels, augment_labels)
-
-    def _labels(self, class_labels: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
-        if not self.config.label_dim:
-            return None
-        if class_labels is None:
-            class_labels = torch.zeros(1, self.config.label_dim, device=x.device)
-        return class_labels.float().reshape(-1, self.config.label_dim)
+    @property
+    def backbone(self) -> UNet:
+        """The U-Net."""
+        return self.model
 
     def compute_in(self, dtype: torch.dtype, frozen: bool = False) -> None:
         """Run F in `dtype` from now on; a 16-bit F computes with copies of its parameters.
@@ -243,22 +135,6 @@ class EDMNetwork(nn.Module):
             if copy is not None:
                 copy.copy_(p)
         self.update_combined_copies()
-
-    def set_dropout(self, dropout: float, seeds: torch.Tensor | None = None) -> None:
-        """Set the dropout probability of every block.
-
-        Args:
-            dropout: The probability.
-            seeds: int64 [blocks, 3], a row per block as kernels.group_norm takes it, read at every
-                forward. Without seeds, masks come from torch's generator. A pass through the
-                encoder alone uses the next stream of every block.
-        """
-        self.model.encoder_seeds = None
-        if dropout and seeds is not None:
-            next_stream = torch.tensor([0, 1, 0], device=seeds.device)
-            self.model.encoder_seeds = partial(torch.add, seeds, next_stream)
-        for i, block in enumerate(self.model.blocks()):
-            block.dropout, block.dropout_seed = dropout, None if seeds is None else seeds[i]
 
 
 def _is_cast(copy: torch.Tensor, params: tuple[nn.Parameter, ...]) -> bool:

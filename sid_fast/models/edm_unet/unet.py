@@ -1,9 +1,8 @@
 """The U-Net and residual block shared by DDPM++, NCSN++ and ADM."""
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ from torch import nn
 
 from sid_fast import kernels
 from sid_fast.kernels.dispatch import choose
+from sid_fast.models.base import Heads, encoder_block_seeds
 from sid_fast.models.edm_unet import fused
 from sid_fast.models.edm_unet.config import ARCHITECTURES, Architecture, NetworkConfig
 from sid_fast.models.edm_unet.layers import (
@@ -23,8 +23,6 @@ from sid_fast.models.edm_unet.layers import (
     PositionalEmbedding,
     channel_mean,
 )
-
-Heads = Literal["decoder", "encoder", "both"]
 
 
 def initialisation(architecture: Architecture) -> tuple[Init, Init, Init]:
@@ -279,7 +277,7 @@ class UNet(nn.Module):
                 or the pair of them ("both").
         """
         embedding = self.embed(c_noise, labels, augment_labels).to(x.dtype)
-        seeds = self._seeds(heads)
+        seeds = encoder_block_seeds(self.encoder_seeds, self.training, heads)
         # The group norm kernels can fuse resampling only with the filter [1, 1].
         if choose("block", x.device) != "eager" and self.kind.filter == (1, 1):
             return fused.unet(self, x, embedding, heads, seeds)
@@ -306,16 +304,6 @@ class UNet(nn.Module):
         norm, conv = self.output_layers()
         out = conv(norm(x).y)
         return out if logits is None else (out, logits)
-
-    def _seeds(self, heads: Heads) -> Iterator[torch.Tensor | None]:
-        """Yield the `seed` argument of each block.
-
-        A pass through the encoder alone draws other masks: the discriminator sees a real and a
-        generated image in one step, with independent dropout.
-        """
-        if heads != "encoder" or self.encoder_seeds is None or not self.training:
-            return itertools.repeat(None)
-        return iter(self.encoder_seeds().unbind())
 
     def blocks(self) -> list[Block]:
         """List the residual blocks, in forward order."""

@@ -1,0 +1,52 @@
+"""EDM2's preconditioned network with its log-variance head (arXiv 2312.02696)."""
+
+import torch
+
+from sid_fast.errors import UserError
+from sid_fast.models.base import Network
+from sid_fast.models.edm2.config import EDM2Config
+from sid_fast.models.edm2.layers import MPConv, MPFourier, normalize_weight
+from sid_fast.models.edm2.unet import UNet
+
+
+class EDM2Network(Network):
+    """An EDM2 U-Net with EDM's preconditioning and, if it has one, a log-variance head."""
+
+    config: EDM2Config
+
+    def __init__(self, config: EDM2Config):
+        super().__init__(config)
+        self.unet = UNet(config)
+        if config.logvar_channels:
+            self.logvar_fourier = MPFourier(config.logvar_channels)
+            self.logvar_linear = MPConv(config.logvar_channels, 1)
+
+    @property
+    def backbone(self) -> UNet:
+        """The U-Net."""
+        return self.unet
+
+    def log_variance(self, c_noise: torch.Tensor) -> torch.Tensor:
+        """Return u, the log-variance of the denoising loss, float32 [N], for c_noise = ln(σ)/4.
+
+        Raises:
+            UserError: The network has no head.
+        """
+        if not self.config.logvar_channels:
+            raise UserError(
+                "network: logvar_channels=0: it has no log-variance head, as a one-step generator "
+                "has none; give the teacher's own network"
+            )
+        return self.logvar_linear(self.logvar_fourier(c_noise.flatten())).flatten()
+
+    @torch.no_grad()
+    def normalize_weights(self) -> None:
+        """Normalise all weights in place (forced weight normalisation, arXiv 2312.02696).
+
+        This does not change what the network computes, up to the ε of the normalisation: weights
+        are normalised again where they are used. It keeps the effective learning rate from falling
+        as the weights grow.
+        """
+        for layer in self.modules():
+            if isinstance(layer, MPConv):
+                layer.weight.copy_(normalize_weight(layer.weight))

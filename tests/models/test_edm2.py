@@ -1,0 +1,355 @@
+"""EDM2: networks against recorded numbers of the original, sizes, files and what is refused."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import sid_fast
+from sid_fast.errors import UserError
+from sid_fast.models import EDM2Config, EDM2Network, EDMNetwork
+from sid_fast.models.edm2 import layers
+from sid_fast.models.edm2.config import SIZES
+from sid_fast.models.registry import (
+    build_network,
+    load_teacher,
+    network_config,
+    save_network,
+)
+from sid_fast.tools import op_counter
+from tests.helpers.golden import TOLERANCE, check_gradients, read, relative
+from tests.helpers.networks import small_teacher
+from tests.helpers.pickled import edm2_pickle, network_pickle
+
+SMALL = EDM2Config(
+    resolution=8, channels=3, label_dim=3, model_channels=64, channel_mult=(1,), num_blocks=1,
+    attention_resolutions=(8,), logvar_channels=8,
+)  # fmt: skip
+# Millions of parameters and GFLOP of a forward image at 64x64, counted from the publication.
+PUBLISHED = {
+    "xxs": (31.3, 22.7),
+    "xs": (124.7, 89.9),
+    "s": (280.2, 201.6),
+    "m": (497.8, 357.9),
+    "l": (777.5, 558.7),
+    "xl": (1119.3, 804.0),
+    "xxl": (1523.2, 1093.8),
+}
+
+
+def load(golden, name="edm2_cond.pkl") -> EDM2Network:
+    net = sid_fast.load_network(golden / name)
+    assert isinstance(net, EDM2Network)
+    return net
+
+
+def randomized(**fields) -> EDM2Network:
+    """A small network whose gains are not 0, so that every branch matters."""
+    torch.manual_seed(0)
+    net = EDM2Network(dataclasses.replace(SMALL, **fields))
+    for name, p in net.named_parameters():
+        if name.endswith("_gain"):
+            p.data.fill_(0.5)
+    return net.requires_grad_(False).eval()
+
+
+def inputs(config, n=2):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, config.channels, 8, 8, generator=generator)
+    return x, torch.linspace(0.3, 3, n), torch.eye(3)[:n] if config.label_dim else None
+
+
+# --- golden data
+
+
+def test_forward_gradients_and_log_variance_match_golden(golden):
+    net, data = load(golden).requires_grad_(True), read(golden / "edm2_cond.forward.npz")
+    x = data["x"].requires_grad_(True)
+    found = net(x, data["sigma"], data["class_labels"])
+    u = net.log_variance(data["sigma"].log() / 4)
+    assert found.dtype == u.dtype == torch.float32
+    assert relative(found, data["D"]) <= TOLERANCE
+    assert relative(u, data["logvar"].flatten()) <= TOLERANCE
+    (found * data["cotangent"]).sum().backward()
+    assert relative(x.grad, data["grad_x"]) <= TOLERANCE
+    u.sum().backward()
+    check_gradients(net, data, "grad")
+
+
+def test_forced_weight_normalisation_matches_golden(golden):
+    net, data = load(golden), read(golden / "edm2_cond.forward.npz")
+    before = data["forced_norm_before"]
+
+    def head(p):
+        return p.detach().flatten()[: len(before)]
+
+    (weight,) = (p for p in net.parameters() if p.numel() >= 512 and torch.equal(head(p), before))
+    net.normalize_weights()
+    assert relative(head(weight), data["forced_norm_after"]) <= TOLERANCE
+    assert relative(head(weight), before) > 10 * TOLERANCE
+
+
+def test_half_precision_storage(golden):
+    net, half = load(golden), load(golden, "edm2_cond.half.pkl")
+    assert half.config == net.config
+    assert {p.dtype for p in half.state_dict().values()} == {torch.float32}
+    data = read(golden / "edm2_cond.forward.npz")
+    found = half(data["x"], data["sigma"], data["class_labels"])
+    assert 0 < relative(found, data["D"]) < 2e-3
+
+
+# --- sizes
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parameters_and_flop_match_the_publication(size):
+    config = EDM2Config.of_size(size)
+    with torch.device("meta"):
+        net = build_network(config)
+    parameters = sum(p.numel() for p in net.parameters())
+    assert parameters / 1e6 == pytest.approx(PUBLISHED[size][0], abs=0.051)
+    assert len(net.backbone.blocks()) == 36
+    assert sum(p.dim() == 0 for p in net.parameters()) == 37
+    gflop = sum(op.flops for op in op_counter.forward(config)) / 1e9
+    assert gflop == pytest.approx(PUBLISHED[size][1], abs=0.051)
+
+
+# --- layers
+
+
+def test_layers_preserve_magnitude():
+    torch.manual_seed(0)
+    a, b = torch.randn(4, 64, 16, 16), torch.randn(4, 32, 16, 16)
+    conv = layers.MPConv(64, 128, 3)
+    conv.weight.data.mul_(7)
+    interior = conv(a)[..., 1:-1, 1:-1]  # padding lowers the border's
+    made = [
+        layers.mp_silu(a), layers.mp_sum(a, a.flip(0), 0.3), layers.mp_cat(a, b, 0.5),
+        layers.pixel_norm(5 * a), interior, layers.MPFourier(512)(torch.randn(64)),
+    ]  # fmt: skip
+    for x in made:
+        assert float(x.square().mean().sqrt()) == pytest.approx(1, abs=0.03)
+    joined = layers.mp_cat(a, b, 0.5)
+    for part in joined[:, :64], joined[:, 64:]:  # both tensors contribute alike
+        assert float(part.square().sum(1).mean()) == pytest.approx(96 / 2, rel=0.05)
+
+
+def test_a_block_clips_its_output():
+    net = randomized()
+    x = torch.randn(2, 64, 8, 8) * 1e4
+    out = net.unet.dec["8x8_in1"](x, torch.randn(2, 64))
+    assert float(out.abs().max()) == 256
+
+
+@pytest.mark.parametrize("kernel", [None, 1, 3])
+def test_the_gradient_of_a_normalised_weight_is_exact(kernel):
+    torch.manual_seed(0)
+    conv = layers.MPConv(3, 2, kernel).double()
+    x = torch.randn(2, 3, *(() if kernel is None else (3, 3)), dtype=torch.float64)
+    gain = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+
+    def run(weight, gain, x):
+        return torch.func.functional_call(conv, {"weight": weight}, (x, gain))
+
+    assert torch.autograd.gradcheck(run, (conv.weight, gain, x.requires_grad_(True)))
+
+
+def test_normalising_weights_changes_no_output():
+    net = randomized()
+    for p in net.parameters():
+        if p.dim() > 0:
+            p.mul_(3)
+    expected = net(*inputs(net.config))
+    net.normalize_weights()
+    once = [p.clone() for p in net.parameters()]
+    assert relative(net(*inputs(net.config)), expected) < 2e-3
+    for p in net.parameters():
+        if p.dim() > 0:
+            assert torch.allclose(p[0].square().mean().sqrt(), torch.ones(()), atol=2e-4)
+    net.normalize_weights()
+    assert all(torch.allclose(a, b, rtol=2e-4) for a, b in zip(once, net.parameters(), strict=True))
+
+
+def test_dropout_acts_in_training_only_and_follows_its_seeds():
+    net = randomized(dropout=0.5)
+    x = inputs(net.config)
+    expected = net(*x)
+    assert torch.equal(net(*x), expected)
+    net.train()
+    assert not torch.equal(net(*x), net(*x))
+    seeds = torch.arange(len(net.backbone.blocks()))[:, None] * torch.tensor([1, 5, 0])
+    net.set_dropout(0.5, seeds)
+    assert torch.equal(net(*x), net(*x))
+    assert not torch.equal(net(*x), expected)
+    assert not torch.equal(net.logits(*x), net.denoise_and_logits(*x)[1])  # masks of their own
+    net.set_dropout(0)
+    assert torch.equal(net(*x), expected)
+
+
+def test_a_fresh_network_is_the_skip_connection_and_has_unit_weights():
+    torch.manual_seed(0)
+    net = EDM2Network(SMALL)
+    x, sigma, labels = inputs(SMALL)
+    c_skip = (0.25 / (sigma**2 + 0.25)).reshape(-1, 1, 1, 1)
+    assert torch.allclose(net(x, sigma, labels), c_skip * x)
+    assert not net.unet.out_gain.any()
+    for p in net.parameters():
+        if p.dim() > 1 and p.numel() > 1000:
+            assert float(p.square().mean().detach()) == pytest.approx(1, abs=0.1)
+
+
+def test_16_bit_weights_are_cast_where_they_are_used():
+    net = randomized()
+    x = inputs(net.config)
+    expected = net(*x)
+    net.compute_in(torch.bfloat16)
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    assert net.raw(x[0].bfloat16(), torch.zeros(2), x[2]).dtype == torch.bfloat16
+    assert 0 < relative(net(*x), expected) < 0.05
+
+
+def test_an_unconditional_network_takes_no_labels():
+    net = randomized(label_dim=0)
+    assert net.unet.emb_label is None
+    assert net(*inputs(net.config)).isfinite().all()
+
+
+# --- files
+
+
+def test_a_snapshot_keeps_network_and_family(tmp_path):
+    net = randomized()
+    save_network(tmp_path / "net.safetensors", net)
+    again = sid_fast.load_network(tmp_path / "net.safetensors")
+    assert isinstance(again, EDM2Network)
+    assert again.config == SMALL
+    assert torch.equal(again(*inputs(SMALL)), net(*inputs(SMALL)))
+
+
+def test_families_are_told_apart_by_the_class_in_the_file(tmp_path):
+    path = tmp_path / "net.pkl"
+    path.write_bytes(edm2_pickle(randomized()))
+    assert sid_fast.load_network(path).config == SMALL
+    path.write_bytes(network_pickle(small_teacher()))
+    assert isinstance(sid_fast.load_network(path), EDMNetwork)
+
+
+REFUSED = {
+    "another class": (dict(class_name="VPPrecond"), "'VPPrecond' is not a supported class"),
+    "guidance": (dict(img_channels=4, label_dim=0), "published only to guide a class-conditional"),
+    "another balance": (dict(res_balance=0.5), "res_balance=0.5 is not supported; 0.3 is"),
+    "an unknown argument": (dict(extra_attn=1), "extra_attn=1 is not supported"),
+    "no model_channels": (dict(model_channels=None), "lacks the argument model_channels"),
+    "another number of channels": (dict(img_channels=1), "unet.enc.8x8_conv.weight is"),
+    "another width": (dict(model_channels=96), "cannot be split into heads of 64"),
+    "another head": (dict(logvar_channels=16), "logvar_fourier.freqs is (8,)"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_other_pickles_are_refused_in_one_line(tmp_path, case):
+    arguments, words = REFUSED[case]
+    path = tmp_path / "net.pkl"
+    path.write_bytes(edm2_pickle(randomized(), **arguments))
+    with pytest.raises(UserError) as caught:
+        sid_fast.load_network(path)
+    message = str(caught.value)
+    assert words in message
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+
+
+def test_a_pickle_without_the_head_has_no_log_variance(tmp_path):
+    path = tmp_path / "generator.pkl"
+    path.write_bytes(edm2_pickle(randomized(logvar_channels=0)))
+    net = sid_fast.load_network(path)
+    assert isinstance(net, EDM2Network)
+    assert net.config.logvar_channels == 0
+    with pytest.raises(UserError, match="no log-variance head"):
+        net.log_variance(torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("architecture", "adm"),
+        ("augment_dim", 9),
+        ("logvar_channels", -1),
+        ("logvar_channels", 8.0),
+        ("model_channels", 96),
+        ("resolution", 0),
+    ],
+)
+def test_a_shape_that_cannot_work_is_refused_by_name(field, value):
+    with pytest.raises(UserError, match=rf"^network: {field}="):
+        dataclasses.replace(SMALL, **{field: value})
+
+
+def test_configurations_of_unknown_families_are_refused(tmp_path):
+    net = randomized()
+    path = tmp_path / "net.safetensors"
+    save_network(path, net)
+    data = path.read_bytes()
+    for name in "edm3", "adm_":
+        path.write_bytes(data.replace(b'\\"edm2\\"', json.dumps(json.dumps(name))[1:-1].encode()))
+        with pytest.raises(UserError, match=rf"architecture='{name}'.*use one of .*adm, edm2"):
+            sid_fast.load_network(path)
+
+
+def test_it_is_no_teacher_of_a_run(tmp_path):
+    path = str(tmp_path / "net.safetensors")
+    save_network(path, randomized())
+    for use in load_teacher, network_config:
+        with pytest.raises(UserError, match=f"{path} is an EDM2 network, which runs cannot train"):
+            use(path)
+    with pytest.raises(UserError, match="the teacher is an EDM2 network"):
+        sid_fast.Distiller(sid_fast.load_network(path), sid_fast.Settings())
+
+
+# --- commands
+
+
+@pytest.fixture
+def latents(tmp_path):
+    """A network of latents as a file."""
+    save_network(tmp_path / "latents.safetensors", randomized(channels=4))
+    return tmp_path / "latents.safetensors"
+
+
+def test_latents_are_written_as_they_are(run_command, tmp_path, latents):
+    out = tmp_path / "out.npz"
+    status, _ = run_command(
+        "generate", "--network", latents, "--steps", 2, "--seeds", "0-2", "--out", out
+    )
+    assert status == 0
+    with np.load(out) as file:
+        assert sorted(file) == ["labels", "latents", "seeds"]
+        assert file["latents"].shape == (3, 4, 8, 8)
+        assert file["latents"].dtype == np.float32
+        assert file["latents"].min() < 0 < file["latents"].max()
+
+
+@pytest.mark.parametrize("command", ["generate --grid", "generate --out", "evaluate"])
+def test_latents_are_no_images(run_command, tmp_path, latents, real, command):
+    name, *target = command.split()
+    arguments = [*target, tmp_path / "x.png"] if target == ["--grid"] else []
+    arguments = [*target, tmp_path / "folder"] if target == ["--out"] else arguments
+    if name == "evaluate":
+        arguments = ["--data", real, "--detector", "pixels"]
+    status, error = run_command(name, "--network", latents, "--steps", 2, *arguments)
+    assert (status, error.count("\n")) == (2, 1)
+    assert f"{latents} makes latents of 4 channels, which cannot be decoded" in error
+    assert not (tmp_path / "x.png").exists()
+    assert not (tmp_path / "folder").exists()
+
+
+def test_pixels_become_a_grid(run_command, tmp_path):
+    net, out = tmp_path / "net.safetensors", tmp_path / "x.png"
+    save_network(net, randomized())
+    status, _ = run_command(
+        "generate", "--network", net, "--steps", 2, "--seeds", "0-3", "--grid", out
+    )
+    assert status == 0
+    assert out.exists()
