@@ -3,6 +3,10 @@
 A sample with a non-finite value is dropped: its loss is 0, and the other samples get the gradients
 of a batch without it. Shapes stay fixed: kernels.noised zeroes the sample before the networks, so
 no 0·NaN enters a sum over the batch.
+
+A fake score with a log-variance head u(σ) (arXiv 2312.02696) divides every loss by e^u. Its own
+denoising loss also gains u per element, which trains the head: u then tends to the logarithm of the
+mean weighted error at σ. A frozen fake score passes no gradient through u, as u depends on σ alone.
 """
 
 import functools
@@ -14,7 +18,7 @@ from sid_fast import kernels
 from sid_fast.errors import UserError
 from sid_fast.kernels import Losses
 from sid_fast.kernels.sid_loss import LIMIT
-from sid_fast.models import EDMNetwork
+from sid_fast.models import EDM2Network, Network
 
 
 def finite(*tensors: torch.Tensor | None) -> torch.Tensor:
@@ -37,8 +41,8 @@ def mask_invalid(valid: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor | 
 
 
 def generator_loss(
-    teacher: EDMNetwork,
-    fake_score: EDMNetwork,
+    teacher: Network,
+    fake_score: Network,
     images: torch.Tensor,
     sigma: torch.Tensor,
     noise: torch.Tensor,
@@ -66,11 +70,12 @@ def generator_loss(
     raw_r, raw_f = (
         net.raw(x_t.network_input, x_t.c_noise, *labels) for net in (teacher, fake_score)
     )
-    return kernels.generator_loss(raw_r, raw_f, x_t, images, alpha, teacher.config.sigma_data)
+    losses = kernels.generator_loss(raw_r, raw_f, x_t, images, alpha, teacher.config.sigma_data)
+    return losses._replace(loss=_divided(losses.loss, _log_variance(fake_score, x_t.c_noise)))
 
 
 def fake_score_loss(
-    fake_score: EDMNetwork,
+    fake_score: Network,
     images: torch.Tensor,
     sigma: torch.Tensor,
     noise: torch.Tensor,
@@ -85,7 +90,9 @@ def fake_score_loss(
     images = images.detach()
     x_t, labels = _noised(fake_score, images, sigma, noise, class_labels, augment_labels)
     raw = fake_score.raw(x_t.network_input, x_t.c_noise, *labels)
-    return kernels.fake_score_loss(raw, x_t, images, fake_score.config.sigma_data)
+    losses = kernels.fake_score_loss(raw, x_t, images, fake_score.config.sigma_data)
+    u = _log_variance(fake_score, x_t.c_noise)
+    return losses._replace(loss=_denoising(losses, u, images))
 
 
 class SiDAGeneratorLosses(NamedTuple):
@@ -141,8 +148,8 @@ class SiDAFakeScoreLosses(NamedTuple):
 
 
 def sida_generator_loss(
-    teacher: EDMNetwork,
-    fake_score: EDMNetwork,
+    teacher: Network,
+    fake_score: Network,
     images: torch.Tensor,
     sigma: torch.Tensor,
     noise: torch.Tensor,
@@ -175,12 +182,16 @@ def sida_generator_loss(
     raw_f, logits = fake_score.raw_and_logits(x_t.network_input, x_t.c_noise, *labels)
     sid = kernels.generator_loss(raw_r, raw_f, x_t, images, alpha, teacher.config.sigma_data)
     gan = kernels.adversarial_loss(logits, sid.weight, sid.kept, group)
-    loss, distance = (mask_invalid(gan.kept, v) for v in (sid.loss, sid.distance))
-    return SiDAGeneratorLosses(loss, gan.loss, distance, sid.weight, gan.kept, gan.logit, gan.share)
+    u = _log_variance(fake_score, x_t.c_noise)
+    sid_loss, adversarial = _divided(sid.loss, u), _divided(gan.loss, u)
+    loss, distance = (mask_invalid(gan.kept, v) for v in (sid_loss, sid.distance))
+    return SiDAGeneratorLosses(
+        loss, adversarial, distance, sid.weight, gan.kept, gan.logit, gan.share
+    )
 
 
 def sida_fake_score_loss(
-    fake_score: EDMNetwork,
+    fake_score: Network,
     images: torch.Tensor,
     real: torch.Tensor,
     sigma: torch.Tensor,
@@ -224,11 +235,32 @@ def sida_fake_score_loss(
     f_t = f_t._replace(valid=r_t.valid)
     score = kernels.fake_score_loss(raw, f_t, images, fake_score.config.sigma_data)
     gan = kernels.discriminator_loss(real_logits, fake_logits, score.weight, score.kept, group)
-    loss, distance = (mask_invalid(gan.kept, v) for v in (score.loss, score.distance))
+    u = _log_variance(fake_score, f_t.c_noise)
+    score_loss, discriminator = _denoising(score, u, images), _divided(gan.loss, u)
+    loss, distance = (mask_invalid(gan.kept, v) for v in (score_loss, score.distance))
     return SiDAFakeScoreLosses(
-        loss, gan.loss, distance, score.weight, gan.kept,
+        loss, discriminator, distance, score.weight, gan.kept,
         gan.real_logit, gan.fake_logit, gan.real_share, gan.fake_share,
     )  # fmt: skip
+
+
+def _log_variance(fake_score: Network, c_noise: torch.Tensor) -> torch.Tensor | None:
+    """Return u of each sample, [N]; None if the fake score has no log-variance head."""
+    if isinstance(fake_score, EDM2Network) and fake_score.config.logvar_channels:
+        return fake_score.log_variance(c_noise)
+    return None
+
+
+def _divided(loss: torch.Tensor, u: torch.Tensor | None) -> torch.Tensor:
+    """Return loss/e^u."""
+    return loss if u is None else loss * (-u).exp()
+
+
+def _denoising(losses: Losses, u: torch.Tensor | None, images: torch.Tensor) -> torch.Tensor:
+    """Return loss/e^u + u per element of the image; 0 for a dropped sample."""
+    if u is None:
+        return losses.loss
+    return _divided(losses.loss, u) + mask_invalid(losses.kept, u) * images[0].numel()
 
 
 def _group(images: torch.Tensor, group: int | None) -> int:
@@ -242,7 +274,7 @@ def _group(images: torch.Tensor, group: int | None) -> int:
     return group
 
 
-def _noised(net: EDMNetwork, images, sigma, noise, *labels, valid=None):
+def _noised(net: Network, images, sigma, noise, *labels, valid=None):
     """Noise the images and mask invalid samples in the images and labels.
 
     valid: [N], False for samples already known to be invalid; only without labels.

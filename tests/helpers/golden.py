@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sid_fast import Draw, Settings, SiDASettings, noise
+from sid_fast import Draw, Settings, SiDASettings, losses, noise
 from sid_fast.data.images import to_float
-from sid_fast.models import EDMNetwork
+from sid_fast.models import Network
 from sid_fast.models.edm_unet.layers import QKV
 
 SHARED = Path(os.environ.get("SID_FAST_SHARED", Path(__file__).parents[3] / "shared"))
@@ -27,7 +27,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.detach().double() - expected.double()).norm() / expected.double().norm())
 
 
-def check_gradients(net: EDMNetwork, data: dict[str, torch.Tensor], prefix: str) -> None:
+def check_gradients(net: Network, data: dict[str, torch.Tensor], prefix: str) -> None:
     """Compare the gradients of all parameters with PREFIX.NAME, _head and _norm."""
     checked = 0
     for name, p in net.named_parameters():
@@ -51,6 +51,35 @@ def check_gradients(net: EDMNetwork, data: dict[str, torch.Tensor], prefix: str)
             assert relative(found, expected) <= TOLERANCE, name
         checked += 1
     assert checked > 50
+
+
+def check_sida_losses(teacher: Network, fake_score: Network, data: dict[str, torch.Tensor]) -> None:
+    """Compare both of SiDA's losses and their gradients with NAME.sida_loss.npz."""
+    labels, batch = data.get("class_labels"), len(data["y"])
+    y = data["y"].requires_grad_(True)
+    found = losses.sida_generator_loss(
+        teacher, fake_score, y, data["g_sigma"], data["g_noise"], float(data["alpha"]), labels
+    )
+    assert relative(found.loss, data["g_sid_map"].sum((1, 2, 3))) <= TOLERANCE
+    assert relative(found.adversarial, data["g_gan_map"].flatten()) <= TOLERANCE
+    s_sid = float(data["lsg"]) * found.loss.sum() / batch
+    s_gan = float(data["lsg_gan"]) * y[0].numel() * found.adversarial.sum() / batch
+    assert relative(s_sid, data["g_sid_scaled"]) <= TOLERANCE
+    assert relative(s_gan, data["g_gan_scaled"]) <= TOLERANCE
+    (grad,) = torch.autograd.grad(s_gan, y, retain_graph=True)
+    assert relative(grad, data["g_grad_y_gan"]) <= TOLERANCE
+    (grad,) = torch.autograd.grad(0.5 * s_sid + 0.5 * s_gan, y)
+    assert relative(grad, data["g_grad_y_total"]) <= TOLERANCE
+
+    fake_score.requires_grad_(True)
+    found = losses.sida_fake_score_loss(
+        fake_score, y, data["real"], data["f_sigma"], data["f_noise"], labels
+    )
+    assert relative(found.loss, data["f_score_map"].sum((1, 2, 3))) <= TOLERANCE
+    assert relative(found.discriminator, data["f_disc_map"].flatten()) <= TOLERANCE
+    total = float(data["ls"]) * found.loss + float(data["lsd"]) * found.discriminator
+    (total.sum() / batch).backward()
+    check_gradients(fake_score, data, "f_grad")
 
 
 def golden_settings(data) -> Settings:

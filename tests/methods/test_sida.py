@@ -25,7 +25,7 @@ from tests.helpers import recorder
 from tests.helpers.golden import (
     TOLERANCE,
     TRAJECTORY_TOLERANCE,
-    check_gradients,
+    check_sida_losses,
     golden_draws,
     golden_settings,
     read,
@@ -73,31 +73,7 @@ def test_logits_match_golden(golden, name):
 def test_losses_match_golden(golden, name, backend):
     with dispatch.forced(backend):
         teacher, fake_score, data = load(golden, name)
-        labels, batch = data.get("class_labels"), len(data["y"])
-        y = data["y"].requires_grad_(True)
-        found = losses.sida_generator_loss(
-            teacher, fake_score, y, data["g_sigma"], data["g_noise"], float(data["alpha"]), labels
-        )
-        assert relative(found.loss, data["g_sid_map"].sum((1, 2, 3))) <= TOLERANCE
-        assert relative(found.adversarial, data["g_gan_map"].flatten()) <= TOLERANCE
-        s_sid = float(data["lsg"]) * found.loss.sum() / batch
-        s_gan = float(data["lsg_gan"]) * y[0].numel() * found.adversarial.sum() / batch
-        assert relative(s_sid, data["g_sid_scaled"]) <= TOLERANCE
-        assert relative(s_gan, data["g_gan_scaled"]) <= TOLERANCE
-        (grad,) = torch.autograd.grad(s_gan, y, retain_graph=True)
-        assert relative(grad, data["g_grad_y_gan"]) <= TOLERANCE
-        (grad,) = torch.autograd.grad(0.5 * s_sid + 0.5 * s_gan, y)
-        assert relative(grad, data["g_grad_y_total"]) <= TOLERANCE
-
-        fake_score.requires_grad_(True)
-        found = losses.sida_fake_score_loss(
-            fake_score, y, data["real"], data["f_sigma"], data["f_noise"], labels
-        )
-        assert relative(found.loss, data["f_score_map"].sum((1, 2, 3))) <= TOLERANCE
-        assert relative(found.discriminator, data["f_disc_map"].flatten()) <= TOLERANCE
-        total = float(data["ls"]) * found.loss + float(data["lsd"]) * found.discriminator
-        (total.sum() / batch).backward()
-        check_gradients(fake_score, data, "f_grad")
+        check_sida_losses(teacher, fake_score, data)
 
 
 @pytest.mark.slow

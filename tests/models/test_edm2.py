@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import sid_fast
+from sid_fast import losses, noise
 from sid_fast.errors import UserError
 from sid_fast.models import EDM2Config, EDM2Network, EDMNetwork
 from sid_fast.models.edm2 import layers
@@ -19,7 +20,7 @@ from sid_fast.models.registry import (
     save_network,
 )
 from sid_fast.tools import op_counter
-from tests.helpers.golden import TOLERANCE, check_gradients, read, relative
+from tests.helpers.golden import TOLERANCE, check_gradients, check_sida_losses, read, relative
 from tests.helpers.networks import small_teacher
 from tests.helpers.pickled import edm2_pickle, network_pickle
 
@@ -98,6 +99,70 @@ def test_half_precision_storage(golden):
     data = read(golden / "edm2_cond.forward.npz")
     found = half(data["x"], data["sigma"], data["class_labels"])
     assert 0 < relative(found, data["D"]) < 2e-3
+
+
+# --- losses over e^u
+
+
+def losses_of(golden, name):
+    """The golden teacher, fake score and data; ψ has a log-variance head if the file says so."""
+    teacher, data = load(golden), read(golden / f"edm2_cond.{name}.npz")
+    state = read(golden / "edm2_cond.fake.weights.npz")
+    config = teacher.config
+    if name.endswith("logvar0"):
+        config = dataclasses.replace(config, logvar_channels=0)
+        state = {k: v for k, v in state.items() if not k.startswith("logvar")}
+    fake_score = EDM2Network(config)
+    fake_score.load_state_dict(state)
+    data["g_sigma"] = noise.generator_sigma(data["g_rand_t"] * data["tmax"] / 1000)
+    data["f_sigma"] = (data["f_rnd_normal"] - 0.4).exp()
+    return teacher, fake_score.requires_grad_(False).eval(), data
+
+
+def test_sid_losses_match_golden(golden):
+    teacher, fake_score, data = losses_of(golden, "sid_loss_logvar1")
+    y, labels = data["y"].requires_grad_(True), data["class_labels"]
+    found = losses.generator_loss(
+        teacher, fake_score, y, data["g_sigma"], data["g_noise"], float(data["alpha"]), labels
+    ).loss
+    assert relative(found, data["g_loss_map"].sum((1, 2, 3))) <= TOLERANCE
+    found.sum().backward()
+    assert relative(y.grad, data["g_grad_y"]) <= TOLERANCE
+    fake_score.requires_grad_(True)
+    y.grad = None
+    found = losses.fake_score_loss(fake_score, y, data["f_sigma"], data["f_noise"], labels).loss
+    assert relative(found, data["f_loss_map"].sum((1, 2, 3))) <= TOLERANCE
+    found.sum().backward()
+    check_gradients(fake_score, data, "f_grad")
+    assert fake_score.logvar_linear.weight.grad.any()
+    assert y.grad is None
+
+
+@pytest.mark.parametrize("logvar", [0, 1])
+def test_sida_losses_match_golden(golden, logvar):
+    teacher, fake_score, data = losses_of(golden, f"sida_loss_logvar{logvar}")
+    labels = data["class_labels"]
+    images, logits = fake_score.denoise_and_logits(data["enc_x"], data["enc_sigma"], labels)
+    assert relative(images, data["enc_D"]) <= TOLERANCE
+    assert relative(logits, data["enc_logits"]) <= TOLERANCE
+    assert torch.equal(fake_score.logits(data["enc_x"], data["enc_sigma"], labels), logits)
+    check_sida_losses(teacher, fake_score, data)
+
+
+def test_a_dropped_sample_does_not_train_the_head():
+    """Its loss is 0, u included, and the head's gradient is that of the other samples."""
+    net = randomized().requires_grad_(True)
+    x, sigma, labels = inputs(net.config, 3)
+    grads = []
+    for rows in ([0, 1, 2], [0, 2]):
+        y = x.clone()
+        y[1] = torch.nan
+        found = losses.fake_score_loss(net, y[rows], sigma[rows], 0.1 * x[rows], labels[rows]).loss
+        net.zero_grad()
+        found.sum().backward()
+        grads.append(net.logvar_linear.weight.grad)
+        assert (found == 0).sum() == len(rows) - 2
+    assert relative(*grads) < 1e-5
 
 
 # --- sizes
