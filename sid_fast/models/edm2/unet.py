@@ -190,6 +190,7 @@ class UNet(nn.Module):
             return channel_mean(x)
         logits = channel_mean(x) if heads == "both" else None
         for block in self.dec.values():
+            assert isinstance(block, Block)
             if x.shape[1] < block.fan_in:
                 x = mp_cat(x, skips.pop(), SKIP_SHARE)
             x = block(x, embedding)
