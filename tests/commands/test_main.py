@@ -24,7 +24,7 @@ def test_the_first_argument_is_a_command():
     assert done.returncode == 2
     assert done.stderr == (
         "error: 'trian' is not a command: choose from train, plan, tune, generate, evaluate, "
-        "report, pretrain, prepare\n"
+        "report, pretrain, prepare, export\n"
     )
     done = python("-m", "sid_fast", "--help")
     assert (done.returncode, done.stderr) == (0, "")

@@ -22,6 +22,15 @@ TYPED = {
     "evaluate --network T --detector pixels --data real.zipp": ["real.zipp"],
     "plan --preset cifar10-cond --card b300": ["'b300'", "'h200'"],
     "pretrain --dataset images.zip": ["No such option", "--data"],
+    "export --network T": ["out is missing", "--out NAME", ".pkl, .onnx, .pt2, .safetensors"],
+    "export --out x.pkl": ["network is missing", "--network FILE"],
+    "export --network T --out x.tflite": ["out=x.tflite", ".pkl, .onnx, .pt2, .safetensors"],
+    "export --network T --out x.PKL": ["out=x.PKL", ".pkl"],
+    "export --network T --out x": ["out=x: the ending", ".pkl"],
+    "export --network none.pkl --out x.pkl": ["none.pkl does not exist"],
+    "export --network T --out T": ["is the network itself", "another name"],
+    "export --network T --out T.safetensors/x.pkl": ["T.safetensors/x.pkl", "cannot be written"],
+    "export --network T --out x.pkl --init-sigma 0": ["init_sigma=0"],
 }  # fmt: skip
 
 EMPTY = [  # an unset shell variable
@@ -31,7 +40,7 @@ EMPTY = [  # an unset shell variable
     "generate --network= --out out", "generate --network T --out=", "generate --network T --grid=",
     "evaluate --network T --data= --ref r.npz", "evaluate --network T --data digits --out=",
     "evaluate --network T --data digits --protocol=", "evaluate reference --data= --out x.npz",
-    "plan --teacher=",
+    "plan --teacher=", "export --network= --out x.pkl", "export --network T --out=",
 ]  # fmt: skip
 
 IDLE = {  # options that would do nothing, and what they need
@@ -59,6 +68,7 @@ IDLE = {  # options that would do nothing, and what they need
     "evaluate --network T --data digits --detector pixels --metrics is": ("is", "--detector"),
     "evaluate --network T reference --data digits --out x.npz": ("--network", "reference"),
     "evaluate reference --data digits --out x.npz --trust": ("--trust", "--detector FILE"),
+    "export --network T --out x.pt2 --fp16": ("--fp16", "--out NAME.pkl"),
     "plan --teacher T --micro-batch 4": ("--micro-batch", "largest"),
     "plan --teacher T --link 40": ("--link", "--gpus"),
 }  # fmt: skip

@@ -221,6 +221,7 @@ class NetworkConfig:
             "attn_resolutions": "attention_resolutions",
             "dropout": "dropout",
             "sigma_data": "sigma_data",
+            "init_sigma": "init_sigma",  # of our own pickles
         }
         if unknown := sorted(set(kwargs) - set(names)):
             field = unknown[0]
@@ -237,3 +238,31 @@ class NetworkConfig:
         ) | {"dropout": 0.1}
         values = {names[k]: v for k, v in (defaults | kwargs).items()}
         return cls.from_dict({"architecture": matches[0], **values})
+
+    def to_published(self) -> dict[str, Any]:
+        """Return upstream's constructor arguments of class EDMPrecond; see from_published."""
+        architecture = ARCHITECTURES[self.architecture]
+        arguments: dict[str, Any] = {
+            "img_resolution": self.resolution,
+            "img_channels": self.channels,
+            "label_dim": self.label_dim,
+            "augment_dim": self.augment_dim,
+            "sigma_data": self.sigma_data,
+            "model_type": architecture.model_type,
+            "model_channels": self.model_channels,
+            "channel_mult": list(self.channel_mult),
+            "num_blocks": self.num_blocks,
+            "attn_resolutions": list(self.attention_resolutions),
+            "dropout": self.dropout,
+        }
+        if architecture.model_type == "SongUNet":
+            arguments |= {
+                "embedding_type": architecture.embedding_type,
+                "encoder_type": architecture.encoder_type,
+                "decoder_type": "standard",
+                "channel_mult_noise": architecture.embedding_width,
+                "resample_filter": list(architecture.filter),
+            }
+        if self.init_sigma is not None:
+            arguments["init_sigma"] = self.init_sigma
+        return arguments
