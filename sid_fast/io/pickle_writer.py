@@ -6,7 +6,7 @@ meta["state"] without calling the constructor.
 """
 
 import pickle
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 from torch import nn
 
@@ -36,7 +36,7 @@ _Base: Any = pickle._Pickler  # the C pickler would import the function that the
 
 
 class _Writer(_Base):
-    dispatch = pickle._Pickler.dispatch.copy()
+    dispatch: ClassVar[dict[type, Any]] = dict(pickle._Pickler.dispatch)
 
     def __init__(self, file: BinaryIO, net: nn.Module, source: str, arguments: dict[str, Any]):
         super().__init__(file, protocol=4)  # the first for more than 4 GB

@@ -49,15 +49,19 @@ class Conv2d(Module):
     With fused_resample, a convolution that downsamples pads for the filter too, which follows it.
     """
 
+    # weight and bias are None with kernel 0, resample_filter without resampling.
+    weight: nn.Parameter
+    bias: nn.Parameter
+    resample_filter: torch.Tensor
+
     def __init__(
         self, in_channels, out_channels, kernel, resample=None, taps=(1, 1), fused_resample=False
     ):
         super().__init__()
         self.resample, self.fused_resample = resample, fused_resample
-        self.weight = self.bias = None
-        if kernel:
-            self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel))
-            self.bias = nn.Parameter(torch.empty(out_channels))
+        shapes = {"weight": (out_channels, in_channels, kernel, kernel), "bias": (out_channels,)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)) if kernel else None)
         row = torch.tensor(taps, dtype=torch.float32)
         square = torch.outer(row, row) / row.sum() ** 2
         self.register_buffer("resample_filter", square[None, None] if resample else None)
@@ -118,6 +122,8 @@ class PositionalEmbedding(Module):
 
 class FourierEmbedding(Module):
     """Embed [N] as [sin, cos] of 2π·freqs·x."""
+
+    freqs: torch.Tensor
 
     def __init__(self, width):
         super().__init__()
@@ -201,10 +207,12 @@ class UNet(Module):
                 in_channels, out_channels, emb_width, song, dropout, resample_filter, **options
             )
 
-        if embedding_type == "fourier":
-            self.map_noise = FourierEmbedding(noise_width)
-        else:
-            self.map_noise = PositionalEmbedding(noise_width, endpoint=song, swap=song)
+        fourier = embedding_type == "fourier"
+        self.map_noise = (
+            FourierEmbedding(noise_width)
+            if fourier
+            else PositionalEmbedding(noise_width, endpoint=song, swap=song)
+        )
         self.map_label = self.map_augment = None
         if label_dim:
             self.map_label = Linear(label_dim, noise_width if song else emb_width, bias=song)
@@ -273,7 +281,8 @@ class UNet(Module):
     def forward(self, x, c_noise, class_labels=None, augment_labels=None):
         """Apply F; class_labels are one-hot [N or 1, label_dim]."""
         emb = self.embed(c_noise, class_labels, augment_labels).to(x.dtype)
-        skips, aux = [], x
+        aux = x
+        skips: list[torch.Tensor] = []
         for name, layer in self.enc.items():
             if name.endswith("_aux_residual"):
                 skips[-1] = x = aux = (x + layer(aux)) / math.sqrt(2)
