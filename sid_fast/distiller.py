@@ -47,7 +47,8 @@ class Distiller(Trainer):
             copy is used instead.
         settings: Training settings.
         seed: Determines every random number.
-        label_weights: Relative class frequencies, [label_dim]; uniform if None.
+        label_weights: Relative class frequencies, [label_dim]; uniform if None, over the classes
+            that the teacher was trained on.
         sharding: See Trainer.
         data: Real images for SiDA, or a feed of them; without, every step needs draws.
         generator: Network of the teacher's shape from which SiDA's generator and EMA start (SiD²A).
@@ -76,6 +77,9 @@ class Distiller(Trainer):
         check(settings)
         device = next(teacher.parameters()).device
         settings = mixed_precision.resolve_precision(settings, device)
+        if label_weights is None and teacher.config.absent_classes:
+            label_weights = torch.zeros(teacher.config.label_dim)
+            label_weights[list(teacher.config.classes)] = 1
         fingerprint = {
             "teacher": digest(teacher.state_dict().values()),
             "label weights": None if label_weights is None else digest([label_weights]),

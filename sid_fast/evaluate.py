@@ -242,12 +242,15 @@ def sets_from_network(
     if config.steps > 1:
         require_denoiser(net, config.network, f"a network that is sampled in {config.steps} steps")
     require_png_channels(net, config.network, "only such images can be evaluated")
+    host_memory.require_forward(net.config, device)
     sigma = config.init_sigma or net.config.init_sigma or Settings.init_sigma
     graph, _ = resolve_cuda_graph("auto", device)
     classes = classes_to_draw(data, net)
     if classes and process_group.rank() == 0:
+        known = data is not None and bool(data.classes)
+        source = f"{config.data} has" if known else f"{config.network} was trained on"
         say(
-            f"note: {config.data} has images of {len(classes):,} of the network's "
+            f"note: {source} images of {len(classes):,} of the network's "
             f"{net.config.label_dim:,} classes: only those are generated",
             sys.stderr,
         )

@@ -84,7 +84,12 @@ def run(config: GenerateConfig, given: set[str]) -> None:
         last = net.config.label_dim - 1
         known = f"choose from 0 to {last}" if last > 0 else "the network has no classes"
         raise UserError(f"class={config.class_} is out of range: {known}")
+    if config.class_ in net.config.absent_classes:
+        raise UserError(
+            f"class={config.class_} had no images when {config.network} was trained: choose another"
+        )
     require_memory(config, net.config, sum(map(len, ranges)))
+    host_memory.require_forward(net.config, device)
     seeds = list(itertools.chain(*ranges))
     init_sigma = config.init_sigma or net.config.init_sigma
     open_targets(config.out, config.grid)
@@ -150,7 +155,7 @@ def open_targets(out: str | None, grid: str | None) -> None:
             f"out={out}: {suffix} files are not supported: give a folder, or a .zip or .npz file"
         )
     if out:
-        open_target(out, folder=not is_file(out))
+        open_target(out, folder=not is_file(out), files=r"seed\d+\.png")
     if grid:
         open_target(grid)
 

@@ -92,7 +92,7 @@ def run(config: PretrainConfig, given: set[str]) -> None:
         num_blocks=config.num_blocks,
         attention_resolutions=config.attention_resolutions,
         dropout=config.dropout,
-    )
+    ).with_classes(data.classes)
     with process_group.joined(device, config.parallel, config.timeout):
         settings = part(config, PretrainSettings)
         grad_accum_steps(settings, process_group.world_size())

@@ -66,12 +66,12 @@ def seed_inputs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw a latent and a class for each seed, independently of the other seeds.
 
-    only: use this class for all. classes: class numbers to draw from; empty: all of the network.
+    only: use this class for all. classes: class numbers to draw from; empty: the network's.
 
     Returns:
         Latents [N, C, R, R] and class indices [N], 0 for an unconditional network.
     """
-    choices = classes if network.label_dim and classes else range(max(network.label_dim, 1))
+    choices = (classes or network.classes) if network.label_dim else range(1)
     latents, labels = [], []
     for seed in seeds:
         rng = torch.Generator().manual_seed(seed)

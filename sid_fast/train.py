@@ -123,6 +123,8 @@ def run(config: TrainConfig, given: set[str]) -> None:
             check_data(data, teacher.config)
         elif data:
             check_images(data, teacher.config)
+        if data and teacher.config.label_dim:  # what is drawn here is drawn of the generator later
+            teacher.config = teacher.config.with_classes(data.classes)
         network = teacher.config
         estimator.require_host_memory(network, config, device)
         state = estimator.StateMemory(

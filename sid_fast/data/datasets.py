@@ -28,8 +28,10 @@ from sid_fast.io.untrusted import (
     Refused,
     brief,
     describe,
+    open_limited,
     parse_json,
     read_limited,
+    read_values,
     require_file,
     sniff,
 )
@@ -44,8 +46,9 @@ OTHER_FORMATS = {
 _BAR_MIN_IMAGES = 1000  # show a progress bar for more images
 _GREY, _RGB, _PALETTE = 0, 2, 3  # PNG colour types
 _MAX_PNG_BYTES = 2**27  # noise of MAX_RESOLUTION takes 50 MB
-_MAX_LABEL_BYTES = 2**28  # the labels of ImageNet take 60 MB
-_MAX_LABEL_VALUES = 10_000_000  # commas and brackets: three an image
+_LABELS_FORM = 'must be of the form {"labels": [[name, class], ...] or null}'
+_MAX_LABEL_BYTES = 2**27  # the labels of ImageNet take 60 MB
+_MAX_LABEL_VALUES = 8_000_000  # commas and brackets: three an image
 
 
 class ImageDataset:
@@ -188,6 +191,28 @@ class ImageDataset:
         except Exception as error:  # damaged bytes can fail in any way
             raise self._error(name, f"cannot be read ({error}): copy the data set again") from error
 
+    def _read_values(self, name: str) -> bytes:
+        """Read JSON text, and refuse too many values before all of it is in memory."""
+        limits = _MAX_LABEL_BYTES, _MAX_LABEL_VALUES
+        if not self._zip:
+            with open_limited(self.path / name, _MAX_LABEL_BYTES) as file:
+                return read_values(file, *limits)
+        info = self._zip.getinfo(name)
+        try:
+            require_member(info, _MAX_LABEL_BYTES)
+        except Refused as error:
+            raise self._error(name, error) from error
+        try:
+            with self._zip.open(info) as member:
+                data = read_values(member, *limits)
+            if len(data) != info.file_size:
+                raise Refused("it is cut short")
+            return data
+        except Refused:
+            raise
+        except Exception as error:  # damaged bytes can fail in any way
+            raise self._error(name, f"cannot be read ({error}): copy the data set again") from error
+
     def _member(self, name: str) -> np.ndarray:
         """Bytes of an image; for an uncompressed zip a view of the memory-mapped archive."""
         info = self._zip.getinfo(name) if self._zip else None
@@ -255,7 +280,11 @@ class ImageDataset:
 
     def _read_labels(self) -> tuple[np.ndarray | None, int]:
         """Return the labels of the images, and how many labels are of other files."""
-        return parse_labels(self._read(LABELS, _MAX_LABEL_BYTES), self._names, self.path)
+        try:
+            content = self._read_values(LABELS)
+        except Refused as error:
+            raise self._error(LABELS, f"cannot be used ({error}): it {_LABELS_FORM}") from error
+        return parse_labels(content, self._names, self.path)
 
     def _absent_classes(self) -> list[str]:
         """A note about class numbers below the largest that no image has."""
@@ -265,8 +294,8 @@ class ImageDataset:
             return []
         shown = ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in gaps[:3])
         return [
-            f"no images of class {shown}{', …' * (len(gaps) > 3)}: number the classes from 0 "
-            "without gaps, or give this data set as --data wherever classes are drawn"
+            f"no images of class {shown}{', …' * (len(gaps) > 3)}: such classes are never drawn; "
+            "numbers from 0 without gaps make a smaller network"
         ]
 
 
@@ -326,7 +355,7 @@ def parse_labels(content: bytes, names: Sequence[str], path: Path) -> tuple[np.n
     def wrong(what: str) -> UserError:
         return UserError(f"{path}: {LABELS} {what}")
 
-    form = 'must be of the form {"labels": [[name, class], ...] or null}'
+    form = _LABELS_FORM
     try:
         values = parse_json(content, 4, _MAX_LABEL_VALUES)
     except Refused as error:

@@ -71,8 +71,12 @@ def shard_by_rank(items: Sequence) -> Sequence:
 
 
 def classes_to_draw(data: ImageDataset | None, net: EDMNetwork) -> list[int]:
-    """The classes that real images have, if the network knows others too; empty: draw all."""
+    """The classes to draw if the network knows others too; empty: all.
+
+    Those that real images have; without their labels those that the network was trained on.
+    """
     classes = [c for c in data.classes if c < net.config.label_dim] if data else []
+    classes = classes or [*net.config.classes]
     return [] if len(classes) == net.config.label_dim else classes
 
 

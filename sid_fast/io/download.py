@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from sid_fast.errors import Fallback, UserError, WriteFailed
 from sid_fast.io import streams
-from sid_fast.io.atomic import atomic_path
+from sid_fast.io.atomic import atomic_path, remove_abandoned
 from sid_fast.io.cache import user_cache
 from sid_fast.io.untrusted import MAX_NETWORK_BYTES, Kind, describe, sniff_file, unreadable
 
@@ -108,7 +108,11 @@ def cache_folder() -> Path:
 
 
 def require_writable_cache(folder: Path) -> None:
-    """Raise UserError, naming SID_FAST_CACHE, if no file can be written to the cache folder."""
+    """Raise UserError, naming SID_FAST_CACHE, if no file can be written to the cache folder.
+
+    Removes what killed processes left there.
+    """
+    remove_abandoned(folder)
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -120,6 +124,7 @@ def require_writable_cache(folder: Path) -> None:
 
 def write_cache(write: Callable[[], object]) -> None:
     """Call `write`, which stores a computed result in the cache; warn if that fails."""
+    remove_abandoned(cache_folder())
     try:
         write()
     except WriteFailed as error:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from sid_fast.errors import UserError
+from sid_fast.io.atomic import boot_id
 
 NAME = "run.lock"
 HEARTBEAT_SECONDS = 15.0
@@ -66,7 +67,7 @@ class RunLock:
             raise
         self.lease = Lease(
             host=socket.gethostname(),
-            boot=_boot_id(),
+            boot=boot_id(),
             pid=os.getpid(),
             started=_process_start(os.getpid()),
             launch=launch,
@@ -120,7 +121,7 @@ class RunLock:
         """Whether the holder of a lease is gone, or is this run before torchrun restarted it."""
         if other.inode != os.fstat(self._file).st_ino or _is_restart(other, launch, restart):
             return True
-        if other.boot == _boot_id() != "":
+        if other.boot == boot_id() != "":
             if other.flocked and flocked:  # the same kernel: only one process can have the flock
                 return True
             if other.host == socket.gethostname() and other.started:
@@ -172,13 +173,6 @@ def _read(file: int) -> Lease | None:
             return None
     lease.host = "".join(c if c.isprintable() else "?" for c in lease.host[:64])
     return lease
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
 
 
 def _process_start(pid: int) -> int:

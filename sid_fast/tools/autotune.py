@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sid_fast.errors import UserError
+from sid_fast.io.untrusted import brief
 from sid_fast.models import NetworkConfig
 from sid_fast.performance import process_group
 from sid_fast.tools import op_counter, verdicts
@@ -182,25 +183,38 @@ def _of_state(saved: Any, tuning: Tuning) -> list[Row]:
     """The verdict of a state, where the GPU is the same."""
     if not saved:
         return []
-    there = saved.get("machine") or {}
+    there = saved.get("machine")
+    there = there if isinstance(there, dict) else {}
     if any(there.get(name) != tuning.machine.get(name) for name in ("device", "memory")):
-        tuning.notes.append(f"the state's verdict is of {there.get('device')}: not taken here")
+        device = brief(there.get("device"))
+        tuning.notes.append(f"the state's verdict is of {device}: not taken here")
         return []
     try:
-        tuning.rows = [Row.from_json(row) for row in saved.get("rows", ())]
-        candidate = from_json(saved["candidate"])
+        tuning.rows = _rows(saved.get("rows"))
+        candidate = from_json(saved.get("candidate"))
     except ValueError as error:
+        tuning.rows = []
         tuning.notes.append(f"the state's verdict cannot be taken here: {error}")
         return []
     tuning.text = ", of the state"
     return [dataclasses.replace(r, won=True) for r in tuning.rows if r.candidate == candidate]
 
 
+def _rows(values: Any) -> list[Row]:
+    """Read the rows of a verdict; ValueError for what is none."""
+    if not isinstance(values, list):
+        raise ValueError("it has no rows")
+    rows = [Row.from_json(row) for row in values]
+    if not any(row.ms for row in rows):
+        raise ValueError("it has no figures")
+    return rows
+
+
 def _kept(key: dict[str, Any], tuning: Tuning) -> list[Row]:
     """The rows that were kept on this machine."""
     found, note = verdicts.load(key)
     try:
-        tuning.rows = [Row.from_json(row) for row in found or ()]
+        tuning.rows = [] if found is None else _rows(found)
     except ValueError as error:
         note = f"{verdicts.place(key)} is damaged ({error})"
     if note:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sid_fast.config.types import micro_batches
+from sid_fast.io.untrusted import brief
 from sid_fast.kernels import _apex, _cuda, dispatch
 from sid_fast.kernels._triton import AVAILABLE
 from sid_fast.models import NetworkConfig
@@ -72,14 +73,18 @@ def from_json(values: Any) -> Candidate:
         made = Candidate(**values)
         for op, backend in made.kernels.items():
             if backend not in backends_of(op):
-                raise ValueError(f"{op} {backend} is not there")
+                raise ValueError(f"{brief(op)} {brief(backend)} is not there")
     except (TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"no candidate: {error}") from error
     for name, default in hints.items():
         value = getattr(made, name)
         kind = bool if isinstance(default, bool) else int
         if name != "kernels" and not (value is None is default or type(value) is kind):
-            raise ValueError(f"{name}={value!r}")
+            raise ValueError(f"{name}={brief(value)}")
+    for name, high in (("micro_batch", 2**24), ("threads", 1024)):
+        value = getattr(made, name)
+        if value is not None and not 1 <= value <= high:
+            raise ValueError(f"{name}={brief(value)}")
     return made
 
 

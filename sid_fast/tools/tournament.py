@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -65,8 +66,16 @@ class Row:
             row = cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)})
         except (TypeError, KeyError) as error:
             raise ValueError(f"no row: {error}") from error
+        texts = isinstance(row.name, str) and isinstance(row.wrong, str)
+        figures = (row.ms, row.low, row.high, row.images, row.gib)
+        if not (texts and isinstance(row.won, bool) and all(map(_is_figure, figures))):
+            raise ValueError("no row: it has values of wrong types")
         row.candidate = candidates.from_json(row.candidate)
         return row
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and 0 <= value < math.inf)
 
 
 class Runner:

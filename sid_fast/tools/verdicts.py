@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sid_fast.errors import UserError
-from sid_fast.io.atomic import atomic_path
+from sid_fast.io.atomic import atomic_path, remove_abandoned
 from sid_fast.io.cache import user_cache
 from sid_fast.io.untrusted import parse_json, read_limited
 from sid_fast.kernels import _cuda, dispatch
@@ -142,6 +142,7 @@ def save(key: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     path = place(key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path.parent)
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps({"key": key, "rows": rows}, indent=1), "utf-8")
     except OSError as error:

@@ -28,7 +28,7 @@ from sid_fast.models import EDMNetwork
 from sid_fast.models.registry import save_network
 from sid_fast.performance import fsdp, process_group
 from sid_fast.performance.cuda_graphs import resolve_cuda_graph
-from sid_fast.sampling import to_uint8
+from sid_fast.sampling import group_size, to_uint8
 from sid_fast.training.checkpoint import Trainer, prune, thin_out
 from sid_fast.training.logging import read_log
 from sid_fast.training.random_streams import fixed_grid_inputs
@@ -66,12 +66,16 @@ class Snapshots:
         snapshot = folder / f"snapshot-{images}.safetensors"
         save_network(snapshot, net)
         prune(folder, "snapshot-*.safetensors", self.keep, snapshot)
-        columns = net.config.label_dim
+        columns = len(net.config.classes)
         columns = columns if 1 < columns <= 16 else 10
         device = next(net.parameters()).device
         z, labels = fixed_grid_inputs(net.config, self.seed, GRID // columns * columns)
-        grid = self.make(net, z.to(device), None if labels is None else labels.to(device))
-        save_grid(folder / f"samples-{images}.png", to_uint8(grid), columns)
+        size = group_size(device, net.config.resolution)  # all at once may exceed a CPU's memory
+        grid = []
+        for rows in torch.arange(len(z)).split(size):
+            c = None if labels is None else labels[rows].to(device)
+            grid.append(to_uint8(self.make(net, z[rows].to(device), c)).cpu())
+        save_grid(folder / f"samples-{images}.png", torch.cat(grid), columns)
         thin_out(folder, "samples-*.png", MAX_GRIDS)
         return {}
 

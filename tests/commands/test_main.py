@@ -108,3 +108,24 @@ def test_the_least_memory_is_below_the_counted_and_not_by_much():
     for images in (1, 1000):
         counted = counts.memory(images).total() - estimator.ALLOWANCE
         assert counted / 10 < estimator.least_bytes(SMALL, images) <= counted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "expected"),
+    [
+        (["-m", "sid_fast.plan", "--help"], None, "ERROR"),
+        (["-m", "sid_fast.plan", "--help"], "INFO", "INFO"),
+        (["-c", "import sid_fast"], None, None),
+    ],
+)
+def test_a_command_asks_torch_for_errors_only(tmp_path, arguments, given, expected):
+    """Before torch reads the variable; a user's own choice and other programs keep theirs."""
+    (tmp_path / "torch.py").write_text(
+        "import os; os.write(1, repr(os.environ.get('TORCH_CPP_LOG_LEVEL')).encode()), os._exit(0)"
+    )
+    env = ENV | {"PYTHONPATH": os.pathsep.join([str(tmp_path), ENV["PYTHONPATH"]])}
+    env.pop("TORCH_CPP_LOG_LEVEL", None)
+    env |= {"TORCH_CPP_LOG_LEVEL": given} if given else {}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+    assert done.stdout == repr(expected)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.models.registry import save_network
 from sid_fast.tools import host_memory
 from tests.helpers.networks import small_teacher
@@ -123,3 +124,18 @@ def test_too_much_for_the_memory_is_refused_before_it_is_allocated(run, monkeypa
 def test_too_many_images_are_refused(run, line):
     told = run(f"evaluate --network T --data digits --detector pixels {line}")
     assert "10^8" in told or "100000000" in told
+
+
+@pytest.mark.parametrize("line", ["generate --out out", "evaluate --data digits --detector pixels"])
+def test_a_small_file_of_a_large_network_is_not_run(run, line):
+    """512 kB of weights ask for 75 GB of feature maps."""
+    net = EDMNetwork(
+        NetworkConfig(
+            "ddpmpp", resolution=4096, channels=1, model_channels=16, channel_mult=(1,),
+            num_blocks=1, attention_resolutions=(),
+        )
+    )  # fmt: skip
+    save_network("T.safetensors", net)
+    command, *more = line.split()
+    told = run(" ".join([command, "--network T", *more]))
+    assert "generating 16 images with a ddpmpp, 4096x4096, unconditional network would take" in told

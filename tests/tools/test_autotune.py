@@ -564,3 +564,33 @@ def test_help_explains_every_option():
 
 if __name__ == "__main__":
     ranks(sys.argv[1])
+
+
+ROW = {
+    "name": "eager", "candidate": {"kernels": {}}, "wrong": "", "ms": 1.0, "low": 1.0, "high": 1.0,
+    "images": 4, "gib": 0.1, "won": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rows": 7}, {"rows": []}, {"rows": [{}]}, {"rows": [[]]}, {"machine": [1]},
+        *({"rows": [ROW | change]} for change in (
+            {"ms": "1"}, {"ms": None}, {"ms": -1.0}, {"ms": 1e999}, {"name": []}, {"won": 1},
+            {"images": {}}, {"candidate": "x"}, {"candidate": {"kernels": {"a": []}}},
+            {"candidate": {"kernels": {}, "threads": 10**9}},
+            {"candidate": {"kernels": {}, "micro_batch": 0}},
+        )),
+        {"candidate": [1]}, {"candidate": {"kernels": {"x": "y"}}},
+    ],
+)  # fmt: skip
+def test_a_verdict_of_wrong_values_is_noted_and_not_taken(changes):
+    """Of a state; one in the cache has the same rows."""
+    tuning = autotune.Tuning()
+    state = {"candidate": {"kernels": {}}, "rows": [ROW], "machine": {}}
+    assert autotune._of_state(state, tuning)
+    tuning = autotune.Tuning()
+    taken = autotune._of_state(state | changes, tuning)
+    assert bool(taken) == ("machine" in changes)
+    assert len(tuning.notes) == ("machine" not in changes)
