@@ -457,8 +457,8 @@ class Drills:
 
         digits = [
             "--teacher", "digits", *RUN, "--kimg", 0.004 * steps, "--augment-p", 0,
-            "--state-every", 0.04,
-            "--snapshot-every", 0.04, "--eval-every", 0.2, "--keep-snapshots", 3,
+            "--state-every", 0.08,
+            "--snapshot-every", 0.04, "--eval-every", 0.4, "--keep-snapshots", 3,
         ]  # fmt: skip
         child = self.start(*digits, "--out", out, setup=setup)
         assert child.wait(10 * LIMIT_SECONDS) == 0, child.text()
