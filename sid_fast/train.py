@@ -57,8 +57,8 @@ class TrainConfig(RunOptions, StepOptions, MethodOptions):  # type: ignore[misc]
     data: str | None = option(
         None,
         "EDM data set (zip or folder). Its class frequencies weight the sampled labels (default: "
-        "uniform) and its images are the reference for --eval-every. SiDA trains on it, SiD never "
-        "does",
+        "uniform over the classes that the teacher was trained on) and its images are the "
+        "reference for --eval-every. SiDA trains on it, SiD never does",
         heading="Teacher and data",
     )
     generator: str | None = option(

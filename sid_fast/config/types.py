@@ -332,7 +332,9 @@ class RunOptions:
         "continue from a checkpoint folder (state-*), a run folder, or `latest`: the newest "
         "checkpoint in --out or runs/. Options that are not given keep their saved values",
     )
-    log_every: int = _output(50, "steps between log lines", 1)
+    log_every: int = _output(
+        50, "steps between log lines; log.jsonl stays below 64 MiB, tensorboard/ below 256", 1
+    )
     snapshot_every: float = _output(
         500.0, "kimg between snapshots of the EMA network, each with a sample grid", 0.001
     )
