@@ -243,6 +243,7 @@ def sets_from_network(
         require_denoiser(net, config.network, f"a network that is sampled in {config.steps} steps")
     require_png_channels(net, config.network, "only such images can be evaluated")
     host_memory.require_forward(net.config, device)
+    host_memory.require_features(net.config, max(map(len, seed_sets)), config.detector)
     sigma = config.init_sigma or net.config.init_sigma or Settings.init_sigma
     graph, _ = resolve_cuda_graph("auto", device)
     classes = classes_to_draw(data, net)

@@ -27,7 +27,7 @@ from sid_fast.methods.edm import EDM
 from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.performance import fsdp, mixed_precision, process_group
 from sid_fast.sampling import heun
-from sid_fast.tools import estimator
+from sid_fast.tools import estimator, host_memory
 from sid_fast.training.callbacks import Evaluations, Snapshots
 from sid_fast.training.loop import Loop
 from sid_fast.training.random_streams import seed_of
@@ -114,6 +114,7 @@ def run(config: PretrainConfig, given: set[str]) -> None:
         snapshots = Snapshots(config, trainer, trainer.ema, sampler)
         evaluations = None
         if config.eval_every:
+            host_memory.require_features(network, config.eval_images, config.detector)
             evaluations = Evaluations(config, trainer, trainer.ema, data, config.sampler_steps)
         name = f"teacher-{config.preset or Path(config.data).stem}"
         backends = kernels.dispatch.report(device)

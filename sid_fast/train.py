@@ -36,7 +36,7 @@ from sid_fast.performance import fsdp, mixed_precision, process_group
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
 from sid_fast.performance.cuda_graphs import resolve_cuda_graph
 from sid_fast.sampling import one_step
-from sid_fast.tools import autotune, estimator, graph_trial
+from sid_fast.tools import autotune, estimator, graph_trial, host_memory
 from sid_fast.tools.micro_batch import largest_micro_batch
 from sid_fast.training.callbacks import Evaluations, Snapshots
 from sid_fast.training.checkpoint import read_header
@@ -173,6 +173,7 @@ def run(config: TrainConfig, given: set[str]) -> None:
         )
         evaluations = None
         if config.eval_every:
+            host_memory.require_features(network, config.eval_images, config.detector)
             evaluations = Evaluations(
                 config,
                 trainer,

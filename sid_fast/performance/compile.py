@@ -2,13 +2,16 @@
 
 import contextlib
 import os
+import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
+from sid_fast.errors import Fallback
 from sid_fast.io.cache import user_cache
 from sid_fast.models.edm_unet.unet import Block
 
@@ -22,7 +25,18 @@ HEARTBEAT_SECONDS = 10.0  # until the first line; doubles after every line
 def compile_blocks(*nets: nn.Module) -> None:
     """Compile the residual blocks in place; takes minutes in the first step, unless cached."""
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(user_cache() / "inductor")
+        folder = user_cache() / "inductor"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+        except OSError as error:
+            warnings.warn(
+                f"{folder} cannot be written ({error.strerror}), so compiled code is not kept "
+                "there: set SID_FAST_CACHE to a folder you can write to",
+                Fallback,
+                stacklevel=2,
+            )
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.accumulated_recompile_limit = RECOMPILE_LIMIT
     for net in nets:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from sid_fast.errors import UserError
+from sid_fast.evaluation.sample import MAX_FEATURES
 from sid_fast.models import NetworkConfig
 from sid_fast.sampling import group_size
 
@@ -38,6 +39,24 @@ def require(nbytes: float, what: str, instead: str) -> None:
         raise UserError(
             f"{what} would take about {nbytes / GIB:,.0f} GiB of memory, and this machine has "
             f"{available / GIB:.0f}: {instead}"
+        )
+
+
+def require_features(network: NetworkConfig, images: int, detector: str) -> None:
+    """Raise UserError if the statistics of --detector pixels cannot fit in memory.
+
+    Args:
+        network: Makes the images; the real ones are alike.
+        images: In a sample set.
+        detector: Of the command; other detectors have few features.
+    """
+    if detector == "pixels":
+        features = network.channels * network.resolution**2
+        stored = 4 * min(images, MAX_FEATURES) * features
+        require(
+            2 * stored + 4 * 8 * features**2,  # gathered; products, covariances
+            f"statistics of {images:,} images of {features:,} pixel values",
+            "use another --detector, or fewer images",
         )
 
 

@@ -146,7 +146,10 @@ def save(key: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps({"key": key, "rows": rows}, indent=1), "utf-8")
     except OSError as error:
-        return f"{path.parent} cannot be written ({error.strerror})"
+        return (
+            f"{path.parent} cannot be written ({error.strerror}): set SID_FAST_CACHE to a folder "
+            "you can write to"
+        )
     except UserError as error:
         return str(error)
     return ""

@@ -73,6 +73,9 @@ TOO_LARGE = [  # on a machine of 1 GiB
     "generate --network T --out out --seeds 0-9999999 --batch 100000000",
     "evaluate --network T --data digits --detector pixels --seeds 0-99999999",
     "evaluate --network T --data digits --detector T --trust --batch 16777216",
+    "evaluate --network T --data digits --detector pixels -n 3000000",
+    "train --teacher T --data digits --eval-every 1 --eval-images 3000000 --detector pixels",
+    "pretrain --data digits --eval-every 1 --eval-images 3000000 --detector pixels",
 ]
 
 
@@ -117,6 +120,7 @@ def test_an_option_without_effect_is_refused(run, line):
 @pytest.mark.parametrize("line", TOO_LARGE)
 def test_too_much_for_the_memory_is_refused_before_it_is_allocated(run, monkeypatch, line):
     monkeypatch.setattr(host_memory, "host_memory", lambda: 2**30)
+    monkeypatch.setattr(host_memory, "MAX_FEATURES", 10**9)  # of images of 64 pixels
     assert "GiB of memory, and this machine has 1" in run(line)
 
 

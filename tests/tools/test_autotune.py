@@ -368,6 +368,7 @@ def test_a_verdict_that_cannot_be_written_is_taken_all_the_same(tuned, monkeypat
     assert found.candidate == FAST_ONE
     (note,) = found.notes
     assert "not kept" in note
+    assert "set SID_FAST_CACHE" in note
     assert str(tmp_path / "file") in note
 
 
