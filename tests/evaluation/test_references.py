@@ -234,10 +234,16 @@ def test_the_embedded_reference_is_that_of_its_detector():
 def test_a_small_file_of_gigabytes_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "a.npz", mu=np.zeros(3000), sigma=np.zeros((3000, 3000)))
     real, opened = zipfile.ZipFile.open, []
-    monkeypatch.setattr(
-        zipfile.ZipFile, "open", lambda self, m, *a: opened.append(m.filename) or real(self, m, *a)
-    )
-    with pytest.raises(UserError, match=r"sigma would unpack from [\d,]+ bytes to 72,000,128"):
+
+    def spy(self, member, *arguments, **more):
+        opened.append(getattr(member, "filename", member))
+        return real(self, member, *arguments, **more)
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match=r"sigma would unpack from [\d,]+ bytes to 72,000,128"),
+    ):
+        patch.setattr(zipfile.ZipFile, "open", spy)
         read_reference(str(tmp_path / "a.npz"), Pixels())
     assert set(opened) == {"mu.npy"}
     noise = np.random.default_rng(0).normal(size=(3000, 3000))

@@ -293,9 +293,11 @@ def test_the_cache_needs_no_platformdirs(tmp_path, monkeypatch, chosen):
 
 
 def test_compiled_code_goes_elsewhere_where_the_cache_cannot_be_written(tmp_path, monkeypatch):
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     (tmp_path / "file").touch()
     monkeypatch.setenv("SID_FAST_CACHE", str(tmp_path / "file"))
     with pytest.warns(Fallback, match="set SID_FAST_CACHE to a folder you can write to"):
         compile_blocks()
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")  # PyTorch sets its own default
+    assert not chosen.startswith(str(tmp_path))
