@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sid_fast.errors import UserError
 from sid_fast.io.atomic import boot_id
+from sid_fast.io.untrusted import parse_json
 
 NAME = "run.lock"
 HEARTBEAT_SECONDS = 15.0
@@ -164,9 +165,9 @@ def _is_restart(other: Lease, launch: str, restart: int) -> bool:
 def _read(file: int) -> Lease | None:
     """Read a lease; None if the lock is free or the file is not a lease."""
     try:
-        values = json.loads(os.pread(file, 2 * _LEASE_BYTES, 0))
+        values = parse_json(os.pread(file, 2 * _LEASE_BYTES, 0), 1, 100)
         lease = Lease(**{f.name: values[f.name] for f in dataclasses.fields(Lease)})
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, UserError, KeyError, TypeError):
         return None
     for field in dataclasses.fields(Lease):
         if type(getattr(lease, field.name)) is not field.type:
