@@ -33,10 +33,7 @@ def temporary_name(path: Path) -> Path:
     It begins with a tag of this boot of the machine and is random otherwise: process ids of ranks
     on several nodes can coincide on a shared file system.
     """
-    while True:
-        name = path.with_name(f"{path.name}.{_boot_tag()}{secrets.token_hex(2)}.tmp")
-        if not os.path.lexists(name):
-            return name
+    return path.with_name(f"{path.name}.{_boot_tag()}{secrets.token_hex(2)}.tmp")
 
 
 @functools.cache
@@ -52,15 +49,24 @@ def boot_id() -> str:
         return ""
 
 
-def _hold(temporary: Path) -> int:
-    """Create a temporary file and lock it while it is written; returns its descriptor."""
+@contextmanager
+def _held(target: Path) -> Iterator[Path]:
+    """Create a temporary file for `target` and lock it through the block."""
     while True:
-        file = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o600)
+        temporary = temporary_name(target)
+        try:
+            file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:  # someone else's
+            continue
         with contextlib.suppress(OSError):  # no flock on this file system
             fcntl.flock(file, fcntl.LOCK_SH)
         if _is_file(file, temporary):
-            return file
+            break
         os.close(file)  # removed before it was locked
+    try:
+        yield temporary
+    finally:
+        os.close(file)
 
 
 def _is_file(file: int, path: Path) -> bool:
@@ -73,7 +79,7 @@ def _is_file(file: int, path: Path) -> bool:
 def remove_abandoned(folder: Path, targets: str = ".+") -> None:
     """Remove temporary files of killed processes.
 
-    Of this boot of the machine those that nobody writes (see _hold), of others those of over an
+    Of this boot of the machine those that nobody writes (see _held), of others those of over an
     hour ago.
 
     Args:
@@ -126,16 +132,6 @@ def _removed_on_signals(temporary: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _held(temporary: Path) -> Iterator[None]:
-    """Hold a temporary file through the block: see _hold."""
-    file = _hold(temporary)
-    try:
-        yield
-    finally:
-        os.close(file)
-
-
-@contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the same folder, renamed to `path` when the block succeeds.
 
@@ -150,9 +146,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = replaceable(path)
     if not target.parent.is_dir():
         raise WriteFailed(f"{target} cannot be written: create the folder {target.parent} first")
-    temporary = temporary_name(target)
     try:
-        with _removed_on_signals(temporary), _held(temporary):
+        with _held(target) as temporary, _removed_on_signals(temporary):
             yield temporary
             os.chmod(temporary, 0o666 & ~_UMASK)  # some libraries write with mode 600
             flush(temporary)

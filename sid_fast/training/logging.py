@@ -108,7 +108,8 @@ class Log:
         self.board, self.board_bytes = SummaryWriter(str(self.board_folder)), 0
         for record in thin(read_log(self.path), MAX_BOARD_BYTES // 8):  # events take more bytes
             images = record.pop("images")
-            self._add_scalars(images, {k: math.nan if v is None else v for k, v in record.items()})
+            numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
+            self._add_scalars(images, numbers)
         self.board.flush()
         for path in old:
             path.unlink(missing_ok=True)

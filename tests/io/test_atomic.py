@@ -185,13 +185,25 @@ def test_no_temporary_file_is_removed_where_it_cannot_be_locked(tmp_path, monkey
         assert temporary.exists()
 
 
+def test_a_temporary_name_that_is_taken_is_left_alone(tmp_path, monkeypatch):
+    random = iter(["0000", "1111"])
+    monkeypatch.setattr(atomic.secrets, "token_hex", lambda n: next(random))
+    taken = atomic.temporary_name(tmp_path / "a.bin")
+    taken.symlink_to(tmp_path / "theirs")
+    random = iter(["0000", "1111"])
+    with atomic_path(tmp_path / "a.bin") as temporary:
+        assert temporary.name.endswith("1111.tmp")
+        temporary.write_text("new")
+    assert sorted(os.listdir(tmp_path)) == ["a.bin", taken.name]
+
+
 def test_a_file_that_is_removed_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
     real, calls = atomic.fcntl.flock, []
 
     def flock(file, operation):
         if not calls:
-            calls.append(os.listdir(tmp_path))
-            (tmp_path / calls[0][0]).unlink()
+            calls.extend(os.listdir(tmp_path))
+            (tmp_path / calls[0]).unlink()
         real(file, operation)
 
     monkeypatch.setattr(atomic.fcntl, "flock", flock)

@@ -82,6 +82,8 @@ def test_tensorboard_is_bounded_and_made_anew_from_the_log(tmp_path, monkeypatch
     monkeypatch.setattr(logging, "MAX_BYTES", 20_000)
     monkeypatch.setattr(logging, "MAX_BOARD_BYTES", 40_000)
     sizes = []
+    foreign = {"images": -1, "text": "x", "list": [1], "none": None}
+    (tmp_path / "log.jsonl").write_text(json.dumps(foreign) + "\n")
     with Log(tmp_path, -1) as log:
         for images in range(1000):
             log.write(images, {"loss": images / 8, "nan": math.nan})
@@ -91,7 +93,7 @@ def test_tensorboard_is_bounded_and_made_anew_from_the_log(tmp_path, monkeypatch
             assert len(files) == 1
     assert sizes[-1] > 5000
     shown = board(tmp_path)["loss"]
-    assert shown[0] == (0, 0)
+    assert shown[0][0] < 200
     assert shown[-1] == (999, 999 / 8)
     assert shown == sorted(set(shown))
     assert len(shown) > 30
