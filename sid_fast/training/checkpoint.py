@@ -28,6 +28,7 @@ import torch
 from sid_fast.errors import UserError
 from sid_fast.io.atomic import TEMPORARY, atomic_path, flush, temporary_name
 from sid_fast.io.download import file_sha256
+from sid_fast.io.lock import holder
 from sid_fast.io.safetensors import check_header
 from sid_fast.io.streams import say
 from sid_fast.io.untrusted import (
@@ -485,7 +486,7 @@ def read_header(path: Path) -> dict[str, Any]:
         UserError: It is not a state, or it is incomplete.
     """
     if not path.is_dir():
-        raise UserError(f"{path} is not a training state: use a state-* folder or a run folder")
+        raise _missing(path)
     try:
         header = _parse_header(path)
         for name, size in header["files"].items():
@@ -503,11 +504,25 @@ def read_header(path: Path) -> dict[str, Any]:
         for file in path.glob("*.safetensors"):
             if file.name not in header["files"]:
                 raise UserError(f"{file} does not belong to the state: move it elsewhere")
-    except OSError as error:
+    except (OSError, UserError) as error:
+        if not path.is_dir():
+            raise _missing(path) from error
+        if isinstance(error, UserError):
+            raise
         raise UserError(
             f"{path} is not a complete training state ({error}): resume from another"
         ) from error
     return header
+
+
+def _missing(path: Path) -> UserError:
+    """Make the error for a state that is none, or that the run in its folder has pruned."""
+    if running := holder(path.parent):
+        return UserError(
+            f"{path} is gone, and {path.parent} is in use by {running}: wait for it to end, or "
+            "stop it"
+        )
+    return UserError(f"{path} is not a training state: use a state-* folder or a run folder")
 
 
 def _verify(path: Path, header: dict[str, Any]) -> None:

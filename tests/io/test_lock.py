@@ -222,3 +222,18 @@ def test_an_older_restart_does_not_take_the_lock_of_a_newer_one(tmp_path):
     refused(tmp_path, "ours", 1)
     with RunLock(tmp_path, "ours", 2):
         pass
+
+
+def test_the_holder_is_named_while_it_lives(tmp_path):
+    assert lock.holder(tmp_path) == ""
+    with RunLock(tmp_path):
+        assert lock.holder(tmp_path) == f"process {os.getpid()} on {HOST}"
+    assert lock.holder(tmp_path) == ""
+    write_lease(tmp_path, started=1)
+    assert lock.holder(tmp_path) == ""
+    write_lease(tmp_path, host="elsewhere")
+    assert lock.holder(tmp_path) == f"process {os.getpid()} on elsewhere"
+    os.utime(tmp_path / NAME, (1, 1))
+    assert lock.holder(tmp_path) == ""
+    write_lease(tmp_path, inode=1)
+    assert lock.holder(tmp_path) == ""

@@ -770,3 +770,13 @@ def test_other_settings_of_a_state_are_shown_in_few_characters(tmp_path):
     (state / HEADER).write_text(json.dumps(header))
     with pytest.raises(UserError, match="with seed=a list, this run has seed=0"):
         load_state(state, distiller)
+
+
+def test_a_state_that_a_running_run_has_pruned_names_the_run(tmp_path):
+    written(tmp_path, 2)
+    (state,) = states(tmp_path)
+    shutil.rmtree(state)
+    with RunLock(tmp_path), pytest.raises(UserError, match=f"is in use by process {os.getpid()}"):
+        read_header(state)
+    with pytest.raises(UserError, match="is not a training state"):
+        read_header(state)
