@@ -14,6 +14,7 @@ import gc
 import gzip
 import io
 import json
+import logging
 import os
 import pickle
 import pickletools
@@ -626,6 +627,8 @@ def main() -> None:
     parser.add_argument("target", nargs="*", help=f"any of {', '.join(TARGETS)}; default: all")
     parser.add_argument("--seconds", type=float, default=300, help="of each target (default 300)")
     arguments = parser.parse_args()
+    if logging.lastResort:  # as in a command
+        logging.lastResort.addFilter(cli.without_traceback)
     database = DirectoryBasedExampleDatabase(".hypothesis")
     for name in arguments.target or TARGETS:
         until, tried, valid = time.monotonic() + arguments.seconds, 0, 0
