@@ -431,10 +431,14 @@ def _read_run(path: Path) -> Path | None:
 
 
 def _read_lock(path: Path) -> RunLock:
+    """Take the lock of a lease that says the inode of its own file: a copied one is free."""
+    inode = str(json.loads(_lease()[0])["inode"]).encode()
+    path.write_bytes(path.read_bytes().replace(inode, str(path.stat().st_ino).encode()))
     with RunLock(path.parent) as lock:
         return lock
 
 
+@functools.cache
 def _lease() -> list[bytes]:
     with tempfile.TemporaryDirectory() as folder, RunLock(Path(folder)):
         return [(Path(folder) / LOCK).read_bytes().strip()]
