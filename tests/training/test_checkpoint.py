@@ -780,3 +780,15 @@ def test_a_state_that_a_running_run_has_pruned_names_the_run(tmp_path):
         read_header(state)
     with pytest.raises(UserError, match="is not a training state"):
         read_header(state)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_states_without_a_time_are_ordered_by_steps_however_they_are_listed(
+    tmp_path, monkeypatch, backwards
+):
+    written(tmp_path, 2, 10, 4)
+    for state in states(tmp_path):
+        without(state, "written_at")
+    real = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda *a: iter(sorted(real(*a), reverse=backwards)))
+    assert find_state(str(tmp_path), None).name == "state-000000010"
