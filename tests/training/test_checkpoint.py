@@ -792,3 +792,14 @@ def test_states_without_a_time_are_ordered_by_steps_however_they_are_listed(
     real = Path.glob
     monkeypatch.setattr(Path, "glob", lambda *a: iter(sorted(real(*a), reverse=backwards)))
     assert find_state(str(tmp_path), None).name == "state-000000010"
+
+
+def test_a_cut_shard_is_found_when_the_header_is_read(tmp_path):
+    """Before a teacher is loaded or a digest is computed."""
+    written(tmp_path, 2)
+    (state,) = states(tmp_path)
+    shard = sorted(state.glob("*.safetensors"))[0]
+    size = shard.stat().st_size
+    os.truncate(shard, size - 1)
+    with pytest.raises(UserError, match=rf"{shard.name} has {size - 1} bytes instead of {size}"):
+        read_header(state)
