@@ -156,6 +156,7 @@ _step = partial(option, heading="Batch and precision")
 _output = partial(option, heading="Run and output")
 _evaluation = partial(option, heading="Evaluation during the run")
 _machine = partial(option, heading="Machine")
+_network = partial(option, heading="Network")
 
 
 @dataclasses.dataclass
@@ -321,6 +322,21 @@ class PretrainSettings:
 
 
 @dataclasses.dataclass
+class NetworkOptions:
+    """A teacher's architecture, as far as its images do not decide it."""
+
+    architecture: Architecture = _network("ddpmpp", "network architecture")
+    model_channels: int = _network(128, "base number of channels", 1)
+    channel_mult: tuple[int, ...] = _network(
+        (2, 2, 2), "channels of each resolution level, as multiples of --model-channels"
+    )
+    num_blocks: int = _network(4, "residual blocks per resolution level", 1)
+    attention_resolutions: tuple[int, ...] = _network(
+        (16,), "resolutions (pixels) with self-attention"
+    )
+
+
+@dataclasses.dataclass
 class RunOptions:
     """Options of a training run: folder, length, logging, checkpoints, evaluation, hardware."""
 
@@ -365,6 +381,12 @@ class RunOptions:
     )
     shard_group: int | None = _machine(
         None, "GPUs per replica in hsdp; default: the GPUs of one node", 1
+    )
+    tune: Tune = _machine(
+        "auto",
+        "tune the training step on this GPU: use the fastest numerically correct candidate. auto: "
+        "use a cached result, else tune if the run is at least 20 times the budget; again: always "
+        "tune anew; off: keep the defaults",
     )
     timeout: float = _machine(
         10.0, "minutes to wait for another process before the run stops with an error", 0.05, 1e5

@@ -168,7 +168,8 @@ class Tournament:
         cuda, base = self.device.type == "cuda", self._eager()
         sizes: list[int | None] = [None]
         if cuda and "micro_batch" not in self.job.pinned:
-            sizes = [n for n in micro_batches(self.job.settings, self.job.ranks) if n <= 64]
+            sizes = list(micro_batches(self.job.settings, self.job.ranks))
+            sizes = [n for n in sizes if n <= 64] or sizes[-1:]
         for size in sizes:
             row = Row("eager", base.changed(micro_batch=size))
             runner = Runner(self.job, row)
@@ -186,10 +187,13 @@ class Tournament:
 
     def _operations(self) -> list[tuple[str, str]]:
         """Operations and backends that are right alone, in float32."""
-        job, augmented = self.job, bool(getattr(self.job.settings, "augment_p", 0))
-        found = list(candidates.operations(job.network, augmented, job.kernels, self.device))
+        found = list(candidates.operations(self.job))
         eager = self._eager().changed(cuda_graph=False, compile=False)
-        rows = [Row(f"{op} {b} alone", eager.changed(kernels={op: b})) for op, b in found]
+        names = [candidates.name_of(op, b, self.job.device) for op, b in found]
+        rows = [
+            Row(f"{name} alone", eager.changed(kernels={op: b}))
+            for name, (op, b) in zip(names, found, strict=True)
+        ]
         together = max(min(verdicts.cores() // 2, SIDE_BY_SIDE), 1)  # they compile
         for start in range(0, len(rows), together):
             self._alone(rows[start : start + together])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sid_fast.config.types import group_size
 from sid_fast.errors import UserError
 from sid_fast.io.atomic import atomic_path
 from sid_fast.io.cache import user_cache
@@ -93,8 +94,11 @@ def key(job: Job, found: dict[str, Any]) -> dict[str, Any]:
         "layout": job.layout,
         "ranks": job.ranks,
         "images": job.share,
+        "group": group_size(settings),
         "micro_batch": settings.micro_batch,
         "kernels": job.kernels,
+        "cuda_graph": job.cuda_graph,
+        "compile": job.compile,
         "recompute": job.recompute,
         "pinned": sorted(job.pinned),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),

@@ -12,7 +12,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from sid_fast import Settings, tune
+from sid_fast import Settings, SiDASettings, losses, tune
+from sid_fast.config.types import PretrainSettings
 from sid_fast.kernels import dispatch
 from sid_fast.methods.sid import SiD
 from sid_fast.models.registry import save_network
@@ -28,6 +29,10 @@ from tests.helpers.processes import TORCHRUN, python
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SETTINGS = Settings(batch_size=4, dropout=0.2, augment_p=0.3)
 JOB = Job(SMALL, SETTINGS, "cpu")
+SIDA = dataclasses.replace(
+    JOB, settings=SiDASettings(batch_size=8, adversarial_group=2, dropout=0.2, augment_p=0.3)
+)
+EDM = dataclasses.replace(JOB, settings=PretrainSettings(batch_size=4, dropout=0.2, augment_p=0.3))
 LOST: list[torch.Tensor] = []
 
 
@@ -201,7 +206,8 @@ def test_a_spent_budget_is_said_and_leaves_the_defaults(monkeypatch):
 
 
 def candidate(**changes):
-    return Candidate(dict.fromkeys(dispatch.OPERATIONS, "eager")).changed(**changes)
+    operations = (op for op in dispatch.OPERATIONS if op != "random")
+    return Candidate(dict.fromkeys(operations, "eager")).changed(**changes)
 
 
 def test_a_right_candidate_passes_all_proofs():
@@ -209,6 +215,47 @@ def test_a_right_candidate_passes_all_proofs():
     cpp = {"adam_ema": "cuda"} if "cuda" in candidates.backends_of("adam_ema") else {}
     bf16 = dataclasses.replace(JOB, settings=dataclasses.replace(SETTINGS, precision="bf16"))
     assert proof.wrong(bf16, candidate(kernels=cpp)) == ""
+
+
+@pytest.mark.parametrize("job", [SIDA, EDM])
+def test_sida_and_teachers_are_proven_with_random_images_in_the_full_regime(job, monkeypatch):
+    trainers, build = [], proof.build
+    monkeypatch.setattr(
+        proof, "build", lambda *a, **k: trainers.append(build(*a, **k)) or trainers[-1]
+    )
+    assert proof.wrong(job, candidate(channels_last=True)) == ""
+    for trainer in trainers:
+        assert all(phase.active(trainer.images) for phase in trainer.method.phases)
+        images, labels = trainer.method.feed.take(trainer.counter, 4)
+        assert images.float().std() > 50
+        assert labels.sum(1).eq(1).all()
+
+
+@pytest.mark.parametrize(
+    ("function", "field", "words"),
+    [
+        ("sida_fake_score_loss", "discriminator", "fake discriminator gradients +2.0% in scale"),
+        ("sida_fake_score_loss", "loss", "fake gradients +2.0% in scale"),
+        ("sida_generator_loss", "adversarial", "generator adversarial gradients +2.0% in scale"),
+        ("sida_generator_loss", "loss", "generator gradients +2.0% in scale"),
+        ("fake_score_loss", "loss", "gradients +2.0% in scale"),
+    ],
+)
+def test_each_term_is_proven_alone(monkeypatch, function, field, words):
+    """In a sum, the larger term would hide an error in the other one."""
+    right = getattr(losses, function)
+
+    def scaled(*arguments):  # its value is right, its gradient 2 % too large
+        found = right(*arguments)
+        value = getattr(found, field)
+        return found._replace(**{field: value + 0.02 * (value - value.detach())})
+
+    def planted(self, *arguments):
+        monkeypatch.setattr(losses, function, scaled if self.channels_last else right)
+
+    monkeypatch.setattr(Candidate, "apply", planted)
+    job = SIDA if "sida" in function else EDM
+    assert proof.gradients_agree(job, candidate(channels_last=True)) == words
 
 
 def test_an_optimizer_is_judged_by_given_gradients(monkeypatch):
@@ -259,12 +306,16 @@ def test_a_noisy_type_is_measured_by_eager_of_that_type():
 
 def test_the_short_list_of_a_gpu_begins_with_what_is_safest():
     job = Job(SMALL, dataclasses.replace(SETTINGS, batch_size=256), "cuda:0")
-    proven = list(candidates.operations(SMALL, False, "auto", CUDA))
+    proven = list(candidates.operations(unaugmented(job)))
     assert ("augment", "triton") not in proven, "there is nothing to augment"
+    assert ("augment", "triton") in candidates.operations(job)
     assert {"random", "sida_loss"}.isdisjoint(op for op, _ in proven)
+    assert ("group_norm", "cuda") not in proven, "the library has it for a CPU alone"
+    sida = dataclasses.replace(SIDA, device="cuda:0")
+    assert ("sida_loss", "triton") in candidates.operations(sida)
     base = candidate(channels_last=True, micro_batch=64)
     names = [name for name, _ in candidates.shortlist(job, base, proven)]
-    assert names[0] == "CUDA graphs"
+    assert names[:2] == ["CUDA graphs", "defaults"]
     assert names.index("group_norm triton") < names.index("fused block")
     assert names[-4:] == ["cuDNN search", "micro-batch 128", "micro-batch 256", "compiled blocks"]
     proven.remove(("attention", "triton"))
@@ -276,8 +327,46 @@ def test_the_short_list_of_a_gpu_begins_with_what_is_safest():
     assert [name for name, _ in candidates.shortlist(bits, base, [])] == ["channels-first"]
     left = candidates.open_operations("group_norm=eager,adam_ema=triton", CUDA)
     assert {"group_norm", "adam_ema", "random"} == set(dispatch.OPERATIONS) - set(left)
-    ncsnpp = dataclasses.replace(SMALL, architecture="ncsnpp")  # its filter fits no norm's write
-    assert "block" not in dict(candidates.operations(ncsnpp, True, "auto", CUDA))
+    # Its filter fits no norm's write.
+    ncsnpp = dataclasses.replace(job, network=dataclasses.replace(SMALL, architecture="ncsnpp"))
+    assert "block" not in dict(candidates.operations(ncsnpp))
+
+
+def unaugmented(job):
+    return dataclasses.replace(job, settings=dataclasses.replace(job.settings, augment_p=0.0))
+
+
+def test_micro_batches_of_sida_hold_whole_groups(monkeypatch):
+    settings = SiDASettings(batch_size=768, adversarial_group=96)
+    job = dataclasses.replace(SIDA, settings=settings, device="cuda:0")
+    names = [n for n, _ in candidates.shortlist(job, candidate(micro_batch=96), [])]
+    assert [n for n in names if "micro" in n] == ["micro-batch 192", "micro-batch 384",
+                                                  "micro-batch 768"]  # fmt: skip
+    tried = []
+
+    def full(self):
+        tried.append(self.row.candidate.micro_batch)
+        raise Failed("out of memory")
+
+    monkeypatch.setattr(tournament.Runner, "prepare", full)
+    assert Tournament(job, 1, 0, print)._base() is None
+    assert tried == [96], "the smallest, where a group is larger than 64 images"
+
+
+def test_a_cpu_has_no_cuda_in_its_names(monkeypatch):
+    """And its default operations are tried together, as each may gain less than steps vary by."""
+    monkeypatch.setattr(candidates, "backends_of", lambda op: ["eager", "cuda"])
+    monkeypatch.setattr(candidates, "open_operations", lambda *_: ["group_norm", "adam_ema"])
+    proven = list(candidates.operations(JOB))
+    assert proven == [("group_norm", "cuda"), ("adam_ema", "cuda")]
+    names = [name for name, _ in candidates.shortlist(JOB, candidate(), proven)]
+    assert names[:4] == ["defaults", "C++ group_norm", "C++ adam_ema", "channels-last"]
+    _, change = candidates.shortlist(JOB, candidate(), proven)[0]
+    both = candidate().changed(**change)
+    assert both.text("cpu") == "C++ group_norm, C++ adam_ema"
+    assert both.text("cuda:0") == "group_norm cuda, adam_ema cuda"
+    names = [name for name, _ in candidates.shortlist(JOB, candidate(), proven[1:])]
+    assert names[:2] == ["C++ adam_ema", "channels-last"]
 
 
 def test_a_candidate_comes_back_from_its_words():
@@ -324,7 +413,7 @@ def test_a_verdict_is_kept_for_the_same_machine_and_job(tuned):
     made = tuned("again")
     assert made.candidate == FAST_ONE
     assert made.text == "tuned: channels-last (2.00 times eager)".replace(
-        "channels-last", FAST_ONE.text
+        "channels-last", FAST_ONE.text("cpu")
     )
     kept = tuned("auto")
     assert (kept.candidate, len(tuned.runs)) == (FAST_ONE, 1)
@@ -334,6 +423,8 @@ def test_a_verdict_is_kept_for_the_same_machine_and_job(tuned):
     assert tuned("auto", settings=other).candidate is None
     assert tuned("auto", deterministic=True).candidate is None
     assert tuned("auto", kernels="adam_ema=eager").candidate is None
+    assert tuned("auto", settings=EDM.settings).candidate is None
+    assert tuned("auto", pinned=frozenset({"compile"}), compile=True).candidate is None
     tuned("again")
     assert len(tuned.runs) == 2
 
@@ -396,6 +487,20 @@ def test_a_resumed_run_takes_the_verdict_of_its_state(tuned):
     assert found.text.endswith(", of the state)")
     first = state | {"candidate": state["rows"][0]["candidate"]}  # as several nodes had agreed
     assert tuned("auto", saved=first).candidate == candidate()
+    # What the command line has decided since then.
+    found = tuned("auto", saved=state, kernels="adam_ema=eager")
+    assert found.candidate is None
+    assert "another --kernels, not adam_ema=eager" in found.notes[0]
+    large = candidate(micro_batch=2, cudnn_search=True, compile=True)
+    rows = [*state["rows"], Row("large", large, ms=1.0, images=4, gib=0.1, won=True).to_json()]
+    state["candidate"], state["rows"] = dataclasses.asdict(large), rows
+    assert tuned("auto", saved=state).candidate == large
+    pinned = frozenset({"micro_batch", "compile"})
+    found = tuned("auto", saved=state, pinned=pinned, deterministic=True)
+    assert found.candidate == candidate()
+    found = tuned("auto", saved=state, ranks=4)
+    assert found.candidate is None
+    assert "micro-batch of 2 does not divide the 1 images" in found.notes[0]
     elsewhere = state | {"machine": state["machine"] | {"device": "Tesla T4"}}
     found = tuned("auto", saved=elsewhere)
     assert found.candidate is None
