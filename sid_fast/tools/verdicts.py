@@ -23,7 +23,10 @@ from sid_fast.tools.trial import reference_kernel
 from sid_fast.training.environment import installed, processor
 
 # Whatever decides how a step runs, by folder or file of the package.
-CODE = ("performance", "models", "methods", "training", "tools")
+CODE = (
+    "performance", "models", "methods", "training", "tools", "augment.py", "distiller.py",
+    "losses.py", "noise.py",
+)  # fmt: skip
 SOURCES = (".py", ".cu", ".h", ".cpp")
 
 
@@ -69,8 +72,9 @@ def code() -> str:
     """A digest of what a step is made of."""
     sha = hashlib.sha256()
     root = Path(__file__).parents[1]
-    for folder in (Path(dispatch.__file__).parent, *(root / name for name in CODE)):
-        for path in sorted(p for p in folder.rglob("*") if p.suffix in SOURCES):
+    for source in (Path(dispatch.__file__).parent, *(root / name for name in CODE)):
+        files = [source] if source.is_file() else source.rglob("*")
+        for path in sorted(p for p in files if p.suffix in SOURCES):
             sha.update(path.read_bytes())
     return sha.hexdigest()[:16]
 

@@ -202,6 +202,34 @@ def test_a_spent_budget_is_said_and_leaves_the_defaults(monkeypatch):
     assert not list(Path(os.environ["SID_FAST_CACHE"]).rglob("*.json"))
 
 
+def test_an_operation_that_fails_alone_is_named_and_left_out(monkeypatch):
+    found = [("group_norm", "cuda"), ("adam_ema", "cuda"), ("attention", "cuda")]
+    monkeypatch.setattr(candidates, "operations", lambda job: found)
+
+    class Alone:
+        def __init__(self, make, job, one):
+            self.kernels = one.kernels
+
+        def ask(self, method, limit):
+            assert method == "wrong_alone"
+
+        def answer(self):
+            if self.kernels["adam_ema"] == "cuda":
+                raise Failed("ended by SIGSEGV")
+            return "losses +2.0% in scale" if self.kernels["attention"] == "cuda" else ""
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(tournament, "Child", Alone)
+    said = []
+    assert Tournament(JOB, 600, 0, said.append)._operations() == [("group_norm", "cuda")]
+    assert [line.split() for line in said] == [
+        ["C++", "adam_ema", "alone", "ended", "by", "SIGSEGV"],
+        ["C++", "attention", "alone", "losses", "+2.0%", "in", "scale"],
+    ]
+
+
 # ---- proofs
 
 
@@ -597,31 +625,41 @@ def test_two_ranks_with_one_failing_candidate_end_on_one_verdict(tmp_path):
 # ---- the commands
 
 
-@pytest.fixture
-def teacher(tmp_path):
-    save_network(tmp_path / "teacher.safetensors", small_teacher())
-    return ["--teacher", tmp_path / "teacher.safetensors", "--batch-size", 4]
+NETWORK = ["--model-channels", 16, "--channel-mult", "1,2", "--num-blocks", 1]
+COMMANDS = {  # command and its options; of tune, too
+    "sid": ("train", ["--teacher", "teacher.safetensors"], []),
+    "sida": (
+        "train",
+        ["--teacher", "teacher.safetensors", "--method", "sida", "--adversarial-group", 2],
+        ["--data", "digits"],
+    ),
+    "edm": ("pretrain", ["--data", "digits", *NETWORK], []),
+}
 
 
 @pytest.mark.slow
-def test_the_command_writes_its_table_and_train_takes_its_verdict(
-    teacher, tmp_path, monkeypatch, capsys, run_command
+@pytest.mark.parametrize("method", COMMANDS)
+def test_the_command_writes_its_table_and_a_run_takes_its_verdict(
+    method, tmp_path, monkeypatch, run_command
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Tournament, "_wins", wins)
-    arguments = [*teacher, "--kernels", "adam_ema=eager,group_norm=eager"]
-    status, error = run_command("tune", *arguments, "--json", "tune.json")
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    command, arguments, more = COMMANDS[method]
+    arguments = [*arguments, "--batch-size", 4, "--kernels", "adam_ema=eager,group_norm=eager"]
+    tune = ["pretrain"] * (command == "pretrain") + arguments
+    status, error = run_command("tune", *tune, "--json", "tune.json")
     assert (status, error) == (0, "")
     table = json.loads((tmp_path / "tune.json").read_text())
     assert [row["name"] for row in table["rows"]] == ["eager", "channels-last"]
     assert table["candidate"]["channels_last"]
     assert "adam_ema" not in table["candidate"]["kernels"]
-    run = ["--out", "run", "--kimg", 0.008, "--state-every", 0.004]
-    assert run_command("train", *arguments, *run[2:], "--out", "kept", "--kimg", 0.004) == (0, "")
+    run = [*arguments, *more, "--kimg", 0.008, "--state-every", 0.004]
+    assert run_command(command, *run, "--out", "kept", "--kimg", 0.004) == (0, "")
     config = json.loads((tmp_path / "kept" / "config.json").read_text())
     assert config["tuning"]["candidate"] == table["candidate"]
     assert config["tuning"]["text"].endswith(", kept)")
-    assert run_command("train", *arguments, *run, "--tune", "again") == (0, "")
+    assert run_command(command, *run, "--out", "run", "--tune", "again") == (0, "")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["tuning"]["text"].endswith(" times eager)")
     state = sorted((tmp_path / "run").glob("state-*"))[0]
@@ -629,9 +667,12 @@ def test_the_command_writes_its_table_and_train_takes_its_verdict(
     assert header["tuning"] == config["tuning"]
     for path in (tmp_path / "cache").rglob("*.json"):
         path.unlink()
-    assert run_command("train", "--resume", "run", "--kimg", 0.012) == (0, "")
+    assert run_command(command, "--resume", "run", "--kimg", 0.012) == (0, "")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["tuning"]["text"].endswith(", of the state)")
+    assert run_command(command, *run, "--out", "off", "--tune", "off") == (0, "")
+    config = json.loads((tmp_path / "off" / "config.json").read_text())
+    assert config["tuning"]["candidate"] is None
 
 
 def wins(tournament, challenger, alone):
@@ -649,6 +690,14 @@ def wins(tournament, challenger, alone):
         (["--preset", "digits", "--kernels", "magic"], ["magic", "eager"]),
         (["--preset", "digits", "--device", "cuda:7"], ["cuda:7"]),
         (["--preset", "digits", "--micro-batch", "7"], ["batch_size=128", "126"]),
+        (["--preset", "digits-sida", "--micro-batch", "16"], ["adversarial_group=32", "32"]),
+        (["--preset", "digits", "--adversarial-group", "8"], ["adversarial_group=8", "sida"]),
+        (["pretrain"], ["--data"]),
+        (["pretrain", "--data", "none.zip"], ["none.zip"]),
+        (["pretrain", "--preset", "digits", "--batch-size", "0"], ["batch_size=0"]),
+        (["pretrain", "--preset", "cifar10-uncond"], ["cifar10-uncond", "digits"]),
+        (["pretrain", "--data", "digits", "--channel-mult", "1,2,2,2,2"], ["resolution=8"]),
+        (["--tune-minutes", "1", "pretrain", "--preset", "digits"], ["--tune-minutes", "pretrain"]),
     ],
 )
 def test_tune_refuses(run_command, monkeypatch, tmp_path, arguments, words):
@@ -661,9 +710,12 @@ def test_tune_refuses(run_command, monkeypatch, tmp_path, arguments, words):
         assert word in error
 
 
-def test_help_explains_every_option():
-    text = CliRunner().invoke(tune.main, ["--help"]).output
-    for field in dataclasses.fields(tune.TuneConfig):
+@pytest.mark.parametrize(
+    ("command", "config"), [([], tune.TuneConfig), (["pretrain"], tune.TunePretrainConfig)]
+)
+def test_help_explains_every_option(command, config):
+    text = CliRunner().invoke(tune.main, [*command, "--help"]).output
+    for field in dataclasses.fields(config):
         assert f"--{field.name.replace('_', '-')} " in text
 
 
