@@ -7,9 +7,10 @@ Each candidate (single Triton operations, the fused block, CUDA graphs, the memo
 search, larger micro-batches, compiled blocks; on a CPU the C++ operations, the memory format,
 threads) runs in a child process, so one that crashes, hangs or runs out of memory is reported and
 harms nothing else. It must first reproduce the eager float32 step, up to rounding. It is then timed
-interleaved with the best candidate so far, and wins if it is faster beyond the spread of both.
-SiDA's steps are tuned on random images, as they are after its warm-up. `train` and `pretrain` use
-the result while GPU, driver, libraries, network and the options below are the same.
+interleaved with the best candidate so far, and wins if it is faster beyond the spread of both; the
+default operations win unless they are slower. SiDA's steps are tuned on random images, as they are
+after its warm-up. `train` and `pretrain` use the result while GPU, driver, libraries, network and
+the options below are the same.
 """
 
 import dataclasses

@@ -252,7 +252,8 @@ class StepOptions:
     )
     tune_minutes: float | None = option(
         None,
-        "budget of tuning, in minutes without compilation; default: 1 % of the run, from 2 to 10",
+        "budget of tuning, in minutes without compilation; default: 1 % of the run, at least 2 (on "
+        "a CPU 0.75) and at most 10",
         0.01,
         1e4,
         heading="Machine",

@@ -22,7 +22,7 @@ from sid_fast.tools.tournament import LIMIT, NOT_TRIED, Row, Say, Tournament, be
 from sid_fast.training.checkpoint import read_header
 
 BUDGET_FRACTION = 0.01  # of the run's estimated time
-BUDGET_MINUTES = 2.0, 10.0  # minimum and maximum
+BUDGET_MINUTES = {"cuda": (2.0, 10.0), "cpu": (0.75, 10.0)}  # minimum and maximum
 MIN_RUN_BUDGETS = 20  # auto tunes only runs at least this many budgets long
 ASSUMED_MFU = 0.3  # fraction of the measured matrix rate, to estimate a run's length
 
@@ -193,9 +193,8 @@ def _node(
             tuning.text = "not tuned"
             return []
     length = run_seconds(job, kimg, machine)
-    seconds = 60 * (
-        minutes or min(max(length * BUDGET_FRACTION / 60, BUDGET_MINUTES[0]), BUDGET_MINUTES[1])
-    )
+    low, high = BUDGET_MINUTES[torch.device(job.device).type]
+    seconds = 60 * (minutes or min(max(length * BUDGET_FRACTION / 60, low), high))
     if mode == "auto" and length < MIN_RUN_BUDGETS * seconds:
         tuning.text = f"not tuned: the run is estimated at {length / 60:.0f} min"
         return []

@@ -127,6 +127,14 @@ def operations(job: "Job") -> Iterator[tuple[str, str]]:
                 yield op, backend
 
 
+def restores_defaults(before: Candidate, after: Candidate, device: str) -> bool:
+    """Whether all that changes from one to the other is that operations get their defaults."""
+    usual = dispatch.DEFAULTS[torch.device(device).type]
+    changed = {op: b for op, b in after.kernels.items() if before.kernels.get(op) != b}
+    defaults = all(usual.get(op, "eager") == backend for op, backend in changed.items())
+    return bool(changed) and defaults and after == before.changed(kernels=changed)
+
+
 Change = tuple[str, dict[str, Any]]  # a name, and what it changes of a Candidate
 
 

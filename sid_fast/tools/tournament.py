@@ -284,16 +284,23 @@ class Tournament:
         self.left -= time.monotonic() - began
 
     def _wins(self, challenger: Runner, alone: bool) -> bool:
-        """Whether it beats the champion beyond both spreads, leaks nothing and leaves room."""
+        """Whether it beats the champion beyond both spreads, leaks nothing and leaves room.
+
+        Default backends win unless the champion beats them beyond the spreads: otherwise a run that
+        was tuned on a noisy machine would give them up for nothing.
+        """
         challenger.note()
         row = challenger.row
         assert row.gib is not None
         row.wrong = challenger.leak()
         if self.memory and row.gib * GIB > ROOM * self.memory:
             row.wrong = f"needs {row.gib:.1f} of {self.memory / GIB:.1f} GiB: no room beside it"
-        _, _, slow = timing.spread(challenger.times(alone))
-        fast, _, _ = timing.spread(self.champion.times(alone))
-        return not row.wrong and slow < fast
+        fast, _, slow = timing.spread(challenger.times(alone))
+        champion_fast, _, champion_slow = timing.spread(self.champion.times(alone))
+        champion = self.champion.row.candidate
+        if candidates.restores_defaults(champion, row.candidate, self.job.device):
+            return not row.wrong and fast <= champion_slow
+        return not row.wrong and slow < champion_fast
 
 
 def best(rows: list[Row]) -> Row | None:

@@ -181,6 +181,25 @@ def test_a_challenger_wins_beyond_the_spread(champion, challenger, wins):
     assert "1.0 of 1.1 GiB" in again.row.wrong
 
 
+def test_defaults_win_unless_they_are_slower_beyond_the_spread():
+    usual = {"group_norm": "cuda", "adam_ema": "cuda"}
+    eager = candidate()
+    tuner = Tournament(JOB, 600, 0, print)
+
+    def wins(ms, **changes):
+        tuner.champion, challenger = Fake([10, 11, 12]), Fake(ms)
+        tuner.champion.row.candidate, challenger.row.candidate = eager, eager.changed(**changes)
+        tuner._turns([tuner.champion, challenger])
+        return tuner._wins(challenger, alone=False)
+
+    assert wins([10, 11, 12], kernels=usual)
+    assert wins([11, 12, 13], kernels={"adam_ema": "cuda"})
+    assert not wins([13, 14, 15], kernels=usual)
+    assert not wins([10, 11, 12], kernels=usual, channels_last=True)
+    assert not wins([10, 11, 12], kernels={"attention": "triton"})
+    assert not wins([10, 11, 12])
+
+
 def test_who_runs_alone_is_compared_by_the_reference_kernel():
     """On a machine that has become half as fast meanwhile."""
     tuner = Tournament(JOB, 600, 0, print)
