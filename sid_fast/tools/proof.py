@@ -174,7 +174,7 @@ def gradients_of(trainer: Trainer, phase: Phase, inputs: Any) -> dict[str, torch
     results = {}
     net = trainer.method.networks[phase.network]
     factors = trainer.factors[phase.name]
-    for term in phase.terms or {"loss": None}:
+    for term in list(phase.terms) or ["loss"]:
         for name, factor in factors.items():
             factor.fill_(name == term)
         seen: list[Any] = []

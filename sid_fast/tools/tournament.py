@@ -168,8 +168,8 @@ class Tournament:
         cuda, base = self.device.type == "cuda", self._eager()
         sizes: list[int | None] = [None]
         if cuda and "micro_batch" not in self.job.pinned:
-            sizes = list(micro_batches(self.job.settings, self.job.ranks))
-            sizes = [n for n in sizes if n <= 64] or sizes[-1:]
+            whole = micro_batches(self.job.settings, self.job.ranks)
+            sizes = [n for n in whole if n <= 64] or [whole[-1]]
         for size in sizes:
             row = Row("eager", base.changed(micro_batch=size))
             runner = Runner(self.job, row)
