@@ -108,12 +108,15 @@ def weights(trainer: Trainer) -> torch.Tensor:
 def disagreement(ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> str:
     """Compare `ours` with `exact`; return the reason if it is wrong, else "".
 
-    The error may be 1.5 times eager's in the same dtype, at least ERROR; the scale is within SCALE.
+    The error may be 1.5 times eager's in the same dtype, at least ERROR. The scale is within SCALE
+    of eager's or of the exact one, or about as exact as eager's: with few pixels, roundings of 16
+    bit do not average out.
     """
     ours, eager, exact = (t.detach().double().flatten() for t in (ours, eager, exact))
     error, limit = relative(ours, exact), max(1.5 * relative(eager, exact), ERROR)
-    off = float((ours - eager) @ exact / (exact @ exact))
-    if not abs(off) <= SCALE:  # NaN included
+    off, usual = (float((t - exact) @ exact / (exact @ exact)) for t in (ours, eager))
+    exact_enough = abs(off) <= max(1.5 * abs(usual), SCALE)
+    if not (exact_enough or abs(off - usual) <= SCALE):  # NaN is neither
         return f"{off:+.1%} in scale"
     return "" if error <= limit else f"off by {error:.1e}, {limit:.1e} allowed"
 

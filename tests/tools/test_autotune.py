@@ -345,6 +345,9 @@ def test_a_noisy_type_is_measured_by_eager_of_that_type():
     assert "off by" in proof.disagreement(exact + 2e-4 * noise, exact, exact)
     assert proof.disagreement(1.004 * exact + 0.01 * noise, exact + 0.01 * noise, exact) == ""
     assert "+0.6%" in proof.disagreement(1.006 * exact + 0.01 * noise, exact + 0.01 * noise, exact)
+    assert proof.disagreement(exact, 1.01 * exact, exact) == "", "more exact than eager"
+    assert proof.disagreement(0.99 * exact, 1.01 * exact, exact) == "", "as exact"
+    assert "-2.0%" in proof.disagreement(0.98 * exact, 1.01 * exact, exact)
     assert proof.disagreement(exact * torch.nan, exact, exact)
 
 
