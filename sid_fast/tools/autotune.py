@@ -261,7 +261,7 @@ def _kept(key: dict[str, Any], tuning: Tuning) -> list[Row]:
     except ValueError as error:
         note = f"{verdicts.place(key)} is damaged ({error})"
     if note:
-        tuning.notes.append(f"{note}: it is made anew")
+        tuning.notes.append(f"{note}: ignored, and replaced by the next tuning")
     if not best(tuning.rows):
         return []
     tuning.text = ", kept"
