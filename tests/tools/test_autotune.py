@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 from sid_fast import Settings, SiDASettings, losses, tune
 from sid_fast.config.types import PretrainSettings
 from sid_fast.kernels import dispatch
+from sid_fast.kernels.group_norm import op as group_norm
 from sid_fast.methods.sid import SiD
 from sid_fast.models.registry import save_network
 from sid_fast.tools import autotune, candidates, proof, tournament, trial, verdicts
@@ -259,9 +261,49 @@ def candidate(**changes):
 
 def test_a_right_candidate_passes_all_proofs():
     assert proof.wrong(JOB, candidate(channels_last=True)) == ""
+
+
+def bf16(job):
+    return dataclasses.replace(job, settings=dataclasses.replace(job.settings, precision="bf16"))
+
+
+@pytest.mark.slow
+def test_a_right_candidate_passes_all_proofs_in_16_bit():
     cpp = {"adam_ema": "cuda"} if "cuda" in candidates.backends_of("adam_ema") else {}
-    bf16 = dataclasses.replace(JOB, settings=dataclasses.replace(SETTINGS, precision="bf16"))
-    assert proof.wrong(bf16, candidate(kernels=cpp)) == ""
+    assert proof.wrong(bf16(JOB), candidate(kernels=cpp)) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", [JOB, SIDA])
+def test_16_bit_proofs_take_a_more_exact_norm_and_no_wrong_scale(monkeypatch, job):
+    """Its roundings are others than eager's; over too few pixels that looks like another scale."""
+    norm, score = group_norm.group_norm_eager, losses.kernels.fake_score_loss
+    ours = candidate(channels_last=True)
+
+    def exact(x, *arguments, **named):
+        out = norm(x.float(), *arguments, **named)
+        values = {name: getattr(out, name) for name in ("y", "h", "h_for_skip", "resampled")}
+        casts = {name: v if v is None else v.to(x.dtype) for name, v in values.items()}
+        return out._replace(**casts)
+
+    def planted(self, *arguments):
+        function = exact if self.channels_last else norm
+        monkeypatch.setattr(group_norm, "group_norm_eager", function)
+
+    monkeypatch.setattr(Candidate, "apply", planted)
+    assert proof.gradients_agree(bf16(job), ours) == ""
+
+    def scaled(*arguments):  # its value is right, its gradient 2 % too large
+        found = score(*arguments)
+        return found._replace(loss=found.loss + 0.02 * (found.loss - found.loss.detach()))
+
+    def wrong_scale(self, *arguments):
+        planted(self, *arguments)
+        function = scaled if self.channels_last else score
+        monkeypatch.setattr(losses.kernels, "fake_score_loss", function)
+
+    monkeypatch.setattr(Candidate, "apply", wrong_scale)
+    assert re.match(r"fake gradients \+[12]\.\d% in scale", proof.gradients_agree(bf16(job), ours))
 
 
 @pytest.mark.parametrize("job", [SIDA, EDM])
@@ -348,6 +390,10 @@ def test_a_noisy_type_is_measured_by_eager_of_that_type():
     assert proof.disagreement(exact, 1.01 * exact, exact) == "", "more exact than eager"
     assert proof.disagreement(0.99 * exact, 1.01 * exact, exact) == "", "as exact"
     assert "-2.0%" in proof.disagreement(0.98 * exact, 1.01 * exact, exact)
+    few, usual = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.01, 1.99, 3.01, 3.99])
+    assert proof.disagreement(few * 1.005, usual, few) == "", "of four values, noise"
+    assert "+4.0%" in proof.disagreement(few * 1.04, usual, few)
+    assert "+2.0%" in proof.disagreement(few * 1.02, few, few)
     assert proof.disagreement(exact * torch.nan, exact, exact)
 
 
