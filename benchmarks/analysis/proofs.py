@@ -12,7 +12,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
 
@@ -63,9 +63,12 @@ def prove(method: str, operations: Sequence[str], only: str | None) -> Iterator[
     job = Job(NETWORK, SETTINGS[method], "cpu")
     eager = Candidate(dict.fromkeys(OPERATIONS, "eager"))
     used = [op for op in operations if op != "sida_loss" or method == "sida"]
-    trials = [("fp32", op, FUSED if op == "block" else [op], proof.wrong_alone) for op in used]
-    together = [(precision, "all", used, proof.wrong) for precision in ("bf16", "fp32")]
-    trials = {"alone": trials, "together": together, None: trials + together}[only]
+    trials: list[tuple[str, str, Sequence[str], Callable[[Job, Candidate], str]]] = []
+    if only != "together":
+        alone = {op: FUSED if op == "block" else (op,) for op in used}
+        trials += [("fp32", op, some, proof.wrong_alone) for op, some in alone.items()]
+    if only != "alone":
+        trials += [(precision, "all", used, proof.wrong) for precision in ("bf16", "fp32")]
     for precision, name, some, wrong in trials:
         settings = dataclasses.replace(job.settings, precision=precision)
         candidate = eager.changed(kernels=dict.fromkeys(some, "triton"))
