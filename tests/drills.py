@@ -294,7 +294,7 @@ class Drills:
         child = self.start("--resume", out, "--kimg", KIMG, **again)
         assert child.wait() == 0, child.text()
         tuning = json.loads((out / "config.json").read_text("utf-8"))["tuning"]
-        assert tuning["candidate"]["channels_last"], tuning
+        assert (tuning["candidate"] or {}).get("channels_last"), tuning
         assert tuning["text"].endswith(", of the state)"), tuning
         self.compare(out, whole)
         tuned, untuned = (_tensors(folder / LAST, "*") for folder in (whole, self.whole))
