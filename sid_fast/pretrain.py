@@ -23,11 +23,13 @@ from sid_fast.config.types import (
 from sid_fast.data.digits import open_dataset
 from sid_fast.data.feed import ImageFeed
 from sid_fast.errors import UserError
+from sid_fast.io import invocation, progress
 from sid_fast.methods.edm import EDM
 from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.performance import fsdp, mixed_precision, process_group
 from sid_fast.sampling import heun
 from sid_fast.tools import estimator
+from sid_fast.training import sinks
 from sid_fast.training.callbacks import Evaluations, Snapshots
 from sid_fast.training.loop import Loop
 from sid_fast.training.random_streams import seed_of
@@ -73,6 +75,7 @@ def run(config: PretrainConfig, given: set[str]) -> None:
     """Train a teacher; `given` names the fields that the command line set."""
     resume = cli.resume(config, given)
     check(config)
+    sinks.require(config.log_to)
     cli.refuse_idle_run_options(config, given)
     if not config.data:
         raise UserError("data is missing: give the training images as --data IMAGES.zip")
@@ -107,9 +110,10 @@ def run(config: PretrainConfig, given: set[str]) -> None:
             data, settings.batch_size, config.seed, device, sharding.rank, sharding.ranks
         )
         torch.manual_seed(seed_of(config.seed, "weights"))
-        method = EDM(EDMNetwork(network).to(device), settings, feed)
         fingerprint = {f"network {k}": v for k, v in network.to_dict().items()}
-        trainer = Trainer(method, settings, config.seed, sharding, fingerprint)
+        with progress.phase("building the network"):
+            method = EDM(EDMNetwork(network).to(device), settings, feed)
+            trainer = Trainer(method, settings, config.seed, sharding, fingerprint)
         sampler = partial(heun, num_steps=config.sampler_steps)
         snapshots = Snapshots(config, trainer, trainer.ema, sampler)
         evaluations = None
@@ -121,7 +125,20 @@ def run(config: PretrainConfig, given: set[str]) -> None:
         headline = f"training a teacher ({network}) on {len(data):,} images {feed.text}, {where}"
         with contextlib.closing(feed):
             changed = {"changed": cli.changed_options(config, "pretrain")}
-            Loop(trainer, config, snapshots, name, headline, evaluations, changed).run(resume)
+            loop = Loop(trainer, config, snapshots, name, headline, evaluations, changed)
+            if loop.run(resume) and process_group.rank() == 0:
+                invocation.suggest(*next_commands(config, loop.folder))
+
+
+def next_commands(config: PretrainConfig, folder: Path) -> list[str]:
+    """What to type after a run in a folder: look at images, distil the teacher, train on."""
+    steps = "--steps", config.sampler_steps
+    grid = "--seeds", "0-63", "--grid", "images.png"
+    return [
+        invocation.command_line("generate", "--network", folder, *steps, *grid),
+        invocation.command_line("train", "--teacher", folder),
+        invocation.command_line("pretrain", "--resume", folder, "--kimg", f"{2 * config.kimg:g}"),
+    ]
 
 
 main = cli.command(PretrainConfig, run, "pretrain", __doc__)

@@ -7,6 +7,7 @@ python -m sid_fast.train --preset cifar10-uncond-sida --data cifar10.zip
 import contextlib
 import dataclasses
 import os
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +29,8 @@ from sid_fast.data.datasets import ImageDataset
 from sid_fast.data.digits import open_dataset
 from sid_fast.distiller import Distiller, blank_feed, data_free_method
 from sid_fast.errors import UserError
-from sid_fast.io.streams import say
+from sid_fast.io import invocation, progress
+from sid_fast.io.streams import note
 from sid_fast.methods.sida import check_generator, check_images
 from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.models.registry import load_generator, load_teacher, network_config
@@ -38,6 +40,7 @@ from sid_fast.performance.cuda_graphs import resolve_cuda_graph
 from sid_fast.sampling import one_step
 from sid_fast.tools import autotune, estimator, graph_trial
 from sid_fast.tools.micro_batch import largest_micro_batch
+from sid_fast.training import sinks
 from sid_fast.training.callbacks import Evaluations, Snapshots
 from sid_fast.training.checkpoint import read_header
 from sid_fast.training.loop import Loop
@@ -90,6 +93,7 @@ def run(config: TrainConfig, given: set[str]) -> None:
         config.micro_batch, given = None, given - {"micro_batch"}
     resume = cli.resume(config, given)
     check(config)
+    sinks.require(config.log_to)
     cli.refuse_idle_run_options(config, given)
     check_method(config, given)
     if not config.teacher:
@@ -114,7 +118,8 @@ def run(config: TrainConfig, given: set[str]) -> None:
         if auto and resume and read_header(resume)["processes"] != process_group.world_size():
             config.micro_batch = None
         grad_accum_steps(config.settings(), process_group.world_size())
-        with process_group.main_process_first():  # may download
+        loading = progress.phase(f"loading {config.teacher}")
+        with process_group.main_process_first(), loading:  # may download
             teacher = load_teacher(config.teacher)
             generator = None
             if config.generator and not resume:
@@ -136,7 +141,8 @@ def run(config: TrainConfig, given: set[str]) -> None:
             upper = estimated_micro_batch(teacher.config, config, device, sharding)
         teacher = teacher.to(device)
         if auto and device.type == "cuda":
-            config.micro_batch = micro_batch_that_fits(teacher, config, upper, sharding)
+            with progress.phase("finding the largest micro-batch"):
+                config.micro_batch = micro_batch_that_fits(teacher, config, upper, sharding)
         settings = config.settings()
         mode = config.cuda_graph
         graphs, note = resolve_cuda_graph(mode, device, sharded)
@@ -145,24 +151,26 @@ def run(config: TrainConfig, given: set[str]) -> None:
             mode, graphs = "off", False
         reason = ""
         if graphs and test_first and not choice:
-            reason = graph_trial.failure_reason(
-                teacher.config, settings, device, config.deterministic
-            )
+            with progress.phase("testing CUDA graphs on a small network"):
+                reason = graph_trial.failure_reason(
+                    teacher.config, settings, device, config.deterministic
+                )
         if reason:
             mode, graphs, note = "off", False, f"CUDA graphs are off: {reason}"
         compile = config.compile or bool(choice and choice.compile)
-        trainer = Distiller(
-            teacher,
-            settings,
-            config.seed,
-            label_weights(data, teacher.config),
-            sharding,
-            data=None if config.method == "sid" else data,
-            generator=generator,
-            cuda_graph="auto" if graphs and test_first else graphs,
-            compile=compile,
-            channels_last=choice.channels_last if choice else None,
-        )
+        with progress.phase("building the networks"):
+            trainer = Distiller(
+                teacher,
+                settings,
+                config.seed,
+                label_weights(data, teacher.config),
+                sharding,
+                data=None if config.method == "sid" else data,
+                generator=generator,
+                cuda_graph="auto" if graphs and test_first else graphs,
+                compile=compile,
+                channels_last=choice.channels_last if choice else None,
+            )
         prepare(trainer, config)
         teacher = trainer.teacher
 
@@ -195,7 +203,21 @@ def run(config: TrainConfig, given: set[str]) -> None:
         name = config.preset or "distil"
         extra = {"tuning": tuning.to_json(), "changed": cli.changed_options(config, "train")}
         with contextlib.closing(feed) if feed else contextlib.nullcontext():
-            Loop(trainer, config, snapshots, name, headline, evaluations, extra).run(resume)
+            loop = Loop(trainer, config, snapshots, name, headline, evaluations, extra)
+            if loop.run(resume) and process_group.rank() == 0:
+                invocation.suggest(*next_commands(config, loop.folder))
+
+
+def next_commands(config: TrainConfig, folder: Path) -> list[str]:
+    """What to type after a run in a folder: look at images, measure them, train on."""
+    pixels = ("--detector", config.detector) if config.detector != "inception" else ()
+    reference = ("--data", config.data) if config.data else ("--ref", config.ref or "STATS.npz")
+    network = "--network", folder
+    return [
+        invocation.command_line("generate", *network, "--seeds", "0-63", "--grid", "images.png"),
+        invocation.command_line("evaluate", *network, *reference, *pixels),
+        invocation.command_line("train", "--resume", folder, "--kimg", f"{2 * config.kimg:g}"),
+    ]
 
 
 def check_sida(config: TrainConfig, resume: Path | None) -> None:
@@ -254,7 +276,8 @@ def tuned(
     idle = mode == "auto" and device.type == "cpu" and ranks > 1 and not (saved or {}).get("rows")
     if mode == "off" or idle:
         return autotune.Tuning()
-    with process_group.joined(torch.device("cpu"), "ddp", config.timeout, "tuning"):
+    tuning = progress.phase("looking for a faster way to take steps")
+    with process_group.joined(torch.device("cpu"), "ddp", config.timeout, "tuning"), tuning:
         with process_group.main_process_first():  # may download
             network = network_config(config.teacher or "")
         job = autotune.job_of(config, given, network, settings, device, auto)
@@ -333,7 +356,7 @@ def micro_batch_that_fits(
 
     def log(line: str) -> None:
         if process_group.rank() == 0:
-            say(line)
+            note(line, sys.stdout)
 
     sizes = micro_batches(settings, process_group.world_size())
     start = config.micro_batch if isinstance(config.micro_batch, int) else upper
