@@ -13,6 +13,7 @@ interleaved with the best candidate so far, and wins if it is faster beyond the 
 import dataclasses
 import json
 import os
+import sys
 
 from sid_fast import cli, kernels
 from sid_fast.config.types import (
@@ -25,8 +26,9 @@ from sid_fast.config.types import (
     part,
 )
 from sid_fast.errors import UserError
+from sid_fast.io import invocation, progress
 from sid_fast.io.atomic import atomic_path, open_target
-from sid_fast.io.streams import say
+from sid_fast.io.streams import note, say
 from sid_fast.models.registry import network_config
 from sid_fast.performance import process_group
 from sid_fast.tools import autotune
@@ -72,11 +74,12 @@ def run(config: TuneConfig, given: set[str]) -> None:
         with process_group.main_process_first():  # it may download
             network = network_config(config.teacher)
         job = autotune.job_of(config, given, network, settings, device, micro_batch == "auto")
-        tuning = autotune.decide(job, "again", config.kimg, config.tune_minutes)
+        with progress.phase("tuning: looking at this machine"):
+            tuning = autotune.decide(job, "again", config.kimg, config.tune_minutes)
         if process_group.rank():
             return
-    for note in tuning.notes:
-        say(f"note: {note}")
+    for line in tuning.notes:
+        note(f"note: {line}", sys.stdout)
     if config.json:
         with atomic_path(config.json) as temporary:
             text = json.dumps(tuning.to_json(), indent=2, ensure_ascii=False)
@@ -84,6 +87,8 @@ def run(config: TuneConfig, given: set[str]) -> None:
     if not tuning.rows or not any(row.ms for row in tuning.rows):
         raise UserError(tuning.text)
     say(tuning.text)
+    start = ("--preset", config.preset) if config.preset else ("--teacher", config.teacher)
+    invocation.suggest(invocation.command_line("train", *start))
 
 
 main = cli.command(TuneConfig, run, "train", __doc__)

@@ -2,12 +2,14 @@
 
 import dataclasses
 import os
+import sys
 from functools import partial
 from typing import Any
 
 import torch
 
 from sid_fast.errors import UserError
+from sid_fast.io import streams
 from sid_fast.models import NetworkConfig
 from sid_fast.performance import process_group
 from sid_fast.tools import op_counter, verdicts
@@ -107,8 +109,12 @@ def run_seconds(job: Job, kimg: float, machine: dict[str, Any]) -> float:
     return kimg * 1000 / job.ranks * flop / (ASSUMED_MFU * rate * 1e12)
 
 
+def _say(line: str) -> None:
+    streams.note(line, sys.stdout)
+
+
 def decide(
-    job: Job, mode: str, kimg: float, minutes: float | None, saved: Any = None, say: Say = print
+    job: Job, mode: str, kimg: float, minutes: float | None, saved: Any = None, say: Say = _say
 ) -> Tuning:
     """Use the result of the resumed state, a cached one, or a new one.
 
