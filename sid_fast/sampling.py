@@ -116,7 +116,7 @@ def generate_images(
     Raises:
         UserError: The network's output is not finite.
     """
-    run = call or net
+    denoise: Callable[..., torch.Tensor] = call or net
     device = next(net.parameters()).device
     size = group_size(device, net.config.resolution)
     labels = torch.eye(net.config.label_dim)[classes] if net.config.label_dim else None
@@ -125,18 +125,18 @@ def generate_images(
         rows = torch.arange(i, i + size) % len(latents)
         share = min(size, len(latents) - i) / (1 if steps == 1 else 2 * steps - 1)
 
-        def call(*inputs: Any, share: float = share) -> torch.Tensor:
-            images = run(*inputs)
+        def counted(*inputs: Any, share: float = share) -> torch.Tensor:
+            x = denoise(*inputs)
             progress.ahead(share)
-            return images
+            return x
 
         z = latents[rows].to(device)
         c = None if labels is None else labels[rows].to(device)
         if steps == 1:
             assert init_sigma is not None
-            x = one_step(call, z, c, init_sigma)
+            x = one_step(counted, z, c, init_sigma)
         else:
-            x = heun(call, z, c, steps)
+            x = heun(counted, z, c, steps)
         if not x.isfinite().all():
             raise UserError(
                 "the network's images have NaN or infinite pixels: its weights are finite but too "

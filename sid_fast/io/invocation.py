@@ -38,7 +38,9 @@ def _python() -> str:
 
 def suggest(*commands: str) -> None:
     """Print the commands that continue from here, unless --quiet."""
-    if commands:
+    if len(commands) == 1:
+        streams.note(f"next: {commands[0]}", sys.stdout)
+    elif commands:
         streams.note("\n  ".join(["next:", *commands]), sys.stdout)
 
 

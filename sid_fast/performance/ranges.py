@@ -16,6 +16,8 @@ def named(name: str) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def _range(name: str) -> Iterator[None]:
-    nvtx = torch.cuda.nvtx.range(name) if torch.cuda.is_available() else _NOTHING
+    nvtx: contextlib.AbstractContextManager = _NOTHING
+    if torch.cuda.is_available():
+        nvtx = torch.cuda.nvtx.range(name)
     with nvtx, torch.profiler.record_function(name):
         yield

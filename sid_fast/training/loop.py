@@ -343,7 +343,8 @@ class Loop:
             )
         with contextlib.ExitStack() as stack:
             stack.enter_context(determinism.refusals())
-            self.log, self.trace = None, None
+            self.log: Log | None = None
+            self.trace: StepTrace | None = None
             if first:
                 sinks = open_sinks(self.options.log_to, self.folder, config)
                 log = Log(self.folder, self.trainer.images if resume else -1, sinks)
