@@ -11,7 +11,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -87,8 +87,8 @@ class Phase:
         if rate or self.left:
             eta = "ETA " + tqdm.format_interval(max(left[0] - (now - left[1]), 0))
         percent = min(100 * done / self.total, 100) if self.total else 100
-        shown = int(done) if isinstance(self.done, int) else done
-        counts = f"{_number(shown)} of {_number(self.total)} {self.unit}"
+        whole = int(done) if isinstance(self.done, int) else done
+        counts = f"{_number(whole)} of {_number(self.total)} {self.unit}"
         speed = [f"{_rate(rate)} {self.unit}/s"] if rate else []
         details = list(self.details()) if self.details else speed
         return [self.title, f"{percent:.0f} %", eta, counts, *details]
@@ -202,7 +202,7 @@ def ahead(n: float) -> None:
 
 def track(items: Iterable[T], title: str, unit: str, total: int | None = None) -> Iterator[T]:
     """Yield the items, and show how many are done; total: default len(items), if it has one."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with phase(title, total, unit) as shown:
         for item in items:

@@ -59,6 +59,7 @@ class Trainer(Protocol):
     method: Any  # has `progress`: metrics of the progress line, and their labels
     steps: int
     images: int
+    grad_accum_steps: int
 
     def step(self) -> dict[str, torch.Tensor]:
         """Update every network once and return the metrics."""
