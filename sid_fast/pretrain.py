@@ -24,12 +24,14 @@ from sid_fast.config.types import (
 from sid_fast.data.digits import open_dataset
 from sid_fast.data.feed import ImageFeed
 from sid_fast.errors import UserError
+from sid_fast.io import invocation, progress
 from sid_fast.methods.edm import EDM, teacher_config
 from sid_fast.models import EDMNetwork
 from sid_fast.performance import fsdp, mixed_precision, process_group
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
 from sid_fast.sampling import heun
 from sid_fast.tools import autotune, estimator, graph_trial, micro_batch
+from sid_fast.training import sinks
 from sid_fast.training.callbacks import Evaluations, Snapshots
 from sid_fast.training.checkpoint import read_header
 from sid_fast.training.loop import Loop
@@ -70,6 +72,7 @@ def run(config: PretrainConfig, given: set[str]) -> None:
         config.micro_batch, given = None, given - {"micro_batch"}
     resume = cli.resume(config, given)
     check(config)
+    sinks.require(config.log_to)
     cli.refuse_idle_run_options(config, given)
     if not config.data:
         raise UserError("data is missing: give the training images as --data IMAGES.zip")
@@ -115,16 +118,18 @@ def run(config: PretrainConfig, given: set[str]) -> None:
             data, settings.batch_size, config.seed, device, sharding.rank, sharding.ranks
         )
         compile = config.compile or bool(choice and choice.compile)
-        trainer = Trainer(
-            EDM(net, settings, feed),
-            settings,
-            config.seed,
-            sharding,
-            {f"network {k}": v for k, v in network.to_dict().items()},
-            cuda_graph=graphs,
-            compile=compile,
-            channels_last=choice.channels_last if choice else None,
-        )
+        fingerprint = {f"network {k}": v for k, v in network.to_dict().items()}
+        with progress.phase("building the network"):
+            trainer = Trainer(
+                EDM(net, settings, feed),
+                settings,
+                config.seed,
+                sharding,
+                fingerprint,
+                cuda_graph=graphs,
+                compile=compile,
+                channels_last=choice.channels_last if choice else None,
+            )
         if config.checkpoint_activations:
             checkpoint_activations(net)
         sampler = partial(heun, num_steps=config.sampler_steps)
@@ -146,7 +151,20 @@ def run(config: PretrainConfig, given: set[str]) -> None:
         changed = cli.changed_options(config, "pretrain")
         extra = {"tuning": tuning.to_json(), "changed": changed}
         with contextlib.closing(feed):
-            Loop(trainer, config, snapshots, name, headline, evaluations, extra).run(resume)
+            loop = Loop(trainer, config, snapshots, name, headline, evaluations, extra)
+            if loop.run(resume) and process_group.rank() == 0:
+                invocation.suggest(*next_commands(config, loop.folder))
+
+
+def next_commands(config: PretrainConfig, folder: Path) -> list[str]:
+    """What to type after a run in a folder: look at images, distil the teacher, train on."""
+    steps = "--steps", config.sampler_steps
+    grid = "--seeds", "0-63", "--grid", "images.png"
+    return [
+        invocation.command_line("generate", "--network", folder, *steps, *grid),
+        invocation.command_line("train", "--teacher", folder),
+        invocation.command_line("pretrain", "--resume", folder, "--kimg", f"{2 * config.kimg:g}"),
+    ]
 
 
 main = cli.command(PretrainConfig, run, "pretrain", __doc__)

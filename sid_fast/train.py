@@ -25,6 +25,7 @@ from sid_fast.data.datasets import ImageDataset
 from sid_fast.data.digits import open_dataset
 from sid_fast.distiller import Distiller, data_free_method
 from sid_fast.errors import UserError
+from sid_fast.io import invocation, progress
 from sid_fast.methods.sida import check_generator, check_images
 from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.models.registry import load_generator, load_teacher, network_config
@@ -32,6 +33,7 @@ from sid_fast.performance import fsdp, mixed_precision, process_group
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
 from sid_fast.sampling import one_step
 from sid_fast.tools import autotune, estimator, graph_trial, micro_batch
+from sid_fast.training import sinks
 from sid_fast.training.callbacks import Evaluations, Snapshots
 from sid_fast.training.checkpoint import read_header
 from sid_fast.training.loop import Loop
@@ -77,6 +79,7 @@ def run(config: TrainConfig, given: set[str]) -> None:
         config.micro_batch, given = None, given - {"micro_batch"}
     resume = cli.resume(config, given)
     check(config)
+    sinks.require(config.log_to)
     cli.refuse_idle_run_options(config, given)
     check_method(config, given)
     if not config.teacher:
@@ -105,7 +108,8 @@ def run(config: TrainConfig, given: set[str]) -> None:
         if auto and resume and read_header(resume)["processes"] != process_group.world_size():
             config.micro_batch = None
         grad_accum_steps(config.settings(), process_group.world_size())
-        with process_group.main_process_first():  # may download
+        loading = progress.phase(f"loading {config.teacher}")
+        with process_group.main_process_first(), loading:  # may download
             teacher = load_teacher(config.teacher)
             generator = None
             if config.generator and not resume:
@@ -126,27 +130,30 @@ def run(config: TrainConfig, given: set[str]) -> None:
             upper = micro_batch.estimated(network, config, config.settings(), device, sharding)
         teacher = teacher.to(device)
         if auto and device.type == "cuda":
-            config.micro_batch = micro_batch.that_fits(
-                teacher, config, config.settings(), upper, sharding
-            )
+            with progress.phase("finding the largest micro-batch"):
+                config.micro_batch = micro_batch.that_fits(
+                    teacher, config, config.settings(), upper, sharding
+                )
         settings = config.settings()
-        mode, graphs, note = graph_trial.choose(
-            config.cuda_graph, choice, network, settings, device, sharding.mesh is not None,
-            config.deterministic,
-        )  # fmt: skip
+        with progress.phase("testing CUDA graphs on a small network"):
+            mode, graphs, note = graph_trial.choose(
+                config.cuda_graph, choice, network, settings, device, sharding.mesh is not None,
+                config.deterministic,
+            )  # fmt: skip
         compile = config.compile or bool(choice and choice.compile)
-        trainer = Distiller(
-            teacher,
-            settings,
-            config.seed,
-            label_weights(data, teacher.config),
-            sharding,
-            data=None if config.method == "sid" else data,
-            generator=generator,
-            cuda_graph=graphs,
-            compile=compile,
-            channels_last=choice.channels_last if choice else None,
-        )
+        with progress.phase("building the networks"):
+            trainer = Distiller(
+                teacher,
+                settings,
+                config.seed,
+                label_weights(data, teacher.config),
+                sharding,
+                data=None if config.method == "sid" else data,
+                generator=generator,
+                cuda_graph=graphs,
+                compile=compile,
+                channels_last=choice.channels_last if choice else None,
+            )
         if config.checkpoint_activations:
             checkpoint_activations(trainer.teacher, trainer.generator, trainer.fake_score)
         teacher = trainer.teacher
@@ -180,7 +187,21 @@ def run(config: TrainConfig, given: set[str]) -> None:
         name = config.preset or "distil"
         extra = {"tuning": tuning.to_json(), "changed": cli.changed_options(config, "train")}
         with contextlib.closing(feed) if feed else contextlib.nullcontext():
-            Loop(trainer, config, snapshots, name, headline, evaluations, extra).run(resume)
+            loop = Loop(trainer, config, snapshots, name, headline, evaluations, extra)
+            if loop.run(resume) and process_group.rank() == 0:
+                invocation.suggest(*next_commands(config, loop.folder))
+
+
+def next_commands(config: TrainConfig, folder: Path) -> list[str]:
+    """What to type after a run in a folder: look at images, measure them, train on."""
+    pixels = ("--detector", config.detector) if config.detector != "inception" else ()
+    reference = ("--data", config.data) if config.data else ("--ref", config.ref or "STATS.npz")
+    network = "--network", folder
+    return [
+        invocation.command_line("generate", *network, "--seeds", "0-63", "--grid", "images.png"),
+        invocation.command_line("evaluate", *network, *reference, *pixels),
+        invocation.command_line("train", "--resume", folder, "--kimg", f"{2 * config.kimg:g}"),
+    ]
 
 
 def check_sida(config: TrainConfig, resume: Path | None) -> None:

@@ -15,6 +15,7 @@ the options below are the same.
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -34,8 +35,9 @@ from sid_fast.config.types import (
 )
 from sid_fast.data.digits import open_dataset
 from sid_fast.errors import UserError
+from sid_fast.io import invocation, progress
 from sid_fast.io.atomic import atomic_path, open_target
-from sid_fast.io.streams import say
+from sid_fast.io.streams import note, say
 from sid_fast.methods.edm import teacher_config
 from sid_fast.models import NetworkConfig
 from sid_fast.models.registry import network_config
@@ -127,11 +129,12 @@ def tune(
         with process_group.main_process_first():
             net = network()
         job = autotune.job_of(config, given, net, settings(), device, auto)
-        tuning = autotune.decide(job, "again", config.kimg, config.tune_minutes)
+        with progress.phase("tuning: looking at this machine"):
+            tuning = autotune.decide(job, "again", config.kimg, config.tune_minutes)
         if process_group.rank():
             return
-    for note in tuning.notes:
-        say(f"note: {note}")
+    for line in tuning.notes:
+        note(f"note: {line}", sys.stdout)
     if config.json:
         with atomic_path(config.json) as temporary:
             text = json.dumps(tuning.to_json(), indent=2, ensure_ascii=False)
@@ -139,6 +142,9 @@ def tune(
     if not tuning.rows or not any(row.ms for row in tuning.rows):
         raise UserError(tuning.text)
     say(tuning.text)
+    name, source = ("train", "teacher") if hasattr(config, "teacher") else ("pretrain", "data")
+    source = "preset" if config.preset else source
+    invocation.suggest(invocation.command_line(name, f"--{source}", getattr(config, source)))
 
 
 _pretrain = cli.command(

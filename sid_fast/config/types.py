@@ -17,6 +17,7 @@ Tune = Literal["auto", "off", "again"]
 Card = Literal["rtx4090", "a100", "h100", "h200"]
 Architecture = Literal["ddpmpp", "ncsnpp", "adm"]
 Distillation = Literal["sid", "sida", "sid2a"]
+Sink = Literal["tensorboard", "wandb"]
 
 
 def option(
@@ -116,6 +117,15 @@ def _check_groups(settings: Any, ranks: int) -> None:
 def group_size(settings: Any) -> int:
     """Consecutive samples that must share a micro-batch (SiDA); 1 if samples are independent."""
     return getattr(settings, "adversarial_group", 1)
+
+
+# Options of one start of a run: neither config.json nor states hold them.
+START_OPTIONS = frozenset({"log_to", "max_hours", "profile"})
+
+
+def recorded(options: Any) -> dict[str, Any]:
+    """The options that config.json and states hold: all but START_OPTIONS."""
+    return {k: v for k, v in dataclasses.asdict(options).items() if k not in START_OPTIONS}
 
 
 def resume_fingerprint(settings: Any) -> dict[str, Any]:
@@ -361,6 +371,23 @@ class RunOptions:
         20,
         "number of newest snapshots to keep; sample grids: beyond 200 every second one is removed",
         1,
+    )
+    log_to: Sink = _output(
+        "tensorboard",
+        "where curves go: tensorboard (a folder of the run), or wandb: Weights & Biases as well "
+        "(pip install wandb; WANDB_MODE=offline keeps them on this machine)",
+    )
+    max_hours: float | None = _output(
+        None,
+        "hours since the start of the process after which a state is complete and the run has left "
+        "with exit status 75; --resume continues it",
+        1e-4,
+        1e5,
+    )
+    profile: bool = _output(
+        False,
+        "trace some steps after the warm-up with torch.profiler, into profile/ of the run folder; "
+        "the phases of every step become NVTX ranges",
     )
     device: str = _machine("auto", "auto, cpu or cuda; auto: a GPU if there is one")
     kernels: str = _machine(

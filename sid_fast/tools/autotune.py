@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from sid_fast.config.types import grad_accum_steps, micro_batches
 from sid_fast.errors import UserError
+from sid_fast.io import progress, streams
 from sid_fast.models import NetworkConfig
 from sid_fast.performance import process_group
 from sid_fast.tools import op_counter, verdicts
@@ -99,7 +101,8 @@ def for_run(
     idle = mode == "auto" and device.type == "cpu" and ranks > 1 and not (saved or {}).get("rows")
     if mode == "off" or idle:
         return Tuning()
-    with process_group.joined(torch.device("cpu"), "ddp", config.timeout, "tuning"):
+    tuning = progress.phase("looking for a faster way to take steps")
+    with process_group.joined(torch.device("cpu"), "ddp", config.timeout, "tuning"), tuning:
         with process_group.main_process_first():
             net = network()
         job = job_of(config, given, net, settings, device, open_micro_batch)
@@ -142,8 +145,12 @@ def run_seconds(job: Job, kimg: float, machine: dict[str, Any]) -> float:
     return kimg * 1000 / job.ranks * flop / (ASSUMED_MFU * rate * 1e12)
 
 
+def _say(line: str) -> None:
+    streams.note(line, sys.stdout)
+
+
 def decide(
-    job: Job, mode: str, kimg: float, minutes: float | None, saved: Any = None, say: Say = print
+    job: Job, mode: str, kimg: float, minutes: float | None, saved: Any = None, say: Say = _say
 ) -> Tuning:
     """Use the result of the resumed state, a cached one, or a new one.
 

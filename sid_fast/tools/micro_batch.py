@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import gc
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from sid_fast import kernels
 from sid_fast.config.types import PretrainSettings, micro_batches
 from sid_fast.distiller import data_free_method
 from sid_fast.errors import RunFailed, UserError
-from sid_fast.io.streams import say
+from sid_fast.io.streams import note
 from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.performance import fsdp, mixed_precision, process_group
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
@@ -101,7 +102,7 @@ def that_fits(
 
     def log(line: str) -> None:
         if process_group.rank() == 0:
-            say(line)
+            note(line, sys.stdout)
 
     sizes = micro_batches(settings, process_group.world_size())
     start = config.micro_batch if isinstance(config.micro_batch, int) else upper

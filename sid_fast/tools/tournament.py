@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sid_fast.config.types import micro_batches
+from sid_fast.io import progress
 from sid_fast.tools import candidates, timing, verdicts
 from sid_fast.tools.candidates import Candidate, Change
 from sid_fast.tools.estimator import GIB
@@ -174,8 +175,9 @@ class Tournament:
             row = Row("eager", base.changed(micro_batch=size))
             runner = Runner(self.job, row)
             try:
-                runner.prepare()
-                self._turns([runner])
+                with progress.phase(f"tuning: {row.name}"):
+                    runner.prepare()
+                    self._turns([runner])
                 runner.note()
                 row.won = True
             except Failed as failed:
@@ -195,8 +197,10 @@ class Tournament:
             for name, (op, b) in zip(names, found, strict=True)
         ]
         together = max(min(verdicts.cores() // 2, SIDE_BY_SIDE), 1)  # they compile
-        for start in range(0, len(rows), together):
-            self._alone(rows[start : start + together])
+        with progress.phase("tuning: checking", len(rows), "operations") as shown:
+            for start in range(0, len(rows), together):
+                self._alone(rows[start : start + together])
+                shown.update(len(rows[start : start + together]))
         for row in rows:
             if row.wrong == OUT_OF_MEMORY:  # beside the others
                 self._alone([row])
@@ -235,6 +239,13 @@ class Tournament:
             row.wrong = NOT_TRIED
             self._add(row)
             return row
+        with progress.phase(f"tuning: {row.name}") as shown:
+            shown.details = lambda: [f"{max(self.left, 0):.0f} s of the budget left"]
+            self._compete(row, seconds)
+        return row
+
+    def _compete(self, row: Row, seconds: float) -> None:
+        """Let the candidate of a row challenge the best one."""
         champion, challenger, alone = self.champion, Runner(self.job, row), False
         try:
             try:
@@ -261,7 +272,6 @@ class Tournament:
         loser.child.close()
         if self.champion.child.closed:
             self.champion.restart()
-        return row
 
     def _ready(self, challenger: Runner) -> bool:
         """Whether it is right; then it has warmed up, too."""
