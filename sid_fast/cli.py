@@ -21,9 +21,9 @@ from typing import Any
 import click
 
 from sid_fast.config.toml import loads
-from sid_fast.config.types import members
+from sid_fast.config.types import START_OPTIONS, members
 from sid_fast.errors import Fallback, RunFailed, UserError, one_line
-from sid_fast.io import streams
+from sid_fast.io import invocation, streams
 from sid_fast.io.download import is_cached
 from sid_fast.performance import failure, process_group
 from sid_fast.training.checkpoint import PATTERN, find_restarted_run, find_state, hold_state
@@ -38,6 +38,20 @@ def presets(kind: str) -> dict[str, dict[str, Any]]:
         for f in files
         if f.name.endswith(".toml")
     }
+
+
+def changed_options(config: Any, kind: str) -> dict[str, Any]:
+    """Return the preset's value, else the default, of each option that has another value.
+
+    Args:
+        config: the command's dataclass, with a field `preset`.
+        kind: "train" or "pretrain", as for `presets`.
+    """
+    values = presets(kind).get(config.preset or "", {})
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    original = type(config)(**values, preset=config.preset)
+    names = (f.name for f in dataclasses.fields(config))
+    return {n: getattr(original, n) for n in names if getattr(original, n) != getattr(config, n)}
 
 
 class NumberList(click.ParamType):
@@ -154,12 +168,17 @@ def _choose_preset(kind: str):
     return callback
 
 
+def _set_quiet(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    streams.quiet = value
+
+
 def command(
     config: type,
     run: Callable[[Any, set[str]], None],
     kind: str | None,
     help: str,
     moved: Mapping[str, str] = types.MappingProxyType({}),
+    positional: str | None = None,
     **subcommands: click.Command,
 ) -> click.Command:
     """Make a click command that fills dataclass `config` and calls run(config, given).
@@ -170,14 +189,22 @@ def command(
         kind: folder of the presets that --preset offers, "train" or "pretrain"; None: no presets.
         help: text above the options in --help.
         moved: former options and the module of the command that has each of them now.
+        positional: the field, a tuple of strings, that takes the arguments without an option.
         subcommands: commands that run instead of this one when named.
     """
+    if invocation.script:
+        help = help.replace("python -m sid_fast.", "sid-fast ")
     hints = typing.get_type_hints(config)
     fields = {f.name: f for f in dataclasses.fields(config)}
     names = dict.fromkeys(n for c in config.__mro__ for n in inspect.get_annotations(c))
     params: list[click.Parameter] = [
-        _option(fields[n], hints[n]) for n in names if not (kind and n == "preset")
+        _option(fields[n], hints[n])
+        for n in names
+        if not (kind and n == "preset") and n != positional
     ]
+    if positional:
+        metavar = f"{positional.removesuffix('s').upper()}…"
+        params.append(click.Argument([positional], nargs=-1, metavar=metavar))
     if kind:
         known = ", ".join(presets(kind))
         params.insert(
@@ -193,6 +220,16 @@ def command(
         )
 
     params += [_moved_option(name, module) for name, module in moved.items()]
+    params.append(
+        Option(
+            ["-q", "--quiet"],
+            heading="Help",
+            is_flag=True,
+            expose_value=False,
+            callback=_set_quiet,
+            help="print errors, warnings and the final result alone",
+        )
+    )
 
     def body(**values: Any) -> None:
         context = click.get_current_context()
@@ -294,7 +331,7 @@ def seed_ranges(text: str) -> list[range]:
 
 # A resumed run takes these from its own command line, never from the checkpoint. A checkpoint must
 # not grant permission to run programs: --trust.
-NOT_RESUMED = {
+NOT_RESUMED = START_OPTIONS | {
     "resume", "device", "parallel", "shard_group", "timeout", "trust", "tune", "tune_minutes",
 }  # fmt: skip
 
@@ -380,6 +417,7 @@ def main(command: click.Command, module: str) -> None:
     Output that cannot be written is lost, and never ends the command; see streams.make_safe.
     """
     status: Any = 2  # for sys.exit
+    program = invocation.program(module.removeprefix("sid_fast."))
     message = ""
     streams.make_safe()
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see sid_fast/__init__.py
@@ -401,7 +439,7 @@ def main(command: click.Command, module: str) -> None:
 
     warnings.showwarning, threading.excepthook = show, thread_failed
     try:
-        status = command.main(prog_name=f"python -m {module}", standalone_mode=False)
+        status = command.main(prog_name=program, standalone_mode=False)
     except SystemExit as stopped:
         status = stopped.code
     except UserError as error:
@@ -409,7 +447,7 @@ def main(command: click.Command, module: str) -> None:
     except RunFailed as error:
         message, status = str(error), 1
     except click.ClickException as error:
-        message = f"{error.format_message()} (python -m {module} --help lists the options)"
+        message = f"{error.format_message()} ({program} --help lists the options)"
     except OSError as error:  # such as a path that is too long or a file that disappeared
         message = f"{error.filename or module}: {error.strerror or error}"
     except MemoryError:
@@ -425,6 +463,7 @@ def main(command: click.Command, module: str) -> None:
             traceback.print_exc()
             status = 1
     finally:
+        streams.quiet = False
         warnings.showwarning, threading.excepthook = default_showwarning, default_excepthook
     if message:
         rank = os.environ.get("RANK", "0")

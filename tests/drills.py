@@ -38,6 +38,7 @@ from sid_fast.data.digits import open_dataset
 from sid_fast.evaluation.curve import save_curve
 from sid_fast.io import download, lock
 from sid_fast.models.registry import load_network, save_network
+from sid_fast.tools.tournament import Row, Tournament
 from sid_fast.training import callbacks, checkpoint, logging, loop, step, storage
 from tests.helpers.networks import small_teacher
 from tests.helpers.processes import tensors_of
@@ -152,6 +153,20 @@ def kill_after(seconds: float) -> Callable[[], None]:
     return act
 
 
+def channels_last_wins() -> None:
+    """Make tuning find that channels-last steps are right and fastest, in no time."""
+
+    def run(self: Tournament) -> list[Row]:
+        eager = self._eager()
+        times = {"eager": (eager, 2.0), "channels-last": (eager.changed(channels_last=True), 1.0)}
+        return [
+            Row(name, candidate, ms=ms, images=4, gib=0.1, won=True)
+            for name, (candidate, ms) in times.items()
+        ]
+
+    Tournament.run = run  # type: ignore[method-assign,assignment]
+
+
 class Drills:
     """The drills, as generators of (name, drill) that share a teacher and undisturbed runs."""
 
@@ -260,6 +275,31 @@ class Drills:
             self.resumed(out)
 
         return drill
+
+    def tuned_and_killed(self, out: Path) -> None:
+        """kill -9 of a tuned run, whose verdict is then in its state alone."""
+        whole, cache = out.parent / "whole", out.parent / "cache"
+        kill, number = kill_after(self.random.uniform(0, 0.1)), self.random.randint(2, 3)
+
+        def disturbed() -> None:
+            channels_last_wins()
+            at_call(checkpoint.States, "begin", number, kill)()
+
+        again = {"command": "train", "SID_FAST_CACHE": cache}
+        for folder, setup, status in (
+            (whole, channels_last_wins, 0), (out, disturbed, -signal.SIGKILL)
+        ):  # fmt: skip
+            child = self.start(*self.arguments(folder), "--tune", "again", setup=setup, **again)
+            assert child.wait() == status, child.text()
+        shutil.rmtree(cache)
+        child = self.start("--resume", out, "--kimg", KIMG, **again)
+        assert child.wait() == 0, child.text()
+        tuning = json.loads((out / "config.json").read_text("utf-8"))["tuning"]
+        assert (tuning["candidate"] or {}).get("channels_last"), tuning
+        assert tuning["text"].endswith(", of the state)"), tuning
+        self.compare(out, whole)
+        tuned, untuned = (_tensors(folder / LAST, "*") for folder in (whole, self.whole))
+        assert any(not torch.equal(tuned[n], untuned[n]) for n in tuned), "tuning changes no bit"
 
     def replacing(self, place: str, number: int) -> Callable[[Path], None]:
         """kill -9 before or after a rename, in a run that replaces its own last state."""
@@ -484,6 +524,7 @@ class Drills:
         yield from self.signals(
             *[signal.SIGTERM, signal.SIGINT, signal.SIGHUP][: 1 if short else 3]
         )
+        yield "kill -9 of a tuned run", self.tuned_and_killed
         yield "a full disk", self.full_disk
         yield "a closed pipe", self.closed_pipe
         yield "a second writer", self.second_writer
@@ -525,7 +566,7 @@ def _measures(out: Path) -> dict[str, float]:
 
 def _curve(folder: Path) -> list[Any]:
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    times = re.compile(r".*(_s|per_s|waits)$")
+    times = re.compile(r".*(_s|per_s|waits|_gib)$")
     return sorted(
         ([r["images"], {k: v for k, v in r.items() if not times.match(k)}] for r in records),
         key=str,

@@ -56,6 +56,8 @@ from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.models.registry import load_network, save_network
 from sid_fast.tools import autotune, verdicts
 from sid_fast.tools.candidates import Candidate
+from sid_fast.tools.run_report.page import page
+from sid_fast.tools.run_report.runs import read_runs
 from sid_fast.train import TrainConfig
 from sid_fast.training import checkpoint
 from sid_fast.training.checkpoint import (
@@ -67,6 +69,7 @@ from sid_fast.training.checkpoint import (
 )
 from sid_fast.training.logging import Log, read_log
 from tests.helpers.pickled import network_pickle
+from tests.helpers.runs import OPTIONS, progress
 
 SECONDS = 10.0  # of this process that reading a small file may take
 MEMORY = 512 << 20  # bytes by which the process may grow
@@ -128,6 +131,18 @@ def _snapshots() -> list[bytes]:
 def _check_network(net: EDMNetwork) -> None:
     assert isinstance(net, EDMNetwork)
     assert all(v.isfinite().all() and v.dtype == torch.float32 for v in net.parameters())
+
+
+def _page_of_run(path: Path) -> str:
+    config = path.with_name("config.json")
+    if path != config:
+        config.write_text("{}")
+    return page(read_runs([str(path.parent)]), [], [[]], "")
+
+
+def _check_page(html: str) -> None:
+    assert html.count("<script") == 1
+    assert html.encode().endswith(b"</html>\n")
 
 
 def _read_config(path: Path) -> tuple[dict, NetworkConfig]:
@@ -517,6 +532,22 @@ TARGETS: dict[str, Target] = {
     "lock": Target(_read_lock, _lease, _VALUES, name=LOCK, boundaries=_json_tokens),
     "verdict": Target(
         _read_verdict, _verdict, _VALUES, _check_verdict, "verdict.json", _json_tokens
+    ),
+    "report": Target(
+        _page_of_run,
+        lambda: [json.dumps(OPTIONS | {"changed": {"kimg": 1}, "tuning": {"rows": [{}]}}).encode()],
+        [*_VALUES, b"<script>"],
+        _check_page,
+        "config.json",
+        _json_tokens,
+    ),
+    "report log": Target(
+        _page_of_run,
+        lambda: [b"".join(json.dumps(progress(i, FID=1.0)).encode() + b"\n" for i in (0, 9, 99))],
+        [*_VALUES, b"\n", b"<script>"],
+        _check_page,
+        "log.jsonl",
+        _json_tokens,
     ),
     "json": Target(
         lambda path: parse_json(path.read_bytes(), 4, 1000),

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from sid_fast.data.images import MAX_RESOLUTION, decode_png, encode_png
 from sid_fast.errors import UserError
+from sid_fast.io import progress
 from sid_fast.io.archives import MAX_BYTES, open_zip, read_member, require_member
 from sid_fast.io.atomic import atomic_path
 from sid_fast.io.download import cache_folder, file_sha256, write_cache
@@ -43,7 +43,6 @@ OTHER_FORMATS = {
     ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".apng", ".avif", ".heic",
     ".jp2", ".jxl", ".ppm", ".pgm", ".tga", ".npy",
 }  # fmt: skip
-_BAR_MIN_IMAGES = 1000  # show a progress bar for more images
 _GREY, _RGB, _PALETTE = 0, 2, 3  # PNG colour types
 _MAX_PNG_BYTES = 2**27  # noise of MAX_RESOLUTION takes 50 MB
 _LABELS_FORM = 'must be of the form {"labels": [[name, class], ...] or null}'
@@ -164,8 +163,7 @@ class ImageDataset:
     def images(self) -> np.ndarray:
         """Read all images, uint8 [N, C, H, W]."""
         images = np.empty([len(self), self.channels, *[self.resolution] * 2], np.uint8)
-        hide = None if len(self) > _BAR_MIN_IMAGES else True
-        for i in tqdm(range(len(self)), desc=f"reading {self.path.name}", disable=hide):
+        for i in progress.track(range(len(self)), f"reading {self.path.name}", "images"):
             images[i] = self[i]
         return images
 
@@ -423,7 +421,7 @@ def content_digest(data: ImageDataset) -> str:
         if re.fullmatch(rb"[0-9a-f]{64}", cached):
             return cached.decode()
     content = hashlib.sha256()
-    for path in data.files:
+    for path in progress.track(data.files, f"hashing {data.path.name}", "files"):
         content.update(bytes.fromhex(file_sha256(path)))
 
     def write() -> None:
@@ -487,9 +485,9 @@ def write_dataset(
     Raises:
         UserError: the file cannot be written, or images and labels differ in number.
     """
-    hide = None if length_hint(images, _BAR_MIN_IMAGES + 1) > _BAR_MIN_IMAGES else True
+    shown = progress.track(images, f"writing {path}", "images", length_hint(images) or None)
     with atomic_path(path) as temporary, DatasetWriter(temporary) as writer:
-        for i, image in enumerate(tqdm(images, desc=f"writing {path}", disable=hide)):
+        for i, image in enumerate(shown):
             label = int(labels[i]) if labels is not None and i < len(labels) else None
             writer.add(encode_png(image), label)
         if labels is not None and len(labels) != writer.count:

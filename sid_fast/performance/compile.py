@@ -1,12 +1,8 @@
 """torch.compile: every residual block as one graph, around the hand-written kernels."""
 
-import contextlib
 import os
 import tempfile
-import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -19,7 +15,6 @@ from sid_fast.models.edm_unet.unet import Block
 # gradients. PyTorch's default limit is 8.
 RECOMPILE_LIMIT = 512
 BACKEND = "inductor"
-HEARTBEAT_SECONDS = 10.0  # until the first line; doubles after every line
 
 
 def compile_blocks(*nets: nn.Module) -> None:
@@ -45,23 +40,7 @@ def compile_blocks(*nets: nn.Module) -> None:
                 module.compile(fullgraph=True, dynamic=False, backend=BACKEND)
 
 
-@contextlib.contextmanager
-def heartbeat(what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Print elapsed time and compiled graphs during a long block, at growing intervals."""
-    began, over = time.perf_counter(), threading.Event()
-
-    def watch() -> None:
-        pause = HEARTBEAT_SECONDS
-        while not over.wait(pause):
-            pause *= 2
-            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-            compiled = f", {graphs} graphs compiled" if graphs else ""
-            say(f"{what}: {time.perf_counter() - began:.0f} s so far{compiled}")
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        over.set()
-        watcher.join()
+def compiled_graphs() -> list[str]:
+    """How many graphs this process has compiled, as a part of a progress line."""
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return [f"{graphs} graphs compiled"] if graphs else []

@@ -5,12 +5,12 @@ import hashlib
 import json
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sid_fast.config.types import group_size
 from sid_fast.errors import UserError
 from sid_fast.io.atomic import atomic_path, remove_abandoned
 from sid_fast.io.cache import user_cache
@@ -20,9 +20,13 @@ from sid_fast.performance import mixed_precision
 from sid_fast.tools import timing
 from sid_fast.tools.proof import Job
 from sid_fast.tools.trial import reference_kernel
+from sid_fast.training.environment import installed, processor
 
 # Whatever decides how a step runs, by folder or file of the package.
-CODE = ("performance", "models", "methods", "training", "tools")
+CODE = (
+    "performance", "models", "methods", "training", "tools", "augment.py", "distiller.py",
+    "losses.py", "noise.py",
+)  # fmt: skip
 SOURCES = (".py", ".cu", ".h", ".cpp")
 
 
@@ -63,21 +67,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def processor() -> str:
-    """The CPU's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())
-
-
 @functools.cache
 def code() -> str:
     """A digest of what a step is made of."""
     sha = hashlib.sha256()
     root = Path(__file__).parents[1]
-    for folder in (Path(dispatch.__file__).parent, *(root / name for name in CODE)):
-        for path in sorted(p for p in folder.rglob("*") if p.suffix in SOURCES):
+    for source in (Path(dispatch.__file__).parent, *(root / name for name in CODE)):
+        files = [source] if source.is_file() else source.rglob("*")
+        for path in sorted(p for p in files if p.suffix in SOURCES):
             sha.update(path.read_bytes())
     return sha.hexdigest()[:16]
 
@@ -89,7 +86,7 @@ def key(job: Job, found: dict[str, Any]) -> dict[str, Any]:
         **{name: value for name, value in found.items() if name not in transient},
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": installed("triton"),
+        "triton": installed("triton") or "",
         "library": _cuda.library() is not None,
         "code": code(),
         "network": job.network.to_dict(),
@@ -101,20 +98,15 @@ def key(job: Job, found: dict[str, Any]) -> dict[str, Any]:
         "layout": job.layout,
         "ranks": job.ranks,
         "images": job.share,
+        "group": group_size(settings),
         "micro_batch": settings.micro_batch,
         "kernels": job.kernels,
+        "cuda_graph": job.cuda_graph,
+        "compile": job.compile,
         "recompute": job.recompute,
         "pinned": sorted(job.pinned),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
     }
-
-
-def installed(package: str) -> str:
-    """The version of a package, or ""."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def place(key: dict[str, Any]) -> Path:

@@ -7,12 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from sid_fast.config.types import RunOptions
 from sid_fast.data.datasets import ImageDataset
 from sid_fast.data.images import save_grid
-from sid_fast.data.readers import choose
 from sid_fast.errors import UserError, one_line
 from sid_fast.evaluation.curve import save_curve
 from sid_fast.evaluation.features import label, load_detector
@@ -24,6 +22,7 @@ from sid_fast.evaluation.sample import (
     compute_stats,
     generate_batches,
 )
+from sid_fast.io import progress, streams
 from sid_fast.models import EDMNetwork
 from sid_fast.models.registry import save_network
 from sid_fast.performance import fsdp, process_group
@@ -114,11 +113,11 @@ class Evaluations:
         device = next(net.parameters()).device
         self.cuda_graph, _ = resolve_cuda_graph(cuda_graph, device)
         self.clock = StageTimer(device)
-        with process_group.main_process_first():  # may download
+        loading = progress.phase(f"loading the detector {options.detector}")
+        with process_group.main_process_first(), loading:  # may download
             self.detector = load_detector(options.detector, device, options.trust)
         self.name = label("frechet_distance", self.detector)
-        reader = choose() if data else "plain"
-        self.real = real_stats(options.ref, data, self.detector, self.clock, reader)
+        self.real = real_stats(options.ref, data, self.detector, self.clock, "auto")
         self.classes = classes_to_draw(data, net)
         self.baseline_failed = False
 
@@ -174,7 +173,8 @@ class Evaluations:
         metrics = ("fid", "kid") if self.count < FID_ONLY_FROM else ("fid",)
         try:
             # Raises on all ranks or on none, so that the others do not wait for one that is gone.
-            sample = compute_stats(images, self.count, self.detector, self.clock, "evaluation")
+            title = f"evaluation of {what}"
+            sample = compute_stats(images, self.count, self.detector, self.clock, title)
             if process_group.rank():
                 return {}
             values = compare(self.real, sample, self.detector, self.clock, metrics)
@@ -182,7 +182,7 @@ class Evaluations:
             if process_group.rank() == 0:
                 at = f"{self.trainer.images / 1000:g} kimg"
                 warn = f"warning: the evaluation of {what} at {at} failed: {error}"
-                tqdm.write(f"{one_line(warn)}; training continues", file=sys.stderr)
+                streams.say(f"{one_line(warn)}; training continues", sys.stderr)
             return {}
         return {label(name, self.detector): value for name, value in values.items()}
 

@@ -7,7 +7,6 @@ state.json holds the sha256 of every file, and the time of writing, by which sta
 copied folder has lost its file times.
 """
 
-import dataclasses
 import fcntl
 import json
 import math
@@ -25,6 +24,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
+from sid_fast.config.types import recorded
 from sid_fast.errors import UserError
 from sid_fast.io.atomic import TEMPORARY, atomic_path, flush, temporary_name
 from sid_fast.io.download import file_sha256
@@ -69,6 +69,7 @@ class Trainer(Protocol):
     method: Any  # has `progress`: metrics of the progress line, and their labels
     steps: int
     images: int
+    grad_accum_steps: int
 
     def step(self) -> dict[str, torch.Tensor]:
         """Update every network once and return the metrics."""
@@ -130,7 +131,7 @@ class States:
             "steps": self.trainer.steps,
             "images": self.trainer.images,
             "processes": process_group.world_size(),
-            "options": dataclasses.asdict(self.options),
+            "options": recorded(self.options),
             **self.extra,
         }
         if process_group.rank() == 0:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from sid_fast.errors import UserError, WriteFailed
 from sid_fast.io.atomic import atomic_path
 from sid_fast.io.untrusted import parse_json, read_limited
+from sid_fast.training.sinks import Sink
 
 MAX_BYTES = 64 << 20  # of log.jsonl
 MAX_READ_BYTES = 4 * MAX_BYTES  # of a log that an older version wrote without a bound
@@ -72,7 +74,7 @@ def _event_bytes(values: dict[str, float]) -> int:
 
 
 class Log:
-    """Appends records to log.jsonl and tensorboard/ in a run folder.
+    """Appends records to log.jsonl and tensorboard/ in a run folder, and to other sinks.
 
     Opening it drops all records later than `images`: a resumed run logs them again. A log that
     would grow beyond MAX_BYTES is thinned out to half of that; see `thin`. A log with damaged lines
@@ -80,8 +82,8 @@ class Log:
     MAX_BOARD_FILES, it is written anew from the log.
     """
 
-    def __init__(self, folder: Path, images: int):
-        self.path = folder / "log.jsonl"
+    def __init__(self, folder: Path, images: int, sinks: Sequence[Sink] = ()):
+        self.path, self.sinks = folder / "log.jsonl", sinks
         records, damaged = _read(self.path)
         if damaged:
             os.replace(self.path, folder / "log-damaged.jsonl")
@@ -128,6 +130,8 @@ class Log:
             self.file.close()
         with contextlib.suppress(*[OSError] if kind else []):
             self.board.close()
+        for sink in self.sinks:
+            sink.close()
 
     def write(self, images: int, values: dict[str, float]) -> None:
         """Append a record.
@@ -135,6 +139,8 @@ class Log:
         Raises:
             WriteFailed: The file cannot be written.
         """
+        for sink in self.sinks:
+            sink.write(images, values)
         record: dict[str, float | None] = {"images": images}
         record |= {k: v if math.isfinite(v) else None for k, v in values.items()}
         try:

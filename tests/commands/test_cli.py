@@ -8,7 +8,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from sid_fast import evaluate, generate, plan, pretrain, train
+from sid_fast import cli, evaluate, generate, plan, pretrain, train
 
 ABANDONED = """
 import threading, time, click
@@ -55,3 +55,17 @@ def test_help_explains_every_option(module, config):
     preset = CliRunner().invoke(train.main, ["--preset", "ffhq64", "--help"]).output
     preset = " ".join(preset.split())
     assert "[default: 0.9]" in preset, "--help does not show the preset's own defaults"
+
+
+def test_changed_options_are_those_that_differ_from_the_preset():
+    values = cli.presets("train")["digits-sida"]
+    config = train.TrainConfig(**values, preset="digits-sida")
+    assert cli.changed_options(config, "train") == {}
+    config.kimg, config.seed = 2.0, 5
+    assert cli.changed_options(config, "train") == {"kimg": 24, "seed": 0}
+    config = pretrain.PretrainConfig(preset=None, channel_mult=(1, 2))
+    assert cli.changed_options(config, "pretrain") == {"channel_mult": (2, 2, 2)}
+    values = {k: tuple(v) if isinstance(v, list) else v
+              for k, v in cli.presets("pretrain")["digits"].items()}  # fmt: skip
+    config = pretrain.PretrainConfig(**values, preset="digits")
+    assert cli.changed_options(config, "pretrain") == {}  # with the lists of its preset
