@@ -2,6 +2,7 @@
 
 import pytest
 
+from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.models.registry import save_network
 from sid_fast.tools import host_memory
 from tests.helpers.networks import small_teacher
@@ -82,6 +83,9 @@ TOO_LARGE = [  # on a machine of 1 GiB
     "generate --network T --out out --seeds 0-9999999 --batch 100000000",
     "evaluate --network T --data digits --detector pixels --seeds 0-99999999",
     "evaluate --network T --data digits --detector T --trust --batch 16777216",
+    "evaluate --network T --data digits --detector pixels -n 3000000",
+    "train --teacher T --data digits --eval-every 1 --eval-images 3000000 --detector pixels",
+    "pretrain --data digits --eval-every 1 --eval-images 3000000 --detector pixels",
 ]
 
 
@@ -126,6 +130,7 @@ def test_an_option_without_effect_is_refused(run, line):
 @pytest.mark.parametrize("line", TOO_LARGE)
 def test_too_much_for_the_memory_is_refused_before_it_is_allocated(run, monkeypatch, line):
     monkeypatch.setattr(host_memory, "host_memory", lambda: 2**30)
+    monkeypatch.setattr(host_memory, "MAX_FEATURES", 10**9)  # of images of 64 pixels
     assert "GiB of memory, and this machine has 1" in run(line)
 
 
@@ -133,3 +138,18 @@ def test_too_much_for_the_memory_is_refused_before_it_is_allocated(run, monkeypa
 def test_too_many_images_are_refused(run, line):
     told = run(f"evaluate --network T --data digits --detector pixels {line}")
     assert "10^8" in told or "100000000" in told
+
+
+@pytest.mark.parametrize("line", ["generate --out out", "evaluate --data digits --detector pixels"])
+def test_a_small_file_of_a_large_network_is_not_run(run, line):
+    """512 kB of weights ask for 75 GB of feature maps."""
+    net = EDMNetwork(
+        NetworkConfig(
+            "ddpmpp", resolution=4096, channels=1, model_channels=16, channel_mult=(1,),
+            num_blocks=1, attention_resolutions=(),
+        )
+    )  # fmt: skip
+    save_network("T.safetensors", net)
+    command, *more = line.split()
+    told = run(" ".join([command, "--network T", *more]))
+    assert "generating 16 images with a ddpmpp, 4096x4096, unconditional network would take" in told

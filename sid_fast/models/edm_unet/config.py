@@ -1,6 +1,8 @@
 """Network configurations: architectures, sizes and their validation."""
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from sid_fast.errors import UserError
@@ -83,6 +85,7 @@ class NetworkConfig:
     dropout: float = 0.0
     sigma_data: float = 0.5
     init_sigma: float | None = None  # noise level of a one-step generator; None: a denoiser
+    absent_classes: tuple[int, ...] = ()  # classes without training images, ascending: not drawn
 
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
@@ -119,6 +122,14 @@ class NetworkConfig:
                 continue
             if type(value) not in (int, float) or not least <= value <= most:
                 self._refuse(field, f"use a number from {least} to {most}")
+        absent = self.absent_classes
+        if not isinstance(absent, tuple) or any(type(c) is not int for c in absent):
+            self._refuse("absent_classes", "use a list of class numbers")
+        if absent and not (
+            len(absent) < self.label_dim
+            and all(a < b for a, b in itertools.pairwise((-1, *absent, self.label_dim)))
+        ):
+            self._refuse("absent_classes", f"use ascending classes below {self.label_dim}, not all")
         smallest = 2 ** (len(self.channel_mult) - 1)
         if self.resolution % smallest:
             levels = len(self.channel_mult)
@@ -144,9 +155,26 @@ class NetworkConfig:
         classes = f"{self.label_dim} classes" if self.label_dim else "unconditional"
         return f"{self.architecture}, {self.resolution}x{self.resolution}, {classes}"
 
+    @property
+    def classes(self) -> Sequence[int]:
+        """The class numbers to draw from, ascending; empty for an unconditional network."""
+        if not self.absent_classes:
+            return range(self.label_dim)
+        return sorted(set(range(self.label_dim)) - set(self.absent_classes))
+
+    def with_classes(self, classes: Sequence[int]) -> "NetworkConfig":
+        """Return a copy that draws from these classes; without any, this configuration."""
+        if not classes:
+            return self
+        absent = tuple(sorted(set(range(self.label_dim)) - set(classes)))
+        return dataclasses.replace(self, absent_classes=absent)
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a dictionary for JSON."""
-        return dataclasses.asdict(self)
+        """Return the fields as a dictionary for JSON; absent_classes only where there are any."""
+        values = dataclasses.asdict(self)
+        if not self.absent_classes:  # versions without this field read the file, too
+            del values["absent_classes"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "NetworkConfig":
