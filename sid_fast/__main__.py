@@ -1,9 +1,11 @@
-"""List the commands: python -m sid_fast; `python -m sid_fast train …` runs one."""
+"""List the commands: sid-fast, or python -m sid_fast; `sid-fast train …` runs one."""
 
+import difflib
 import runpy
 import sys
 
-from sid_fast.io import streams
+from sid_fast.errors import one_line
+from sid_fast.io import invocation, streams
 
 TEXT = """sid_fast distils a pretrained EDM diffusion model into a one-step generator.
 
@@ -15,6 +17,7 @@ TEXT = """sid_fast distils a pretrained EDM diffusion model into a one-step gene
   python -m sid_fast.report     show runs on one HTML page: curves, images, speed, configuration
   python -m sid_fast.pretrain   train a teacher on your own images
   python -m sid_fast.prepare    make a data set of a folder or zip of images
+  python -m sid_fast.export     write a network for upstream's tools, ONNX Runtime or torch.export
 
 Each command lists its options with --help. To try it on a CPU, in a few minutes:
 
@@ -26,16 +29,26 @@ COMMANDS = tuple(dict.fromkeys(words[2].partition(".")[2] for words in LINES))
 def main(arguments: list[str]) -> None:
     """Run the command that the first argument names; list the commands without one."""
     streams.make_safe()
+    text = TEXT.replace("python -m sid_fast.", "sid-fast ") if invocation.script else TEXT
     if not arguments or arguments[0] in ("-h", "--help"):
-        streams.say(TEXT)
+        streams.say(text)
     elif arguments[0] in COMMANDS:
         module = f"sid_fast.{arguments[0]}"
         sys.argv = [module, *arguments[1:]]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     else:
+        near = difflib.get_close_matches(arguments[0], COMMANDS, 1)
         known = ", ".join(COMMANDS)
-        streams.say(f"error: {arguments[0]!r} is not a command: choose from {known}", sys.stderr)
+        problem = one_line(f"error: {arguments[0]!r} is not a command")
+        way = f"did you mean {near[0]}? All commands: {known}" if near else f"choose from {known}"
+        streams.say(f"{problem}: {way}", sys.stderr)
         sys.exit(2)
+
+
+def script() -> None:
+    """The entry point of the installed command `sid-fast`."""
+    invocation.script = True
+    main(sys.argv[1:])
 
 
 if __name__ == "__main__":

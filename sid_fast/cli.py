@@ -21,9 +21,9 @@ from typing import Any
 import click
 
 from sid_fast.config.toml import loads
-from sid_fast.config.types import members
+from sid_fast.config.types import START_OPTIONS, members
 from sid_fast.errors import Fallback, RunFailed, UserError, one_line
-from sid_fast.io import streams
+from sid_fast.io import invocation, streams
 from sid_fast.io.download import is_cached
 from sid_fast.performance import failure, process_group
 from sid_fast.training.checkpoint import PATTERN, find_restarted_run, find_state, hold_state
@@ -168,6 +168,10 @@ def _choose_preset(kind: str):
     return callback
 
 
+def _set_quiet(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    streams.quiet = value
+
+
 def command(
     config: type,
     run: Callable[[Any, set[str]], None],
@@ -188,6 +192,8 @@ def command(
         positional: the field, a tuple of strings, that takes the arguments without an option.
         subcommands: commands that run instead of this one when named.
     """
+    if invocation.script:
+        help = help.replace("python -m sid_fast.", "sid-fast ")
     hints = typing.get_type_hints(config)
     fields = {f.name: f for f in dataclasses.fields(config)}
     names = dict.fromkeys(n for c in config.__mro__ for n in inspect.get_annotations(c))
@@ -214,6 +220,16 @@ def command(
         )
 
     params += [_moved_option(name, module) for name, module in moved.items()]
+    params.append(
+        Option(
+            ["-q", "--quiet"],
+            heading="Help",
+            is_flag=True,
+            expose_value=False,
+            callback=_set_quiet,
+            help="print errors, warnings and the final result alone",
+        )
+    )
 
     def body(**values: Any) -> None:
         context = click.get_current_context()
@@ -315,7 +331,7 @@ def seed_ranges(text: str) -> list[range]:
 
 # A resumed run takes these from its own command line, never from the checkpoint. A checkpoint must
 # not grant permission to run programs: --trust.
-NOT_RESUMED = {
+NOT_RESUMED = START_OPTIONS | {
     "resume", "device", "parallel", "shard_group", "timeout", "trust", "tune", "tune_minutes",
 }  # fmt: skip
 
@@ -401,6 +417,7 @@ def main(command: click.Command, module: str) -> None:
     Output that cannot be written is lost, and never ends the command; see streams.make_safe.
     """
     status: Any = 2  # for sys.exit
+    program = invocation.program(module.removeprefix("sid_fast."))
     message = ""
     streams.make_safe()
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see sid_fast/__init__.py
@@ -422,7 +439,7 @@ def main(command: click.Command, module: str) -> None:
 
     warnings.showwarning, threading.excepthook = show, thread_failed
     try:
-        status = command.main(prog_name=f"python -m {module}", standalone_mode=False)
+        status = command.main(prog_name=program, standalone_mode=False)
     except SystemExit as stopped:
         status = stopped.code
     except UserError as error:
@@ -430,7 +447,7 @@ def main(command: click.Command, module: str) -> None:
     except RunFailed as error:
         message, status = str(error), 1
     except click.ClickException as error:
-        message = f"{error.format_message()} (python -m {module} --help lists the options)"
+        message = f"{error.format_message()} ({program} --help lists the options)"
     except OSError as error:  # such as a path that is too long or a file that disappeared
         message = f"{error.filename or module}: {error.strerror or error}"
     except MemoryError:
@@ -446,6 +463,7 @@ def main(command: click.Command, module: str) -> None:
             traceback.print_exc()
             status = 1
     finally:
+        streams.quiet = False
         warnings.showwarning, threading.excepthook = default_showwarning, default_excepthook
     if message:
         rank = os.environ.get("RANK", "0")

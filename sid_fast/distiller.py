@@ -6,11 +6,19 @@ from typing import Literal
 
 import torch
 
-from sid_fast.config.types import Settings, SiDASettings, check, grad_accum_steps
+from sid_fast.config.types import (
+    PretrainSettings,
+    Settings,
+    SiDASettings,
+    check,
+    grad_accum_steps,
+)
 from sid_fast.data.datasets import ImageDataset
 from sid_fast.data.feed import BlankFeed, ImageFeed
 from sid_fast.errors import UserError
 from sid_fast.io.digest import digest
+from sid_fast.methods.base import Method
+from sid_fast.methods.edm import EDM
 from sid_fast.methods.sid import Draw, SiD
 from sid_fast.methods.sida import SiDA, check_images
 from sid_fast.models import EDMNetwork, Network, NetworkConfig
@@ -19,21 +27,34 @@ from sid_fast.training.step import Trainer
 
 
 def blank_feed(
-    network: NetworkConfig, settings: Settings, device: torch.device
+    network: NetworkConfig,
+    settings: Settings | PretrainSettings,
+    device: torch.device,
+    kind: type[BlankFeed] = BlankFeed,
 ) -> BlankFeed | None:
-    """Return black images for a Distiller that only measures or tries steps; None for SiD."""
-    if not isinstance(settings, SiDASettings):
+    """Return made-up images for a trainer that only measures or tries steps; None for SiD."""
+    if not isinstance(settings, SiDASettings | PretrainSettings):
         return None
     shape = network.channels, network.resolution, network.resolution
-    return BlankFeed(settings.batch_size, shape, network.label_dim, device)
+    return kind(settings.batch_size, shape, network.label_dim, device)
 
 
-def data_free_method(teacher: EDMNetwork, settings: Settings) -> SiD:
-    """Make the method of the settings for steps that only measure or try: SiDA gets blank_feed."""
-    if not isinstance(settings, SiDASettings):
-        return SiD(teacher, settings)
-    device = next(teacher.parameters()).device
-    return SiDA(teacher, settings, feed=blank_feed(teacher.config, settings, device))
+def data_free_method(
+    net: EDMNetwork, settings: Settings | PretrainSettings, kind: type[BlankFeed] = BlankFeed
+) -> Method:
+    """Make the method of the settings for steps that only measure or try.
+
+    Args:
+        net: The teacher; with PretrainSettings the network to train.
+        settings: Of SiD, SiDA or EDM.
+        kind: What takes the place of real images in SiDA and EDM.
+    """
+    feed = blank_feed(net.config, settings, next(net.parameters()).device, kind)
+    if isinstance(settings, PretrainSettings):
+        return EDM(net, settings, feed)
+    if isinstance(settings, SiDASettings):
+        return SiDA(net, settings, feed=feed)
+    return SiD(net, settings)
 
 
 class Distiller(Trainer):
@@ -47,7 +68,8 @@ class Distiller(Trainer):
             copy is used instead.
         settings: Training settings.
         seed: Determines every random number.
-        label_weights: Relative class frequencies, [label_dim]; uniform if None.
+        label_weights: Relative class frequencies, [label_dim]; uniform if None, over the classes
+            that the teacher was trained on.
         sharding: See Trainer.
         data: Real images for SiDA, or a feed of them; without, every step needs draws.
         generator: Network of the teacher's shape from which SiDA's generator and EMA start (SiD²A).
@@ -76,6 +98,9 @@ class Distiller(Trainer):
         check(settings)
         device = next(teacher.parameters()).device
         settings = mixed_precision.resolve_precision(settings, device)
+        if label_weights is None and teacher.config.absent_classes:
+            label_weights = torch.zeros(teacher.config.label_dim)
+            label_weights[list(teacher.config.classes)] = 1
         fingerprint = {
             "teacher": digest(teacher.state_dict().values()),
             "label weights": None if label_weights is None else digest([label_weights]),

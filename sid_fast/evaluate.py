@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 import json
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -18,7 +17,7 @@ from sid_fast import cli
 from sid_fast.config.types import Settings, check, option
 from sid_fast.data.datasets import ImageDataset
 from sid_fast.data.digits import open_dataset
-from sid_fast.data.readers import choose, read
+from sid_fast.data.readers import check_reader, choose, read
 from sid_fast.errors import UserError
 from sid_fast.evaluation.features import Detector, Pixels, label, load_detector
 from sid_fast.evaluation.references import real_stats, reference_of, write_reference
@@ -32,8 +31,9 @@ from sid_fast.evaluation.sample import (
     generate_batches,
     shard_by_rank,
 )
+from sid_fast.io import invocation, progress
 from sid_fast.io.atomic import atomic_path, open_target
-from sid_fast.io.streams import say
+from sid_fast.io.streams import note, say
 from sid_fast.models.registry import load_network, require_denoiser, require_png_channels
 from sid_fast.performance import process_group
 from sid_fast.performance.cuda_graphs import resolve_cuda_graph
@@ -214,9 +214,10 @@ def prepare(
             "use a smaller --batch",
         )
     with process_group.main_process_first():  # may download
-        detector = load_detector(config.detector, device, config.trust, config.batch)
+        with progress.phase(f"loading the detector {config.detector}"):
+            detector = load_detector(config.detector, device, config.trust, config.batch)
         data = open_dataset(config.data) if config.data else None
-    return detector, data, choose(config.reader)
+    return detector, data, check_reader(config.reader)
 
 
 def sets_from_network(
@@ -238,19 +239,23 @@ def sets_from_network(
         host_memory.require(40 * count, f"{count:,} seeds", "use fewer --seeds, or --num")
         seed_sets = [list(itertools.chain(*ranges))]
     assert config.network
-    with process_group.main_process_first():  # may download
+    loading = progress.phase(f"loading {config.network}")
+    with process_group.main_process_first(), loading:  # may download
         net = load_network(config.network).to(device)
     if config.steps > 1:
         require_denoiser(net, config.network, f"a network that is sampled in {config.steps} steps")
     require_png_channels(net, config.network, "only such images can be evaluated")
+    host_memory.require_forward(net.config, device)
+    host_memory.require_features(net.config, max(map(len, seed_sets)), config.detector)
     sigma = config.init_sigma or net.config.init_sigma or Settings.init_sigma
     graph, _ = resolve_cuda_graph("auto", device)
     classes = classes_to_draw(data, net)
     if classes and process_group.rank() == 0:
-        say(
-            f"note: {config.data} has images of {len(classes):,} of the network's "
-            f"{net.config.label_dim:,} classes: only those are generated",
-            sys.stderr,
+        known = data is not None and bool(data.classes)
+        source = f"{config.data} has" if known else f"{config.network} was trained on"
+        note(
+            f"note: {source} images of {len(classes):,} of the network's "
+            f"{net.config.label_dim:,} classes: only those are generated"
         )
     return [
         (seeds, generate_batches(net, seeds, sigma, config.steps, graph, classes))
@@ -265,6 +270,7 @@ def set_from_files(config: EvaluateConfig, device: torch.device, reader: str) ->
     num = config.num or len(data)
     if num > len(data):
         raise UserError(f"num={num} is too many: {config.images} has {len(data)} images")
+    reader = choose(reader, num)
     return [(range(num), read(data, shard_by_rank(range(num)), device, reader))]
 
 
@@ -329,6 +335,25 @@ def report(
     if real.features is None and ("kid" in config.metrics or "pr" in config.metrics):
         say("no kernel distance, precision or recall: they need real images; give --data")
     say("seconds: " + ", ".join(f"{stage} {s:.3g}" for stage, s in seconds.items()))
+    if config.out:
+        say(f"results: {config.out}")
+    invocation.suggest(*next_commands(config))
+
+
+def next_commands(config: EvaluateConfig) -> list[str]:
+    """What to type next: the published protocol, or a look at the images."""
+    if not config.network:
+        return []
+    steps = ("--steps", config.steps) if config.steps > 1 else ()
+    network = "--network", config.network, *steps
+    grid = "--seeds", "0-63", "--grid", "images.png"
+    commands = [invocation.command_line("generate", *network, *grid)]
+    if config.protocol is None and config.detector == "inception":
+        real = ("--ref", config.ref) if config.ref else ("--data", config.data)
+        commands.insert(
+            0, invocation.command_line("evaluate", *network, *real, "--protocol", "edm")
+        )
+    return commands
 
 
 def run_reference(config: ReferenceConfig, given: set[str]) -> None:
@@ -354,6 +379,8 @@ def run_reference(config: ReferenceConfig, given: set[str]) -> None:
                 f"{config.out}: statistics of {len(data):,} images, {len(stats.mean)} "
                 f"{detector.name} features, {how}"
             )
+            use = "--network", "RUN", "--ref", config.out
+            invocation.suggest(invocation.command_line("evaluate", *use))
 
 
 _reference = cli.command(

@@ -5,21 +5,20 @@ python -m sid_fast.generate --network runs/000-digits --seeds 0-63 --grid digits
 
 import dataclasses
 import itertools
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from sid_fast import cli
 from sid_fast.config.types import Settings, check, option
 from sid_fast.data.datasets import write_dataset
 from sid_fast.data.images import save_grid, save_png
 from sid_fast.errors import UserError
+from sid_fast.io import invocation, progress
 from sid_fast.io.atomic import atomic_path, open_target
-from sid_fast.io.streams import say
+from sid_fast.io.streams import note
 from sid_fast.models import NetworkConfig
 from sid_fast.models.registry import load_network, require_denoiser, require_png_channels
 from sid_fast.performance import process_group
@@ -76,7 +75,8 @@ def run(config: GenerateConfig, given: set[str]) -> None:
     cli.refuse_idle(config, given, config.steps == 1, "--steps 1", "init_sigma")
     ranges = cli.seed_ranges(config.seeds)
     device = process_group.pick_device(config.device)
-    net = load_network(config.network).to(device)
+    with progress.phase(f"loading {config.network}"):
+        net = load_network(config.network).to(device)
     if config.steps > 1:
         require_denoiser(net, config.network, f"a network that is sampled in {config.steps} steps")
     if config.grid or Path(config.out or "").suffix != ".npz":
@@ -85,16 +85,20 @@ def run(config: GenerateConfig, given: set[str]) -> None:
         last = net.config.label_dim - 1
         known = f"choose from 0 to {last}" if last > 0 else "the network has no classes"
         raise UserError(f"class={config.class_} is out of range: {known}")
+    if config.class_ in net.config.absent_classes:
+        raise UserError(
+            f"class={config.class_} had no images when {config.network} was trained: choose another"
+        )
     require_memory(config, net.config, sum(map(len, ranges)))
+    host_memory.require_forward(net.config, device)
     seeds = list(itertools.chain(*ranges))
     init_sigma = config.init_sigma or net.config.init_sigma
     open_targets(config.out, config.grid)
     if config.steps == 1 and init_sigma is None:
         init_sigma = Settings.init_sigma
-        say(
-            f"{config.network} does not say that it is a one-step generator: sampling it in one "
-            f"step from σ = {init_sigma:g}; for a teacher give --steps",
-            sys.stderr,
+        note(
+            f"note: {config.network} does not say that it is a one-step generator: sampling it in "
+            f"one step from σ = {init_sigma:g}; for a teacher give --steps"
         )
     folder = Path(config.out) if config.out and not is_file(config.out) else None
 
@@ -105,17 +109,17 @@ def run(config: GenerateConfig, given: set[str]) -> None:
         dtype = torch.float32 if net.config.is_latent else torch.uint8
         images = torch.empty(len(mine), *shape, dtype=dtype)
         classes = torch.empty(len(mine), dtype=torch.int64)
-        bar = tqdm(total=len(mine), unit="img", disable=True if rank else None)
-        for i in range(0, len(mine), config.batch):
-            batch = mine[i : i + config.batch]
-            rows = slice(i, i + len(batch))
-            latents, classes[rows] = seed_inputs(batch, net.config, config.class_)
-            images[rows] = generate_images(net, latents, classes[rows], init_sigma, config.steps)
-            if folder:
-                for seed, image in zip(batch, images[rows], strict=True):
-                    save_png(folder / f"seed{seed:06d}.png", image)
-            bar.update(len(batch))
-        bar.close()
+        with progress.phase("generating", len(seeds), "images") as shown:
+            for i in range(0, len(mine), config.batch):
+                batch = mine[i : i + config.batch]
+                rows = slice(i, i + len(batch))
+                latents, classes[rows] = seed_inputs(batch, net.config, config.class_)
+                made = generate_images(net, latents, classes[rows], init_sigma, config.steps)
+                images[rows] = made
+                if folder:
+                    for seed, image in zip(batch, images[rows], strict=True):
+                        save_png(folder / f"seed{seed:06d}.png", image)
+                shown.update(min(len(batch) * process_group.world_size(), len(seeds) - shown.done))
         images, classes = (process_group.gather(v, len(seeds)) for v in (images, classes))
         if rank == 0:
             write(config, net.config, seeds, images, classes)
@@ -152,7 +156,7 @@ def open_targets(out: str | None, grid: str | None) -> None:
             f"out={out}: {suffix} files are not supported: give a folder, or a .zip or .npz file"
         )
     if out:
-        open_target(out, folder=not is_file(out))
+        open_target(out, folder=not is_file(out), files=r"seed\d+\.png")
     if grid:
         open_target(grid)
 
@@ -170,7 +174,8 @@ def write(
     """
     labels = classes.numpy() if network.label_dim else None
     if config.grid:
-        save_grid(config.grid, images)
+        with progress.phase(f"writing {config.grid}"):
+            save_grid(config.grid, images)
     suffix = Path(config.out or "").suffix
     if config.out and suffix == ".zip":
         write_dataset(config.out, images, labels)
@@ -181,10 +186,25 @@ def write(
             else {"images": images.permute(0, 2, 3, 1).numpy()}
         )
         values |= {"seeds": np.array(seeds)} | ({} if labels is None else {"labels": labels})
-        with atomic_path(config.out) as temporary, temporary.open("wb") as file:
+        writing = progress.phase(f"writing {config.out}")
+        with writing, atomic_path(config.out) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **values)
-    targets = " and ".join(p for p in (config.out, config.grid) if p)
-    say(f"wrote {len(seeds)} images: {targets}")
+    made = [path for path in (config.out, config.grid) if path]
+    invocation.report(f"wrote {len(seeds):,} images:", made)
+    invocation.suggest(*next_commands(config))
+
+
+def next_commands(config: GenerateConfig) -> list[str]:
+    """What to type next: measure the images, or the network if there is only a grid."""
+    out = config.out
+    if out and Path(out).suffix != ".npz":
+        return [invocation.command_line("evaluate", "--images", out, "--data", "DATASET.zip")]
+    steps = ("--steps", config.steps) if config.steps > 1 else ()
+    network = "--network", config.network, *steps
+    return [
+        invocation.command_line("generate", *network, "--seeds", "0-49999", "--out", "images.zip"),
+        invocation.command_line("evaluate", *network, "--data", "DATASET.zip"),
+    ]
 
 
 main = cli.command(GenerateConfig, run, None, __doc__)

@@ -4,13 +4,13 @@ python -m sid_fast.plan --preset imagenet64-cond --gpus 8 --card h100
 """
 
 import dataclasses
-import sys
 
 import torch
 
 from sid_fast import cli, kernels
 from sid_fast.config.types import MethodOptions, check, check_method, option, part
 from sid_fast.errors import UserError
+from sid_fast.io import invocation, progress
 from sid_fast.io.streams import say
 from sid_fast.models.registry import network_config
 from sid_fast.tools import estimator, planner
@@ -55,13 +55,12 @@ def run(config: PlanConfig, given: set[str]) -> None:
     gpu = torch.device("cuda")  # the run's device, not this machine's
     kernels.dispatch.configure(config.kernels, gpu)
     backends = kernels.dispatch.runs(gpu)
-    say(
-        "counting the operations of a training step, which takes about a minute …",
-        sys.stderr,
-    )
-    counts = estimator.counts(network, settings, config.checkpoint_activations, backends)
+    with progress.phase("counting the operations of a training step, about a minute"):
+        counts = estimator.counts(network, settings, config.checkpoint_activations, backends)
     name = config.preset or config.teacher
     say(planner.text(name, network, counts, settings, config.kimg, cluster))
+    start = ("--preset", config.preset) if config.preset else ("--teacher", config.teacher)
+    invocation.suggest(invocation.command_line("train", *start))
 
 
 main = cli.command(PlanConfig, run, "train", __doc__)

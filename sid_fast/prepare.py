@@ -7,8 +7,8 @@ import collections
 import contextlib
 import dataclasses
 import os
-import shlex
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from sid_fast import cli
 from sid_fast.config.types import check, option
@@ -26,8 +25,9 @@ from sid_fast.data.datasets import DatasetWriter
 from sid_fast.data.images import MAX_RESOLUTION
 from sid_fast.data.sources import Source, open_source, select_classes
 from sid_fast.errors import UserError, printable
+from sid_fast.io import invocation, progress
 from sid_fast.io.atomic import atomic_path, open_target
-from sid_fast.io.streams import say
+from sid_fast.io.streams import note, say
 from sid_fast.performance import process_group
 
 CHUNK = 32  # images per task of a thread
@@ -101,7 +101,8 @@ def run(config: PrepareConfig, given: set[str]) -> None:
         raise UserError(f"{config.source} has no images of that split and class: choose others")
     channels = None if config.channels == "auto" else int(config.channels)
     conversion = Conversion(config.resolution, channels, config.crop, config.filter)
-    say(f"reading {config.source}: {source.what}, {len(indices):,} images, {_classes(source)}")
+    what = f"{source.what}, {len(indices):,} images, {_classes(source)}"
+    note(f"reading {config.source}: {what}", sys.stdout)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's, of damaged metadata
         require_alike(source, indices, conversion)
@@ -122,8 +123,9 @@ def run(config: PrepareConfig, given: set[str]) -> None:
     if report.transparent:
         notes.append(f"{report.transparent:,} transparent laid on white")
     if notes:
-        say(f"note: {', '.join(notes)}")
-    say(f"next: python -m sid_fast.pretrain --data {shlex.quote(str(out))} --out runs/teacher")
+        note(f"note: {', '.join(notes)}", sys.stdout)
+    pretrain = "pretrain", "--data", out, "--out", "runs/teacher"
+    invocation.suggest(invocation.command_line(*pretrain))
 
 
 @dataclasses.dataclass
@@ -192,15 +194,8 @@ def write(
     first_name, nbytes = "", 0
     with atomic_path(out) as temporary, DatasetWriter(temporary) as writer:
         results = convert_all(source, indices, conversion)
-        bar = tqdm(
-            results,
-            desc=f"writing {out.name}",
-            total=len(indices),
-            unit="img",
-            disable=None,
-            smoothing=0.1,
-        )
-        for done, (index, result) in enumerate(bar, 1):
+        shown = progress.track(results, f"writing {out.name}", "images", len(indices))
+        for done, (index, result) in enumerate(shown, 1):
             if isinstance(result, str):
                 report.left_out.setdefault(result, []).append(source.name(index))
                 continue

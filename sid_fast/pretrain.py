@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from sid_fast import augment, cli, kernels
+from sid_fast import cli, kernels
 from sid_fast.config.types import (
-    Architecture,
+    NetworkOptions,
     PretrainSettings,
     RunOptions,
+    StepOptions,
     check,
     grad_accum_steps,
     option,
@@ -23,35 +24,30 @@ from sid_fast.config.types import (
 from sid_fast.data.digits import open_dataset
 from sid_fast.data.feed import ImageFeed
 from sid_fast.errors import UserError
-from sid_fast.methods.edm import EDM
-from sid_fast.models import EDMNetwork, NetworkConfig
+from sid_fast.io import invocation, progress
+from sid_fast.methods.edm import EDM, teacher_config
+from sid_fast.models import EDMNetwork
 from sid_fast.performance import fsdp, mixed_precision, process_group
+from sid_fast.performance.activation_checkpoint import checkpoint_activations
 from sid_fast.sampling import heun
-from sid_fast.tools import estimator
+from sid_fast.tools import autotune, estimator, graph_trial, host_memory, micro_batch
+from sid_fast.training import sinks
 from sid_fast.training.callbacks import Evaluations, Snapshots
+from sid_fast.training.checkpoint import read_header
 from sid_fast.training.loop import Loop
 from sid_fast.training.random_streams import seed_of
 from sid_fast.training.step import Trainer
 
-_network = partial(option, heading="Network")
-
 
 @dataclasses.dataclass
-class PretrainConfig(RunOptions, PretrainSettings):
+class PretrainConfig(  # type: ignore[misc]  # micro_batch
+    RunOptions, StepOptions, NetworkOptions, PretrainSettings
+):
     """Options of `python -m sid_fast.pretrain`."""
 
     preset: str | None = None
     data: str | None = option(
         None, "training images: an EDM data set (zip or folder), or `digits`", heading="Data"
-    )
-    architecture: Architecture = _network("ddpmpp", "network architecture")
-    model_channels: int = _network(128, "base number of channels", 1)
-    channel_mult: tuple[int, ...] = _network(
-        (2, 2, 2), "channels of each resolution level, as multiples of --model-channels"
-    )
-    num_blocks: int = _network(4, "residual blocks per resolution level", 1)
-    attention_resolutions: tuple[int, ...] = _network(
-        (16,), "resolutions (pixels) with self-attention"
     )
     sampler_steps: int = option(
         18,
@@ -71,57 +67,105 @@ class PretrainConfig(RunOptions, PretrainSettings):
 
 def run(config: PretrainConfig, given: set[str]) -> None:
     """Train a teacher; `given` names the fields that the command line set."""
+    auto = config.micro_batch == "auto"
+    if auto:  # a resumed run first tries its saved micro-batch
+        config.micro_batch, given = None, given - {"micro_batch"}
     resume = cli.resume(config, given)
     check(config)
+    sinks.require(config.log_to)
     cli.refuse_idle_run_options(config, given)
     if not config.data:
         raise UserError("data is missing: give the training images as --data IMAGES.zip")
     if config.lr_rampup_kimg is None:  # the ratio of EDM: 10 of 200 million images
         config.lr_rampup_kimg = config.kimg / 20
-    device = process_group.pick_device(config.device, config.deterministic)
+    device = process_group.named_device(config.device)
     kernels.dispatch.configure(config.kernels, device, config.deterministic)
     data = open_dataset(config.data)
-    network = NetworkConfig(
-        architecture=config.architecture,
-        resolution=data.resolution,
-        channels=data.channels,
-        label_dim=data.label_dim,
-        augment_dim=augment.LABEL_DIM if config.augment_p else 0,
-        model_channels=config.model_channels,
-        channel_mult=config.channel_mult,
-        num_blocks=config.num_blocks,
-        attention_resolutions=config.attention_resolutions,
-        dropout=config.dropout,
-    )
+    settings = part(config, PretrainSettings)
+    network = teacher_config(config, settings, data)
+    # In child processes, before CUDA starts.
+    tuning = autotune.for_run(config, given, settings, lambda: network, device, resume, auto)
+    device = process_group.pick_device(config.device, config.deterministic)
+    choice = tuning.candidate
+    if choice:
+        choice.apply(config.kernels, device)
+        config.micro_batch = choice.micro_batch or config.micro_batch
     with process_group.joined(device, config.parallel, config.timeout):
+        auto &= not (choice and choice.micro_batch)
+        if auto and resume and read_header(resume)["processes"] != process_group.world_size():
+            config.micro_batch = None
         settings = part(config, PretrainSettings)
         grad_accum_steps(settings, process_group.world_size())
-        estimator.require_host_memory(network, settings, device)
+        estimator.require_host_memory(network, config, device)
         state = estimator.StateMemory(
             lambda s: EDM(EDMNetwork(network), s),
             mixed_precision.resolve_precision(settings, device),
             kernels.dispatch.runs(device),
         )
         sharding = fsdp.plan(config.parallel, device, state.nbytes, config.shard_group)
+        if device.type == "cuda":
+            upper = micro_batch.estimated(network, config, settings, device, sharding)
+        torch.manual_seed(seed_of(config.seed, "weights"))
+        net = EDMNetwork(network).to(device)
+        if auto and device.type == "cuda":
+            config.micro_batch = micro_batch.that_fits(net, config, settings, upper, sharding)
+            settings = part(config, PretrainSettings)
+        mode, graphs, note = graph_trial.choose(
+            config.cuda_graph, choice, network, settings, device, sharding.mesh is not None,
+            config.deterministic,
+        )  # fmt: skip
         feed = ImageFeed(
             data, settings.batch_size, config.seed, device, sharding.rank, sharding.ranks
         )
-        torch.manual_seed(seed_of(config.seed, "weights"))
-        method = EDM(EDMNetwork(network).to(device), settings, feed)
+        compile = config.compile or bool(choice and choice.compile)
         fingerprint = {f"network {k}": v for k, v in network.to_dict().items()}
-        trainer = Trainer(method, settings, config.seed, sharding, fingerprint)
+        with progress.phase("building the network"):
+            trainer = Trainer(
+                EDM(net, settings, feed),
+                settings,
+                config.seed,
+                sharding,
+                fingerprint,
+                cuda_graph=graphs,
+                compile=compile,
+                channels_last=choice.channels_last if choice else None,
+            )
+        if config.checkpoint_activations:
+            checkpoint_activations(net)
         sampler = partial(heun, num_steps=config.sampler_steps)
         snapshots = Snapshots(config, trainer, trainer.ema, sampler)
         evaluations = None
         if config.eval_every:
-            evaluations = Evaluations(config, trainer, trainer.ema, data, config.sampler_steps)
+            host_memory.require_features(network, config.eval_images, config.detector)
+            evaluations = Evaluations(
+                config, trainer, trainer.ema, data, config.sampler_steps, cuda_graph=mode
+            )
         name = f"teacher-{config.preset or Path(config.data).stem}"
         backends = kernels.dispatch.report(device)
-        where = f"on {device} in {trainer.settings.precision}, kernels: {backends}, {sharding.text}"
+        where = (
+            f"on {device} in {trainer.settings.precision}, kernels: {backends}"
+            f"{', CUDA graphs' * bool(graphs)}{', torch.compile' * compile}, {sharding.text}"
+        )
         headline = f"training a teacher ({network}) on {len(data):,} images {feed.text}, {where}"
+        headline += tuning.text and f", {tuning.text}"
+        headline += "".join(f"\nnote: {line}" for line in (note, *tuning.notes) if line)
+        changed = cli.changed_options(config, "pretrain")
+        extra = {"tuning": tuning.to_json(), "changed": changed}
         with contextlib.closing(feed):
-            changed = {"changed": cli.changed_options(config, "pretrain")}
-            Loop(trainer, config, snapshots, name, headline, evaluations, changed).run(resume)
+            loop = Loop(trainer, config, snapshots, name, headline, evaluations, extra)
+            if loop.run(resume) and process_group.rank() == 0:
+                invocation.suggest(*next_commands(config, loop.folder))
+
+
+def next_commands(config: PretrainConfig, folder: Path) -> list[str]:
+    """What to type after a run in a folder: look at images, distil the teacher, train on."""
+    steps = "--steps", config.sampler_steps
+    grid = "--seeds", "0-63", "--grid", "images.png"
+    return [
+        invocation.command_line("generate", "--network", folder, *steps, *grid),
+        invocation.command_line("train", "--teacher", folder),
+        invocation.command_line("pretrain", "--resume", folder, "--kimg", f"{2 * config.kimg:g}"),
+    ]
 
 
 main = cli.command(PretrainConfig, run, "pretrain", __doc__)

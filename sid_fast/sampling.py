@@ -2,10 +2,12 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from sid_fast.errors import UserError
+from sid_fast.io import progress
 from sid_fast.models import Network, NetworkConfig
 from sid_fast.noise import sampler_sigmas
 
@@ -66,12 +68,12 @@ def seed_inputs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw a latent and a class for each seed, independently of the other seeds.
 
-    only: use this class for all. classes: class numbers to draw from; empty: all of the network.
+    only: use this class for all. classes: class numbers to draw from; empty: the network's.
 
     Returns:
         Latents [N, C, R, R] and class indices [N], 0 for an unconditional network.
     """
-    choices = classes if network.label_dim and classes else range(max(network.label_dim, 1))
+    choices = (classes or network.classes) if network.label_dim else range(1)
     latents, labels = [], []
     for seed in seeds:
         rng = torch.Generator().manual_seed(seed)
@@ -114,20 +116,27 @@ def generate_images(
     Raises:
         UserError: The network's output is not finite.
     """
-    call = call or net
+    denoise: Callable[..., torch.Tensor] = call or net
     device = next(net.parameters()).device
     size = group_size(device, net.config.resolution)
     labels = torch.eye(net.config.label_dim)[classes] if net.config.label_dim else None
     images = []
     for i in range(0, len(latents), size):
         rows = torch.arange(i, i + size) % len(latents)
+        share = min(size, len(latents) - i) / (1 if steps == 1 else 2 * steps - 1)
+
+        def counted(*inputs: Any, share: float = share) -> torch.Tensor:
+            x = denoise(*inputs)
+            progress.ahead(share)
+            return x
+
         z = latents[rows].to(device)
         c = None if labels is None else labels[rows].to(device)
         if steps == 1:
             assert init_sigma is not None
-            x = one_step(call, z, c, init_sigma)
+            x = one_step(counted, z, c, init_sigma)
         else:
-            x = heun(call, z, c, steps)
+            x = heun(counted, z, c, steps)
         if not x.isfinite().all():
             raise UserError(
                 "the network's images have NaN or infinite pixels: its weights are finite but too "

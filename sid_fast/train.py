@@ -6,7 +6,6 @@ python -m sid_fast.train --preset cifar10-uncond-sida --data cifar10.zip
 
 import contextlib
 import dataclasses
-import os
 from functools import partial
 from pathlib import Path
 
@@ -17,27 +16,24 @@ from sid_fast.config.types import (
     MethodOptions,
     RunOptions,
     StepOptions,
-    Tune,
     check,
     check_method,
     grad_accum_steps,
-    micro_batches,
     option,
 )
 from sid_fast.data.datasets import ImageDataset
 from sid_fast.data.digits import open_dataset
-from sid_fast.distiller import Distiller, blank_feed, data_free_method
+from sid_fast.distiller import Distiller, data_free_method
 from sid_fast.errors import UserError
-from sid_fast.io.streams import say
+from sid_fast.io import invocation, progress
 from sid_fast.methods.sida import check_generator, check_images
 from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.models.registry import load_generator, load_teacher, network_config
 from sid_fast.performance import fsdp, mixed_precision, process_group
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
-from sid_fast.performance.cuda_graphs import resolve_cuda_graph
 from sid_fast.sampling import one_step
-from sid_fast.tools import autotune, estimator, graph_trial
-from sid_fast.tools.micro_batch import largest_micro_batch
+from sid_fast.tools import autotune, estimator, graph_trial, host_memory, micro_batch
+from sid_fast.training import sinks
 from sid_fast.training.callbacks import Evaluations, Snapshots
 from sid_fast.training.checkpoint import read_header
 from sid_fast.training.loop import Loop
@@ -57,8 +53,8 @@ class TrainConfig(RunOptions, StepOptions, MethodOptions):  # type: ignore[misc]
     data: str | None = option(
         None,
         "EDM data set (zip or folder). Its class frequencies weight the sampled labels (default: "
-        "uniform) and its images are the reference for --eval-every. SiDA trains on it, SiD never "
-        "does",
+        "uniform over the classes that the teacher was trained on) and its images are the "
+        "reference for --eval-every. SiDA trains on it, SiD never does",
         heading="Teacher and data",
     )
     generator: str | None = option(
@@ -66,13 +62,6 @@ class TrainConfig(RunOptions, StepOptions, MethodOptions):  # type: ignore[misc]
         "network that generator and EMA start from, instead of the teacher: the folder of a SiD "
         "run (its best network, else its newest snapshot) or a file",
         heading="SiDA",
-    )
-    tune: Tune = option(
-        "auto",
-        "tune the training step on this GPU: use the fastest numerically correct candidate. auto: "
-        "use a cached result, else tune if the run is at least 20 times the budget; again: always "
-        "tune anew; off: keep the defaults",
-        heading="Machine",
     )
     teacher_steps: int = option(
         18,
@@ -90,6 +79,7 @@ def run(config: TrainConfig, given: set[str]) -> None:
         config.micro_batch, given = None, given - {"micro_batch"}
     resume = cli.resume(config, given)
     check(config)
+    sinks.require(config.log_to)
     cli.refuse_idle_run_options(config, given)
     check_method(config, given)
     if not config.teacher:
@@ -103,7 +93,11 @@ def run(config: TrainConfig, given: set[str]) -> None:
     device = process_group.named_device(config.device)
     kernels.dispatch.configure(config.kernels, device, config.deterministic)
     data = open_dataset(config.data) if config.data else None
-    tuning = tuned(config, given, device, resume, auto)  # in child processes, before CUDA starts
+    # In child processes, before CUDA starts.
+    tuning = autotune.for_run(
+        config, given, config.settings(), partial(network_config, config.teacher), device, resume,
+        auto,
+    )  # fmt: skip
     device = process_group.pick_device(config.device, config.deterministic)
     choice = tuning.candidate
     if choice:
@@ -114,7 +108,8 @@ def run(config: TrainConfig, given: set[str]) -> None:
         if auto and resume and read_header(resume)["processes"] != process_group.world_size():
             config.micro_batch = None
         grad_accum_steps(config.settings(), process_group.world_size())
-        with process_group.main_process_first():  # may download
+        loading = progress.phase(f"loading {config.teacher}")
+        with process_group.main_process_first(), loading:  # may download
             teacher = load_teacher(config.teacher)
             generator = None
             if config.generator and not resume:
@@ -123,6 +118,8 @@ def run(config: TrainConfig, given: set[str]) -> None:
             check_data(data, teacher.config)
         elif data:
             check_images(data, teacher.config)
+        if data and teacher.config.label_dim:  # what is drawn here is drawn of the generator later
+            teacher.config = teacher.config.with_classes(data.classes)
         network = teacher.config
         estimator.require_host_memory(network, config, device)
         state = estimator.StateMemory(
@@ -131,39 +128,36 @@ def run(config: TrainConfig, given: set[str]) -> None:
             kernels.dispatch.runs(device),
         )
         sharding = fsdp.plan(config.parallel, device, state.nbytes, config.shard_group)
-        sharded = sharding.mesh is not None
         if device.type == "cuda":
-            upper = estimated_micro_batch(teacher.config, config, device, sharding)
+            upper = micro_batch.estimated(network, config, config.settings(), device, sharding)
         teacher = teacher.to(device)
         if auto and device.type == "cuda":
-            config.micro_batch = micro_batch_that_fits(teacher, config, upper, sharding)
+            with progress.phase("finding the largest micro-batch"):
+                config.micro_batch = micro_batch.that_fits(
+                    teacher, config, config.settings(), upper, sharding
+                )
         settings = config.settings()
-        mode = config.cuda_graph
-        graphs, note = resolve_cuda_graph(mode, device, sharded)
-        test_first = mode == "auto"
-        if choice and test_first and not choice.cuda_graph:
-            mode, graphs = "off", False
-        reason = ""
-        if graphs and test_first and not choice:
-            reason = graph_trial.failure_reason(
-                teacher.config, settings, device, config.deterministic
-            )
-        if reason:
-            mode, graphs, note = "off", False, f"CUDA graphs are off: {reason}"
+        with progress.phase("testing CUDA graphs on a small network"):
+            mode, graphs, note = graph_trial.choose(
+                config.cuda_graph, choice, network, settings, device, sharding.mesh is not None,
+                config.deterministic,
+            )  # fmt: skip
         compile = config.compile or bool(choice and choice.compile)
-        trainer = Distiller(
-            teacher,
-            settings,
-            config.seed,
-            label_weights(data, teacher.config),
-            sharding,
-            data=None if config.method == "sid" else data,
-            generator=generator,
-            cuda_graph="auto" if graphs and test_first else graphs,
-            compile=compile,
-            channels_last=choice.channels_last if choice else None,
-        )
-        prepare(trainer, config)
+        with progress.phase("building the networks"):
+            trainer = Distiller(
+                teacher,
+                settings,
+                config.seed,
+                label_weights(data, teacher.config),
+                sharding,
+                data=None if config.method == "sid" else data,
+                generator=generator,
+                cuda_graph=graphs,
+                compile=compile,
+                channels_last=choice.channels_last if choice else None,
+            )
+        if config.checkpoint_activations:
+            checkpoint_activations(trainer.teacher, trainer.generator, trainer.fake_score)
         teacher = trainer.teacher
 
         snapshots = Snapshots(
@@ -171,6 +165,7 @@ def run(config: TrainConfig, given: set[str]) -> None:
         )
         evaluations = None
         if config.eval_every:
+            host_memory.require_features(network, config.eval_images, config.detector)
             evaluations = Evaluations(
                 config,
                 trainer,
@@ -183,7 +178,7 @@ def run(config: TrainConfig, given: set[str]) -> None:
         described = kernels.dispatch.report(device)
         where = (
             f"on {device} in {trainer.settings.precision}, kernels: {described}"
-            f"{', CUDA graphs' * graphs}{', torch.compile' * compile}, {sharding.text}"
+            f"{', CUDA graphs' * bool(graphs)}{', torch.compile' * compile}, {sharding.text}"
         )
         feed = trainer.method.feed
         trained_on = f" with SiDA on {len(feed.dataset):,} images {feed.text}" if feed else ""
@@ -195,7 +190,21 @@ def run(config: TrainConfig, given: set[str]) -> None:
         name = config.preset or "distil"
         extra = {"tuning": tuning.to_json(), "changed": cli.changed_options(config, "train")}
         with contextlib.closing(feed) if feed else contextlib.nullcontext():
-            Loop(trainer, config, snapshots, name, headline, evaluations, extra).run(resume)
+            loop = Loop(trainer, config, snapshots, name, headline, evaluations, extra)
+            if loop.run(resume) and process_group.rank() == 0:
+                invocation.suggest(*next_commands(config, loop.folder))
+
+
+def next_commands(config: TrainConfig, folder: Path) -> list[str]:
+    """What to type after a run in a folder: look at images, measure them, train on."""
+    pixels = ("--detector", config.detector) if config.detector != "inception" else ()
+    reference = ("--data", config.data) if config.data else ("--ref", config.ref or "STATS.npz")
+    network = "--network", folder
+    return [
+        invocation.command_line("generate", *network, "--seeds", "0-63", "--grid", "images.png"),
+        invocation.command_line("evaluate", *network, *reference, *pixels),
+        invocation.command_line("train", "--resume", folder, "--kimg", f"{2 * config.kimg:g}"),
+    ]
 
 
 def check_sida(config: TrainConfig, resume: Path | None) -> None:
@@ -238,107 +247,6 @@ def open_generator(config: TrainConfig, given: set[str], teacher: NetworkConfig)
     check_generator(generator.config, wanted, config.generator)
     assert isinstance(generator, EDMNetwork)  # as the teacher
     return generator
-
-
-def tuned(
-    config: TrainConfig, given: set[str], device: torch.device, resume: Path | None, auto: bool
-) -> autotune.Tuning:
-    """Decide how to take steps; all ranks decide the same, in a process group of its own."""
-    ranks, settings = int(os.environ.get("WORLD_SIZE", 1)), config.settings()
-    grad_accum_steps(settings, ranks)
-    if config.method != "sid":
-        asked = config.tune == "again"
-        return autotune.Tuning(notes=["steps of SiDA are not tuned: defaults are used"] * asked)
-    saved = read_header(resume).get("tuning", {}) if resume else None
-    # A run that torchrun restarts continues as it was, whatever its command says.
-    mode = "auto" if resume and "resume" not in given else config.tune
-    idle = mode == "auto" and device.type == "cpu" and ranks > 1 and not (saved or {}).get("rows")
-    if mode == "off" or idle:
-        return autotune.Tuning()
-    with process_group.joined(torch.device("cpu"), "ddp", config.timeout, "tuning"):
-        with process_group.main_process_first():  # may download
-            network = network_config(config.teacher or "")
-        job = autotune.job_of(config, given, network, settings, device, auto)
-        return autotune.decide(job, mode, config.kimg, config.tune_minutes, saved)
-
-
-def prepare(trainer: Distiller, config: TrainConfig) -> None:
-    """Apply --checkpoint-activations to the three networks."""
-    if config.checkpoint_activations:
-        checkpoint_activations(trainer.teacher, trainer.generator, trainer.fake_score)
-
-
-EVALUATION = 3 * estimator.GIB // 2  # detector, its activations and those of a generated batch
-
-
-def estimated_micro_batch(
-    network: NetworkConfig, config: TrainConfig, device: torch.device, sharding: fsdp.ShardingPlan
-) -> int:
-    """Estimate the largest micro-batch for rank 0's GPU, before anything is allocated there.
-
-    Counts what the chosen backends keep in memory, and leaves room for evaluations.
-
-    Raises:
-        UserError: Not even the smallest micro-batch fits, or config.micro_batch needs more than the
-            GPU's memory; the message gives the sizes and what would fit.
-    """
-    settings, world = config.settings(), process_group.world_size()
-    sizes = micro_batches(settings, world)
-    resolved = mixed_precision.resolve_precision(settings, device)
-    backends = kernels.dispatch.runs(device)
-    counts = estimator.counts(network, resolved, config.checkpoint_activations, backends)
-    layout = world, sharding.dp_shard, sharding.reshard_after_forward
-    reserved = EVALUATION if config.eval_every else 0
-    free, total = (nbytes - reserved for nbytes in torch.cuda.mem_get_info(device))
-    upper = estimator.estimated_micro_batch(counts, sizes, free, *layout)
-    upper = process_group.broadcast_from_rank0(lambda: upper)
-    asked = config.micro_batch if isinstance(config.micro_batch, int) else sizes[-1]
-    need = counts.memory(asked, *layout).total()
-    if upper and need <= total:
-        return upper
-    way = f"--micro-batch {upper} fits" if upper else "use --checkpoint-activations or more GPUs"
-    if not upper and world > 1 and sharding.dp_shard == 1:
-        way = "use --parallel fsdp"
-    raise UserError(
-        f"micro_batch={asked} needs an estimated {need / estimator.GIB:.1f} GiB; {device} has "
-        f"{free / estimator.GIB:.1f} GiB free of {total / estimator.GIB:.1f}: {way}, and "
-        "python -m sid_fast.plan estimates any other GPU"
-    )
-
-
-def micro_batch_that_fits(
-    teacher: EDMNetwork, config: TrainConfig, upper: int, sharding: fsdp.ShardingPlan
-) -> int:
-    """The largest micro-batch that fits on every GPU, in images.
-
-    Tries one step per size, from the start down, until one fits. With sharded networks nothing is
-    tried: a rank that runs out of memory would leave the others waiting in a collective.
-
-    Args:
-        teacher: the network to distil, on this rank's GPU.
-        config: config.micro_batch is the resumed run's size, tried first; None: start from `upper`.
-        upper: the estimate to start from otherwise.
-        sharding: layout of the networks over the ranks.
-    """
-    settings = config.settings()
-
-    def try_step(n: int) -> None:
-        if sharding.mesh is not None:
-            return
-        single = dataclasses.replace(settings, batch_size=n, micro_batch=n)
-        feed = blank_feed(teacher.config, single, next(teacher.parameters()).device)
-        trainer = Distiller(teacher, single, sharding=fsdp.SINGLE_PROCESS, data=feed)
-        prepare(trainer, config)
-        with trainer.updates_disabled():
-            trainer.dry_run()
-
-    def log(line: str) -> None:
-        if process_group.rank() == 0:
-            say(line)
-
-    sizes = micro_batches(settings, process_group.world_size())
-    start = config.micro_batch if isinstance(config.micro_batch, int) else upper
-    return largest_micro_batch(sizes, start, try_step, log)
 
 
 def check_data(data: ImageDataset, network: NetworkConfig) -> None:

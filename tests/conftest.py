@@ -13,6 +13,7 @@ if not torch.cuda.is_available():  # Triton kernels run in its interpreter; it r
 
 from sid_fast import cli
 from sid_fast.data.datasets import write_dataset
+from sid_fast.io import progress
 from sid_fast.models.registry import save_network
 from tests.helpers.detector import save_detector
 from tests.helpers.golden import SHARED
@@ -25,6 +26,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):  # keywords hold the folder's name as well
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def silent_progress(monkeypatch):
+    """No plain progress lines: how many there are depends on the machine."""
+    monkeypatch.setattr(progress, "FIRST_PAUSE", 1e9)
 
 
 @pytest.fixture

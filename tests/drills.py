@@ -3,7 +3,8 @@
 python -m tests.drills [--short]
 
 Each drill disturbs a small run and resumes it. The resumed run must end with the bits, the log and
-the snapshots of an undisturbed one, and leave no temporary file. Prints `N of N drills`.
+the snapshots of an undisturbed one, and leave no temporary file. The long form also measures a run
+of 1,000 steps: memory, descriptors, threads and files stay flat. Prints `N of N drills`.
 """
 
 import argparse
@@ -37,7 +38,8 @@ from sid_fast.data.digits import open_dataset
 from sid_fast.evaluation.curve import save_curve
 from sid_fast.io import download, lock
 from sid_fast.models.registry import load_network, save_network
-from sid_fast.training import callbacks, checkpoint, loop, step, storage
+from sid_fast.tools.tournament import Row, Tournament
+from sid_fast.training import callbacks, checkpoint, logging, loop, step, storage
 from tests.helpers.networks import small_teacher
 from tests.helpers.processes import tensors_of
 
@@ -98,8 +100,8 @@ class Child:
                 self.status = os.waitstatus_to_exitcode(status)
         return self.status
 
-    def wait(self) -> int:
-        deadline = time.monotonic() + LIMIT_SECONDS
+    def wait(self, seconds: float = LIMIT_SECONDS) -> int:
+        deadline = time.monotonic() + seconds
         while (status := self.poll()) is None:
             if time.monotonic() > deadline:
                 os.kill(self.pid, signal.SIGKILL)
@@ -149,6 +151,20 @@ def kill_after(seconds: float) -> Callable[[], None]:
             kill()
 
     return act
+
+
+def channels_last_wins() -> None:
+    """Make tuning find that channels-last steps are right and fastest, in no time."""
+
+    def run(self: Tournament) -> list[Row]:
+        eager = self._eager()
+        times = {"eager": (eager, 2.0), "channels-last": (eager.changed(channels_last=True), 1.0)}
+        return [
+            Row(name, candidate, ms=ms, images=4, gib=0.1, won=True)
+            for name, (candidate, ms) in times.items()
+        ]
+
+    Tournament.run = run  # type: ignore[method-assign,assignment]
 
 
 class Drills:
@@ -259,6 +275,31 @@ class Drills:
             self.resumed(out)
 
         return drill
+
+    def tuned_and_killed(self, out: Path) -> None:
+        """kill -9 of a tuned run, whose verdict is then in its state alone."""
+        whole, cache = out.parent / "whole", out.parent / "cache"
+        kill, number = kill_after(self.random.uniform(0, 0.1)), self.random.randint(2, 3)
+
+        def disturbed() -> None:
+            channels_last_wins()
+            at_call(checkpoint.States, "begin", number, kill)()
+
+        again = {"command": "train", "SID_FAST_CACHE": cache}
+        for folder, setup, status in (
+            (whole, channels_last_wins, 0), (out, disturbed, -signal.SIGKILL)
+        ):  # fmt: skip
+            child = self.start(*self.arguments(folder), "--tune", "again", setup=setup, **again)
+            assert child.wait() == status, child.text()
+        shutil.rmtree(cache)
+        child = self.start("--resume", out, "--kimg", KIMG, **again)
+        assert child.wait() == 0, child.text()
+        tuning = json.loads((out / "config.json").read_text("utf-8"))["tuning"]
+        assert (tuning["candidate"] or {}).get("channels_last"), tuning
+        assert tuning["text"].endswith(", of the state)"), tuning
+        self.compare(out, whole)
+        tuned, untuned = (_tensors(folder / LAST, "*") for folder in (whole, self.whole))
+        assert any(not torch.equal(tuned[n], untuned[n]) for n in tuned), "tuning changes no bit"
 
     def replacing(self, place: str, number: int) -> Callable[[Path], None]:
         """kill -9 before or after a rename, in a run that replaces its own last state."""
@@ -415,11 +456,75 @@ class Drills:
         assert child.wait() == -signal.SIGTERM, child.text()
         assert not list(out.iterdir()), list(out.iterdir())
 
+    def generate_is_killed(self, out: Path) -> None:
+        """kill -9 while the images are written leaves a file that the next run removes."""
+        arguments = ["--network", self.teacher, "--seeds", "0-3", "--out", out / "images.zip"]
+
+        def kill() -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        setup = at_call(datasets.zipfile.ZipFile, "writestr", 3, kill)
+        child = self.start(*arguments, command="generate", setup=setup)
+        assert child.wait() == -signal.SIGKILL, child.text()
+        assert [p.suffix for p in out.iterdir()] == [".tmp"], list(out.iterdir())
+        child = self.start(*arguments, command="generate")
+        assert child.wait() == 0, child.text()
+        assert [p.name for p in out.iterdir()] == ["images.zip"], list(out.iterdir())
+
+    def long_run(self, out: Path, steps: int = 1000) -> str:
+        """A run of many steps, states, snapshots and evaluations stays as large as it was.
+
+        The largest of each measure in the second and in the last quarter are compared. The bounds
+        of logs and sample grids are lower here, so that the run reaches them.
+
+        Returns:
+            The figures of both quarters.
+        """
+        measured = out.parent / "measures.jsonl"
+
+        def setup() -> None:
+            callbacks.MAX_GRIDS = 20
+            logging.MAX_BYTES, logging.MAX_BOARD_BYTES = 64 << 10, 256 << 10
+            real = step.Trainer.step
+
+            def measure(trainer: step.Trainer, *more: Any) -> Any:
+                if trainer.steps % 10 == 0:
+                    with measured.open("a") as file:
+                        file.write(json.dumps({"steps": trainer.steps} | _measures(out)) + "\n")
+                return real(trainer, *more)
+
+            step.Trainer.step = measure  # type: ignore[method-assign]
+
+        digits = [
+            "--teacher", "digits", *RUN, "--kimg", 0.004 * steps, "--augment-p", 0,
+            "--state-every", 0.08,
+            "--snapshot-every", 0.04, "--eval-every", 0.4, "--keep-snapshots", 3,
+        ]  # fmt: skip
+        child = self.start(*digits, "--out", out, setup=setup)
+        assert child.wait(10 * LIMIT_SECONDS) == 0, child.text()
+        rows = [json.loads(line) for line in measured.read_text().splitlines()]
+        quarters = [
+            [r for r in rows if low <= r["steps"] / steps < low + 0.25] for low in (0.25, 0.75)
+        ]
+        # A state may be being written in one of them: its threads, descriptors and files.
+        slack = {"memory_mib": 8, "descriptors": 4, "threads": 2, "files": 8, "grids": 0,
+                 "log_kib": 32, "tensorboard_kib": 128}  # fmt: skip
+        told = []
+        for name, more in slack.items():
+            early, late = (max(r[name] for r in quarter) for quarter in quarters)
+            assert late <= early + more, f"{name}: {early:.4g}, then {late:.4g}"
+            told.append(f"{name} {early:.4g} -> {late:.4g}")
+        assert max(r["log_kib"] for r in rows) <= 64, rows
+        assert max(r["tensorboard_kib"] for r in rows) <= 256, rows
+        assert max(r["grids"] for r in rows) <= 20, rows
+        return ", ".join(told)
+
     def all(self, short: bool) -> Iterator[tuple[str, Callable[[Path], None]]]:
         yield from self.kills(7 if short else 22)
         yield from self.signals(
             *[signal.SIGTERM, signal.SIGINT, signal.SIGHUP][: 1 if short else 3]
         )
+        yield "kill -9 of a tuned run", self.tuned_and_killed
         yield "a full disk", self.full_disk
         yield "a closed pipe", self.closed_pipe
         yield "a second writer", self.second_writer
@@ -428,6 +533,9 @@ class Drills:
         yield "a copied folder", self.copied
         yield "--resume latest beside a writer", self.read_beside_a_writer
         yield "SIGTERM of generate", self.generate_is_stopped
+        yield "kill -9 of generate", self.generate_is_killed
+        if not short:
+            yield "1,000 steps", self.long_run
         yield from self.two_killed(1 if short else 4)
 
 
@@ -436,6 +544,24 @@ def _tensors(state: Path, shards: str) -> dict[str, torch.Tensor]:
         for path in state.glob(f"{shards}.safetensors"):
             os.symlink(path.resolve(), Path(folder) / path.name)
         return tensors_of(Path(folder))
+
+
+def _measures(out: Path) -> dict[str, float]:
+    """The memory, open files and threads of this process, and the files of its run."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    sizes = {}
+    for path in out.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a thread may be renaming it
+            sizes[path.relative_to(out).as_posix()] = path.stat().st_size
+    return {
+        "memory_mib": int(status["VmRSS"].split()[0]) / 1024,
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "threads": int(status["Threads"]),
+        "files": len([name for name in sizes if not name.startswith("samples-")]),
+        "grids": len([name for name in sizes if name.startswith("samples-")]),
+        "log_kib": sizes.get("log.jsonl", 0) / 1024,
+        "tensorboard_kib": sum(n for p, n in sizes.items() if p.startswith("tensorboard/")) / 1024,
+    }
 
 
 def _curve(folder: Path) -> list[Any]:
@@ -466,15 +592,13 @@ def main() -> int:
             out.parent.mkdir()
             began = time.monotonic()
             try:
-                drill(out)
+                told = drill(out) or ""
                 problem = ""
                 passed += 1
             except Exception as error:
-                problem = str(error) or repr(error)
+                problem = told = str(error) or repr(error)
             seconds = time.monotonic() - began
-            print(
-                f"{'FAILED' if problem else 'ok':6} {seconds:5.1f} s  {name}  {problem}", flush=True
-            )
+            print(f"{'FAILED' if problem else 'ok':6} {seconds:5.1f} s  {name}  {told}", flush=True)
             shutil.rmtree(out.parent, ignore_errors=True)
         print(f"{passed} of {total} drills")
     return int(passed < total)

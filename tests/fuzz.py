@@ -14,6 +14,8 @@ import gc
 import gzip
 import io
 import json
+import logging
+import os
 import pickle
 import pickletools
 import re
@@ -28,6 +30,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -36,6 +39,8 @@ from hypothesis import strategies as st
 from hypothesis.database import DirectoryBasedExampleDatabase
 from PIL import Image
 
+from sid_fast import Distiller, Settings, cli
+from sid_fast.config.types import check
 from sid_fast.data.convert import Conversion, Converted, LeftOut, convert
 from sid_fast.data.datasets import MAX_CLASSES, ImageDataset, write_dataset
 from sid_fast.data.images import encode_png
@@ -44,11 +49,25 @@ from sid_fast.errors import LINE, UserError
 from sid_fast.evaluation.features import Pixels
 from sid_fast.evaluation.references import read_reference
 from sid_fast.evaluation.sample import FeatureStats
+from sid_fast.io.lock import NAME as LOCK
+from sid_fast.io.lock import RunLock
 from sid_fast.io.untrusted import brief, parse_json, sniff
 from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.models.registry import load_network, save_network
+from sid_fast.tools import autotune, verdicts
+from sid_fast.tools.candidates import Candidate
 from sid_fast.tools.run_report.page import page
 from sid_fast.tools.run_report.runs import read_runs
+from sid_fast.train import TrainConfig
+from sid_fast.training import checkpoint
+from sid_fast.training.checkpoint import (
+    HEADER,
+    States,
+    find_restarted_run,
+    load_state,
+    read_header,
+)
+from sid_fast.training.logging import Log, read_log
 from tests.helpers.pickled import network_pickle
 from tests.helpers.runs import OPTIONS, progress
 
@@ -335,6 +354,127 @@ _GLOBALS = [
     b"ctorch_utils.persistence\n_reconstruct_persistent_obj\n",
 ]  # fmt: skip
 
+
+@functools.cache
+def _distiller() -> Distiller:
+    return Distiller(_network(), Settings(batch_size=4))
+
+
+@functools.cache
+def _state() -> dict[str, bytes]:
+    """The files of a training state without digests, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = TrainConfig(teacher="t.safetensors", batch_size=4, out=folder)
+        states = States(Path(folder), _distiller(), config, 1, {"tuning": _TUNING})
+        assert states.begin() is None
+        assert states.finish() is None
+        assert states.path
+        return {path.name: path.read_bytes() for path in states.path.iterdir()}
+
+
+_TUNING = {
+    "candidate": {"kernels": {"adam_ema": "eager"}, "threads": 1}, "text": "", "machine": {},
+    "rows": [{
+        "name": "eager", "candidate": {"kernels": {}}, "wrong": "", "ms": 1.0, "low": 1.0,
+        "high": 1.0, "images": 4, "gib": 1.0, "won": True,
+    }],
+}  # fmt: skip
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], TrainConfig]:
+    """Read a state's header as a command does that resumes it."""
+    for name, data in _state().items():
+        if name != HEADER:
+            (path.parent / name).write_bytes(data)
+    config = TrainConfig(resume=str(path.parent))
+    try:
+        cli.resume(config, set())
+    finally:
+        while checkpoint._held:
+            os.close(checkpoint._held.pop())
+    check(config)
+    header = read_header(path.parent)
+    autotune._of_state(header.get("tuning"), autotune.Tuning())
+    return header, config
+
+
+def _check_header(result: tuple[dict[str, Any], TrainConfig]) -> None:
+    header, config = result
+    assert 0 <= header["steps"] < 2**63
+    assert isinstance(config.settings(), Settings)
+    assert config.trust is False
+
+
+def _shards() -> list[bytes]:
+    return [_state()[min(set(_state()) - {HEADER})]]
+
+
+def _header_tokens(data: bytes) -> list[int]:
+    header = data[8 : 8 + int.from_bytes(data[:8], "little")]
+    return [0, *(8 + at for at in _json_tokens(header))]
+
+
+def _read_shard(path: Path) -> dict[str, Any]:
+    """Read a state, without digests, whose first shard is damaged."""
+    damaged = path.read_bytes()
+    path.unlink()
+    header = json.loads(_state()[HEADER])
+    del header["digests"]
+    for name, data in _state().items():
+        (path.parent / name).write_bytes(data)
+    name = sorted(header["files"])[0]
+    (path.parent / name).write_bytes(damaged)
+    header["files"][name] = len(damaged)
+    (path.parent / HEADER).write_text(json.dumps(header))
+    return load_state(path.parent, _distiller())
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    with Log(path.parent, 3) as log:
+        log.write(4, {"loss": 1.0})
+    return read_log(path)
+
+
+def _check_log(records: list[dict[str, Any]]) -> None:
+    assert records[-1] == {"images": 4, "loss": 1.0}
+    assert all(type(r["images"]) is int and r["images"] <= 4 for r in records)
+
+
+def _read_run(path: Path) -> Path | None:
+    with mock.patch.dict(os.environ, {"TORCHELASTIC_RESTART_COUNT": "1"}):
+        return find_restarted_run(str(path.parent))
+
+
+def _read_lock(path: Path) -> RunLock:
+    """Take the lock of a lease that says the inode of its own file: a copied one is free."""
+    inode = str(json.loads(_lease()[0])["inode"]).encode()
+    path.write_bytes(path.read_bytes().replace(inode, str(path.stat().st_ino).encode()))
+    with RunLock(path.parent) as lock:
+        return lock
+
+
+@functools.cache
+def _lease() -> list[bytes]:
+    with tempfile.TemporaryDirectory() as folder, RunLock(Path(folder)):
+        return [(Path(folder) / LOCK).read_bytes().strip()]
+
+
+def _verdict() -> list[bytes]:
+    return [json.dumps({"key": {"a": 1}, "rows": _TUNING["rows"]}).encode()]
+
+
+def _read_verdict(path: Path) -> autotune.Tuning:
+    tuning = autotune.Tuning()
+    with mock.patch.object(verdicts, "place", return_value=path):
+        autotune._kept({"a": 1}, tuning)
+    return tuning
+
+
+def _check_verdict(tuning: autotune.Tuning) -> None:
+    assert all(isinstance(row.candidate, Candidate) for row in tuning.rows)
+    assert all(note.isprintable() or len(note) < 1000 for note in tuning.notes)
+
+
 TARGETS: dict[str, Target] = {
     "pickle": Target(
         load_network,
@@ -372,7 +512,28 @@ TARGETS: dict[str, Target] = {
     ),
     "array": Target(_read_array, _array, _HEADERS, _check_reference, "sigma.npy"),
     "config": Target(_read_config, _configs, _VALUES, _check_config, "config.json", _json_tokens),
+    "state": Target(
+        _read_header, lambda: [_state()[HEADER]], _VALUES, _check_header, HEADER, _json_tokens
+    ),
+    "shard": Target(_read_shard, _shards, [*_SIZES, *_VALUES], name="x", boundaries=_header_tokens),
+    "log": Target(
+        _read_log,
+        lambda: [b'{"images": 1, "loss": 0.5}\n{"images": 2, "evaluation_s": null}\n'],
+        [*_VALUES, b"\n", b'{"images": 3}\n'],
+        _check_log,
+        "log.jsonl",
+    ),
     "run": Target(
+        _read_run,
+        lambda: [b'{"launch": "", "started_at": 1e9, "options": {"alpha": 1}}'],
+        _VALUES,
+        name="config.json",
+    ),
+    "lock": Target(_read_lock, _lease, _VALUES, name=LOCK, boundaries=_json_tokens),
+    "verdict": Target(
+        _read_verdict, _verdict, _VALUES, _check_verdict, "verdict.json", _json_tokens
+    ),
+    "report": Target(
         _page_of_run,
         lambda: [json.dumps(OPTIONS | {"changed": {"kimg": 1}, "tuning": {"rows": [{}]}}).encode()],
         [*_VALUES, b"<script>"],
@@ -380,7 +541,7 @@ TARGETS: dict[str, Target] = {
         "config.json",
         _json_tokens,
     ),
-    "log": Target(
+    "report log": Target(
         _page_of_run,
         lambda: [b"".join(json.dumps(progress(i, FID=1.0)).encode() + b"\n" for i in (0, 9, 99))],
         [*_VALUES, b"\n", b"<script>"],
@@ -501,6 +662,8 @@ def main() -> None:
     parser.add_argument("target", nargs="*", help=f"any of {', '.join(TARGETS)}; default: all")
     parser.add_argument("--seconds", type=float, default=300, help="of each target (default 300)")
     arguments = parser.parse_args()
+    if logging.lastResort:  # as in a command
+        logging.lastResort.addFilter(cli.without_traceback)
     database = DirectoryBasedExampleDatabase(".hypothesis")
     for name in arguments.target or TARGETS:
         until, tried, valid = time.monotonic() + arguments.seconds, 0, 0

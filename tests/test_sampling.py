@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import sid_fast
+from sid_fast.io import progress
 from tests.helpers.golden import TOLERANCE, read, relative
+from tests.helpers.networks import small_teacher
 
 
 @pytest.mark.parametrize("name", ["ddpmpp_uncond", "adm_cond"])
@@ -15,3 +17,13 @@ def test_heun_matches_golden(golden, name, steps):
     x = sid_fast.sampling.heun(net, data["latents"], data.get("class_labels"), num_steps=steps)
     assert x.dtype == torch.float64
     assert relative(x, data["x"]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_each_network_call_counts_a_part_of_a_batch(steps):
+    """A batch can take minutes, in which the progress line must move."""
+    net = small_teacher()
+    latents, classes = sid_fast.sampling.seed_inputs(list(range(70)), net.config, None)
+    with progress.phase("generating", 200, "images") as shown:
+        sid_fast.sampling.generate_images(net, latents, classes, 2.5, steps)
+        assert shown.done + shown.partial == pytest.approx(70)

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sid_fast import cli
-from sid_fast.config.types import Precision, Settings
+from sid_fast.config.types import Precision
 from sid_fast.kernels import dispatch
 from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.models.edm_unet.fused import DeferredResidual
@@ -28,6 +28,7 @@ from sid_fast.models.edm_unet.unet import Block
 from sid_fast.models.teachers import TEACHERS
 from sid_fast.tools import estimator
 from sid_fast.tools.op_counter import Backends
+from sid_fast.train import TrainConfig
 
 BATCH = 61  # a prime that divides no weight's size, which tells activations from weights
 
@@ -212,19 +213,22 @@ def lines() -> Iterator[str]:
             yield f"| whole network, {title} | {name} | {row(of_network(config, *backend))} |"
 
 
-PRESETS = ("cifar10-uncond", "ffhq64", "imagenet64-cond")
+PRESETS = ("cifar10-uncond", "cifar10-uncond-sida", "ffhq64", "imagenet64-cond")
 
 
 def of_micro_batch(
     preset: str, backends: Backends, precision: Precision = "bf16"
 ) -> estimator.Step:
     """Count both phases of a preset, one micro-batch of BATCH images each."""
-    given = cli.presets("train")[preset]
-    fields = {f.name for f in dataclasses.fields(Settings)}
-    settings = Settings(**{k: v for k, v in given.items() if k in fields})
+    settings = TrainConfig(**cli.presets("train")[preset]).settings()
     settings = dataclasses.replace(settings, precision=precision)
-    (step,) = estimator.steps(TEACHERS[preset].network, settings, [BATCH], backends)
+    (step,) = estimator.steps(network_of(preset), settings, [BATCH], backends)
     return step
+
+
+def network_of(preset: str) -> NetworkConfig:
+    """Return the configuration of a preset's published teacher."""
+    return TEACHERS[cli.presets("train")[preset]["teacher"]].network
 
 
 def launches(step: estimator.Step, image: int) -> dict[str, tuple[int, int]]:
@@ -264,7 +268,7 @@ def launch_lines() -> Iterator[str]:
     yield "| preset | backend | kind | launches | MiB |"
     yield "|---|---|---|---|---|"
     for preset in PRESETS:
-        network = TEACHERS[preset].network
+        network = network_of(preset)
         choices: dict[str, Backends] = {
             "triton": "triton", "default": dispatch.DEFAULTS["cuda"], "eager": "eager"
         }  # fmt: skip

@@ -17,6 +17,7 @@ Tune = Literal["auto", "off", "again"]
 Card = Literal["rtx4090", "a100", "h100", "h200"]
 Architecture = Literal["ddpmpp", "ncsnpp", "adm"]
 Distillation = Literal["sid", "sida", "sid2a"]
+Sink = Literal["tensorboard", "wandb"]
 
 
 def option(
@@ -118,6 +119,15 @@ def group_size(settings: Any) -> int:
     return getattr(settings, "adversarial_group", 1)
 
 
+# Options of one start of a run: neither config.json nor states hold them.
+START_OPTIONS = frozenset({"log_to", "max_hours", "profile"})
+
+
+def recorded(options: Any) -> dict[str, Any]:
+    """The options that config.json and states hold: all but START_OPTIONS."""
+    return {k: v for k, v in dataclasses.asdict(options).items() if k not in START_OPTIONS}
+
+
 def resume_fingerprint(settings: Any) -> dict[str, Any]:
     """The settings that a resumed run must share with its checkpoint: all but micro_batch."""
     return {k: v for k, v in dataclasses.asdict(settings).items() if k != "micro_batch"}
@@ -156,6 +166,7 @@ _step = partial(option, heading="Batch and precision")
 _output = partial(option, heading="Run and output")
 _evaluation = partial(option, heading="Evaluation during the run")
 _machine = partial(option, heading="Machine")
+_network = partial(option, heading="Network")
 
 
 @dataclasses.dataclass
@@ -251,7 +262,8 @@ class StepOptions:
     )
     tune_minutes: float | None = option(
         None,
-        "budget of tuning, in minutes without compilation; default: 1 % of the run, from 2 to 10",
+        "budget of tuning, in minutes without compilation; default: 1 % of the run, at least 2 (on "
+        "a CPU 0.75) and at most 10",
         0.01,
         1e4,
         heading="Machine",
@@ -321,6 +333,21 @@ class PretrainSettings:
 
 
 @dataclasses.dataclass
+class NetworkOptions:
+    """A teacher's architecture, as far as its images do not decide it."""
+
+    architecture: Architecture = _network("ddpmpp", "network architecture")
+    model_channels: int = _network(128, "base number of channels", 1)
+    channel_mult: tuple[int, ...] = _network(
+        (2, 2, 2), "channels of each resolution level, as multiples of --model-channels"
+    )
+    num_blocks: int = _network(4, "residual blocks per resolution level", 1)
+    attention_resolutions: tuple[int, ...] = _network(
+        (16,), "resolutions (pixels) with self-attention"
+    )
+
+
+@dataclasses.dataclass
 class RunOptions:
     """Options of a training run: folder, length, logging, checkpoints, evaluation, hardware."""
 
@@ -332,7 +359,9 @@ class RunOptions:
         "continue from a checkpoint folder (state-*), a run folder, or `latest`: the newest "
         "checkpoint in --out or runs/. Options that are not given keep their saved values",
     )
-    log_every: int = _output(50, "steps between log lines", 1)
+    log_every: int = _output(
+        50, "steps between log lines; log.jsonl stays below 64 MiB, tensorboard/ below 256", 1
+    )
     snapshot_every: float = _output(
         500.0, "kimg between snapshots of the EMA network, each with a sample grid", 0.001
     )
@@ -344,6 +373,23 @@ class RunOptions:
         20,
         "number of newest snapshots to keep; sample grids: beyond 200 every second one is removed",
         1,
+    )
+    log_to: Sink = _output(
+        "tensorboard",
+        "where curves go: tensorboard (a folder of the run), or wandb: Weights & Biases as well "
+        "(pip install wandb; WANDB_MODE=offline keeps them on this machine)",
+    )
+    max_hours: float | None = _output(
+        None,
+        "hours since the start of the process after which a state is complete and the run has left "
+        "with exit status 75; --resume continues it",
+        1e-4,
+        1e5,
+    )
+    profile: bool = _output(
+        False,
+        "trace some steps after the warm-up with torch.profiler, into profile/ of the run folder; "
+        "the phases of every step become NVTX ranges",
     )
     device: str = _machine("auto", "auto, cpu or cuda; auto: a GPU if there is one")
     kernels: str = _machine(
@@ -365,6 +411,12 @@ class RunOptions:
     )
     shard_group: int | None = _machine(
         None, "GPUs per replica in hsdp; default: the GPUs of one node", 1
+    )
+    tune: Tune = _machine(
+        "auto",
+        "tune the training step on this GPU: use the fastest numerically correct candidate. auto: "
+        "use a cached result, else tune if the run is at least 20 times the budget; again: always "
+        "tune anew; off: keep the defaults",
     )
     timeout: float = _machine(
         10.0, "minutes to wait for another process before the run stops with an error", 0.05, 1e5

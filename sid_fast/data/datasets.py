@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from sid_fast.data.images import MAX_RESOLUTION, decode_png, encode_png
 from sid_fast.errors import UserError
+from sid_fast.io import progress
 from sid_fast.io.archives import MAX_BYTES, open_zip, read_member, require_member
 from sid_fast.io.atomic import atomic_path
 from sid_fast.io.download import cache_folder, file_sha256, write_cache
@@ -28,8 +28,10 @@ from sid_fast.io.untrusted import (
     Refused,
     brief,
     describe,
+    open_limited,
     parse_json,
     read_limited,
+    read_values,
     require_file,
     sniff,
 )
@@ -41,11 +43,11 @@ OTHER_FORMATS = {
     ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".apng", ".avif", ".heic",
     ".jp2", ".jxl", ".ppm", ".pgm", ".tga", ".npy",
 }  # fmt: skip
-_BAR_MIN_IMAGES = 1000  # show a progress bar for more images
 _GREY, _RGB, _PALETTE = 0, 2, 3  # PNG colour types
 _MAX_PNG_BYTES = 2**27  # noise of MAX_RESOLUTION takes 50 MB
-_MAX_LABEL_BYTES = 2**28  # the labels of ImageNet take 60 MB
-_MAX_LABEL_VALUES = 10_000_000  # commas and brackets: three an image
+_LABELS_FORM = 'must be of the form {"labels": [[name, class], ...] or null}'
+_MAX_LABEL_BYTES = 2**27  # the labels of ImageNet take 60 MB
+_MAX_LABEL_VALUES = 8_000_000  # commas and brackets: three an image
 
 
 class ImageDataset:
@@ -161,8 +163,7 @@ class ImageDataset:
     def images(self) -> np.ndarray:
         """Read all images, uint8 [N, C, H, W]."""
         images = np.empty([len(self), self.channels, *[self.resolution] * 2], np.uint8)
-        hide = None if len(self) > _BAR_MIN_IMAGES else True
-        for i in tqdm(range(len(self)), desc=f"reading {self.path.name}", disable=hide):
+        for i in progress.track(range(len(self)), f"reading {self.path.name}", "images"):
             images[i] = self[i]
         return images
 
@@ -185,6 +186,28 @@ class ImageDataset:
             return read_member(self._zip, self._zip.getinfo(name), max_bytes)
         except Refused as error:
             raise self._error(name, error) from error
+        except Exception as error:  # damaged bytes can fail in any way
+            raise self._error(name, f"cannot be read ({error}): copy the data set again") from error
+
+    def _read_values(self, name: str) -> bytes:
+        """Read JSON text, and refuse too many values before all of it is in memory."""
+        limits = _MAX_LABEL_BYTES, _MAX_LABEL_VALUES
+        if not self._zip:
+            with open_limited(self.path / name, _MAX_LABEL_BYTES) as file:
+                return read_values(file, *limits)
+        info = self._zip.getinfo(name)
+        try:
+            require_member(info, _MAX_LABEL_BYTES)
+        except Refused as error:
+            raise self._error(name, error) from error
+        try:
+            with self._zip.open(info) as member:
+                data = read_values(member, *limits)
+            if len(data) != info.file_size:
+                raise Refused("it is cut short")
+            return data
+        except Refused:
+            raise
         except Exception as error:  # damaged bytes can fail in any way
             raise self._error(name, f"cannot be read ({error}): copy the data set again") from error
 
@@ -255,7 +278,11 @@ class ImageDataset:
 
     def _read_labels(self) -> tuple[np.ndarray | None, int]:
         """Return the labels of the images, and how many labels are of other files."""
-        return parse_labels(self._read(LABELS, _MAX_LABEL_BYTES), self._names, self.path)
+        try:
+            content = self._read_values(LABELS)
+        except Refused as error:
+            raise self._error(LABELS, f"cannot be used ({error}): it {_LABELS_FORM}") from error
+        return parse_labels(content, self._names, self.path)
 
     def _absent_classes(self) -> list[str]:
         """A note about class numbers below the largest that no image has."""
@@ -265,8 +292,8 @@ class ImageDataset:
             return []
         shown = ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in gaps[:3])
         return [
-            f"no images of class {shown}{', …' * (len(gaps) > 3)}: number the classes from 0 "
-            "without gaps, or give this data set as --data wherever classes are drawn"
+            f"no images of class {shown}{', …' * (len(gaps) > 3)}: such classes are never drawn; "
+            "numbers from 0 without gaps make a smaller network"
         ]
 
 
@@ -326,7 +353,7 @@ def parse_labels(content: bytes, names: Sequence[str], path: Path) -> tuple[np.n
     def wrong(what: str) -> UserError:
         return UserError(f"{path}: {LABELS} {what}")
 
-    form = 'must be of the form {"labels": [[name, class], ...] or null}'
+    form = _LABELS_FORM
     try:
         values = parse_json(content, 4, _MAX_LABEL_VALUES)
     except Refused as error:
@@ -394,7 +421,7 @@ def content_digest(data: ImageDataset) -> str:
         if re.fullmatch(rb"[0-9a-f]{64}", cached):
             return cached.decode()
     content = hashlib.sha256()
-    for path in data.files:
+    for path in progress.track(data.files, f"hashing {data.path.name}", "files"):
         content.update(bytes.fromhex(file_sha256(path)))
 
     def write() -> None:
@@ -458,9 +485,9 @@ def write_dataset(
     Raises:
         UserError: the file cannot be written, or images and labels differ in number.
     """
-    hide = None if length_hint(images, _BAR_MIN_IMAGES + 1) > _BAR_MIN_IMAGES else True
+    shown = progress.track(images, f"writing {path}", "images", length_hint(images) or None)
     with atomic_path(path) as temporary, DatasetWriter(temporary) as writer:
-        for i, image in enumerate(tqdm(images, desc=f"writing {path}", disable=hide)):
+        for i, image in enumerate(shown):
             label = int(labels[i]) if labels is not None and i < len(labels) else None
             writer.add(encode_png(image), label)
         if labels is not None and len(labels) != writer.count:

@@ -1,7 +1,6 @@
 """The embedded data set: scikit-learn's handwritten digits as an EDM data set."""
 
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import numpy as np
 from sid_fast.data.datasets import ImageDataset, write_dataset
 from sid_fast.errors import one_line
 from sid_fast.io.download import cache_folder, require_writable_cache
-from sid_fast.io.streams import say
+from sid_fast.io.streams import note
 
 
 def open_dataset(path: str) -> ImageDataset:
@@ -30,5 +29,5 @@ def open_dataset(path: str) -> ImageDataset:
         path = str(cached)
     data = ImageDataset(path)
     if data.note and os.environ.get("RANK", "0") == "0":
-        say(one_line(f"note: {path}: {data.note}"), sys.stderr)
+        note(one_line(f"note: {path}: {data.note}"))
     return data

@@ -20,16 +20,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from sid_fast.data.datasets import ImageDataset, content_digest
 from sid_fast.data.readers import choose, read, read_batches
 from sid_fast.errors import UserError
+from sid_fast.io import progress
 from sid_fast.io.digest import digest
 
 RESIDENT_SHARE = 1 / 8  # of the free memory, which networks and activations share
 PREFETCH = 4  # batches decoded ahead
-FEW = 10_000  # images that PIL decodes in about the time DALI takes to start
 
 
 def fits(data: ImageDataset, device: torch.device) -> bool:
@@ -205,9 +204,7 @@ class ImageFeed:
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.order = EpochOrder(len(dataset), batch_size, seed, rank, world_size)
         self.resident = fits(dataset, device) if resident is None else resident
-        if self.resident and reader == "auto" and len(dataset) <= FEW:
-            reader = "plain"
-        self.reader = choose(reader)
+        self.reader = choose(reader, len(dataset) if self.resident else None)
         by = "DALI" if self.reader == "dali" else "PIL"
         self.text = "on the device" if self.resident else f"decoded ahead by {by}"
         self.waits = 0
@@ -301,13 +298,12 @@ class ImageFeed:
         data, total = self.dataset, len(self.dataset)
         shape = total, data.channels, data.resolution, data.resolution
         images = torch.empty(shape, dtype=torch.uint8, device=self.device)
-        hide = True if self.rank or total <= FEW else None
         done = 0
-        with tqdm(total=total, desc=f"reading {data.path.name}", unit="img", disable=hide) as bar:
+        with progress.phase(f"reading {data.path.name}", total, "images") as shown:
             for some in read(data, range(total), self.device, self.reader):
                 images[done : done + len(some)] = some
                 done += len(some)
-                bar.update(len(some))
+                shown.update(len(some))
         return images
 
 

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import os
-import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -17,23 +16,47 @@ BATCH = 1024  # images; DALI's threads want many at a time
 PLAIN_BATCH = 64  # small, so that a progress bar moves
 THREADS = 8  # that decode
 READERS = ("auto", "dali", "plain")
+INSTALL_DALI = "pip install nvidia-dali-cuda130 (or -cuda120)"
+FEW = 10_000  # images that PIL decodes in about the time DALI takes to start
 
 
-def choose(reader: str = "auto") -> str:
-    """Resolve --reader to "dali" or "plain"; auto is DALI if installed, else prints a hint."""
+def choose(reader: str = "auto", images: int | None = None) -> str:
+    """Resolve --reader to "dali" or "plain".
+
+    auto: DALI if it is installed and there are many images; rank 0 prints a hint if it is not.
+
+    Args:
+        reader: One of READERS.
+        images: How many images will be read; None: many.
+
+    Raises:
+        UserError: The reader is unknown, or DALI is not installed.
+    """
+    check_reader(reader)
+    if reader == "plain" or (reader == "auto" and images is not None and images <= FEW):
+        return "plain"
+    if _missing_dali() is None:
+        return "dali"
+    if os.environ.get("RANK", "0") == "0":
+        streams.note(f"note: reading PNGs without DALI, several times slower: {INSTALL_DALI}")
+    return "plain"
+
+
+def check_reader(reader: str) -> str:
+    """Return the reader; UserError if it is unknown, or DALI and not installed."""
     if reader not in READERS:
         raise UserError(f"reader={reader!r} is unknown: choose from {', '.join(READERS)}")
-    if reader == "plain":
-        return reader
+    if reader == "dali" and (error := _missing_dali()):
+        raise UserError(f"reader=dali: DALI is not installed ({error}): {INSTALL_DALI}")
+    return reader
+
+
+def _missing_dali() -> ImportError | None:
     try:
         import nvidia.dali  # noqa: F401
     except ImportError as error:
-        how = "pip install nvidia-dali-cuda130 (or -cuda120)"
-        if reader == "dali":
-            raise UserError(f"reader=dali: DALI is not installed ({error}): {how}") from None
-        streams.say(f"reading PNGs without DALI, several times slower: {how}", sys.stderr)
-        return "plain"
-    return "dali"
+        return error
+    return None
 
 
 def read(

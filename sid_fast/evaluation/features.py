@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import io
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,7 +165,7 @@ def load_detector(
             f"{digest} is not a known one: give --trust if you trust its source"
         )
     which = "NVIDIA's Inception network" if known else f"sha256 {digest}, allowed by --trust"
-    streams.say(f"running the TorchScript code of {path}: {which}", sys.stderr)
+    streams.note(f"running the TorchScript code of {path}: {which}")
     try:
         with warnings.catch_warnings():  # torch.jit is deprecated, but NVIDIA's file is TorchScript
             warnings.simplefilter("ignore", DeprecationWarning)

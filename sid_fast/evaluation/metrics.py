@@ -6,6 +6,7 @@ Every function takes tensors or arrays and computes in float64 on the device of 
 import torch
 
 from sid_fast.errors import UserError
+from sid_fast.io import progress
 
 _TILE = 2**25  # pairwise distances in memory at a time
 
@@ -48,7 +49,7 @@ def kernel_distance(
         return (a @ b.T / a.shape[1] + 1) ** 3
 
     total: torch.Tensor | float = 0.0
-    for _ in range(subsets):
+    for _ in progress.track(range(subsets), "computing the kernel distance", "subsets"):
         x, y = subset(real), subset(generated)
         within = sum(k.sum() - k.trace() for k in (kernel(x, x), kernel(y, y))) / (size - 1)
         total += (within - 2 * kernel(x, y).sum() / size) / size
@@ -66,17 +67,24 @@ def precision_recall(
     real, generated = _double(real, generated)
     if min(len(real), len(generated)) <= k:
         raise UserError(f"precision and recall need more than {k} images of each set")
-    return _covered(generated, real, k), _covered(real, generated, k)
+    count = len(real) + len(generated)
+    with progress.phase("computing precision and recall", 2 * count, "images") as shown:
+        return _covered(generated, real, k, shown), _covered(real, generated, k, shown)
 
 
-def _covered(points: torch.Tensor, balls: torch.Tensor, k: int) -> float:
+def _covered(points: torch.Tensor, balls: torch.Tensor, k: int, shown: progress.Phase) -> float:
     """Fraction of points inside a ball of `balls`; each radius is its k-th neighbour distance."""
     rows = max(_TILE // len(balls), 1)
     # k + 1: each point is its own nearest neighbour.
-    radii = [torch.cdist(part, balls).kthvalue(k + 1).values for part in balls.split(rows)]
-    radius = torch.cat(radii)
-    inside = [(torch.cdist(p, balls) <= radius).any(1).sum() for p in points.split(rows)]
-    return float(sum(inside)) / len(points)
+    radii = []
+    for part in balls.split(rows):
+        radii.append(torch.cdist(part, balls).kthvalue(k + 1).values)
+        shown.update(len(part))
+    radius, inside = torch.cat(radii), torch.zeros((), dtype=torch.int64, device=balls.device)
+    for part in points.split(rows):
+        inside += (torch.cdist(part, balls) <= radius).any(1).sum()
+        shown.update(len(part))
+    return float(inside) / len(points)
 
 
 def inception_score(probabilities: torch.Tensor, splits: int = 10) -> tuple[float, float]:

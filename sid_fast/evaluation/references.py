@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from sid_fast.data.datasets import ImageDataset, content_digest
-from sid_fast.data.readers import read
+from sid_fast.data.readers import choose, read
 from sid_fast.errors import UserError
 from sid_fast.evaluation.features import Detector, Pixels
 from sid_fast.evaluation.sample import (
@@ -122,7 +122,7 @@ def measure(
     total, with_features = len(data), min(len(data), MAX_FEATURES)
     first = [i * total // with_features for i in range(with_features)]
     order = first + sorted(set(range(total)) - set(first))
-    batches = read(data, shard_by_rank(order), timer.device, reader)
+    batches = read(data, shard_by_rank(order), timer.device, choose(reader, total))
     return compute_stats(batches, total, detector, timer, f"reading {data.path.name}")
 
 

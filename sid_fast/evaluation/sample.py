@@ -8,13 +8,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from tqdm import tqdm
 
 from sid_fast.data.datasets import ImageDataset
 from sid_fast.errors import UserError
 from sid_fast.evaluation.features import Detector, Pixels
 from sid_fast.evaluation.frechet import Moments, frechet_distance
 from sid_fast.evaluation.metrics import inception_score, kernel_distance, precision_recall
+from sid_fast.io import progress
 from sid_fast.models import Network
 from sid_fast.performance import process_group
 from sid_fast.performance.cuda_graphs import GraphedFunction
@@ -71,8 +71,12 @@ def shard_by_rank(items: Sequence) -> Sequence:
 
 
 def classes_to_draw(data: ImageDataset | None, net: Network) -> list[int]:
-    """The classes that real images have, if the network knows others too; empty: draw all."""
+    """The classes to draw if the network knows others too; empty: all.
+
+    Those that real images have; without their labels those that the network was trained on.
+    """
     classes = [c for c in data.classes if c < net.config.label_dim] if data else []
+    classes = classes or [*net.config.classes]
     return [] if len(classes) == net.config.label_dim else classes
 
 
@@ -120,7 +124,7 @@ def compute_stats(
         total: number of images over all ranks.
         detector: the feature extractor.
         timer: records the stages images, detector and moments.
-        title: text of the progress bar.
+        title: names the images in the progress line.
 
     Raises:
         UserError: there are fewer than 2 images, or fewer than ranks; the features are too many or
@@ -130,13 +134,11 @@ def compute_stats(
         raise UserError(
             f"{total} images are too few: statistics need at least 2, and 1 per process"
         )
-    mine = len(shard_by_rank(range(total)))
     max_features = len(shard_by_rank(range(min(total, MAX_FEATURES))))
     sums, stored = Moments(), []
-    hide = True if process_group.rank() else None
     failure: Exception | None = None
     try:
-        with tqdm(total=mine, desc=title, unit="img", disable=hide, leave=False) as bar:
+        with progress.phase(title, total, "images") as shown:
             images = iter(batches)
             while True:
                 with timer("images"):
@@ -153,12 +155,12 @@ def compute_stats(
                 with timer("moments"):
                     stored.append(features[: max(max_features - sums.count, 0)].float().cpu())
                     sums.add(features)
-                bar.update(len(batch))
+                shown.update(min(process_group.world_size() * len(batch), total - shown.done))
     except Exception as error:  # the other ranks would wait forever
         failure = error
     if process_group.all_reduce_any(failure is not None):
         raise failure or UserError(f"{title}: another process failed, which says why")
-    with timer("moments"):
+    with timer("moments"), progress.phase(f"{title}: combining"):
         sums.reduce()
         features = process_group.gather(torch.cat(stored), min(total, MAX_FEATURES))
     if not (sums.total.isfinite().all() and sums.products.isfinite().all()):
@@ -207,7 +209,7 @@ def compare(
                 f"the reference has {len(real.mean)} features, the generated images have "
                 f"{len(generated.mean)} with {detector.name}: use the same detector and image shape"
             )
-        with timer("Fréchet distance"):
+        with timer("Fréchet distance"), progress.phase("computing the Fréchet distance"):
             moments = [m.to(timer.device) for s in (generated, real) for m in s.moments(correction)]
             try:
                 values["frechet_distance"] = frechet_distance(*moments)
@@ -217,7 +219,7 @@ def compare(
                     "features are out of range; give another --detector"
                 ) from error
     if "is" in metrics:
-        with timer("class score"):
+        with timer("class score"), progress.phase("computing the class score"):
             probabilities = detector.probabilities(generated_features)
             if probabilities is not None:
                 mean, std = inception_score(probabilities)

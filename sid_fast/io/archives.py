@@ -21,6 +21,8 @@ from sid_fast.io.untrusted import (
 
 MAX_BYTES = 2**44  # of an archive; members are limited by those who read them
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile unpacks others without a bound
+_FREE_BYTES = 2**26  # of a member, at any compression
+_MAX_RATIO = 100  # of larger ones; labels reach 20, noise and covariances 2
 _HEADER_BYTES = 2**16  # of an .npy member of version 1.0, at most
 
 
@@ -47,7 +49,8 @@ def require_member(info: zipfile.ZipInfo, max_bytes: int) -> None:
     """Check what a member's entry declares.
 
     Raises:
-        Refused: the member is encrypted, neither stored nor deflated, or larger than `max_bytes`.
+        Refused: the member is encrypted, neither stored nor deflated, larger than `max_bytes`, or
+            large and compressed as no real data can be.
     """
     if info.flag_bits & 0x1:
         raise Refused("is encrypted: unzip it with its password, and zip it without one")
@@ -57,6 +60,11 @@ def require_member(info: zipfile.ZipInfo, max_bytes: int) -> None:
         )
     if info.file_size > max_bytes:
         raise Refused(f"has {info.file_size:,} bytes, more than the {max_bytes:,} it may have")
+    if info.file_size > max(_FREE_BYTES, _MAX_RATIO * info.compress_size):
+        raise Refused(
+            f"would unpack from {info.compress_size:,} bytes to {info.file_size:,}, as no real "
+            "data do: make the file again"
+        )
 
 
 def read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, max_bytes: int) -> bytes:

@@ -1,10 +1,14 @@
 """Atomic writes: a file is either the old version or the complete new one."""
 
 import contextlib
+import fcntl
+import functools
+import hashlib
 import os
 import re
 import secrets
 import signal
+import socket
 import stat
 import tempfile
 import threading
@@ -17,7 +21,8 @@ from sid_fast.errors import UserError, WriteFailed
 # The umask can only be read by setting it.
 os.umask(_UMASK := os.umask(0))
 
-TEMPORARY = re.compile(r"(.+)\.[0-9a-f]{8}\.tmp")  # names of temporary files; group 1: the target
+TEMPORARY = re.compile(r"(.+)\.([0-9a-f]{8})\.tmp")  # names of temporary files; group 1: the target
+_ABANDONED_SECONDS = 3600  # after which another machine's temporary file counts as abandoned
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # SIGINT raises KeyboardInterrupt
 _unfinished: set[Path] = set()  # temporary files of this process
 
@@ -25,9 +30,80 @@ _unfinished: set[Path] = set()  # temporary files of this process
 def temporary_name(path: Path) -> Path:
     """Return a new temporary name for `path`, in the same folder.
 
-    It is random: process ids of ranks on several nodes can coincide on a shared file system.
+    It begins with a tag of this boot of the machine and is random otherwise: process ids of ranks
+    on several nodes can coincide on a shared file system.
     """
-    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    return path.with_name(f"{path.name}.{_boot_tag()}{secrets.token_hex(2)}.tmp")
+
+
+@functools.cache
+def _boot_tag() -> str:
+    return hashlib.sha256((boot_id() or socket.gethostname()).encode()).hexdigest()[:4]
+
+
+def boot_id() -> str:
+    """Return the kernel's id of this boot; empty where it has none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+@contextmanager
+def _held(target: Path) -> Iterator[Path]:
+    """Create a temporary file for `target` and lock it through the block."""
+    while True:
+        temporary = temporary_name(target)
+        try:
+            file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:  # someone else's
+            continue
+        with contextlib.suppress(OSError):  # no flock on this file system
+            fcntl.flock(file, fcntl.LOCK_SH)
+        if _is_file(file, temporary):
+            break
+        os.close(file)  # removed before it was locked
+    try:
+        yield temporary
+    finally:
+        os.close(file)
+
+
+def _is_file(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except OSError:
+        return False
+
+
+def remove_abandoned(folder: Path, targets: str = ".+") -> None:
+    """Remove temporary files of killed processes.
+
+    Of this boot of the machine those that nobody writes (see _held), of others those of over an
+    hour ago.
+
+    Args:
+        folder: Where the files are.
+        targets: Regular expression of the names of the files that were to be written.
+    """
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            name = TEMPORARY.fullmatch(entry.name)
+            if name and re.fullmatch(targets, name[1]) and entry.is_file(follow_symlinks=False):
+                with contextlib.suppress(OSError):
+                    _remove_abandoned(Path(entry.path), name[2].startswith(_boot_tag()))
+
+
+def _remove_abandoned(path: Path, here: bool) -> None:
+    file = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: it is being written
+        with tempfile.TemporaryFile(dir=path.parent) as probe:
+            age = os.fstat(probe.fileno()).st_mtime - os.fstat(file).st_mtime
+        if here or age > _ABANDONED_SECONDS:
+            path.unlink()
+    finally:
+        os.close(file)
 
 
 @contextmanager
@@ -70,9 +146,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = replaceable(path)
     if not target.parent.is_dir():
         raise WriteFailed(f"{target} cannot be written: create the folder {target.parent} first")
-    temporary = temporary_name(target)
     try:
-        with _removed_on_signals(temporary):
+        with _held(target) as temporary, _removed_on_signals(temporary):
             yield temporary
             os.chmod(temporary, 0o666 & ~_UMASK)  # some libraries write with mode 600
             flush(temporary)
@@ -114,12 +189,15 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def open_target(target: str, folder: bool = False) -> None:
+def open_target(target: str, folder: bool = False, files: str = "") -> None:
     """Create the folder of an output and check that it is writable, before any work is done.
+
+    Removes what killed processes left of earlier such outputs: see remove_abandoned.
 
     Args:
         target: path of the output.
         folder: `target` is itself the folder, not a file.
+        files: regular expression of the names of the files in such a folder.
 
     Raises:
         UserError: the folder cannot be created or written, or `target` should be a file but is a
@@ -133,3 +211,5 @@ def open_target(target: str, folder: bool = False) -> None:
         raise UserError(
             f"{target} cannot be written ({error.strerror}): give a path you can write to"
         ) from None
+    names = files if folder else re.escape(os.path.basename(os.path.realpath(target)))
+    remove_abandoned(directory, names)

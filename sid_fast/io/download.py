@@ -4,7 +4,6 @@ import hashlib
 import http.client
 import os
 import re
-import sys
 import tempfile
 import urllib.error
 import urllib.request
@@ -12,13 +11,13 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from tqdm import tqdm
-
 from sid_fast.errors import Fallback, UserError, WriteFailed
-from sid_fast.io import streams
-from sid_fast.io.atomic import atomic_path
+from sid_fast.io import progress, streams
+from sid_fast.io.atomic import atomic_path, remove_abandoned
 from sid_fast.io.cache import user_cache
 from sid_fast.io.untrusted import MAX_NETWORK_BYTES, Kind, describe, sniff_file, unreadable
+
+MB = 10**6
 
 
 def fetch(source: str, others: str = "") -> Path:
@@ -61,7 +60,7 @@ def fetch(source: str, others: str = "") -> Path:
                     "another URL"
                 )
         if sha256 is None:
-            streams.say(f"not verified; to pin this version give {url}#sha256={actual}", sys.stderr)
+            streams.note(f"not verified; to pin this version give {url}#sha256={actual}")
     elif sha256 is not None and (actual := file_sha256(target)) != sha256:
         raise UserError(
             f"{target} has sha256 {actual}, not {sha256}: delete it to download it again, or give "
@@ -108,7 +107,11 @@ def cache_folder() -> Path:
 
 
 def require_writable_cache(folder: Path) -> None:
-    """Raise UserError, naming SID_FAST_CACHE, if no file can be written to the cache folder."""
+    """Raise UserError, naming SID_FAST_CACHE, if no file can be written to the cache folder.
+
+    Removes what killed processes left there.
+    """
+    remove_abandoned(folder)
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -120,6 +123,7 @@ def require_writable_cache(folder: Path) -> None:
 
 def write_cache(write: Callable[[], object]) -> None:
     """Call `write`, which stores a computed result in the cache; warn if that fails."""
+    remove_abandoned(cache_folder())
     try:
         write()
     except WriteFailed as error:
@@ -151,10 +155,12 @@ def _download(url: str, path: Path) -> None:
     try:
         with opener.open(url, timeout=60) as response, open(path, "wb") as file:
             total = response.length
-            with tqdm(total=total, desc=url, unit="B", unit_scale=True, disable=None) as bar:
+            name = PurePosixPath(url.partition("?")[0]).name
+            megabytes = total / MB if total else None
+            with progress.phase(f"downloading {name}", megabytes, "MB") as shown:
                 while chunk := response.read(1 << 20):
                     file.write(chunk)
-                    bar.update(len(chunk))
+                    shown.update(len(chunk) / MB)
             size = file.tell()
     except urllib.error.HTTPError as error:
         raise UserError(

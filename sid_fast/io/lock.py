@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 from sid_fast.errors import UserError
+from sid_fast.io.atomic import boot_id
+from sid_fast.io.untrusted import parse_json
 
 NAME = "run.lock"
 HEARTBEAT_SECONDS = 15.0
@@ -34,6 +36,9 @@ class Lease:
     flocked: bool  # whether the holder has the flock
     inode: int  # of the lock file: a copied folder is not locked
     token: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
 
 
 class RunLock:
@@ -66,7 +71,7 @@ class RunLock:
             raise
         self.lease = Lease(
             host=socket.gethostname(),
-            boot=_boot_id(),
+            boot=boot_id(),
             pid=os.getpid(),
             started=_process_start(os.getpid()),
             launch=launch,
@@ -120,25 +125,17 @@ class RunLock:
         """Whether the holder of a lease is gone, or is this run before torchrun restarted it."""
         if other.inode != os.fstat(self._file).st_ino or _is_restart(other, launch, restart):
             return True
-        if other.boot == _boot_id() != "":
-            if other.flocked and flocked:  # the same kernel: only one process can have the flock
-                return True
-            if other.host == socket.gethostname() and other.started:
-                return _process_start(other.pid) != other.started
-        return self._age() > STALE_SECONDS
-
-    def _age(self) -> float:
-        """Return the seconds since the last heartbeat, by the clock of the file system."""
-        with tempfile.TemporaryFile(dir=self.folder) as probe:
-            now = os.fstat(probe.fileno()).st_mtime
-        return now - os.fstat(self._file).st_mtime
+        if other.boot == boot_id() != "" and other.flocked and flocked:
+            return True  # the same kernel: only one process can have the flock
+        return _is_dead(other, self.folder, self._file)
 
     def _refusal(self, other: Lease | None) -> str:
-        holder = f"process {other.pid} on {other.host}" if other else "another process"
+        process = str(other) if other else "another process"
+        age = max(_age(self.folder, self._file), 0)
         return (
-            f"{self.folder} is in use by {holder} (last heartbeat {max(self._age(), 0):.0f} s "
-            f"ago; on another host {STALE_SECONDS / 60:g} minutes without one free it): wait for "
-            "it to end, stop it, or use another --out"
+            f"{self.folder} is in use by {process} (last heartbeat {age:.0f} s ago; on another "
+            f"host {STALE_SECONDS / 60:g} minutes without one free it): wait for it to end, stop "
+            "it, or use another --out"
         )
 
     def _write(self) -> None:
@@ -156,6 +153,37 @@ class RunLock:
                 self._write()
 
 
+def holder(folder: Path) -> str:
+    """Name the process that writes to a run folder, by its lease; "" if there is none."""
+    try:
+        file = os.open(folder / NAME, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return ""
+    try:
+        lease = _read(file)
+        if not lease or lease.inode != os.fstat(file).st_ino or _is_dead(lease, folder, file):
+            return ""
+        return str(lease)
+    except OSError:
+        return ""
+    finally:
+        os.close(file)
+
+
+def _is_dead(lease: Lease, folder: Path, file: int) -> bool:
+    """Whether the holder of a lease in an open file is gone."""
+    if lease.boot == boot_id() != "" and lease.host == socket.gethostname() and lease.started:
+        return _process_start(lease.pid) != lease.started
+    return _age(folder, file) > STALE_SECONDS
+
+
+def _age(folder: Path, file: int) -> float:
+    """Return the seconds since the last heartbeat, by the clock of the file system."""
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        now = os.fstat(probe.fileno()).st_mtime
+    return now - os.fstat(file).st_mtime
+
+
 def _is_restart(other: Lease, launch: str, restart: int) -> bool:
     return bool(launch) and other.launch == launch and restart > 0 and other.restart <= restart
 
@@ -163,22 +191,15 @@ def _is_restart(other: Lease, launch: str, restart: int) -> bool:
 def _read(file: int) -> Lease | None:
     """Read a lease; None if the lock is free or the file is not a lease."""
     try:
-        values = json.loads(os.pread(file, 2 * _LEASE_BYTES, 0))
+        values = parse_json(os.pread(file, 2 * _LEASE_BYTES, 0), 1, 100)
         lease = Lease(**{f.name: values[f.name] for f in dataclasses.fields(Lease)})
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, UserError, KeyError, TypeError):
         return None
     for field in dataclasses.fields(Lease):
         if type(getattr(lease, field.name)) is not field.type:
             return None
     lease.host = "".join(c if c.isprintable() else "?" for c in lease.host[:64])
     return lease
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
 
 
 def _process_start(pid: int) -> int:

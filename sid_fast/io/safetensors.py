@@ -58,7 +58,7 @@ def read_snapshot(
         UserError: the file is missing, damaged, of another version, or not from sid_fast.
     """
     with naming(path, "a snapshot (.safetensors)"):
-        names = _check_header(path)
+        names = check_header(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if _KEY not in metadata:
@@ -78,7 +78,7 @@ def read_snapshot(
             return {name: file.get_tensor(name) for name in wanted}, header["config"]
 
 
-def _check_header(path: str | os.PathLike[str]) -> list[str]:
+def check_header(path: str | os.PathLike[str]) -> list[str]:
     """Check the counts and sizes that a safetensors file declares, and return its tensors' names.
 
     The library checks the rest, as that tensors do not overlap, but it reads headers of 100 MB.

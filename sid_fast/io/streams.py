@@ -5,9 +5,16 @@ import io
 import os
 import select
 import sys
+import time
 from typing import Any, TextIO
 
+from tqdm import tqdm
+
 from sid_fast.errors import printable
+from sid_fast.io import terminal
+
+quiet = False  # --quiet: errors, warnings and the final result alone
+last_output = 0.0  # time.monotonic() of the last line
 
 
 class _LossyFile(io.FileIO):
@@ -37,6 +44,7 @@ def make_safe() -> None:
     its reader has gone, or the disk is full. Streams that a program has replaced are left as they
     are.
     """
+    terminal.loaded()
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file becomes stdout
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
@@ -69,5 +77,15 @@ def clean(text: str) -> str:
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print a text, cleaned, at once; file: default stdout."""
-    print(clean(text), file=file or sys.stdout, flush=True)
+    """Print a text, cleaned, at once, above a live progress line; file: default stdout."""
+    global last_output
+    file = file or sys.stdout
+    tqdm.write(clean(text), file=file)
+    file.flush()
+    last_output = time.monotonic()
+
+
+def note(text: str, file: TextIO | None = None) -> None:
+    """Print a text as `say` does, unless --quiet; file: default stderr."""
+    if not quiet:
+        say(text, file or sys.stderr)

@@ -10,7 +10,7 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO, Literal
+from typing import IO, Any, BinaryIO, Literal
 
 from sid_fast.errors import UserError
 
@@ -19,6 +19,7 @@ Kind = Literal[
     "lfs", "gzip", "bzip2", "xz", "zstd", "7z", "tar", "hdf5", "empty", "unknown",
 ]  # fmt: skip
 FIRST_BYTES = 512  # enough for sniff
+_CHUNK = 1 << 20  # bytes
 MAX_NETWORK_BYTES = 1 << 36  # of a network's file; the largest EDM network has 1.2e9
 
 # What a file of each kind is, and the way out where there is only one.
@@ -193,6 +194,49 @@ def describe(kind: Kind) -> str:
     return _DESCRIPTIONS[kind]
 
 
+def read_json(
+    path: str | os.PathLike[str], max_bytes: int, max_depth: int = 8, max_items: int = 1_000_000
+) -> Any:
+    """Read a JSON file of at most `max_bytes` like parse_json; counts values while reading.
+
+    Raises:
+        UserError: As open_limited.
+        Refused: As parse_json.
+    """
+    with open_limited(path, max_bytes) as file:
+        try:
+            data = read_values(file, max_bytes, max_items)
+        except OSError as error:
+            raise unreadable(path, error) from error
+    return parse_json(data, max_depth, max_items)
+
+
+def read_values(file: IO[bytes], max_bytes: int, max_items: int) -> bytes:
+    """Read the JSON text of an open file, at most `max_bytes`, and count its values meanwhile.
+
+    Raises:
+        Refused: It holds more than `max_items` values, as parse_json counts them: no more is read
+            than a MiB beyond; or it has more than `max_bytes`.
+    """
+    data, items = bytearray(), 0
+    while chunk := file.read(min(_CHUNK, max_bytes + 1 - len(data))):
+        data += chunk
+        items += _count_values(chunk)
+        _refuse_more_values(items, max_items)
+        if len(data) > max_bytes:
+            raise Refused(f"it has more than the {max_bytes:,} bytes that such a file may have")
+    return bytes(data)
+
+
+def _count_values(data: bytes) -> int:
+    return sum(map(data.count, (b",", b"[", b"{")))
+
+
+def _refuse_more_values(items: int, max_items: int) -> None:
+    if items > max_items:
+        raise Refused(f"it holds more than {max_items:,} values")
+
+
 def parse_json(data: bytes, max_depth: int = 8, max_items: int = 1_000_000) -> Any:
     """Parse JSON into None, bool, int, float, str, list and dict.
 
@@ -206,8 +250,7 @@ def parse_json(data: bytes, max_depth: int = 8, max_items: int = 1_000_000) -> A
         Refused: it is not UTF-8, not JSON, too deep, too large, or has an integer of more than 19
             digits.
     """
-    if sum(map(data.count, (b",", b"[", b"{"))) > max_items:
-        raise Refused(f"it holds more than {max_items:,} values")
+    _refuse_more_values(_count_values(data), max_items)
     try:
         value = json.loads(data.decode("utf-8-sig"), parse_int=_parse_int)
     except UnicodeDecodeError as error:

@@ -11,12 +11,31 @@ from typing import ClassVar
 import torch
 
 from sid_fast import augment, losses, noise
-from sid_fast.config.types import PretrainSettings
+from sid_fast.config.types import NetworkOptions, PretrainSettings
+from sid_fast.data.datasets import ImageDataset
 from sid_fast.data.feed import ImageFeed
 from sid_fast.data.images import to_float
 from sid_fast.kernels import Losses
 from sid_fast.methods.base import Method, Phase, RandomStream
-from sid_fast.models import EDMNetwork
+from sid_fast.models import EDMNetwork, NetworkConfig
+
+
+def teacher_config(
+    options: NetworkOptions, settings: PretrainSettings, data: ImageDataset
+) -> NetworkConfig:
+    """Return the configuration of the network that a run trains on a data set."""
+    return NetworkConfig(
+        architecture=options.architecture,
+        resolution=data.resolution,
+        channels=data.channels,
+        label_dim=data.label_dim,
+        augment_dim=augment.LABEL_DIM if settings.augment_p else 0,
+        model_channels=options.model_channels,
+        channel_mult=options.channel_mult,
+        num_blocks=options.num_blocks,
+        attention_resolutions=options.attention_resolutions,
+        dropout=settings.dropout,
+    ).with_classes(data.classes)
 
 
 @dataclasses.dataclass(frozen=True)

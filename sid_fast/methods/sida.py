@@ -169,7 +169,7 @@ def check_generator(
         a, b = getattr(found, field.name), getattr(wanted, field.name)
         if field.name == "init_sigma" and a is not None and a != b:
             raise UserError(f"{name} was trained with init_sigma={a}; use that, not {b}")
-        if field.name not in ("init_sigma", "dropout") and a != b:
+        if field.name not in ("init_sigma", "dropout", "absent_classes") and a != b:
             raise UserError(
                 f"{name} has {field.name}={a}, the teacher {field.name}={b}: give a "
                 "generator that was distilled from a teacher of the same shape"

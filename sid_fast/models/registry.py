@@ -180,13 +180,12 @@ def _check_finite(state: dict[str, torch.Tensor]) -> None:
             )
 
 
-def require_edm(net: Network, name: str) -> EDMNetwork:
-    """Return the network; UserError, naming it, if it is of a family that runs cannot train yet."""
+def require_edm(
+    net: Network, name: str, cannot: str = "runs cannot train yet: give an EDM teacher"
+) -> EDMNetwork:
+    """Return the network; UserError, with what cannot be done with it, if it is an EDM2 network."""
     if not isinstance(net, EDMNetwork):
-        raise UserError(
-            f"{name} is an EDM2 network, which runs cannot train yet: give an EDM teacher "
-            "(DDPM++, NCSN++ or ADM)"
-        )
+        raise UserError(f"{name} is an EDM2 network, which {cannot} (DDPM++, NCSN++ or ADM)")
     return net
 
 

@@ -1,14 +1,13 @@
 """torch.compile: every residual block as one graph, around the hand-written kernels."""
 
-import contextlib
 import os
-import threading
-import time
-from collections.abc import Callable, Iterator
+import tempfile
+import warnings
 
 import torch
 from torch import nn
 
+from sid_fast.errors import Fallback
 from sid_fast.io.cache import user_cache
 from sid_fast.models.edm_unet.unet import Block
 
@@ -16,13 +15,23 @@ from sid_fast.models.edm_unet.unet import Block
 # gradients. PyTorch's default limit is 8.
 RECOMPILE_LIMIT = 512
 BACKEND = "inductor"
-HEARTBEAT_SECONDS = 10.0  # until the first line; doubles after every line
 
 
 def compile_blocks(*nets: nn.Module) -> None:
     """Compile the residual blocks in place; takes minutes in the first step, unless cached."""
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(user_cache() / "inductor")
+        folder = user_cache() / "inductor"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+        except OSError as error:
+            warnings.warn(
+                f"{folder} cannot be written ({error.strerror}), so compiled code is not kept "
+                "there: set SID_FAST_CACHE to a folder you can write to",
+                Fallback,
+                stacklevel=2,
+            )
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.accumulated_recompile_limit = RECOMPILE_LIMIT
     for net in nets:
@@ -31,23 +40,7 @@ def compile_blocks(*nets: nn.Module) -> None:
                 module.compile(fullgraph=True, dynamic=False, backend=BACKEND)
 
 
-@contextlib.contextmanager
-def heartbeat(what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Print elapsed time and compiled graphs during a long block, at growing intervals."""
-    began, over = time.perf_counter(), threading.Event()
-
-    def watch() -> None:
-        pause = HEARTBEAT_SECONDS
-        while not over.wait(pause):
-            pause *= 2
-            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-            compiled = f", {graphs} graphs compiled" if graphs else ""
-            say(f"{what}: {time.perf_counter() - began:.0f} s so far{compiled}")
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        over.set()
-        watcher.join()
+def compiled_graphs() -> list[str]:
+    """How many graphs this process has compiled, as a part of a progress line."""
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return [f"{graphs} graphs compiled"] if graphs else []

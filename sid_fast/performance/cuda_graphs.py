@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from sid_fast.errors import Fallback, OutOfMemory, RunFailed, UserError
-from sid_fast.performance import failure, process_group
+from sid_fast.io import progress
+from sid_fast.performance import failure, process_group, ranges
 
 MAX_SINGLE_GRAPH_MICRO_BATCHES = 4  # steps of more are captured in segments
 
@@ -231,9 +232,10 @@ class GraphedStep:
             segment for segment, _ in self.segments
         ]
         metrics: dict[str, torch.Tensor] = {}
-        for call, (_, times) in zip(calls, self.segments, strict=True):
+        for i, (call, (_, times)) in enumerate(zip(calls, self.segments, strict=True)):
             for _ in range(times):
-                result = call()
+                with ranges.named(f"segment {i + 1} of {len(calls)}"):
+                    result = call()
             metrics |= result or {}
         return metrics
 
@@ -242,7 +244,7 @@ class GraphedStep:
         global _failed
         reason, works, out_of_memory = "", True, False
         rng_state = torch.cuda.get_rng_state(self.device)
-        with self.updates_disabled():
+        with self.updates_disabled(), progress.phase("capturing CUDA graphs"):
             warm_up(self.dry_run, times=1)
             try:
                 self._capture()

@@ -2,23 +2,30 @@
 
 import dataclasses
 import os
+import sys
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from sid_fast.config.types import grad_accum_steps, micro_batches
 from sid_fast.errors import UserError
+from sid_fast.io import progress, streams
+from sid_fast.io.untrusted import brief
 from sid_fast.models import NetworkConfig
 from sid_fast.performance import process_group
 from sid_fast.tools import op_counter, verdicts
-from sid_fast.tools.candidates import Candidate, from_json
+from sid_fast.tools.candidates import Candidate, from_json, open_operations
 from sid_fast.tools.estimator import FORWARDS, GIB
 from sid_fast.tools.isolation import Child, Failed
 from sid_fast.tools.proof import Job
 from sid_fast.tools.tournament import LIMIT, NOT_TRIED, Row, Say, Tournament, best
+from sid_fast.training.checkpoint import read_header
 
 BUDGET_FRACTION = 0.01  # of the run's estimated time
-BUDGET_MINUTES = 2.0, 10.0  # minimum and maximum
+BUDGET_MINUTES = {"cuda": (2.0, 10.0), "cpu": (0.75, 10.0)}  # minimum and maximum
 MIN_RUN_BUDGETS = 20  # auto tunes only runs at least this many budgets long
 ASSUMED_MFU = 0.3  # fraction of the measured matrix rate, to estimate a run's length
 
@@ -72,6 +79,37 @@ class Tuning:
         return {"candidate": candidate, "text": self.text, "machine": self.machine, "rows": rows}
 
 
+def for_run(
+    config: Any, given: set[str], settings: Any, network: Callable[[], NetworkConfig],
+    device: torch.device, resume: Path | None, open_micro_batch: bool,
+) -> Tuning:  # fmt: skip
+    """Decide how a run takes its steps; all ranks decide the same, in a process group of its own.
+
+    Args:
+        config: the run's options (config.types.StepOptions and RunOptions).
+        given: names of the fields that the command line set.
+        settings: of the run's method.
+        network: returns the network's configuration; it may download.
+        device: the run's, not opened yet.
+        resume: the checkpoint to resume, if any.
+        open_micro_batch: whether the run leaves its micro-batch open.
+    """
+    ranks = process_group.launch().world_size
+    grad_accum_steps(settings, ranks)
+    saved = read_header(resume).get("tuning", {}) if resume else None
+    # A run that torchrun restarts continues as it was, whatever its command says.
+    mode = "auto" if resume and "resume" not in given else config.tune
+    idle = mode == "auto" and device.type == "cpu" and ranks > 1 and not (saved or {}).get("rows")
+    if mode == "off" or idle:
+        return Tuning()
+    tuning = progress.phase("looking for a faster way to take steps")
+    with process_group.joined(torch.device("cpu"), "ddp", config.timeout, "tuning"), tuning:
+        with process_group.main_process_first():
+            net = network()
+        job = job_of(config, given, net, settings, device, open_micro_batch)
+        return decide(job, mode, config.kimg, config.tune_minutes, saved)
+
+
 def inspect(job: Job) -> dict[str, Any]:
     """Describe the machine; a GPU is opened in a child. UserError if it cannot be used."""
     if job.device == "cpu":
@@ -102,13 +140,18 @@ def notes_on(machine: dict[str, Any], precision: str) -> list[str]:
 
 def run_seconds(job: Job, kimg: float, machine: dict[str, Any]) -> float:
     """How long a run of so many thousand images is estimated to take on such GPUs."""
-    flop = FORWARDS * sum(op.flops for op in op_counter.forward(job.network, "fp32", "eager"))
+    forward = sum(op.flops for op in op_counter.forward(job.network, "fp32", "eager"))
+    flop = FORWARDS[job.method] * forward
     rate = machine.get("tflops") or verdicts.matrix_rate(torch.device(job.device))
     return kimg * 1000 / job.ranks * flop / (ASSUMED_MFU * rate * 1e12)
 
 
+def _say(line: str) -> None:
+    streams.note(line, sys.stdout)
+
+
 def decide(
-    job: Job, mode: str, kimg: float, minutes: float | None, saved: Any = None, say: Say = print
+    job: Job, mode: str, kimg: float, minutes: float | None, saved: Any = None, say: Say = _say
 ) -> Tuning:
     """Use the result of the resumed state, a cached one, or a new one.
 
@@ -139,7 +182,8 @@ def decide(
     tuning.candidate = chosen.candidate
     first = next(row for row in tuning.rows if row.ms)
     gain = (chosen.img_s or 0) / (first.img_s or 1)
-    tuning.text = f"tuned: {chosen.candidate.text} ({gain:.2f} times {first.name}{tuning.text})"
+    what = chosen.candidate.text(job.device)
+    tuning.text = f"tuned: {what} ({gain:.2f} times {first.name}{tuning.text})"
     return tuning
 
 
@@ -151,15 +195,14 @@ def _node(
     tuning.notes = notes_on(machine, job.settings.precision)
     key = verdicts.key(job, machine)
     if mode == "auto":
-        if rows := _of_state(saved, tuning) or _kept(key, tuning):
+        if rows := _of_state(saved, job, tuning) or _kept(key, tuning):
             return rows
         if job.device == "cpu":
             tuning.text = "not tuned"
             return []
     length = run_seconds(job, kimg, machine)
-    seconds = 60 * (
-        minutes or min(max(length * BUDGET_FRACTION / 60, BUDGET_MINUTES[0]), BUDGET_MINUTES[1])
-    )
+    low, high = BUDGET_MINUTES[torch.device(job.device).type]
+    seconds = 60 * (minutes or min(max(length * BUDGET_FRACTION / 60, low), high))
     if mode == "auto" and length < MIN_RUN_BUDGETS * seconds:
         tuning.text = f"not tuned: the run is estimated at {length / 60:.0f} min"
         return []
@@ -178,33 +221,68 @@ def _node(
     return rows
 
 
-def _of_state(saved: Any, tuning: Tuning) -> list[Row]:
-    """The verdict of a state, where the GPU is the same."""
+def _of_state(saved: Any, job: Job, tuning: Tuning) -> list[Row]:
+    """The verdict of a state, where the GPU is the same; options given since then override it."""
     if not saved:
         return []
-    there = saved.get("machine") or {}
+    there = saved.get("machine")
+    there = there if isinstance(there, dict) else {}
     if any(there.get(name) != tuning.machine.get(name) for name in ("device", "memory")):
-        tuning.notes.append(f"the state's verdict is of {there.get('device')}: not taken here")
+        device = brief(there.get("device"))
+        tuning.notes.append(f"the state's verdict is of {device}: not taken here")
         return []
     try:
-        tuning.rows = [Row.from_json(row) for row in saved.get("rows", ())]
-        candidate = from_json(saved["candidate"])
+        tuning.rows = _rows(saved.get("rows"))
+        candidate = from_json(saved.get("candidate"))
+        adapted = _adapted(candidate, job)
     except ValueError as error:
+        tuning.rows = []
         tuning.notes.append(f"the state's verdict cannot be taken here: {error}")
         return []
     tuning.text = ", of the state"
-    return [dataclasses.replace(r, won=True) for r in tuning.rows if r.candidate == candidate]
+    rows = [row for row in tuning.rows if row.candidate == candidate]
+    return [dataclasses.replace(row, candidate=adapted, won=True) for row in rows]
+
+
+def _adapted(candidate: Candidate, job: Job) -> Candidate:
+    """Return a state's candidate without what the user has decided since then.
+
+    Raises:
+        ValueError: --kernels or the number of ranks leave no place for it.
+    """
+    if set(candidate.kernels) != set(open_operations(job.kernels, torch.device(job.device))):
+        raise ValueError(f"it is of another --kernels, not {job.kernels}")
+    changes: dict[str, Any] = {}
+    if "micro_batch" in job.pinned:
+        changes["micro_batch"] = None
+    elif (size := candidate.micro_batch) and size not in micro_batches(job.settings, job.ranks):
+        raise ValueError(f"its micro-batch of {size} does not divide the {job.share} images here")
+    if "compile" in job.pinned:
+        changes["compile"] = job.compile
+    if job.deterministic:
+        changes["cudnn_search"] = False
+    return candidate.changed(**changes)
+
+
+def _rows(values: Any) -> list[Row]:
+    """Read the rows of a verdict; ValueError for what is none."""
+    if not isinstance(values, list):
+        raise ValueError("it has no rows")
+    rows = [Row.from_json(row) for row in values]
+    if not any(row.ms for row in rows):
+        raise ValueError("it has no figures")
+    return rows
 
 
 def _kept(key: dict[str, Any], tuning: Tuning) -> list[Row]:
     """The rows that were kept on this machine."""
     found, note = verdicts.load(key)
     try:
-        tuning.rows = [Row.from_json(row) for row in found or ()]
+        tuning.rows = [] if found is None else _rows(found)
     except ValueError as error:
         note = f"{verdicts.place(key)} is damaged ({error})"
     if note:
-        tuning.notes.append(f"{note}: it is made anew")
+        tuning.notes.append(f"{note}: ignored, and replaced by the next tuning")
     if not best(tuning.rows):
         return []
     tuning.text = ", kept"

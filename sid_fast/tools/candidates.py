@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sid_fast.config.types import micro_batches
+from sid_fast.io.untrusted import brief
 from sid_fast.kernels import _apex, _cuda, dispatch
 from sid_fast.kernels._triton import AVAILABLE
-from sid_fast.models import NetworkConfig
 from sid_fast.models.edm_unet.config import ARCHITECTURES
 
 if TYPE_CHECKING:  # it imports this module
@@ -48,12 +48,14 @@ class Candidate:
         kernels = {**self.kernels, **changes.pop("kernels", {})}
         return dataclasses.replace(self, kernels=kernels, **changes)
 
-    @property
-    def text(self) -> str:
-        """Summarise what differs from the eager defaults, in a few words."""
-        backends = [f"{op} {b}" for op, b in self.kernels.items() if b != "eager"]
-        if all(self.kernels.get(op) == "triton" for op in FUSED):
-            backends = ["fused block", *(b for b in backends if b.split()[0] not in FUSED)]
+    def text(self, device: str) -> str:
+        """Summarise what differs from eager steps on a device, in a few words."""
+        kernels = {op: backend for op, backend in self.kernels.items() if backend != "eager"}
+        fused = all(kernels.get(op) == "triton" for op in FUSED)
+        if fused:
+            kernels = {op: backend for op, backend in kernels.items() if op not in FUSED}
+        backends = ["fused block"] * fused
+        backends += [name_of(op, backend, device) for op, backend in kernels.items()]
         words = {
             "CUDA graphs": self.cuda_graph,
             "channels-last": self.channels_last,
@@ -65,6 +67,13 @@ class Candidate:
         return ", ".join([*(backends or ["eager"]), *(word for word, on in words.items() if on)])
 
 
+def name_of(operation: str, backend: str, device: str) -> str:
+    """Name an operation's backend in tables; on a CPU, `cuda` is the library's C++."""
+    if (backend, device) == ("cuda", "cpu"):
+        return f"C++ {operation}"
+    return f"{operation} {backend}"
+
+
 def from_json(values: Any) -> Candidate:
     """ValueError for what is no candidate here."""
     hints = {f.name: f.default for f in dataclasses.fields(Candidate)}
@@ -72,14 +81,18 @@ def from_json(values: Any) -> Candidate:
         made = Candidate(**values)
         for op, backend in made.kernels.items():
             if backend not in backends_of(op):
-                raise ValueError(f"{op} {backend} is not there")
+                raise ValueError(f"{brief(op)} {brief(backend)} is not there")
     except (TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"no candidate: {error}") from error
     for name, default in hints.items():
         value = getattr(made, name)
         kind = bool if isinstance(default, bool) else int
         if name != "kernels" and not (value is None is default or type(value) is kind):
-            raise ValueError(f"{name}={value!r}")
+            raise ValueError(f"{name}={brief(value)}")
+    for name, high in (("micro_batch", 2**24), ("threads", 1024)):
+        value = getattr(made, name)
+        if value is not None and not 1 <= value <= high:
+            raise ValueError(f"{name}={brief(value)}")
     return made
 
 
@@ -105,18 +118,26 @@ def open_operations(kernels: str, device: torch.device) -> list[str]:
     return [op for op in dispatch.OPERATIONS if op not in pinned and op != "random"]
 
 
-def operations(
-    network: NetworkConfig, augmented: bool, kernels: str, device: torch.device
-) -> Iterator[tuple[str, str]]:
+def operations(job: "Job") -> Iterator[tuple[str, str]]:
     """Yield each (operation, backend) besides eager that can run here and has work to do."""
+    device = torch.device(job.device)
     cuda = device.type == "cuda"
-    for op in open_operations(kernels, device):
-        idle = op == "augment" and not augmented
-        idle |= op == "sida_loss"  # of a method that is not tuned yet
-        idle |= op == "block" and ARCHITECTURES[network.architecture].filter != (1, 1)
+    for op in open_operations(job.kernels, device):
+        idle = op == "augment" and not job.settings.augment_p
+        idle |= op == "sida_loss" and job.method != "sida"
+        idle |= op == "block" and ARCHITECTURES[job.network.architecture].filter != (1, 1)
         for backend in backends_of(op)[1:]:
-            if not idle and (cuda or backend == "cuda"):
+            host_only = backend == "cuda" and op in dispatch.HOST_ONLY
+            if not idle and (not host_only if cuda else backend == "cuda"):
                 yield op, backend
+
+
+def restores_defaults(before: Candidate, after: Candidate, device: str) -> bool:
+    """Whether all that changes from one to the other is that operations get their defaults."""
+    usual = dispatch.DEFAULTS[torch.device(device).type]
+    changed = {op: b for op, b in after.kernels.items() if before.kernels.get(op) != b}
+    defaults = all(usual.get(op, "eager") == backend for op, backend in changed.items())
+    return bool(changed) and defaults and after == before.changed(kernels=changed)
 
 
 Change = tuple[str, dict[str, Any]]  # a name, and what it changes of a Candidate
@@ -127,18 +148,22 @@ def shortlist(job: "Job", base: Candidate, proven: list[tuple[str, str]]) -> lis
 
     base: the candidate that came first; proven: operations and backends that are right alone.
     """
-    cuda = job.device != "cpu"
     single = [(op, backend) for op, backend in proven if op != "block"]
-    if not cuda:  # where Adam alone has another backend
-        changes: list[Change] = [("C++ Adam", {"kernels": {op: b}}) for op, b in single]
-        changes.append(("channels-last", {"channels_last": True}))
+    usual = dispatch.DEFAULTS[torch.device(job.device).type]
+    kernels: list[Change] = []
+    # Together, as each alone may gain less than steps vary by.
+    defaults = {op: backend for op, backend in single if usual.get(op) == backend}
+    if len(defaults) > 1:
+        kernels.append(("defaults", {"kernels": defaults}))
+    kernels += [(name_of(op, b, job.device), {"kernels": {op: b}}) for op, b in single]
+    if job.device == "cpu":
+        changes = [*kernels, ("channels-last", {"channels_last": True})]
         now, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
         if "OMP_NUM_THREADS" not in os.environ:
             counts = sorted({1, max(cores // 2, 1), cores} - {now}, reverse=True)
             changes += [(f"{n} threads", {"threads": n}) for n in counts]
         return changes
-    changes = [("CUDA graphs", {"cuda_graph": True})]
-    changes += [(f"{op} {b}", {"kernels": {op: b}}) for op, b in single]
+    changes = [("CUDA graphs", {"cuda_graph": True}), *kernels]
     if all((op, "triton") in proven for op in FUSED):
         changes.append(("fused block", {"kernels": dict.fromkeys(FUSED, "triton")}))
     changes += [

@@ -24,9 +24,9 @@ from sid_fast.tools.op_counter import Backends, Count, Op, fake, forward
 from sid_fast.training.step import Trainer
 
 ALLOWANCE = 2 * GIB  # CUDA context, cuDNN workspaces, allocator fragmentation
-# Cost of a SiD step per image, in forward passes (a backward is 2, without weight gradients 1):
-# fake score step G 1, ψ 3; generator step G 3, φ 2, ψ 2. SiDA adds 3 of the encoder to the former.
-FORWARDS = 11
+# Cost of a step per image by method, in forward passes (a backward is 2, without weight gradients
+# 1). SiD: fake score step G 1, ψ 3; generator step G 3, φ 2, ψ 2. SiDA adds 3 of the encoder.
+FORWARDS = {"sid": 11, "sida": 12, "edm": 3}
 LATE = 10**15  # images seen, after every warm-up
 SHARDED = ("weights", "gradients", "optimiser", "average")  # kinds that fsdp always shards
 

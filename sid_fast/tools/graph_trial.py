@@ -6,19 +6,55 @@ graphs does not try them first itself.
 
 import dataclasses
 import os
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from sid_fast.kernels import dispatch
 from sid_fast.models import NetworkConfig
 from sid_fast.performance import process_group
+from sid_fast.performance.cuda_graphs import resolve_cuda_graph
 from sid_fast.tools.candidates import Candidate
 from sid_fast.tools.isolation import Child, Failed
 from sid_fast.tools.proof import Job
 from sid_fast.tools.trial import Trial
 
 LIMIT = 180  # seconds; in most of them Triton compiles what the run needs as well
+
+
+def choose(
+    mode: str,
+    candidate: Candidate | None,
+    config: NetworkConfig,
+    settings: Any,
+    device: torch.device,
+    sharded: bool,
+    deterministic: bool,
+) -> tuple[str, bool | Literal["auto"], str]:
+    """Decide whether a run uses CUDA graphs; auto tries them first, unless it was tuned.
+
+    A collective: every rank must call it.
+
+    Args:
+        mode: --cuda-graph.
+        candidate: the result of tuning; None: not tuned.
+        config: of the network.
+        settings: of the method.
+        device: of the run.
+        sharded: whether the networks are.
+        deterministic: see Job.
+
+    Returns:
+        --cuda-graph for evaluations, Trainer's cuda_graph, and a note for the user or "".
+    """
+    graphs, note = resolve_cuda_graph(mode, device, sharded)
+    if not graphs or mode != "auto":
+        return mode, graphs, note
+    if candidate:
+        return ("auto", "auto", "") if candidate.cuda_graph else ("off", False, "")
+    if reason := failure_reason(config, settings, device, deterministic):
+        return "off", False, f"CUDA graphs are off: {reason}"
+    return "auto", "auto", ""
 
 
 def failure_reason(

@@ -5,7 +5,12 @@ import os
 import resource
 from pathlib import Path
 
+import torch
+
 from sid_fast.errors import UserError
+from sid_fast.evaluation.sample import MAX_FEATURES
+from sid_fast.models import NetworkConfig
+from sid_fast.sampling import group_size
 
 GIB = 2**30
 CGROUP_LIMITS = (  # of a container: version 2 and 1
@@ -34,4 +39,42 @@ def require(nbytes: float, what: str, instead: str) -> None:
         raise UserError(
             f"{what} would take about {nbytes / GIB:,.0f} GiB of memory, and this machine has "
             f"{available / GIB:.0f}: {instead}"
+        )
+
+
+def require_features(network: NetworkConfig, images: int, detector: str) -> None:
+    """Raise UserError if the statistics of --detector pixels cannot fit in memory.
+
+    Args:
+        network: Makes the images; the real ones are alike.
+        images: In a sample set.
+        detector: Of the command; other detectors have few features.
+    """
+    if detector == "pixels":
+        features = network.channels * network.resolution**2
+        stored = 4 * min(images, MAX_FEATURES) * features
+        require(
+            2 * stored + 4 * 8 * features**2,  # gathered; products, covariances
+            f"statistics of {images:,} images of {features:,} pixel values",
+            "use another --detector, or fewer images",
+        )
+
+
+def least_forward_bytes(network: NetworkConfig, images: int) -> int:
+    """A lower bound of a forward pass's bytes: the skips and two feature maps, in float32."""
+    maps = [
+        network.model_channels * multiplier * (network.resolution >> level) ** 2
+        for level, multiplier in enumerate(network.channel_mult)
+    ]
+    return 4 * images * (network.num_blocks * sum(maps) + 2 * max(maps))
+
+
+def require_forward(network: NetworkConfig, device: torch.device) -> None:
+    """Raise UserError if generating a batch of images on a CPU cannot fit in its memory."""
+    if device.type == "cpu":
+        images = group_size(device, network.resolution)
+        require(
+            least_forward_bytes(network, images),
+            f"generating {images} images with a {network} network",
+            "use a GPU or a smaller network",
         )

@@ -1,12 +1,112 @@
 """--micro-batch auto: find the largest micro-batch that fits by trying steps."""
 
+import copy
+import dataclasses
 import gc
+import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from sid_fast.errors import RunFailed
-from sid_fast.performance import process_group
+from sid_fast import kernels
+from sid_fast.config.types import PretrainSettings, micro_batches
+from sid_fast.distiller import data_free_method
+from sid_fast.errors import RunFailed, UserError
+from sid_fast.io.streams import note
+from sid_fast.models import EDMNetwork, NetworkConfig
+from sid_fast.performance import fsdp, mixed_precision, process_group
+from sid_fast.performance.activation_checkpoint import checkpoint_activations
+from sid_fast.tools import estimator
+from sid_fast.training.step import Trainer
+
+EVALUATION = 3 * estimator.GIB // 2  # detector, its activations and those of a generated batch
+
+
+def estimated(
+    network: NetworkConfig,
+    config: Any,
+    settings: Any,
+    device: torch.device,
+    sharding: fsdp.ShardingPlan,
+) -> int:
+    """Estimate the largest micro-batch for rank 0's GPU, before anything is allocated there.
+
+    Counts what the chosen backends keep in memory, and leaves room for evaluations.
+
+    Args:
+        network: of the teacher.
+        config: the run's options (config.types.StepOptions and RunOptions).
+        settings: of the run's method.
+        device: of the run.
+        sharding: layout of the networks over the ranks.
+
+    Raises:
+        UserError: Not even the smallest micro-batch fits, or config.micro_batch needs more than the
+            GPU's memory; the message gives the sizes and what would fit.
+    """
+    world = process_group.world_size()
+    sizes = micro_batches(settings, world)
+    resolved = mixed_precision.resolve_precision(settings, device)
+    backends = kernels.dispatch.runs(device)
+    counts = estimator.counts(network, resolved, config.checkpoint_activations, backends)
+    layout = world, sharding.dp_shard, sharding.reshard_after_forward
+    reserved = EVALUATION if config.eval_every else 0
+    free, total = (nbytes - reserved for nbytes in torch.cuda.mem_get_info(device))
+    upper = estimator.estimated_micro_batch(counts, sizes, free, *layout)
+    upper = process_group.broadcast_from_rank0(lambda: upper)
+    asked = config.micro_batch if isinstance(config.micro_batch, int) else sizes[-1]
+    need = counts.memory(asked, *layout).total()
+    if upper and need <= total:
+        return upper
+    way = f"--micro-batch {upper} fits" if upper else "use --checkpoint-activations or more GPUs"
+    if not upper and world > 1 and sharding.dp_shard == 1:
+        way = "use --parallel fsdp"
+    raise UserError(
+        f"micro_batch={asked} needs an estimated {need / estimator.GIB:.1f} GiB; {device} has "
+        f"{free / estimator.GIB:.1f} GiB free of {total / estimator.GIB:.1f}: {way}, and "
+        "python -m sid_fast.plan estimates any other GPU"
+    )
+
+
+def that_fits(
+    net: EDMNetwork, config: Any, settings: Any, upper: int, sharding: fsdp.ShardingPlan
+) -> int:
+    """The largest micro-batch that fits on every GPU, in images.
+
+    Tries one step per size, from the start down, until one fits. With sharded networks nothing is
+    tried: a rank that runs out of memory would leave the others waiting in a collective.
+
+    Args:
+        net: the teacher, or the network to train as one, on this rank's GPU; not changed.
+        config: config.micro_batch is the resumed run's size, tried first; None: start from `upper`.
+        settings: of the run's method.
+        upper: the estimate to start from otherwise.
+        sharding: layout of the networks over the ranks.
+    """
+
+    def try_step(n: int) -> None:
+        if sharding.mesh is not None:
+            return
+        single = dataclasses.replace(settings, batch_size=n, micro_batch=n)
+        resolved = mixed_precision.resolve_precision(single, next(net.parameters()).device)
+        # Trained itself, or a frozen teacher that 16 bit would cast.
+        mine = isinstance(settings, PretrainSettings)
+        mine |= mixed_precision.TYPES[resolved.precision] != torch.float32
+        method = data_free_method(copy.deepcopy(net) if mine else net, resolved)
+        trainer = Trainer(method, resolved, sharding=fsdp.SINGLE_PROCESS)
+        if config.checkpoint_activations:
+            checkpoint_activations(*method.frozen.values(), *method.networks.values())
+        with trainer.updates_disabled():
+            trainer.dry_run()
+
+    def log(line: str) -> None:
+        if process_group.rank() == 0:
+            note(line, sys.stdout)
+
+    sizes = micro_batches(settings, process_group.world_size())
+    start = config.micro_batch if isinstance(config.micro_batch, int) else upper
+    return largest_micro_batch(sizes, start, try_step, log)
 
 
 def largest_micro_batch(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from sid_fast.config.types import micro_batches
+from sid_fast.io import progress
 from sid_fast.tools import candidates, timing, verdicts
 from sid_fast.tools.candidates import Candidate, Change
 from sid_fast.tools.estimator import GIB
@@ -65,8 +67,16 @@ class Row:
             row = cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)})
         except (TypeError, KeyError) as error:
             raise ValueError(f"no row: {error}") from error
+        texts = isinstance(row.name, str) and isinstance(row.wrong, str)
+        figures = (row.ms, row.low, row.high, row.images, row.gib)
+        if not (texts and isinstance(row.won, bool) and all(map(_is_figure, figures))):
+            raise ValueError("no row: it has values of wrong types")
         row.candidate = candidates.from_json(row.candidate)
         return row
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and 0 <= value < math.inf)
 
 
 class Runner:
@@ -168,13 +178,15 @@ class Tournament:
         cuda, base = self.device.type == "cuda", self._eager()
         sizes: list[int | None] = [None]
         if cuda and "micro_batch" not in self.job.pinned:
-            sizes = [n for n in micro_batches(self.job.settings, self.job.ranks) if n <= 64]
+            whole = micro_batches(self.job.settings, self.job.ranks)
+            sizes = [n for n in whole if n <= 64] or [whole[-1]]
         for size in sizes:
             row = Row("eager", base.changed(micro_batch=size))
             runner = Runner(self.job, row)
             try:
-                runner.prepare()
-                self._turns([runner])
+                with progress.phase(f"tuning: {row.name}"):
+                    runner.prepare()
+                    self._turns([runner])
                 runner.note()
                 row.won = True
             except Failed as failed:
@@ -186,13 +198,18 @@ class Tournament:
 
     def _operations(self) -> list[tuple[str, str]]:
         """Operations and backends that are right alone, in float32."""
-        job, augmented = self.job, bool(getattr(self.job.settings, "augment_p", 0))
-        found = list(candidates.operations(job.network, augmented, job.kernels, self.device))
+        found = list(candidates.operations(self.job))
         eager = self._eager().changed(cuda_graph=False, compile=False)
-        rows = [Row(f"{op} {b} alone", eager.changed(kernels={op: b})) for op, b in found]
+        names = [candidates.name_of(op, b, self.job.device) for op, b in found]
+        rows = [
+            Row(f"{name} alone", eager.changed(kernels={op: b}))
+            for name, (op, b) in zip(names, found, strict=True)
+        ]
         together = max(min(verdicts.cores() // 2, SIDE_BY_SIDE), 1)  # they compile
-        for start in range(0, len(rows), together):
-            self._alone(rows[start : start + together])
+        with progress.phase("tuning: checking", len(rows), "operations") as shown:
+            for start in range(0, len(rows), together):
+                self._alone(rows[start : start + together])
+                shown.update(len(rows[start : start + together]))
         for row in rows:
             if row.wrong == OUT_OF_MEMORY:  # beside the others
                 self._alone([row])
@@ -231,6 +248,13 @@ class Tournament:
             row.wrong = NOT_TRIED
             self._add(row)
             return row
+        with progress.phase(f"tuning: {row.name}") as shown:
+            shown.details = lambda: [f"{max(self.left, 0):.0f} s of the budget left"]
+            self._compete(row, seconds)
+        return row
+
+    def _compete(self, row: Row, seconds: float) -> None:
+        """Let the candidate of a row challenge the best one."""
         champion, challenger, alone = self.champion, Runner(self.job, row), False
         try:
             try:
@@ -257,7 +281,6 @@ class Tournament:
         loser.child.close()
         if self.champion.child.closed:
             self.champion.restart()
-        return row
 
     def _ready(self, challenger: Runner) -> bool:
         """Whether it is right; then it has warmed up, too."""
@@ -280,16 +303,23 @@ class Tournament:
         self.left -= time.monotonic() - began
 
     def _wins(self, challenger: Runner, alone: bool) -> bool:
-        """Whether it beats the champion beyond both spreads, leaks nothing and leaves room."""
+        """Whether it beats the champion beyond both spreads, leaks nothing and leaves room.
+
+        Default backends win unless the champion beats them beyond the spreads: otherwise a run that
+        was tuned on a noisy machine would give them up for nothing.
+        """
         challenger.note()
         row = challenger.row
         assert row.gib is not None
         row.wrong = challenger.leak()
         if self.memory and row.gib * GIB > ROOM * self.memory:
             row.wrong = f"needs {row.gib:.1f} of {self.memory / GIB:.1f} GiB: no room beside it"
-        _, _, slow = timing.spread(challenger.times(alone))
-        fast, _, _ = timing.spread(self.champion.times(alone))
-        return not row.wrong and slow < fast
+        fast, _, slow = timing.spread(challenger.times(alone))
+        champion_fast, _, champion_slow = timing.spread(self.champion.times(alone))
+        champion = self.champion.row.candidate
+        if candidates.restores_defaults(champion, row.candidate, self.job.device):
+            return not row.wrong and fast <= champion_slow
+        return not row.wrong and slow < champion_fast
 
 
 def best(rows: list[Row]) -> Row | None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from sid_fast.config.types import group_size
 from sid_fast.errors import UserError
-from sid_fast.io.atomic import atomic_path
+from sid_fast.io.atomic import atomic_path, remove_abandoned
 from sid_fast.io.cache import user_cache
 from sid_fast.io.untrusted import parse_json, read_limited
 from sid_fast.kernels import _cuda, dispatch
@@ -22,7 +23,10 @@ from sid_fast.tools.trial import reference_kernel
 from sid_fast.training.environment import installed, processor
 
 # Whatever decides how a step runs, by folder or file of the package.
-CODE = ("performance", "models", "methods", "training", "tools")
+CODE = (
+    "performance", "models", "methods", "training", "tools", "augment.py", "distiller.py",
+    "losses.py", "noise.py",
+)  # fmt: skip
 SOURCES = (".py", ".cu", ".h", ".cpp")
 
 
@@ -68,8 +72,9 @@ def code() -> str:
     """A digest of what a step is made of."""
     sha = hashlib.sha256()
     root = Path(__file__).parents[1]
-    for folder in (Path(dispatch.__file__).parent, *(root / name for name in CODE)):
-        for path in sorted(p for p in folder.rglob("*") if p.suffix in SOURCES):
+    for source in (Path(dispatch.__file__).parent, *(root / name for name in CODE)):
+        files = [source] if source.is_file() else source.rglob("*")
+        for path in sorted(p for p in files if p.suffix in SOURCES):
             sha.update(path.read_bytes())
     return sha.hexdigest()[:16]
 
@@ -93,8 +98,11 @@ def key(job: Job, found: dict[str, Any]) -> dict[str, Any]:
         "layout": job.layout,
         "ranks": job.ranks,
         "images": job.share,
+        "group": group_size(settings),
         "micro_batch": settings.micro_batch,
         "kernels": job.kernels,
+        "cuda_graph": job.cuda_graph,
+        "compile": job.compile,
         "recompute": job.recompute,
         "pinned": sorted(job.pinned),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
@@ -126,10 +134,14 @@ def save(key: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     path = place(key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path.parent)
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps({"key": key, "rows": rows}, indent=1), "utf-8")
     except OSError as error:
-        return f"{path.parent} cannot be written ({error.strerror})"
+        return (
+            f"{path.parent} cannot be written ({error.strerror}): set SID_FAST_CACHE to a folder "
+            "you can write to"
+        )
     except UserError as error:
         return str(error)
     return ""

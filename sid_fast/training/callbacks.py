@@ -7,12 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from sid_fast.config.types import RunOptions
 from sid_fast.data.datasets import ImageDataset
 from sid_fast.data.images import save_grid
-from sid_fast.data.readers import choose
 from sid_fast.errors import UserError, one_line
 from sid_fast.evaluation.curve import save_curve
 from sid_fast.evaluation.features import label, load_detector
@@ -24,11 +22,12 @@ from sid_fast.evaluation.sample import (
     compute_stats,
     generate_batches,
 )
+from sid_fast.io import progress, streams
 from sid_fast.models import EDMNetwork
 from sid_fast.models.registry import save_network
 from sid_fast.performance import fsdp, process_group
 from sid_fast.performance.cuda_graphs import resolve_cuda_graph
-from sid_fast.sampling import to_uint8
+from sid_fast.sampling import group_size, to_uint8
 from sid_fast.training.checkpoint import Trainer, prune, thin_out
 from sid_fast.training.logging import read_log
 from sid_fast.training.random_streams import fixed_grid_inputs
@@ -66,12 +65,16 @@ class Snapshots:
         snapshot = folder / f"snapshot-{images}.safetensors"
         save_network(snapshot, net)
         prune(folder, "snapshot-*.safetensors", self.keep, snapshot)
-        columns = net.config.label_dim
+        columns = len(net.config.classes)
         columns = columns if 1 < columns <= 16 else 10
         device = next(net.parameters()).device
         z, labels = fixed_grid_inputs(net.config, self.seed, GRID // columns * columns)
-        grid = self.make(net, z.to(device), None if labels is None else labels.to(device))
-        save_grid(folder / f"samples-{images}.png", to_uint8(grid), columns)
+        size = group_size(device, net.config.resolution)  # all at once may exceed a CPU's memory
+        grid = []
+        for rows in torch.arange(len(z)).split(size):
+            c = None if labels is None else labels[rows].to(device)
+            grid.append(to_uint8(self.make(net, z[rows].to(device), c)).cpu())
+        save_grid(folder / f"samples-{images}.png", torch.cat(grid), columns)
         thin_out(folder, "samples-*.png", MAX_GRIDS)
         return {}
 
@@ -110,11 +113,11 @@ class Evaluations:
         device = next(net.parameters()).device
         self.cuda_graph, _ = resolve_cuda_graph(cuda_graph, device)
         self.clock = StageTimer(device)
-        with process_group.main_process_first():  # may download
+        loading = progress.phase(f"loading the detector {options.detector}")
+        with process_group.main_process_first(), loading:  # may download
             self.detector = load_detector(options.detector, device, options.trust)
         self.name = label("frechet_distance", self.detector)
-        reader = choose() if data else "plain"
-        self.real = real_stats(options.ref, data, self.detector, self.clock, reader)
+        self.real = real_stats(options.ref, data, self.detector, self.clock, "auto")
         self.classes = classes_to_draw(data, net)
         self.baseline_failed = False
 
@@ -170,7 +173,8 @@ class Evaluations:
         metrics = ("fid", "kid") if self.count < FID_ONLY_FROM else ("fid",)
         try:
             # Raises on all ranks or on none, so that the others do not wait for one that is gone.
-            sample = compute_stats(images, self.count, self.detector, self.clock, "evaluation")
+            title = f"evaluation of {what}"
+            sample = compute_stats(images, self.count, self.detector, self.clock, title)
             if process_group.rank():
                 return {}
             values = compare(self.real, sample, self.detector, self.clock, metrics)
@@ -178,7 +182,7 @@ class Evaluations:
             if process_group.rank() == 0:
                 at = f"{self.trainer.images / 1000:g} kimg"
                 warn = f"warning: the evaluation of {what} at {at} failed: {error}"
-                tqdm.write(f"{one_line(warn)}; training continues", file=sys.stderr)
+                streams.say(f"{one_line(warn)}; training continues", sys.stderr)
             return {}
         return {label(name, self.detector): value for name, value in values.items()}
 

@@ -7,7 +7,6 @@ state.json holds the sha256 of every file, and the time of writing, by which sta
 copied folder has lost its file times.
 """
 
-import dataclasses
 import fcntl
 import json
 import math
@@ -25,10 +24,20 @@ from typing import Any, Protocol, cast
 
 import torch
 
+from sid_fast.config.types import recorded
 from sid_fast.errors import UserError
 from sid_fast.io.atomic import TEMPORARY, atomic_path, flush, temporary_name
 from sid_fast.io.download import file_sha256
+from sid_fast.io.lock import holder
+from sid_fast.io.safetensors import check_header
 from sid_fast.io.streams import say
+from sid_fast.io.untrusted import (
+    MAX_NETWORK_BYTES,
+    brief,
+    naming,
+    read_json,
+    require_file,
+)
 from sid_fast.performance import process_group
 
 PATTERN = "state-*[0-9]"
@@ -38,6 +47,7 @@ HEADER_TYPES = {
 }  # fmt: skip
 FILES_PER_RANK = 4
 NO_RUN_ID = "none"  # torchrun's id for runs that were given none
+MAX_HEADER_BYTES = 1 << 24  # of a state.json or config.json; 1,000 ranks take 1 MB
 FIND_ATTEMPTS = 100  # at a state, while the run that writes it prunes its older ones
 # Files that a run writes with atomic_path, and folders of states that are written or removed.
 RUN_FILES = re.compile(
@@ -59,6 +69,7 @@ class Trainer(Protocol):
     method: Any  # has `progress`: metrics of the progress line, and their labels
     steps: int
     images: int
+    grad_accum_steps: int
 
     def step(self) -> dict[str, torch.Tensor]:
         """Update every network once and return the metrics."""
@@ -120,7 +131,7 @@ class States:
             "steps": self.trainer.steps,
             "images": self.trainer.images,
             "processes": process_group.world_size(),
-            "options": dataclasses.asdict(self.options),
+            "options": recorded(self.options),
             **self.extra,
         }
         if process_group.rank() == 0:
@@ -233,7 +244,7 @@ def _open_header(path: Path, mode: int, operation: int) -> int | bool | None:
         The descriptor; None without that file; False if another process has it locked.
     """
     try:
-        file = os.open(path / HEADER, mode)
+        file = os.open(path / HEADER, mode | os.O_NONBLOCK)  # it may be a pipe
     except OSError:
         return None
     try:
@@ -425,10 +436,10 @@ def find_restarted_run(out: str | None) -> Path | None:
     runs = {}
     for path in [Path(out) / "config.json"] if out else Path("runs").glob("*/config.json"):
         try:
-            config = json.loads(path.read_text("utf-8"))
+            config = read_json(path, MAX_HEADER_BYTES)
             if config.get("launch", "") == launch or not launch:
                 runs[path.parent] = float(config.get("started_at", 0))
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        except (UserError, ValueError, TypeError, AttributeError):
             continue  # not a run's
     return max(runs, key=lambda folder: (runs[folder], folder.name)) if runs else None
 
@@ -441,26 +452,28 @@ def _parse_header(path: Path) -> dict[str, Any]:
         FileNotFoundError: There is none.
     """
     try:
-        header = json.loads((path / HEADER).read_text("utf-8"))
+        header = read_json(path / HEADER, MAX_HEADER_BYTES)
         for name, kind in HEADER_TYPES.items():
             value = header[name]
             if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**63):
                 raise ValueError(f"{name} is not a valid {kind.__name__}")
         if not math.isfinite(header.get("written_at", 0.0)):
             raise ValueError("written_at is not a time")
+        if not isinstance(header.get("tuning", {}), dict):
+            raise ValueError("tuning is not a valid dict")
         for name, size in header["files"].items():
             if Path(name).name != name or type(size) is not int:
                 raise ValueError("files are not names and sizes")
         for name, sha256 in header.get("digests", {}).items():
             if name not in header["files"] or not isinstance(sha256, str):
                 raise ValueError("digests are not those of the files")
-    except FileNotFoundError:
-        raise
     except KeyError as error:
         raise UserError(
             f"{path} is not a complete training state ({error} is missing): resume from another"
         ) from error
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (UserError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise error.__cause__ from None
         raise UserError(
             f"{path} is not a complete training state ({error}): resume from another"
         ) from error
@@ -474,11 +487,16 @@ def read_header(path: Path) -> dict[str, Any]:
         UserError: It is not a state, or it is incomplete.
     """
     if not path.is_dir():
-        raise UserError(f"{path} is not a training state: use a state-* folder or a run folder")
+        raise _missing(path)
     try:
         header = _parse_header(path)
         for name, size in header["files"].items():
-            actual = (path / name).stat().st_size
+            try:
+                actual = require_file(path / name, MAX_NETWORK_BYTES)
+            except UserError as error:
+                raise UserError(
+                    f"{path} is not a complete training state ({error}): resume from another"
+                ) from error
             if actual != size:
                 raise UserError(
                     f"{path / name} has {actual} bytes instead of {size}: resume from another state"
@@ -487,32 +505,53 @@ def read_header(path: Path) -> dict[str, Any]:
         for file in path.glob("*.safetensors"):
             if file.name not in header["files"]:
                 raise UserError(f"{file} does not belong to the state: move it elsewhere")
-    except OSError as error:
+    except (OSError, UserError) as error:
+        if not path.is_dir():
+            raise _missing(path) from error
+        if isinstance(error, UserError):
+            raise
         raise UserError(
             f"{path} is not a complete training state ({error}): resume from another"
         ) from error
     return header
 
 
+def _missing(path: Path) -> UserError:
+    """Make the error for a state that is none, or that the run in its folder has pruned."""
+    if running := holder(path.parent):
+        return UserError(
+            f"{path} is gone, and {path.parent} is in use by {running}: wait for it to end, or "
+            "stop it"
+        )
+    return UserError(f"{path} is not a training state: use a state-* folder or a run folder")
+
+
 def _verify(path: Path, header: dict[str, Any]) -> None:
-    """Compare the files with their digests, shared out over the ranks.
+    """Compare the files with their digests and check what they declare, shared out over the ranks.
 
     States of older versions hold no digests.
 
     Raises:
-        UserError: A file has changed since it was written; on all ranks.
+        UserError: A file has changed since it was written, or is no shard; on all ranks.
     """
     digests, problem = header.get("digests", {}), ""
-    for name in sorted(digests)[process_group.rank() :: process_group.world_size()]:
+    for name in sorted(header["files"])[process_group.rank() :: process_group.world_size()]:
+        file = path / name
         try:
-            if file_sha256(path / name) != digests[name]:
-                problem = (
-                    problem or f"{path / name} is damaged: its sha256 is not that of state.json"
-                )
+            if name in digests and file_sha256(file) != digests[name]:
+                raise UserError(f"{file} is damaged: its sha256 is not that of state.json")
+            with naming(file, "a shard of a training state"):
+                check_header(file)
         except OSError as error:
-            problem = problem or f"{path / name} cannot be read ({error.strerror})"
+            problem = problem or f"{file} cannot be read ({error.strerror})"
+        except UserError as error:
+            problem = problem or str(error)
     if problem := process_group.first_text(problem):
         raise UserError(f"{problem}; resume from another state")
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else brief(value)
 
 
 def load_state(path: Path, trainer: Trainer) -> dict[str, Any]:
@@ -539,8 +578,8 @@ def _load(path: Path, trainer: Trainer) -> dict[str, Any]:
         saved, value = header["identity"].get(name), fingerprint.get(name)
         if saved != value:
             raise UserError(
-                f"{path} was written with {name}={saved}, this run has {name}={value}: resume "
-                "with the same settings, or start a new run"
+                f"{path} was written with {name}={_text(saved)}, this run has {name}={value}: "
+                "resume with the same settings, or start a new run"
             )
     _verify(path, header)
     state = trainer.state_dict()

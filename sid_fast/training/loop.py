@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
@@ -16,13 +17,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from sid_fast.config.types import RunOptions, smaller_micro_batch
+from sid_fast.config.types import RunOptions, recorded, smaller_micro_batch
 from sid_fast.errors import OutOfMemory, RunFailed, UserError, WriteFailed
-from sid_fast.io import streams
+from sid_fast.io import invocation, progress, streams
 from sid_fast.io.atomic import atomic_path
 from sid_fast.io.lock import RunLock
-from sid_fast.performance import determinism, process_group
-from sid_fast.performance.compile import heartbeat
+from sid_fast.io.terminal import replaces_lines
+from sid_fast.performance import determinism, process_group, ranges
+from sid_fast.performance.compile import compiled_graphs
 from sid_fast.training.checkpoint import (
     PATTERN,
     States,
@@ -35,11 +37,15 @@ from sid_fast.training.checkpoint import (
 )
 from sid_fast.training.environment import environment, peak_gib
 from sid_fast.training.logging import Log, read_log
+from sid_fast.training.profile import StepTrace
+from sid_fast.training.sinks import FINISH_SECONDS, open_sinks
 
 Artifact = tuple[str, Callable[[Path], dict[str, float]]]  # "snapshot" or "evaluation"
 
 MAX_FAILED_STEPS = 20  # failed steps in a row after which a run stops
 FAULT_METRICS = ("dropped", "nonfinite", "skipped", "failed")  # summed between log lines
+SAVE_RATE = 100e6  # bytes/s: a slow disk's, until a save was timed
+TIME_IS_UP = 75  # exit status of --max-hours: EX_TEMPFAIL of sysexits.h, "try again later"
 
 
 def open_folder(options: RunOptions, name: str, resume: Path | None) -> Path:
@@ -102,6 +108,18 @@ def _next_number(name: str) -> int:
             return number
 
 
+# What a run folder offers at its end: the newest of each sort.
+MADE = (
+    "best-*.safetensors", "snapshot-*.safetensors", "samples-*.png", "distance.png", "log.jsonl",
+    "tensorboard", "profile",
+)  # fmt: skip
+
+
+def made_by(folder: Path) -> list[Path]:
+    """The files and folders of a run that a user looks for, those that exist."""
+    return [sorted(paths)[-1] for kind in MADE if (paths := list(folder.glob(kind)))]
+
+
 @contextlib.contextmanager
 def signals(nothing_to_save: Callable[[], bool]) -> Iterator[list[signal.Signals]]:
     """Collect SIGTERM, SIGINT and SIGHUP in a list, to be read between steps.
@@ -155,6 +173,53 @@ class Throughput:
         return rate
 
 
+class TimeLimit:
+    """--max-hours: tells when to stop so that a state is complete in time.
+
+    Counts the longest save and step so far, and a twentieth of the time, at most half a minute, for
+    what nobody measures.
+
+    Args:
+        hours: From the start of the process; None: no limit.
+        state_bytes: Size of a state, which estimates the first save.
+    """
+
+    def __init__(self, hours: float | None, state_bytes: int = 0):
+        self.hours = hours
+        self.end = math.inf
+        if hours is not None:
+            self.end = invocation.started() + 3600 * hours - min(30.0, 180 * hours)
+        self.estimate, self.save_seconds = state_bytes / SAVE_RATE, 0.0
+        self.step_seconds = 0.0
+        self._stepped = self._saving = math.nan
+
+    def save_begun(self) -> None:
+        """Call when a save begins."""
+        self._saving = time.monotonic()
+
+    def save_ended(self) -> None:
+        """Call when a save is complete; without one in progress, it does nothing."""
+        if not math.isnan(self._saving):
+            self.save_seconds = max(self.save_seconds, time.monotonic() - self._saving)
+        self._saving = math.nan
+
+    def stepped(self) -> None:
+        """Call after every step."""
+        now = time.monotonic()
+        if not math.isnan(self._stepped):
+            self.step_seconds = max(self.step_seconds, now - self._stepped)
+        self._stepped = now
+
+    def paused(self) -> None:
+        """Call after work between two steps, which must not count as a step."""
+        self._stepped = time.monotonic()
+
+    def is_up(self, more: float = 0.0) -> bool:
+        """Whether another step, `more` seconds of work and a save no longer fit."""
+        save = self.save_seconds or self.estimate
+        return time.monotonic() + self.step_seconds + save + more >= self.end
+
+
 class InputWaits:
     """The share of this rank's steps that waited for real images, since the last reading."""
 
@@ -200,29 +265,44 @@ class Loop:
         self.name, self.headline, self.extra = name, headline, dict(extra)
         self.end = round(options.kimg * 1000)
         self.throughput = Throughput()
+        size = sum(v.numel() * v.element_size() for v in trainer.state_dict().values())
+        self.limit = TimeLimit(options.max_hours, size)
+        self.limit.end -= FINISH_SECONDS if options.log_to == "wandb" else 0.0
+        self.took: dict[str, float] = {}  # the longest seconds of each sort of callback
+        self.parts: list[str] = []  # of the progress line
         self.throttle = process_group.host_throttle(trainer.device)
 
-    def run(self, resume: Path | None = None) -> None:
+    def run(self, resume: Path | None = None) -> bool:
         """Run to the end, from the start or from the state `resume`.
 
         Files that cannot be written during the run only cause a warning.
 
+        Returns:
+            Whether there was anything left to do.
+
         Raises:
-            SystemExit: A signal (code 128 + signal) stopped the run; its state is saved.
+            SystemExit: A signal (code 128 + signal) or --max-hours (TIME_IS_UP) stopped the run;
+                its state is saved.
             RunFailed: Too many steps in a row failed, or a file at the end cannot be written.
             UserError: The first file cannot be written, or the device is out of memory; then it
                 suggests a smaller micro-batch.
         """
+        if restart_count() and self.limit.is_up():  # torchrun restarts whoever leaves with a status
+            raise SystemExit(TIME_IS_UP)
         self.folder = open_folder(self.options, self.name, resume)
         with locked(self.folder, resume) as self.lock:
-            header = load_state(resume, self.trainer) if resume else None
+            header = None
+            if resume:
+                with progress.phase(f"reading {resume}"):
+                    header = load_state(resume, self.trainer)
             missing = self._missing() if resume else []
             if self.trainer.images >= self.end and not missing:
                 if process_group.rank() == 0:
                     remove_partial_files(self.folder)
                     streams.say(self._finished())
-                return
+                return False
             self._run(resume, header, missing)
+            return True
 
     def _finished(self) -> str:
         done = f"{self.trainer.images / 1000:g} kimg"
@@ -251,7 +331,7 @@ class Loop:
         if first:
             remove_partial_files(self.folder)
             machine = {"headline": self.headline, "environment": environment(self.trainer.device)}
-            config = dataclasses.asdict(self.options) | run_record() | self.extra | machine
+            config = recorded(self.options) | run_record() | self.extra | machine
             text = json.dumps(config, indent=2, ensure_ascii=False)
             with atomic_path(self.folder / "config.json") as temporary:
                 temporary.write_text(text + "\n", "utf-8")
@@ -263,17 +343,15 @@ class Loop:
             )
         with contextlib.ExitStack() as stack:
             stack.enter_context(determinism.refusals())
-            log = Log(self.folder, self.trainer.images if resume else -1) if first else None
-            self.log = log and stack.enter_context(log)
-            self.bar = stack.enter_context(
-                tqdm(
-                    total=self.end,
-                    initial=self.trainer.images,
-                    unit="img",
-                    unit_scale=True,
-                    disable=not (first and sys.stderr.isatty()),
-                )
-            )
+            self.log: Log | None = None
+            self.trace: StepTrace | None = None
+            if first:
+                sinks = open_sinks(self.options.log_to, self.folder, config)
+                log = Log(self.folder, self.trainer.images if resume else -1, sinks)
+                self.log = stack.enter_context(log)
+            if first and self.options.profile:
+                trace = StepTrace(self.folder, self.trainer.device, self.trainer.grad_accum_steps)
+                self.trace = stack.enter_context(trace)
             self.started = self.trainer.steps
             caught = stack.enter_context(signals(self._nothing_to_save))
             stack.push(self._stopped_early)
@@ -297,7 +375,12 @@ class Loop:
                 if self.evaluate:
                     self._run_callback("evaluation", self.evaluate)
             self._steps(caught)
-            self._print(f"done: snapshots, samples and log are in {self.folder}")
+            if self.trace and self.trace.pending:
+                self._print("note: no profile: the run ended before the steps that it traces")
+            if self.log:
+                took = tqdm.format_interval(time.monotonic() - invocation.started())
+                done = f"{self.trainer.images / 1000:g} kimg in {took}"
+                invocation.report(f"done: {done}", made_by(self.folder))
 
     def _nothing_to_save(self) -> bool:
         return self.trainer.steps == self.started
@@ -307,17 +390,47 @@ class Loop:
             self._print("stopped before the end of the first step: there is no new state to save")
 
     def _steps(self, caught: list[signal.Signals]) -> None:
+        done, end = (images / 1000 for images in (self.trainer.images, self.end))
+        with progress.phase("training", end, "kimg", done) as self.shown:
+            self.shown.details = lambda: self.parts
+            postponed = self._run_steps(caught)
+            signalled = process_group.all_reduce_any(bool(caught))
+        if self.trainer.images >= self.end and not postponed:
+            return
+        number = caught[0] if caught else signal.SIGTERM  # of another process
+        why = number.name if signalled else f"--max-hours {self.limit.hours:g}"
+        status = 128 + number if signalled else TIME_IS_UP
+        if self.log:
+            streams.say(
+                f"{why}: stopped at {self.trainer.images / 1000:g} kimg with exit status {status}; "
+                f"the state is saved: {self.states.path}"
+            )
+            invocation.suggest(self._resume_command())
+        raise SystemExit(status)
+
+    def _resume_command(self) -> str:
+        command = type(self.options).__name__.removesuffix("Config").lower()
+        if process_group.world_size() > 1:
+            return f"torchrun … -m sid_fast.{command} --resume {self.folder}"
+        return invocation.command_line(command, "--resume", self.folder)
+
+    def _run_steps(self, caught: list[signal.Signals]) -> bool:
+        """Run to the end, a signal or the time limit; whether an evaluation is left for resuming.
+
+        The last state is complete when this returns.
+        """
         trainer, options = self.trainer, self.options
         self.throughput, self.waits = Throughput(), InputWaits(trainer)
         failures: torch.Tensor | int = 0
         faults: dict[str, torch.Tensor] = {}
-        stop = False
+        stop = postponed = False
         unwritten: list[WriteFailed] = []
         while trainer.images < self.end and not stop:
             before = trainer.images
             first = trainer.steps == self.started
             try:
-                with heartbeat("first step", self._print) if first else contextlib.nullcontext():
+                alone = self._first_step() if first else contextlib.nullcontext()
+                with alone, ranges.named(f"step {trainer.steps + 1}"):
                     metrics = trainer.step()
             except OutOfMemory as error:
                 smaller = smaller_micro_batch(trainer.settings, process_group.world_size())
@@ -329,14 +442,16 @@ class Loop:
                     "minutes, or could not write; earlier states are kept"
                 )
             self.throughput.steps += 1
-            self.bar.update(trainer.images - before)
+            self.shown.update((trainer.images - before) / 1000)
+            self.limit.stepped()
             # Summed on the device until the next log line, to avoid host syncs.
             for name in metrics:
                 if name.endswith(FAULT_METRICS):
                     faults[name] = faults.get(name, 0) + metrics[name]
             failed = sum(v for name, v in metrics.items() if name.endswith("failed")) > 0
             failures = (failures + 1) * failed
-            stop = process_group.all_reduce_any(bool(caught))
+            time_is_up = self.limit.is_up(self.took.get("snapshot", 0.0))
+            stop = process_group.all_reduce_any(bool(caught) or time_is_up)
             self.throttle.step()
             end = trainer.images >= self.end
 
@@ -349,7 +464,10 @@ class Loop:
                 self._report(metrics, keep=False)
             if first:  # excluded from the throughput: it compiles
                 self.throughput = Throughput()
+            self._trace_step()
             self._warn(self.states.poll())
+            if not self.states.writing:
+                self.limit.save_ended()
             unwritten = []
             snapshot_due = end or self._is_due(before, options.snapshot_every)
             evaluate = self._evaluation(before)
@@ -360,21 +478,52 @@ class Loop:
                 if snapshot_due:
                     unwritten += self._run_callback("snapshot", self.snapshot)
                 if state_due:
-                    self._warn(self.states.begin())
+                    with progress.phase("saving the state"):
+                        self.limit.save_begun()
+                        self._warn(self.states.begin())
                 if evaluate and not stop:
                     # Complete the state first, in case the evaluation is interrupted.
-                    self._finish() if end else self._warn(self.states.finish())
-                    unwritten += self._run_callback("evaluation", evaluate)
-                    stop = process_group.all_reduce_any(bool(caught))
+                    self._finish() if end else self._warn(self._complete_state())
+                    # An evaluation that does not fit is made when the run is resumed.
+                    late = self.limit.is_up(self.took.get("evaluation", 0.0))
+                    postponed = process_group.all_reduce_any(late)
+                    if not postponed:
+                        unwritten += self._run_callback("evaluation", evaluate)
+                    stop = postponed or process_group.all_reduce_any(bool(caught))
+                elif evaluate:
+                    postponed = True
+            if snapshot_due or state_due:
+                self.limit.paused()
         self._finish()
         if unwritten and trainer.images >= self.end:
             raise RunFailed(f"{unwritten[0]}; the state is saved: {self.states.path}")
-        if trainer.images < self.end:
-            number = caught[0] if caught else signal.SIGTERM
-            self._print(
-                f"{number.name}: stopped, state saved; continue with --resume {self.folder}"
-            )
-            raise SystemExit(128 + number)
+        return postponed
+
+    @contextlib.contextmanager
+    def _first_step(self) -> Iterator[None]:
+        with progress.phase("first step, which compiles and allocates") as shown:
+            shown.details = compiled_graphs
+            yield
+        self.limit.paused()
+
+    def _trace_step(self) -> None:
+        if self.trace and self.trace.pending:
+            with self.throughput.paused():
+                try:
+                    if written := self.trace.step(self.trainer.steps):
+                        self._print(written)
+                except WriteFailed as error:
+                    self._warn(error)
+            self.limit.paused()
+
+    def _complete_state(self) -> str | None:
+        """Wait until the state is written; return the error message, or None."""
+        if not self.states.writing:
+            return None
+        with progress.phase("writing the state"):
+            problem = self.states.finish()
+        self.limit.save_ended()
+        return problem
 
     def _is_due(self, before: int, every_kimg: float) -> bool:
         every = every_kimg * 1000
@@ -389,7 +538,7 @@ class Loop:
 
     def _finish(self) -> None:
         """Wait for the last state; raise RunFailed if it cannot be written."""
-        if problem := self.states.finish():
+        if problem := self._complete_state():
             names = sorted(p.name for p in self.folder.glob(PATTERN))
             last = f"the last good state is {names[-1]}" if names else "this run has no state"
             raise RunFailed(f"{problem}; {last}")
@@ -405,8 +554,9 @@ class Loop:
 
         Once training has begun, a failed write is a warning, and returned.
         """
+        began = time.monotonic()
         try:
-            with heartbeat(what, self._print):
+            with progress.phase(what):
                 metrics = callback(self.folder)
         except WriteFailed as error:
             if not self.trainer.steps:
@@ -415,15 +565,17 @@ class Loop:
             self._print(f"warning: {error}")
             return [error]
         process_group.barrier()
+        self.took[what] = max(self.took.get(what, 0.0), time.monotonic() - began)
         self._record(metrics)
         parts = [f"{self.trainer.images / 1000:9.2f} kimg  {what}"]
         self._print("  ".join(parts + [f"{name} {value:.4g}" for name, value in metrics.items()]))
         return []
 
     def _print(self, line: str) -> None:
+        """Print a line; with --quiet, only a warning."""
         if self.log:
-            tqdm.write(streams.clean(line), file=sys.stdout)
-            sys.stdout.flush()
+            tell = streams.say if line.startswith("warning") else streams.note
+            tell(line, sys.stdout)
 
     def _record(self, values: dict[str, float]) -> None:
         if self.log and values:
@@ -443,19 +595,21 @@ class Loop:
         done = steps * self.trainer.settings.batch_size
         speed = rate * (method.work(now) - method.work(now - done)) / steps
         left = (method.work(self.end) - method.work(now)) / speed
-        parts = [
+        self.shown.left = left, time.monotonic()
+        start = [
             f"{self.trainer.images / 1000:9.2f} kimg",
             f"{min(100 * self.trainer.images / self.end, 100):3.0f} %",
-            f"{rate:.3g} it/s",
-            f"{images:.0f} img/s",
-            "ETA " + tqdm.format_interval(max(left, 0)),
-            *(f"{label} {values[name]:.4g}" for name, label in shown.items()),
         ]
+        speed = [f"{rate:.3g} it/s", f"{images:.0f} img/s"]
+        eta = ["ETA " + tqdm.format_interval(max(left, 0))]
+        parts = [f"{label} {values[name]:.4g}" for name, label in shown.items()]
         parts += [f"{k} {v:.0f}" for k, v in values.items() if k.endswith(FAULT_METRICS) and v]
         if method.feed:
             values["input_waits"] = share = self.waits.read()
             parts += [f"{share:.1%} of steps waited for images"] * (share > 0)
-        self._print("  ".join(parts))
+        self.parts = speed + parts
+        if not replaces_lines():
+            self._print("  ".join(start + speed + eta + parts))
         if keep:
             speed_and_memory = {"it_per_s": rate, "img_per_s": images}
             speed_and_memory["peak_gib"] = peak_gib(self.trainer.device)

@@ -24,10 +24,11 @@ def counter_of(seed: int, device: torch.device) -> torch.Tensor:
 def fixed_grid_inputs(
     config: NetworkConfig, seed: int, n: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Draw n fixed latents [n, C, R, R] and one-hot labels that cycle through the classes."""
+    """Draw n fixed latents [n, C, R, R] and one-hot labels that cycle through config.classes."""
     rng = torch.Generator().manual_seed(seed_of(seed, "gallery"))
     shape = (n, config.channels, config.resolution, config.resolution)
     labels = None
     if config.label_dim:
-        labels = torch.eye(config.label_dim)[torch.arange(n) % config.label_dim]
+        classes = torch.tensor(config.classes)
+        labels = torch.eye(config.label_dim)[classes[torch.arange(n) % len(classes)]]
     return torch.randn(shape, generator=rng), labels

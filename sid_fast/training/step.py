@@ -10,7 +10,7 @@ import torch
 from sid_fast.config.types import check, grad_accum_steps, resume_fingerprint
 from sid_fast.errors import OutOfMemory
 from sid_fast.methods.base import Method, Phase, RandomStream, stream_number
-from sid_fast.performance import fsdp, mixed_precision, process_group
+from sid_fast.performance import fsdp, mixed_precision, process_group, ranges
 from sid_fast.performance.compile import compile_blocks
 from sid_fast.performance.cuda_graphs import MAX_SINGLE_GRAPH_MICRO_BATCHES, GraphedStep
 from sid_fast.training.optimizer import AdamWithEMA, ema_beta
@@ -170,7 +170,8 @@ class Trainer:
         for phase in self.phases:
             for i in range(self.grad_accum_steps):
                 name = f"{phase.name} step".strip()
-                with annotate_oom(f"{name}, micro-batch {i + 1} of {self.grad_accum_steps}"):
+                batch = f"{name}, micro-batch {i + 1} of {self.grad_accum_steps}"
+                with annotate_oom(batch), ranges.named(batch):
                     micro_batch = inputs and inputs[phase.name][i]
                     self.backward(phase, micro_batch, first=i == 0, last=i == last)
             metrics |= self.update(phase)
@@ -214,20 +215,23 @@ class Trainer:
             sample = self.dropout_seeds[phase.name][:, 2]
             start = self.counter[2].expand_as(sample)
             torch.add(start, self.counter[1], alpha=self.settings.batch_size, out=sample)
-        losses = phase.loss(inputs)
+        with ranges.named(f"{phase.name} forward".strip()):
+            losses = phase.loss(inputs)
         losses = losses._replace(loss=torch.where(losses.kept, losses.loss, 0.0))
         loss, factors = losses.loss, self.factors[phase.name]
         if factors:
             terms = [factor * getattr(losses, name) for name, factor in factors.items()]
             loss = torch.where(losses.kept, torch.stack(terms).sum(0), 0.0)
         scale = phase.loss_scale / self.settings.batch_size
-        optimizer.backward(loss, losses, scale, last)
+        with ranges.named(f"{phase.name} backward".strip()):
+            optimizer.backward(loss, losses, scale, last)
         self.counter[2].add_(n)
 
     def _load_images(self) -> None:
         """Stage the real images of the next step, if the method takes any."""
         if self.method.feed:
-            self.method.feed.load(self.steps)
+            with ranges.named("real images"):
+                self.method.feed.load(self.steps)
 
     def _enter(self, phase: Phase) -> None:
         """Unfreeze this phase's network alone, and restart at the rank's first sample."""
@@ -247,7 +251,8 @@ class Trainer:
     def update(self, phase: Phase) -> dict[str, torch.Tensor]:
         """End a phase: average gradients over ranks, replace non-finite ones, Adam, EMA."""
         optimizer = self.optimizers[phase.network]
-        metrics = optimizer.step(self.lr[phase.network], self.ema_beta, self.enabled)
+        with ranges.named(f"{phase.name} update".strip()):
+            metrics = optimizer.step(self.lr[phase.network], self.ema_beta, self.enabled)
         if phase in (self.phases[-1], self.method.phases[-1]):
             # Captured steps must start and end in the same state: with all networks sharded.
             for each in self.optimizers.values():

@@ -8,7 +8,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from sid_fast import cli, evaluate, generate, plan, pretrain, train
+from sid_fast import cli, evaluate, export, generate, plan, pretrain, train
 
 ABANDONED = """
 import threading, time, click
@@ -46,6 +46,7 @@ def test_after_a_lost_process_the_command_exits_at_once():
         (evaluate, evaluate.EvaluateConfig),
         (pretrain, pretrain.PretrainConfig),
         (plan, plan.PlanConfig),
+        (export, export.ExportConfig),
     ],
 )
 def test_help_explains_every_option(module, config):

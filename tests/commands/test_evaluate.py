@@ -1,6 +1,7 @@
 """The evaluate command: its metrics, protocols and refusals, with one process and several."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from sid_fast.models.registry import load_network
 from sid_fast.sampling import generate_images, seed_inputs
 from tests.helpers.golden import SHARED
 from tests.helpers.images import pictures
-from tests.helpers.processes import ENV, TORCHRUN, python
+from tests.helpers.processes import ENV, TORCHRUN, python, python_without_stdout
 
 pytestmark = pytest.mark.usefixtures("cache")
 CPU = torch.device("cpu")
@@ -234,3 +235,29 @@ def test_real_images_are_close_and_noise_increases_the_distance(run_command, tmp
         assert near < grades[0]
         assert grades[-1] > 3 * near
         assert distance(half, name) == pytest.approx(0, abs=1e-6)
+
+
+def test_results_are_written_before_they_are_printed(teacher, real, tmp_path):
+    """The process is killed at the first line of its results."""
+    out = tmp_path / "results.json"
+    program = (
+        "import os, signal, sys; from sid_fast import cli, evaluate\n"
+        "evaluate.say = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "cli.main(evaluate.main, 'sid_fast.evaluate')"
+    )
+    arguments = ["--network", teacher, "--data", real, "-n", 12, "--detector", "pixels"]
+    done = python("-c", program, *arguments, "--metrics", "fid", "--out", out)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert json.loads(out.read_text())["reported"]["frechet_distance"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stdout", ["closed", "full", "reader gone"])
+def test_results_are_kept_where_nothing_can_be_printed(teacher, real, tmp_path, stdout):
+    out = tmp_path / "results.json"
+    arguments = ["--network", teacher, "--data", real, "-n", 12, "--detector", "pixels"]
+    arguments += ["--metrics", "fid", "--out", out]
+    done = python_without_stdout(stdout, "-m", "sid_fast.evaluate", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert json.loads(out.read_text())["reported"]["frechet_distance"] > 0

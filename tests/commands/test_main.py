@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,10 +11,11 @@ import threading
 import click
 import pytest
 
-from sid_fast import cli
+from sid_fast import __main__, cli
+from sid_fast.io import invocation
 from sid_fast.tools import estimator
 from tests.helpers.networks import SMALL
-from tests.helpers.processes import ENV, python
+from tests.helpers.processes import ENV, ROOT, python
 
 
 def test_the_first_argument_is_a_command():
@@ -22,13 +24,81 @@ def test_the_first_argument_is_a_command():
     assert done.stderr.startswith("error: preset 'none' is unknown: choose from")
     done = python("-m", "sid_fast", "trian")
     assert done.returncode == 2
-    assert done.stderr == (
-        "error: 'trian' is not a command: choose from train, plan, tune, generate, evaluate, "
-        "report, pretrain, prepare\n"
-    )
+    assert done.stderr.startswith("error: 'trian' is not a command: did you mean train? All comm")
+    assert done.stderr.count("\n") == 1
     done = python("-m", "sid_fast", "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert "python -m sid_fast.train " in done.stdout
+
+
+@pytest.mark.filterwarnings("ignore:'sid_fast.generate' found in sys.modules:RuntimeWarning")
+def test_the_installed_command_speaks_of_itself_by_its_name(monkeypatch, capsys):
+    monkeypatch.setattr(invocation, "script", False)
+    arguments = pytest.MonkeyPatch()
+
+    def run(*words):
+        arguments.setattr(sys, "argv", ["/usr/bin/sid-fast", *words])
+        status = 0
+        try:
+            __main__.script()
+        except SystemExit as stopped:
+            status = stopped.code
+        return status, *capsys.readouterr()
+
+    status, listed, _ = run("--help")
+    assert status == 0
+    for name in __main__.COMMANDS:
+        assert re.search(rf"^  sid-fast {name} +\w+", listed, re.MULTILINE), name
+    assert "python -m" not in listed
+    assert run() == (0, listed, "")
+    status, shown, _ = run("generate", "--help")
+    assert shown.startswith("Usage: sid-fast generate [OPTIONS]")
+    assert "sid-fast generate --network runs/000-digits" in shown
+    status, _, error = run("generate", "--sede", "3")
+    assert status == 2
+    assert error.count("\n") == 1
+    assert "sid-fast generate --help" in error
+    assert run("evalute")[2].startswith("error: 'evalute' is not a command: did you mean evaluate?")
+    assert run("xyz")[2].startswith("error: 'xyz' is not a command: choose from train")
+    arguments.undo()
+
+
+def test_the_console_script_is_the_tested_function():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert '[project.scripts]\nsid-fast = "sid_fast.__main__:script"\n' in text
+
+
+@pytest.mark.parametrize(
+    ("executable", "on_path", "called"),
+    [
+        ("{0}/bin/python3", "{0}/bin/python", "python"),
+        ("{0}/.venv/bin/python", "/usr/bin/python", ".venv/bin/python"),
+        ("/opt/a b/bin/python", None, "'/opt/a b/bin/python'"),
+    ],
+)
+def test_the_next_command_names_a_python_that_works(
+    tmp_path, monkeypatch, executable, on_path, called
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", executable.format(tmp_path))
+    monkeypatch.setattr(
+        invocation.shutil, "which", lambda name: on_path and on_path.format(tmp_path)
+    )
+    line = invocation.command_line("generate", "--network", "a run", "--steps", 18)
+    assert line == f"{called} -m sid_fast.generate --network 'a run' --steps 18"
+    monkeypatch.setattr(invocation, "script", True)
+    assert invocation.command_line("tune") == "sid-fast tune"
+
+
+@pytest.mark.slow
+def test_the_age_of_the_process_includes_its_imports():
+    done = python(
+        "-c", "import time; time.sleep(1); from sid_fast.io import invocation as i;"
+        "print(time.monotonic() - i.started(), time.monotonic() - i._imported)",
+    )  # fmt: skip
+    age, imported = map(float, done.stdout.split())
+    assert 1 < age < 100
+    assert imported < age
 
 
 def test_ctrl_c_during_the_imports_has_no_traceback(tmp_path):
@@ -108,3 +178,24 @@ def test_the_least_memory_is_below_the_counted_and_not_by_much():
     for images in (1, 1000):
         counted = counts.memory(images).total() - estimator.ALLOWANCE
         assert counted / 10 < estimator.least_bytes(SMALL, images) <= counted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "expected"),
+    [
+        (["-m", "sid_fast.plan", "--help"], None, "ERROR"),
+        (["-m", "sid_fast.plan", "--help"], "INFO", "INFO"),
+        (["-c", "import sid_fast"], None, None),
+    ],
+)
+def test_a_command_asks_torch_for_errors_only(tmp_path, arguments, given, expected):
+    """Before torch reads the variable; a user's own choice and other programs keep theirs."""
+    (tmp_path / "torch.py").write_text(
+        "import os; os.write(1, repr(os.environ.get('TORCH_CPP_LOG_LEVEL')).encode()), os._exit(0)"
+    )
+    env = ENV | {"PYTHONPATH": os.pathsep.join([str(tmp_path), ENV["PYTHONPATH"]])}
+    env.pop("TORCH_CPP_LOG_LEVEL", None)
+    env |= {"TORCH_CPP_LOG_LEVEL": given} if given else {}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+    assert done.stdout == repr(expected)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.models.registry import save_network
 from sid_fast.tools import host_memory
 from tests.helpers.networks import small_teacher
@@ -22,6 +23,15 @@ TYPED = {
     "evaluate --network T --detector pixels --data real.zipp": ["real.zipp"],
     "plan --preset cifar10-cond --card b300": ["'b300'", "'h200'"],
     "pretrain --dataset images.zip": ["No such option", "--data"],
+    "export --network T": ["out is missing", "--out NAME", ".pkl, .onnx, .pt2, .safetensors"],
+    "export --out x.pkl": ["network is missing", "--network FILE"],
+    "export --network T --out x.tflite": ["out=x.tflite", ".pkl, .onnx, .pt2, .safetensors"],
+    "export --network T --out x.PKL": ["out=x.PKL", ".pkl"],
+    "export --network T --out x": ["out=x: the ending", ".pkl"],
+    "export --network none.pkl --out x.pkl": ["none.pkl does not exist"],
+    "export --network T --out T": ["is the network itself", "another name"],
+    "export --network T --out T.safetensors/x.pkl": ["T.safetensors/x.pkl", "cannot be written"],
+    "export --network T --out x.pkl --init-sigma 0": ["init_sigma=0"],
 }  # fmt: skip
 
 EMPTY = [  # an unset shell variable
@@ -31,7 +41,7 @@ EMPTY = [  # an unset shell variable
     "generate --network= --out out", "generate --network T --out=", "generate --network T --grid=",
     "evaluate --network T --data= --ref r.npz", "evaluate --network T --data digits --out=",
     "evaluate --network T --data digits --protocol=", "evaluate reference --data= --out x.npz",
-    "plan --teacher=",
+    "plan --teacher=", "export --network= --out x.pkl", "export --network T --out=",
 ]  # fmt: skip
 
 IDLE = {  # options that would do nothing, and what they need
@@ -59,6 +69,7 @@ IDLE = {  # options that would do nothing, and what they need
     "evaluate --network T --data digits --detector pixels --metrics is": ("is", "--detector"),
     "evaluate --network T reference --data digits --out x.npz": ("--network", "reference"),
     "evaluate reference --data digits --out x.npz --trust": ("--trust", "--detector FILE"),
+    "export --network T --out x.pt2 --fp16": ("--fp16", "--out NAME.pkl"),
     "plan --teacher T --micro-batch 4": ("--micro-batch", "largest"),
     "plan --teacher T --link 40": ("--link", "--gpus"),
 }  # fmt: skip
@@ -72,6 +83,9 @@ TOO_LARGE = [  # on a machine of 1 GiB
     "generate --network T --out out --seeds 0-9999999 --batch 100000000",
     "evaluate --network T --data digits --detector pixels --seeds 0-99999999",
     "evaluate --network T --data digits --detector T --trust --batch 16777216",
+    "evaluate --network T --data digits --detector pixels -n 3000000",
+    "train --teacher T --data digits --eval-every 1 --eval-images 3000000 --detector pixels",
+    "pretrain --data digits --eval-every 1 --eval-images 3000000 --detector pixels",
 ]
 
 
@@ -116,6 +130,7 @@ def test_an_option_without_effect_is_refused(run, line):
 @pytest.mark.parametrize("line", TOO_LARGE)
 def test_too_much_for_the_memory_is_refused_before_it_is_allocated(run, monkeypatch, line):
     monkeypatch.setattr(host_memory, "host_memory", lambda: 2**30)
+    monkeypatch.setattr(host_memory, "MAX_FEATURES", 10**9)  # of images of 64 pixels
     assert "GiB of memory, and this machine has 1" in run(line)
 
 
@@ -123,3 +138,18 @@ def test_too_much_for_the_memory_is_refused_before_it_is_allocated(run, monkeypa
 def test_too_many_images_are_refused(run, line):
     told = run(f"evaluate --network T --data digits --detector pixels {line}")
     assert "10^8" in told or "100000000" in told
+
+
+@pytest.mark.parametrize("line", ["generate --out out", "evaluate --data digits --detector pixels"])
+def test_a_small_file_of_a_large_network_is_not_run(run, line):
+    """512 kB of weights ask for 75 GB of feature maps."""
+    net = EDMNetwork(
+        NetworkConfig(
+            "ddpmpp", resolution=4096, channels=1, model_channels=16, channel_mult=(1,),
+            num_blocks=1, attention_resolutions=(),
+        )
+    )  # fmt: skip
+    save_network("T.safetensors", net)
+    command, *more = line.split()
+    told = run(" ".join([command, "--network T", *more]))
+    assert "generating 16 images with a ddpmpp, 4096x4096, unconditional network would take" in told

@@ -424,7 +424,7 @@ LABELS = {
     "binary": (b"\xff\xfe\xfd", f"not UTF-8 text): it {FORM}"),
     "nested": (b'{"labels": ' + b"[" * 100_000, f"nest deeper than 4 levels): it {FORM}"),
     "deep": (b'{"labels": ' + b"[" * 5 + b"]" * 5 + b"}", "nest deeper than 4 levels"),
-    "many": (b"{}" + b"," * 10_000_001, "more than 10,000,000 values"),
+    "many": (b"{}" + b"," * 10_000_001, "more than 8,000,000 values"),
     "list": ([1], FORM),
     "no labels": ({"classes": 3}, FORM),
     "dict": ({"labels": {"1.png": 0, "2.png": 1}}, FORM),
@@ -466,3 +466,26 @@ def test_any_damage_is_a_user_error(tmp_path):
         except UserError as error:
             message = str(error)
         assert str(path) in message
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_labels_that_are_too_many_are_refused_before_they_are_read(tmp_path, monkeypatch, folder):
+    """The zip has 30 kB, its labels 30 MB."""
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("1.png", GOOD)
+        archive.writestr("dataset.json", b'{"labels": [' + b"[]," * 10**7)
+    if folder:
+        path = unpack(path, tmp_path / "folder")
+    monkeypatch.setattr(datasets, "_MAX_LABEL_VALUES", 1000)
+    sizes, real = [], datasets.read_values
+
+    def read(file, *limits):
+        try:
+            return real(file, *limits)
+        finally:
+            sizes.append(file.tell())
+
+    monkeypatch.setattr(datasets, "read_values", read)
+    refused(path, "dataset.json cannot be used (it holds more than 1,000 values)")
+    assert sizes[0] <= 1 << 20

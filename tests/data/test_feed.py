@@ -16,6 +16,7 @@ from sid_fast.data import feed as feed_module
 from sid_fast.data.datasets import ImageDataset, write_dataset
 from sid_fast.data.feed import EpochOrder, ImageFeed, fits
 from sid_fast.errors import UserError
+from sid_fast.io import streams
 from sid_fast.methods.edm import EDM
 from sid_fast.models import EDMNetwork
 from sid_fast.training.step import Trainer
@@ -403,7 +404,7 @@ def test_a_run_says_what_share_of_its_steps_waited(tmp_path, data, run_command, 
     late = itertools.cycle([True, False, False, True, False])  # of the steps after the first
     monkeypatch.setattr(feed_module._Prefetch, "ready", lambda self: not next(late))
     said = []
-    monkeypatch.setattr(feed_module.tqdm, "write", lambda line, **_: said.append(line))
+    monkeypatch.setattr(streams, "say", lambda text, file=None: said.append(text))
     run = ("pretrain", *TINY, "--data", data.path, "--kimg", 0.04, "--out", tmp_path / "run")
     assert run_command(*run)[0] == 0
     records = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())

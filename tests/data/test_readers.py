@@ -1,11 +1,12 @@
 """DALI and the PIL reader: identical bits, each image once, damaged files named."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sid_fast.data import readers
 from sid_fast.data.datasets import ImageDataset, write_dataset
 from sid_fast.data.readers import choose, read
 from sid_fast.errors import UserError
@@ -120,7 +121,9 @@ def test_a_flipped_bit_in_the_zip_is_noticed(tmp_path, kind):
 
 
 def test_without_dali_the_plain_reader_says_what_it_costs(monkeypatch, capsys):
-    monkeypatch.setitem(readers.sys.modules, "nvidia.dali", None)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    assert choose("auto", 1797) == "plain"
+    assert capsys.readouterr().err == "", "PIL has read them before DALI has started"
     assert choose("auto") == "plain"
     assert "slower" in capsys.readouterr().err
     with pytest.raises(UserError, match="pip install"):

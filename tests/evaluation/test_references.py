@@ -14,7 +14,7 @@ from sid_fast.data.datasets import ImageDataset, write_dataset
 from sid_fast.data.images import save_png
 from sid_fast.errors import UserError
 from sid_fast.evaluation import sample
-from sid_fast.evaluation.features import load_detector
+from sid_fast.evaluation.features import Pixels, load_detector
 from sid_fast.evaluation.references import content_digest, measure, read_reference, reference_of
 from sid_fast.evaluation.sample import StageTimer
 from sid_fast.io.safetensors import read_snapshot, write_snapshot
@@ -229,3 +229,25 @@ def test_the_embedded_reference_is_that_of_its_detector():
     assert stats.count == 70_000
     with pytest.raises(UserError, match="another detector"):
         read_reference("fashion", SimpleNamespace(name="other", key="0" * 64))
+
+
+def test_a_small_file_of_gigabytes_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "a.npz", mu=np.zeros(3000), sigma=np.zeros((3000, 3000)))
+    real, opened = zipfile.ZipFile.open, []
+
+    def spy(self, member, *arguments, **more):
+        opened.append(getattr(member, "filename", member))
+        return real(self, member, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile.ZipFile, "open", spy)
+        with pytest.raises(UserError, match=r"sigma would unpack from [\d,]+ bytes to 72,000,128"):
+            read_reference(str(tmp_path / "a.npz"), Pixels())
+    assert set(opened) == {"mu.npy"}
+    noise = np.random.default_rng(0).normal(size=(3000, 3000))
+    with zipfile.ZipFile(tmp_path / "b.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, value in (("mu", np.zeros(3000)), ("sigma", noise)):
+            np.save(data := io.BytesIO(), value)
+            archive.writestr(f"{name}.npy", data.getvalue(), compresslevel=1)
+    with pytest.raises(UserError, match="not symmetric"):
+        read_reference(str(tmp_path / "b.npz"), Pixels())

@@ -7,6 +7,7 @@ import torch
 from sid_fast.data.datasets import ImageDataset, write_dataset
 from sid_fast.errors import UserError
 from sid_fast.evaluation import sample
+from sid_fast.io import progress
 from sid_fast.performance import cuda_graphs
 from sid_fast.sampling import group_size, seed_inputs
 from tests.helpers.networks import small_teacher
@@ -77,6 +78,23 @@ def test_features_that_cannot_be_compared_are_refused(features, words):
     images = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
     with pytest.raises(UserError, match=words):
         sample.compute_stats([images], 5, features, sample.StageTimer(images.device), "real")
+
+
+def test_the_progress_says_how_many_images_are_done():
+    parts = []
+
+    def batches():
+        for n in (3, 2):
+            parts.append(progress._display.phases[-1].parts())
+            yield torch.zeros(n, 3, 8, 8, dtype=torch.uint8)
+
+    device = torch.device("cpu")
+    sample.compute_stats(batches(), 5, Features(0), sample.StageTimer(device), "evaluation")
+    assert [(p[0], p[3]) for p in parts] == [
+        ("evaluation", "0 of 5 images"),
+        ("evaluation", "3 of 5 images"),
+    ]
+    assert not progress._display.phases
 
 
 def test_every_rank_fails_if_one_does(monkeypatch):

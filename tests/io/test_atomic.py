@@ -9,7 +9,8 @@ import time
 import pytest
 
 from sid_fast.errors import UserError
-from sid_fast.io.atomic import atomic_path, open_target
+from sid_fast.io import atomic
+from sid_fast.io.atomic import atomic_path, open_target, remove_abandoned
 
 
 def test_writes_the_file_and_leaves_nothing_else(tmp_path):
@@ -129,3 +130,84 @@ def test_the_handlers_of_signals_are_those_of_before(tmp_path):
         first.touch()
         second.touch()
     assert [signal.getsignal(s) for s in numbers] == before
+
+
+def killed_writer(path, number) -> str:
+    """A process that dies by a signal while it writes to `path`: its temporary file's name."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(b"half of the n")
+            os.write(write, temporary.name.encode())
+            os.kill(os.getpid(), number)
+            os._exit(0)
+    os.waitpid(pid, 0)
+    os.close(write)
+    with open(read) as name:
+        return name.read()
+
+
+def test_what_a_killed_process_left_goes_with_the_next_run(tmp_path):
+    path = tmp_path / "a.bin"
+    left = killed_writer(path, signal.SIGKILL)
+    assert os.listdir(tmp_path) == [left]
+    (tmp_path / "link").symlink_to(path)
+    theirs = ["a.bin.tmp", "my.tmp", "b.bin.0123abcd.tmp", "link"]
+    for name in theirs[:-1]:
+        (tmp_path / name).touch()
+    with atomic_path(path) as temporary:
+        temporary.write_text("by another process")
+        open_target(str(tmp_path / "link"))
+        assert sorted(os.listdir(tmp_path)) == sorted([temporary.name, *theirs])
+    assert path.read_text() == "by another process"
+
+
+def test_temporary_files_of_other_machines_go_after_an_hour(tmp_path):
+    tag = atomic._boot_tag()
+    other = "0000" if tag != "0000" else "1111"
+    names = [f"a.bin.{t}{n}.tmp" for t in (tag, other) for n in ("0000", "ffff")]
+    for age, name in zip((0, 7200, 0, 7200), names, strict=True):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    remove_abandoned(tmp_path)
+    assert os.listdir(tmp_path) == [names[2]]
+
+
+def test_no_temporary_file_is_removed_where_it_cannot_be_locked(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(atomic.fcntl, "flock", flock)
+    with atomic_path(tmp_path / "a.bin") as temporary:
+        temporary.touch()
+        remove_abandoned(tmp_path)
+        assert temporary.exists()
+
+
+def test_a_temporary_name_that_is_taken_is_left_alone(tmp_path, monkeypatch):
+    random = iter(["0000", "1111"])
+    monkeypatch.setattr(atomic.secrets, "token_hex", lambda n: next(random))
+    taken = atomic.temporary_name(tmp_path / "a.bin")
+    taken.symlink_to(tmp_path / "theirs")
+    random = iter(["0000", "1111"])
+    with atomic_path(tmp_path / "a.bin") as temporary:
+        assert temporary.name.endswith("1111.tmp")
+        temporary.write_text("new")
+    assert sorted(os.listdir(tmp_path)) == ["a.bin", taken.name]
+
+
+def test_a_file_that_is_removed_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    real, calls = atomic.fcntl.flock, []
+
+    def flock(file, operation):
+        if not calls:
+            calls.extend(os.listdir(tmp_path))
+            (tmp_path / calls[0]).unlink()
+        real(file, operation)
+
+    monkeypatch.setattr(atomic.fcntl, "flock", flock)
+    with atomic_path(tmp_path / "a.bin") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "a.bin").read_text() == "new"
+    assert len(calls) == 1

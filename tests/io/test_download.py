@@ -290,3 +290,14 @@ def test_the_cache_needs_no_platformdirs(tmp_path, monkeypatch, chosen):
     assert expected.is_dir()
     compile_blocks()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(expected / "inductor")
+
+
+def test_compiled_code_goes_elsewhere_where_the_cache_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SID_FAST_CACHE", str(tmp_path / "file"))
+    with pytest.warns(Fallback, match="set SID_FAST_CACHE to a folder you can write to"):
+        compile_blocks()
+    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")  # PyTorch sets its own default
+    assert not chosen.startswith(str(tmp_path))

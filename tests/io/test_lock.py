@@ -149,3 +149,91 @@ def test_a_child_that_outlives_the_holder_does_not_keep_the_lock(tmp_path):
     finally:
         os.kill(child, signal.SIGKILL)
         done.stdout.close()
+
+
+def refused(folder, *restart):
+    with pytest.raises(UserError, match="is in use by process"):
+        RunLock(folder, *restart)
+
+
+def test_a_process_of_another_host_name_is_not_looked_for_here(tmp_path, no_flock):
+    """Containers share a kernel, but not their process ids: only the heartbeat says."""
+    write_lease(tmp_path, flocked=False, host="elsewhere", started=1)
+    refused(tmp_path)
+
+
+def test_a_holder_whose_start_is_unknown_is_judged_by_its_heartbeat(tmp_path, no_flock):
+    write_lease(tmp_path, flocked=False, started=0)
+    refused(tmp_path)
+    os.utime(tmp_path / NAME, (1, 1))
+    with RunLock(tmp_path):
+        pass
+
+
+def test_a_holder_without_flock_is_not_gone_because_the_flock_is_free(tmp_path):
+    write_lease(tmp_path, flocked=False)
+    refused(tmp_path)
+
+
+def test_the_age_of_a_heartbeat_is_by_the_clock_of_the_file_system(tmp_path, monkeypatch):
+    write_lease(tmp_path, host="elsewhere", boot="another")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 10**6)
+    refused(tmp_path)
+
+
+def test_a_killed_process_that_was_not_waited_for_holds_nothing(tmp_path, no_flock):
+    pid = os.fork()
+    if not pid:
+        RunLock(tmp_path)
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        deadline = time.monotonic() + 60
+        while lock._process_start(pid):
+            assert time.monotonic() < deadline
+        with RunLock(tmp_path):
+            pass
+    finally:
+        os.waitpid(pid, 0)
+
+
+def test_a_restart_waits_for_its_own_former_process_and_for_no_other(tmp_path, monkeypatch):
+    with RunLock(tmp_path, "ours", 1) as held:
+        waited = []
+
+        def sleep(seconds):
+            waited.append(seconds)
+            if len(waited) == 3:
+                os.close(held._file)  # as its process ends
+                held._file = -1
+                held.lost = True
+
+        monkeypatch.setattr(lock.time, "sleep", sleep)
+        for launch, restart in (("theirs", 2), ("ours", 0), ("", 2)):
+            refused(tmp_path, launch, restart)
+        assert not waited
+        with RunLock(tmp_path, "ours", 2):
+            pass
+        assert len(waited) == 3
+
+
+def test_an_older_restart_does_not_take_the_lock_of_a_newer_one(tmp_path):
+    write_lease(tmp_path, host="elsewhere", boot="another", launch="ours", restart=2)
+    refused(tmp_path, "ours", 1)
+    with RunLock(tmp_path, "ours", 2):
+        pass
+
+
+def test_the_holder_is_named_while_it_lives(tmp_path):
+    assert lock.holder(tmp_path) == ""
+    with RunLock(tmp_path):
+        assert lock.holder(tmp_path) == f"process {os.getpid()} on {HOST}"
+    assert lock.holder(tmp_path) == ""
+    write_lease(tmp_path, started=1)
+    assert lock.holder(tmp_path) == ""
+    write_lease(tmp_path, host="elsewhere")
+    assert lock.holder(tmp_path) == f"process {os.getpid()} on elsewhere"
+    os.utime(tmp_path / NAME, (1, 1))
+    assert lock.holder(tmp_path) == ""
+    write_lease(tmp_path, inode=1)
+    assert lock.holder(tmp_path) == ""

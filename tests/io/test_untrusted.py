@@ -1,5 +1,6 @@
 """The door for untrusted bytes: sizes, kinds, JSON, shapes and what is shown of a file."""
 
+import io
 import os
 import pickle
 
@@ -14,7 +15,9 @@ from sid_fast.io.untrusted import (
     checked_shape,
     naming,
     parse_json,
+    read_json,
     read_limited,
+    read_values,
     sniff,
     sniff_file,
 )
@@ -145,3 +148,35 @@ def test_any_exception_while_reading_names_the_file():
             raise error
         assert "31m" not in str(caught.value)
         assert "delete it" in str(caught.value)
+
+
+class Counted(io.BytesIO):
+    """A file that says how much of it was read."""
+
+    taken = 0
+
+    def read(self, size):
+        data = super().read(size)
+        self.taken += len(data)
+        return data
+
+
+def test_values_are_counted_while_a_file_is_read():
+    bomb = Counted(b"[" + b"0," * 10_000_000)
+    with pytest.raises(Refused, match="holds more than 1,000 values"):
+        read_values(bomb, 10**9, 1000)
+    assert bomb.taken <= 1 << 20
+    blank = Counted(bytes(10_000_000))
+    with pytest.raises(Refused, match="more than the 5,000,000 bytes"):
+        read_values(blank, 5_000_000, 1000)
+    assert blank.taken == 5_000_001
+    text = b"[1, 2]" + b" " * 3_000_000
+    assert read_values(io.BytesIO(text), len(text), 3) == text
+
+
+def test_a_json_file_has_bounds(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'{"a": [1]}')
+    assert read_json(tmp_path / "a.json", 10) == {"a": [1]}
+    for limits, match in (((9,), "has 10 bytes"), ((10, 1), "nest deeper"), ((10, 8, 1), "holds")):
+        with pytest.raises(UserError, match=match):
+            read_json(tmp_path / "a.json", *limits)

@@ -123,6 +123,7 @@ BAD = {
     "init_sigma": [0, -1, float("nan"), 1e9, 10**400, "2.5", True],
     "dropout": [1, -0.1, float("nan"), [0.1]],
     "architecture": ["x" * 10**6, ["adm"], 1, None, "\x1b[31m"],
+    "absent_classes": [[10], [1, 0], [0, 0], [-1], ["a"], [[0]], [True], [*range(10)], 3, None],
     "no such field": [1],
 }
 
@@ -158,3 +159,15 @@ def test_an_empty_name(tmp_path):
         load_network("x" * 300)
     with pytest.raises(UserError, match="null byte"):
         load_network("a\0b")
+
+
+def test_a_network_knows_the_classes_that_it_was_trained_on(tmp_path):
+    net = small_teacher()
+    assert "absent_classes" not in net.config.to_dict(), "older versions refuse the file"
+    net.config = net.config.with_classes([])
+    assert [*net.config.classes] == [*range(10)]
+    net.config = net.config.with_classes([2, 5, 9, 70])
+    save_network(tmp_path / "net.safetensors", net)
+    config = load_network(tmp_path / "net.safetensors").config
+    assert config == net.config
+    assert config.classes == [2, 5, 9]

@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from sid_fast import Settings, tune
+from sid_fast import Settings, SiDASettings, losses, tune
+from sid_fast.config.types import PretrainSettings
 from sid_fast.kernels import dispatch
+from sid_fast.kernels.group_norm import op as group_norm
 from sid_fast.methods.sid import SiD
 from sid_fast.models.registry import save_network
 from sid_fast.tools import autotune, candidates, proof, tournament, trial, verdicts
@@ -28,6 +31,10 @@ from tests.helpers.processes import TORCHRUN, python
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SETTINGS = Settings(batch_size=4, dropout=0.2, augment_p=0.3)
 JOB = Job(SMALL, SETTINGS, "cpu")
+SIDA = dataclasses.replace(
+    JOB, settings=SiDASettings(batch_size=8, adversarial_group=2, dropout=0.2, augment_p=0.3)
+)
+EDM = dataclasses.replace(JOB, settings=PretrainSettings(batch_size=4, dropout=0.2, augment_p=0.3))
 LOST: list[torch.Tensor] = []
 
 
@@ -176,6 +183,25 @@ def test_a_challenger_wins_beyond_the_spread(champion, challenger, wins):
     assert "1.0 of 1.1 GiB" in again.row.wrong
 
 
+def test_defaults_win_unless_they_are_slower_beyond_the_spread():
+    usual = {"group_norm": "cuda", "adam_ema": "cuda"}
+    eager = candidate()
+    tuner = Tournament(JOB, 600, 0, print)
+
+    def wins(ms, **changes):
+        tuner.champion, challenger = Fake([10, 11, 12]), Fake(ms)
+        tuner.champion.row.candidate, challenger.row.candidate = eager, eager.changed(**changes)
+        tuner._turns([tuner.champion, challenger])
+        return tuner._wins(challenger, alone=False)
+
+    assert wins([10, 11, 12], kernels=usual)
+    assert wins([11, 12, 13], kernels={"adam_ema": "cuda"})
+    assert not wins([13, 14, 15], kernels=usual)
+    assert not wins([10, 11, 12], kernels=usual, channels_last=True)
+    assert not wins([10, 11, 12], kernels={"attention": "triton"})
+    assert not wins([10, 11, 12])
+
+
 def test_who_runs_alone_is_compared_by_the_reference_kernel():
     """On a machine that has become half as fast meanwhile."""
     tuner = Tournament(JOB, 600, 0, print)
@@ -197,18 +223,128 @@ def test_a_spent_budget_is_said_and_leaves_the_defaults(monkeypatch):
     assert not list(Path(os.environ["SID_FAST_CACHE"]).rglob("*.json"))
 
 
+def test_an_operation_that_fails_alone_is_named_and_left_out(monkeypatch):
+    found = [("group_norm", "cuda"), ("adam_ema", "cuda"), ("attention", "cuda")]
+    monkeypatch.setattr(candidates, "operations", lambda job: found)
+
+    class Alone:
+        def __init__(self, make, job, one):
+            self.kernels = one.kernels
+
+        def ask(self, method, limit):
+            assert method == "wrong_alone"
+
+        def answer(self):
+            if self.kernels["adam_ema"] == "cuda":
+                raise Failed("ended by SIGSEGV")
+            return "losses +2.0% in scale" if self.kernels["attention"] == "cuda" else ""
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(tournament, "Child", Alone)
+    said = []
+    assert Tournament(JOB, 600, 0, said.append)._operations() == [("group_norm", "cuda")]
+    assert [line.split() for line in said] == [
+        ["C++", "adam_ema", "alone", "ended", "by", "SIGSEGV"],
+        ["C++", "attention", "alone", "losses", "+2.0%", "in", "scale"],
+    ]
+
+
 # ---- proofs
 
 
 def candidate(**changes):
-    return Candidate(dict.fromkeys(dispatch.OPERATIONS, "eager")).changed(**changes)
+    operations = (op for op in dispatch.OPERATIONS if op != "random")
+    return Candidate(dict.fromkeys(operations, "eager")).changed(**changes)
 
 
 def test_a_right_candidate_passes_all_proofs():
     assert proof.wrong(JOB, candidate(channels_last=True)) == ""
+
+
+def bf16(job):
+    return dataclasses.replace(job, settings=dataclasses.replace(job.settings, precision="bf16"))
+
+
+@pytest.mark.slow
+def test_a_right_candidate_passes_all_proofs_in_16_bit():
     cpp = {"adam_ema": "cuda"} if "cuda" in candidates.backends_of("adam_ema") else {}
-    bf16 = dataclasses.replace(JOB, settings=dataclasses.replace(SETTINGS, precision="bf16"))
-    assert proof.wrong(bf16, candidate(kernels=cpp)) == ""
+    assert proof.wrong(bf16(JOB), candidate(kernels=cpp)) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", [JOB, SIDA])
+def test_16_bit_proofs_take_a_more_exact_norm_and_no_wrong_scale(monkeypatch, job):
+    """Its roundings are others than eager's; over too few pixels that looks like another scale."""
+    norm, score = group_norm.group_norm_eager, losses.kernels.fake_score_loss
+    ours = candidate(channels_last=True)
+
+    def exact(x, *arguments, **named):
+        out = norm(x.float(), *arguments, **named)
+        values = {name: getattr(out, name) for name in ("y", "h", "h_for_skip", "resampled")}
+        casts = {name: v if v is None else v.to(x.dtype) for name, v in values.items()}
+        return out._replace(**casts)
+
+    def planted(self, *arguments):
+        function = exact if self.channels_last else norm
+        monkeypatch.setattr(group_norm, "group_norm_eager", function)
+
+    monkeypatch.setattr(Candidate, "apply", planted)
+    assert proof.gradients_agree(bf16(job), ours) == ""
+
+    def scaled(*arguments):  # its value is right, its gradient 2 % too large
+        found = score(*arguments)
+        return found._replace(loss=found.loss + 0.02 * (found.loss - found.loss.detach()))
+
+    def wrong_scale(self, *arguments):
+        planted(self, *arguments)
+        function = scaled if self.channels_last else score
+        monkeypatch.setattr(losses.kernels, "fake_score_loss", function)
+
+    monkeypatch.setattr(Candidate, "apply", wrong_scale)
+    assert re.match(r"fake gradients \+[12]\.\d% in scale", proof.gradients_agree(bf16(job), ours))
+
+
+@pytest.mark.parametrize("job", [SIDA, EDM])
+def test_sida_and_teachers_are_proven_with_random_images_in_the_full_regime(job, monkeypatch):
+    trainers, build = [], proof.build
+    monkeypatch.setattr(
+        proof, "build", lambda *a, **k: trainers.append(build(*a, **k)) or trainers[-1]
+    )
+    assert proof.wrong(job, candidate(channels_last=True)) == ""
+    for trainer in trainers:
+        assert all(phase.active(trainer.images) for phase in trainer.method.phases)
+        images, labels = trainer.method.feed.take(trainer.counter, 4)
+        assert images.float().std() > 50
+        assert labels.sum(1).eq(1).all()
+
+
+@pytest.mark.parametrize(
+    ("function", "field", "words"),
+    [
+        ("sida_fake_score_loss", "discriminator", "fake discriminator gradients +2.0% in scale"),
+        ("sida_fake_score_loss", "loss", "fake gradients +2.0% in scale"),
+        ("sida_generator_loss", "adversarial", "generator adversarial gradients +2.0% in scale"),
+        ("sida_generator_loss", "loss", "generator gradients +2.0% in scale"),
+        ("fake_score_loss", "loss", "gradients +2.0% in scale"),
+    ],
+)
+def test_each_term_is_proven_alone(monkeypatch, function, field, words):
+    """In a sum, the larger term would hide an error in the other one."""
+    right = getattr(losses, function)
+
+    def scaled(*arguments):  # its value is right, its gradient 2 % too large
+        found = right(*arguments)
+        value = getattr(found, field)
+        return found._replace(**{field: value + 0.02 * (value - value.detach())})
+
+    def planted(self, *arguments):
+        monkeypatch.setattr(losses, function, scaled if self.channels_last else right)
+
+    monkeypatch.setattr(Candidate, "apply", planted)
+    job = SIDA if "sida" in function else EDM
+    assert proof.gradients_agree(job, candidate(channels_last=True)) == words
 
 
 def test_an_optimizer_is_judged_by_given_gradients(monkeypatch):
@@ -251,6 +387,13 @@ def test_a_noisy_type_is_measured_by_eager_of_that_type():
     assert "off by" in proof.disagreement(exact + 2e-4 * noise, exact, exact)
     assert proof.disagreement(1.004 * exact + 0.01 * noise, exact + 0.01 * noise, exact) == ""
     assert "+0.6%" in proof.disagreement(1.006 * exact + 0.01 * noise, exact + 0.01 * noise, exact)
+    assert proof.disagreement(exact, 1.01 * exact, exact) == "", "more exact than eager"
+    assert proof.disagreement(0.99 * exact, 1.01 * exact, exact) == "", "as exact"
+    assert "-2.0%" in proof.disagreement(0.98 * exact, 1.01 * exact, exact)
+    few, usual = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.01, 1.99, 3.01, 3.99])
+    assert proof.disagreement(few * 1.005, usual, few) == "", "of four values, noise"
+    assert "+4.0%" in proof.disagreement(few * 1.04, usual, few)
+    assert "+2.0%" in proof.disagreement(few * 1.02, few, few)
     assert proof.disagreement(exact * torch.nan, exact, exact)
 
 
@@ -259,12 +402,16 @@ def test_a_noisy_type_is_measured_by_eager_of_that_type():
 
 def test_the_short_list_of_a_gpu_begins_with_what_is_safest():
     job = Job(SMALL, dataclasses.replace(SETTINGS, batch_size=256), "cuda:0")
-    proven = list(candidates.operations(SMALL, False, "auto", CUDA))
+    proven = list(candidates.operations(unaugmented(job)))
     assert ("augment", "triton") not in proven, "there is nothing to augment"
+    assert ("augment", "triton") in candidates.operations(job)
     assert {"random", "sida_loss"}.isdisjoint(op for op, _ in proven)
+    assert ("group_norm", "cuda") not in proven, "the library has it for a CPU alone"
+    sida = dataclasses.replace(SIDA, device="cuda:0")
+    assert ("sida_loss", "triton") in candidates.operations(sida)
     base = candidate(channels_last=True, micro_batch=64)
     names = [name for name, _ in candidates.shortlist(job, base, proven)]
-    assert names[0] == "CUDA graphs"
+    assert names[:2] == ["CUDA graphs", "defaults"]
     assert names.index("group_norm triton") < names.index("fused block")
     assert names[-4:] == ["cuDNN search", "micro-batch 128", "micro-batch 256", "compiled blocks"]
     proven.remove(("attention", "triton"))
@@ -276,8 +423,46 @@ def test_the_short_list_of_a_gpu_begins_with_what_is_safest():
     assert [name for name, _ in candidates.shortlist(bits, base, [])] == ["channels-first"]
     left = candidates.open_operations("group_norm=eager,adam_ema=triton", CUDA)
     assert {"group_norm", "adam_ema", "random"} == set(dispatch.OPERATIONS) - set(left)
-    ncsnpp = dataclasses.replace(SMALL, architecture="ncsnpp")  # its filter fits no norm's write
-    assert "block" not in dict(candidates.operations(ncsnpp, True, "auto", CUDA))
+    # Its filter fits no norm's write.
+    ncsnpp = dataclasses.replace(job, network=dataclasses.replace(SMALL, architecture="ncsnpp"))
+    assert "block" not in dict(candidates.operations(ncsnpp))
+
+
+def unaugmented(job):
+    return dataclasses.replace(job, settings=dataclasses.replace(job.settings, augment_p=0.0))
+
+
+def test_micro_batches_of_sida_hold_whole_groups(monkeypatch):
+    settings = SiDASettings(batch_size=768, adversarial_group=96)
+    job = dataclasses.replace(SIDA, settings=settings, device="cuda:0")
+    names = [n for n, _ in candidates.shortlist(job, candidate(micro_batch=96), [])]
+    assert [n for n in names if "micro" in n] == ["micro-batch 192", "micro-batch 384",
+                                                  "micro-batch 768"]  # fmt: skip
+    tried = []
+
+    def full(self):
+        tried.append(self.row.candidate.micro_batch)
+        raise Failed("out of memory")
+
+    monkeypatch.setattr(tournament.Runner, "prepare", full)
+    assert Tournament(job, 1, 0, print)._base() is None
+    assert tried == [96], "the smallest, where a group is larger than 64 images"
+
+
+def test_a_cpu_has_no_cuda_in_its_names(monkeypatch):
+    """And its default operations are tried together, as each may gain less than steps vary by."""
+    monkeypatch.setattr(candidates, "backends_of", lambda op: ["eager", "cuda"])
+    monkeypatch.setattr(candidates, "open_operations", lambda *_: ["group_norm", "adam_ema"])
+    proven = list(candidates.operations(JOB))
+    assert proven == [("group_norm", "cuda"), ("adam_ema", "cuda")]
+    names = [name for name, _ in candidates.shortlist(JOB, candidate(), proven)]
+    assert names[:4] == ["defaults", "C++ group_norm", "C++ adam_ema", "channels-last"]
+    _, change = candidates.shortlist(JOB, candidate(), proven)[0]
+    both = candidate().changed(**change)
+    assert both.text("cpu") == "C++ group_norm, C++ adam_ema"
+    assert both.text("cuda:0") == "group_norm cuda, adam_ema cuda"
+    names = [name for name, _ in candidates.shortlist(JOB, candidate(), proven[1:])]
+    assert names[:2] == ["C++ adam_ema", "channels-last"]
 
 
 def test_a_candidate_comes_back_from_its_words():
@@ -324,7 +509,7 @@ def test_a_verdict_is_kept_for_the_same_machine_and_job(tuned):
     made = tuned("again")
     assert made.candidate == FAST_ONE
     assert made.text == "tuned: channels-last (2.00 times eager)".replace(
-        "channels-last", FAST_ONE.text
+        "channels-last", FAST_ONE.text("cpu")
     )
     kept = tuned("auto")
     assert (kept.candidate, len(tuned.runs)) == (FAST_ONE, 1)
@@ -334,6 +519,8 @@ def test_a_verdict_is_kept_for_the_same_machine_and_job(tuned):
     assert tuned("auto", settings=other).candidate is None
     assert tuned("auto", deterministic=True).candidate is None
     assert tuned("auto", kernels="adam_ema=eager").candidate is None
+    assert tuned("auto", settings=EDM.settings).candidate is None
+    assert tuned("auto", pinned=frozenset({"compile"}), compile=True).candidate is None
     tuned("again")
     assert len(tuned.runs) == 2
 
@@ -368,6 +555,7 @@ def test_a_verdict_that_cannot_be_written_is_taken_all_the_same(tuned, monkeypat
     assert found.candidate == FAST_ONE
     (note,) = found.notes
     assert "not kept" in note
+    assert "set SID_FAST_CACHE" in note
     assert str(tmp_path / "file") in note
 
 
@@ -396,6 +584,20 @@ def test_a_resumed_run_takes_the_verdict_of_its_state(tuned):
     assert found.text.endswith(", of the state)")
     first = state | {"candidate": state["rows"][0]["candidate"]}  # as several nodes had agreed
     assert tuned("auto", saved=first).candidate == candidate()
+    # What the command line has decided since then.
+    found = tuned("auto", saved=state, kernels="adam_ema=eager")
+    assert found.candidate is None
+    assert "another --kernels, not adam_ema=eager" in found.notes[0]
+    large = candidate(micro_batch=2, cudnn_search=True, compile=True)
+    rows = [*state["rows"], Row("large", large, ms=1.0, images=4, gib=0.1, won=True).to_json()]
+    state["candidate"], state["rows"] = dataclasses.asdict(large), rows
+    assert tuned("auto", saved=state).candidate == large
+    pinned = frozenset({"micro_batch", "compile"})
+    found = tuned("auto", saved=state, pinned=pinned, deterministic=True)
+    assert found.candidate == candidate()
+    found = tuned("auto", saved=state, ranks=4)
+    assert found.candidate is None
+    assert "micro-batch of 2 does not divide the 1 images" in found.notes[0]
     elsewhere = state | {"machine": state["machine"] | {"device": "Tesla T4"}}
     found = tuned("auto", saved=elsewhere)
     assert found.candidate is None
@@ -492,31 +694,41 @@ def test_two_ranks_with_one_failing_candidate_end_on_one_verdict(tmp_path):
 # ---- the commands
 
 
-@pytest.fixture
-def teacher(tmp_path):
-    save_network(tmp_path / "teacher.safetensors", small_teacher())
-    return ["--teacher", tmp_path / "teacher.safetensors", "--batch-size", 4]
+NETWORK = ["--model-channels", 16, "--channel-mult", "1,2", "--num-blocks", 1]
+COMMANDS = {  # command and its options; of tune, too
+    "sid": ("train", ["--teacher", "teacher.safetensors"], []),
+    "sida": (
+        "train",
+        ["--teacher", "teacher.safetensors", "--method", "sida", "--adversarial-group", 2],
+        ["--data", "digits"],
+    ),
+    "edm": ("pretrain", ["--data", "digits", *NETWORK], []),
+}
 
 
 @pytest.mark.slow
-def test_the_command_writes_its_table_and_train_takes_its_verdict(
-    teacher, tmp_path, monkeypatch, capsys, run_command
+@pytest.mark.parametrize("method", COMMANDS)
+def test_the_command_writes_its_table_and_a_run_takes_its_verdict(
+    method, tmp_path, monkeypatch, run_command
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Tournament, "_wins", wins)
-    arguments = [*teacher, "--kernels", "adam_ema=eager,group_norm=eager"]
-    status, error = run_command("tune", *arguments, "--json", "tune.json")
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    command, arguments, more = COMMANDS[method]
+    arguments = [*arguments, "--batch-size", 4, "--kernels", "adam_ema=eager,group_norm=eager"]
+    tune = ["pretrain"] * (command == "pretrain") + arguments
+    status, error = run_command("tune", *tune, "--json", "tune.json")
     assert (status, error) == (0, "")
     table = json.loads((tmp_path / "tune.json").read_text())
     assert [row["name"] for row in table["rows"]] == ["eager", "channels-last"]
     assert table["candidate"]["channels_last"]
     assert "adam_ema" not in table["candidate"]["kernels"]
-    run = ["--out", "run", "--kimg", 0.008, "--state-every", 0.004]
-    assert run_command("train", *arguments, *run[2:], "--out", "kept", "--kimg", 0.004) == (0, "")
+    run = [*arguments, *more, "--kimg", 0.008, "--state-every", 0.004]
+    assert run_command(command, *run, "--out", "kept", "--kimg", 0.004) == (0, "")
     config = json.loads((tmp_path / "kept" / "config.json").read_text())
     assert config["tuning"]["candidate"] == table["candidate"]
     assert config["tuning"]["text"].endswith(", kept)")
-    assert run_command("train", *arguments, *run, "--tune", "again") == (0, "")
+    assert run_command(command, *run, "--out", "run", "--tune", "again") == (0, "")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["tuning"]["text"].endswith(" times eager)")
     state = sorted((tmp_path / "run").glob("state-*"))[0]
@@ -524,9 +736,12 @@ def test_the_command_writes_its_table_and_train_takes_its_verdict(
     assert header["tuning"] == config["tuning"]
     for path in (tmp_path / "cache").rglob("*.json"):
         path.unlink()
-    assert run_command("train", "--resume", "run", "--kimg", 0.012) == (0, "")
+    assert run_command(command, "--resume", "run", "--kimg", 0.012) == (0, "")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["tuning"]["text"].endswith(", of the state)")
+    assert run_command(command, *run, "--out", "off", "--tune", "off") == (0, "")
+    config = json.loads((tmp_path / "off" / "config.json").read_text())
+    assert config["tuning"]["candidate"] is None
 
 
 def wins(tournament, challenger, alone):
@@ -544,6 +759,14 @@ def wins(tournament, challenger, alone):
         (["--preset", "digits", "--kernels", "magic"], ["magic", "eager"]),
         (["--preset", "digits", "--device", "cuda:7"], ["cuda:7"]),
         (["--preset", "digits", "--micro-batch", "7"], ["batch_size=128", "126"]),
+        (["--preset", "digits-sida", "--micro-batch", "16"], ["adversarial_group=32", "32"]),
+        (["--preset", "digits", "--adversarial-group", "8"], ["adversarial_group=8", "sida"]),
+        (["pretrain"], ["--data"]),
+        (["pretrain", "--data", "none.zip"], ["none.zip"]),
+        (["pretrain", "--preset", "digits", "--batch-size", "0"], ["batch_size=0"]),
+        (["pretrain", "--preset", "cifar10-uncond"], ["cifar10-uncond", "digits"]),
+        (["pretrain", "--data", "digits", "--channel-mult", "1,2,2,2,2"], ["resolution=8"]),
+        (["--tune-minutes", "1", "pretrain", "--preset", "digits"], ["--tune-minutes", "pretrain"]),
     ],
 )
 def test_tune_refuses(run_command, monkeypatch, tmp_path, arguments, words):
@@ -556,11 +779,44 @@ def test_tune_refuses(run_command, monkeypatch, tmp_path, arguments, words):
         assert word in error
 
 
-def test_help_explains_every_option():
-    text = CliRunner().invoke(tune.main, ["--help"]).output
-    for field in dataclasses.fields(tune.TuneConfig):
+@pytest.mark.parametrize(
+    ("command", "config"), [([], tune.TuneConfig), (["pretrain"], tune.TunePretrainConfig)]
+)
+def test_help_explains_every_option(command, config):
+    text = CliRunner().invoke(tune.main, [*command, "--help"]).output
+    for field in dataclasses.fields(config):
         assert f"--{field.name.replace('_', '-')} " in text
 
 
 if __name__ == "__main__":
     ranks(sys.argv[1])
+
+
+ROW = {
+    "name": "eager", "candidate": {"kernels": {}}, "wrong": "", "ms": 1.0, "low": 1.0, "high": 1.0,
+    "images": 4, "gib": 0.1, "won": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rows": 7}, {"rows": []}, {"rows": [{}]}, {"rows": [[]]}, {"machine": [1]},
+        *({"rows": [ROW | change]} for change in (
+            {"ms": "1"}, {"ms": None}, {"ms": -1.0}, {"ms": 1e999}, {"name": []}, {"won": 1},
+            {"images": {}}, {"candidate": "x"}, {"candidate": {"kernels": {"a": []}}},
+            {"candidate": {"kernels": {}, "threads": 10**9}},
+            {"candidate": {"kernels": {}, "micro_batch": 0}},
+        )),
+        {"candidate": [1]}, {"candidate": {"kernels": {"x": "y"}}},
+    ],
+)  # fmt: skip
+def test_a_verdict_of_wrong_values_is_noted_and_not_taken(changes):
+    """Of a state; one in the cache has the same rows."""
+    tuning = autotune.Tuning()
+    state = {"candidate": {"kernels": {}}, "rows": [ROW], "machine": {}}
+    assert autotune._of_state(state, tuning)
+    tuning = autotune.Tuning()
+    taken = autotune._of_state(state | changes, tuning)
+    assert bool(taken) == ("machine" in changes)
+    assert len(tuning.notes) == ("machine" not in changes)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from sid_fast import Settings, SiDASettings
+from sid_fast.config.types import PretrainSettings
 from sid_fast.tools import graph_trial, proof
+from sid_fast.tools.candidates import Candidate
 from sid_fast.tools.isolation import Child, Failed
 from sid_fast.training import step
 from sid_fast.training.random_streams import counter_of
@@ -35,7 +37,7 @@ def test_graphs_that_make_the_eager_steps_pass(stand_in, micro_batch):
 
 
 def test_steps_of_sida_are_tried_past_their_warmup(stand_in, monkeypatch):
-    """With both phases, black images and a group that the trial's few images hold."""
+    """With both phases, random images and a group that the trial's few images hold."""
     settings = SiDASettings(**FAST | dict(batch_size=64))
     job = graph_trial.job(small_teacher().config, settings, CPU)
     trainers, build = [], proof.build
@@ -44,6 +46,30 @@ def test_steps_of_sida_are_tried_past_their_warmup(stand_in, monkeypatch):
     )
     assert proof.replays_agree(*job) == ""
     assert all(len(t.phases) == 2 and t.method.feed for t in trainers)
+
+
+def test_steps_of_a_teachers_training_replay(stand_in):
+    settings = PretrainSettings(batch_size=8, micro_batch=4, dropout=0.2, augment_p=0.3)
+    job = graph_trial.job(small_teacher().config, settings, CPU)
+    assert proof.replays_agree(*job) == ""
+
+
+def test_auto_takes_the_tuned_choice_and_tries_graphs_otherwise(monkeypatch):
+    monkeypatch.setattr(graph_trial, "resolve_cuda_graph", lambda mode, *_: (mode != "off", ""))
+    monkeypatch.setattr(graph_trial, "failure_reason", lambda *_: "it broke")
+
+    def choose(mode, candidate=None):
+        return graph_trial.choose(
+            mode, candidate, small_teacher().config, Settings(**FAST), CPU, False, False
+        )
+
+    assert choose("auto", Candidate({}, cuda_graph=True)) == ("auto", "auto", "")
+    assert choose("auto", Candidate({})) == ("off", False, "")
+    assert choose("auto") == ("off", False, "CUDA graphs are off: it broke")
+    assert choose("on", Candidate({})) == ("on", True, "")
+    assert choose("off", Candidate({}, cuda_graph=True)) == ("off", False, "")
+    monkeypatch.setattr(graph_trial, "failure_reason", lambda *_: "")
+    assert choose("auto") == ("auto", "auto", "")
 
 
 def test_graphs_that_repeat_their_random_numbers_do_not(stand_in, monkeypatch):

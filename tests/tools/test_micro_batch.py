@@ -5,15 +5,16 @@ import dataclasses
 import pytest
 import torch
 
-from sid_fast import Distiller, Settings, SiDASettings, train
-from sid_fast.config.types import divisors, micro_batches, part
+from sid_fast import Distiller, Settings, SiDASettings, pretrain, train
+from sid_fast.config.types import PretrainSettings, divisors, micro_batches, part
 from sid_fast.errors import RunFailed, UserError
 from sid_fast.kernels.dispatch import runs
 from sid_fast.models.registry import save_network
 from sid_fast.performance import fsdp
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
-from sid_fast.tools import estimator
+from sid_fast.tools import estimator, micro_batch
 from sid_fast.tools.micro_batch import largest_micro_batch
+from sid_fast.training.step import Trainer
 from tests.helpers.networks import FAST, small_teacher
 
 
@@ -99,27 +100,32 @@ def test_auto_keeps_what_a_state_had(tmp_path, run_command):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("precision", "method"), [("fp32", "sid"), ("bf16", "sid"), ("fp32", "sida")]
+    ("precision", "method"),
+    [("fp32", "sid"), ("bf16", "sid"), ("fp32", "sida"), ("fp32", "edm")],
 )
 def test_auto_tries_a_whole_step_and_changes_nothing(monkeypatch, precision, method):
     """On a CPU in place of the GPU, with room for three images of eight."""
     teacher = small_teacher()
     before = [p.clone() for p in teacher.parameters()]
-    config = train.TrainConfig(
-        batch_size=8, micro_batch=None, dropout=0.2, augment_p=0.1, precision=precision,
-        method=method, adversarial_group=2,
+    common = dict(
+        batch_size=8, micro_batch=None, dropout=0.2, augment_p=0.1, precision=precision
     )  # fmt: skip
-    backends = runs(torch.device("cpu"))
-    counts = estimator.counts(teacher.config, config.settings(), backends=backends)
+    if method == "edm":
+        config = pretrain.PretrainConfig(**common)
+        settings = dataclasses.replace(part(config, PretrainSettings), lr_rampup_kimg=0)
+    else:
+        config = train.TrainConfig(**common, method=method, adversarial_group=2)
+        settings = config.settings()
+    counts = estimator.counts(teacher.config, settings, backends=runs(torch.device("cpu")))
     room = (counts.memory(3).total() + counts.memory(4).total()) // 2
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (room, room))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     steps = []
-    dry_run = Distiller.dry_run
-    monkeypatch.setattr(Distiller, "dry_run", lambda self: steps.append(self) or dry_run(self))
-    cpu = torch.device("cpu")
-    upper = train.estimated_micro_batch(teacher.config, config, cpu, fsdp.SINGLE_PROCESS)
-    assert train.micro_batch_that_fits(teacher, config, upper, fsdp.SINGLE_PROCESS) == 2
+    dry_run = Trainer.dry_run
+    monkeypatch.setattr(Trainer, "dry_run", lambda self: steps.append(self) or dry_run(self))
+    one, cpu = fsdp.SINGLE_PROCESS, torch.device("cpu")
+    upper = micro_batch.estimated(teacher.config, config, settings, cpu, one)
+    assert micro_batch.that_fits(teacher, config, settings, upper, one) == 2
     assert len(steps) == 1
     assert steps[0].samples == 2
     assert all(map(torch.equal, before, teacher.parameters()))
@@ -136,9 +142,9 @@ def test_what_cannot_fit_is_refused_before_anything_is_allocated(monkeypatch):
 
     def estimate(room, **changes):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (room, room))
-        monkeypatch.setattr(train.estimator, "counts", lambda *_: counts)
-        changed = dataclasses.replace(config, **changes)
-        return train.estimated_micro_batch(network, changed, cpu, fsdp.SINGLE_PROCESS)
+        monkeypatch.setattr(estimator, "counts", lambda *_: counts)
+        changed, settings = dataclasses.replace(config, **changes), config.settings()
+        return micro_batch.estimated(network, changed, settings, cpu, fsdp.SINGLE_PROCESS)
 
     enough = counts.memory(8).total()
     assert estimate(enough) == 8
@@ -148,7 +154,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_allocated(monkeypatch):
         estimate(counts.memory(1).total() - 1)
     with pytest.raises(UserError, match="--checkpoint-activations"):
         estimate(enough, eval_every=1.0)
-    assert estimate(enough + train.EVALUATION, eval_every=1.0) == 8
+    assert estimate(enough + micro_batch.EVALUATION, eval_every=1.0) == 8
 
 
 def networks(distiller):

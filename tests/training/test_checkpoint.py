@@ -513,7 +513,7 @@ def test_a_shard_that_is_not_of_the_state_is_refused(tmp_path):
     [
         ("steps", -1), ("steps", True), ("steps", 2**63), ("written_at", math.nan),
         ("written_at", "x"), ("files", {"../x": 1}), ("files", [1]), ("digests", {"x": "y"}),
-        ("options", []),
+        ("options", []), ("tuning", [1]), ("files", {"\0": 1}),
     ],
 )  # fmt: skip
 def test_headers_with_wrong_values_are_refused_in_one_line(tmp_path, name, value):
@@ -723,3 +723,83 @@ def test_sample_grids_are_bounded_and_spread_over_the_run(tmp_path):
     assert left[0] == 0
     assert left[-1] == 99
     assert len(left) >= 6
+
+
+def test_files_of_a_state_are_regular_and_bounded(tmp_path, monkeypatch):
+    """A header larger than any, a pipe that would never end, a shard that is a device."""
+    distiller, _ = written(tmp_path, 2, 4)
+    newest, header = states(tmp_path)[1], states(tmp_path)[1] / HEADER
+    content = header.read_bytes()
+    monkeypatch.setattr(checkpoint, "MAX_HEADER_BYTES", len(content))
+    assert find_state(str(tmp_path), None) == newest
+    header.write_bytes(content + b" ")
+    assert find_state(str(tmp_path), None) == states(tmp_path)[0]
+    with pytest.raises(UserError, match=r"has [\d,]+ bytes, more than"):
+        load_state(newest, distiller)
+    header.unlink()
+    os.mkfifo(header)
+    with pytest.raises(UserError, match="is a device or a pipe"):
+        hold_state(lambda: newest)
+    header.unlink()
+    shard = sorted(newest.glob("*.safetensors"))[0]
+    shard.unlink()
+    shard.symlink_to(os.devnull)
+    values = json.loads(content)
+    values["files"][shard.name] = 0
+    header.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="is a device or a pipe"):
+        load_state(newest, distiller)
+
+
+def test_a_shard_that_declares_too_much_is_refused_before_it_is_read(tmp_path):
+    distiller, _ = written(tmp_path, 2)
+    (state,) = states(tmp_path)
+    without(state, "digests")
+    shard = sorted(state.glob("*.safetensors"))[0]
+    content = shard.read_bytes()
+    shard.write_bytes((1 << 40).to_bytes(8, "little") + content[8:])
+    with pytest.raises(UserError, match="length of its header is 1099511627776, not an integer"):
+        load_state(state, distiller)
+
+
+def test_other_settings_of_a_state_are_shown_in_few_characters(tmp_path):
+    distiller, _ = written(tmp_path, 2)
+    (state,) = states(tmp_path)
+    header = json.loads((state / HEADER).read_text())
+    header["identity"]["seed"] = [[1]] * 10_000
+    (state / HEADER).write_text(json.dumps(header))
+    with pytest.raises(UserError, match="with seed=a list, this run has seed=0"):
+        load_state(state, distiller)
+
+
+def test_a_state_that_a_running_run_has_pruned_names_the_run(tmp_path):
+    written(tmp_path, 2)
+    (state,) = states(tmp_path)
+    shutil.rmtree(state)
+    with RunLock(tmp_path), pytest.raises(UserError, match=f"is in use by process {os.getpid()}"):
+        read_header(state)
+    with pytest.raises(UserError, match="is not a training state"):
+        read_header(state)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_states_without_a_time_are_ordered_by_steps_however_they_are_listed(
+    tmp_path, monkeypatch, backwards
+):
+    written(tmp_path, 2, 10, 4)
+    for state in states(tmp_path):
+        without(state, "written_at")
+    real = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda *a: iter(sorted(real(*a), reverse=backwards)))
+    assert find_state(str(tmp_path), None).name == "state-000000010"
+
+
+def test_a_cut_shard_is_found_when_the_header_is_read(tmp_path):
+    """Before a teacher is loaded or a digest is computed."""
+    written(tmp_path, 2)
+    (state,) = states(tmp_path)
+    shard = sorted(state.glob("*.safetensors"))[0]
+    size = shard.stat().st_size
+    os.truncate(shard, size - 1)
+    with pytest.raises(UserError, match=rf"{shard.name} has {size - 1} bytes instead of {size}"):
+        read_header(state)

@@ -1,10 +1,12 @@
 """The log of a run is bounded, and survives damage."""
 
 import json
+import math
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sid_fast.errors import WriteFailed
+from sid_fast.errors import UserError, WriteFailed
 from sid_fast.training import logging
 from sid_fast.training.logging import Log, read_log, thin
 
@@ -67,3 +69,47 @@ def test_a_log_that_cannot_be_thinned_goes_on(tmp_path, monkeypatch):
                 log.write(2, {"a" * 60: 1.0})
         log.write(3, {"a" * 60: 1.0})
     assert [r["images"] for r in read_log(tmp_path / "log.jsonl")] == [1, 3]
+
+
+def board(folder) -> dict[str, list]:
+    """The scalars that TensorBoard shows: name -> [(images, value), ...]."""
+    shown = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0})
+    shown.Reload()
+    return {n: [(e.step, e.value) for e in shown.Scalars(n)] for n in shown.Tags()["scalars"]}
+
+
+def test_tensorboard_is_bounded_and_made_anew_from_the_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(logging, "MAX_BYTES", 20_000)
+    monkeypatch.setattr(logging, "MAX_BOARD_BYTES", 40_000)
+    sizes = []
+    foreign = {"images": -1, "text": "x", "list": [1], "none": None}
+    (tmp_path / "log.jsonl").write_text(json.dumps(foreign) + "\n")
+    with Log(tmp_path, -1) as log:
+        for images in range(1000):
+            log.write(images, {"loss": images / 8, "nan": math.nan})
+            files = list((tmp_path / "tensorboard").iterdir())
+            sizes.append(sum(f.stat().st_size for f in files))
+            assert sizes[-1] <= 40_000
+            assert len(files) == 1
+    assert sizes[-1] > 5000
+    shown = board(tmp_path)["loss"]
+    assert shown[0][0] < 200
+    assert shown[-1] == (999, 999 / 8)
+    assert shown == sorted(set(shown))
+    assert len(shown) > 30
+
+
+def test_a_run_that_is_often_restarted_has_few_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(logging, "MAX_BOARD_FILES", 5)
+    for images in range(20):
+        with Log(tmp_path, images) as log:
+            log.write(images, {"loss": 1.0})
+        assert len(list((tmp_path / "tensorboard").iterdir())) <= 5
+    assert board(tmp_path)["loss"] == [(images, 1.0) for images in range(20)]
+
+
+def test_a_log_without_a_bound_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(logging, "MAX_READ_BYTES", 100)
+    (tmp_path / "log.jsonl").write_text('{"images": 1}\n' * 10)
+    with pytest.raises(UserError, match=r"log.jsonl has 140 bytes, more than the 100"):
+        Log(tmp_path, 1)

@@ -2,9 +2,10 @@
 
 import json
 import os
-import queue
 import re
+import shlex
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -14,11 +15,11 @@ from tqdm import tqdm
 from sid_fast.data.datasets import write_dataset
 from sid_fast.distiller import Distiller
 from sid_fast.errors import UserError
+from sid_fast.io import streams
 from sid_fast.models.registry import load_network, save_network
-from sid_fast.performance import compile
 from sid_fast.training import callbacks, loop
 from tests.helpers.networks import small_teacher
-from tests.helpers.processes import TORCHRUN, python, python_without_stdout
+from tests.helpers.processes import TORCHRUN, python, python_without_stdout, tensors_of
 
 DISTANCE = "Fréchet distance (pixels)"
 
@@ -311,8 +312,153 @@ def test_nohup_is_respected():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_slow_stages_print_a_heartbeat(monkeypatch):
-    monkeypatch.setattr(compile, "HEARTBEAT_SECONDS", 0.001)
-    lines = queue.Queue()
-    with compile.heartbeat("first step", lines.put):
-        assert re.match(r"first step: \d+ s so far", lines.get(timeout=60))
+@pytest.fixture
+def started_long_ago(monkeypatch):
+    """The process is so old that --max-hours 1 is over after a step."""
+    began = time.monotonic() - 3600
+    monkeypatch.setattr(loop.invocation, "started", lambda: began)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """The texts that are printed."""
+    texts = []
+    monkeypatch.setattr(streams, "say", lambda text, file=None: texts.append(text))
+    return texts
+
+
+def arguments_of(folder, *more):
+    save_network(folder / "teacher.safetensors", small_teacher())
+    return [
+        "train", "--teacher", folder / "teacher.safetensors", "--batch-size", 4, "--kimg", 0.012,
+        "--log-every", 1, "--state-every", 1, *more,
+    ]  # fmt: skip
+
+
+def test_max_hours_saves_and_leaves_with_the_status_of_a_requeue(
+    tmp_path, run_command, started_long_ago, told
+):
+    """Each start takes one step; the last state is that of a run in one piece, to the bit."""
+    arguments = arguments_of(tmp_path)
+    assert run_command(*arguments, "--out", tmp_path / "whole")[0] == 0
+    out = tmp_path / "run"
+    assert run_command(*arguments, "--out", out, "--max-hours", 1)[0] == loop.TIME_IS_UP == 75
+    assert [p.name for p in out.glob("state-*")] == ["state-000000001"]
+    assert run_command("train", "--resume", out, "--max-hours", 1)[0] == 75
+    assert told[-2].startswith(
+        "--max-hours 1: stopped at 0.008 kimg with exit status 75; the state"
+    )
+    assert told[-1].endswith(f"sid_fast.train --resume {out}")
+    assert run_command("train", "--resume", out, "--max-hours", 1)[0] == 0, "it is at its end"
+    last = "state-000000003"
+    for name, tensor in tensors_of(tmp_path / "whole" / last).items():
+        assert tensor.equal(tensors_of(out / last)[name]), name
+    assert "max_hours" not in json.loads((out / "config.json").read_text())
+
+
+def test_an_evaluation_that_does_not_fit_into_max_hours_is_made_after_the_resume(
+    tmp_path, run_command, monkeypatch
+):
+    evaluated = "--data", "digits", "--eval-every", 0.004, "--eval-images", 20, "--detector"
+    arguments = arguments_of(tmp_path, *evaluated, "pixels", "--teacher-steps", 0)
+    out = tmp_path / "run"
+    real = loop.Loop._run_callback
+
+    def slow(self, what, callback):
+        unwritten = real(self, what, callback)
+        self.took |= {"evaluation": 4000.0} if what == "evaluation" else {}
+        return unwritten
+
+    monkeypatch.setattr(loop.Loop, "_run_callback", slow)
+    assert run_command(*arguments, "--out", out, "--max-hours", 1)[0] == 75
+    assert [r["images"] for r in records(out) if DISTANCE in r] == [0]
+    assert [p.name for p in out.glob("state-*")] == ["state-000000001"]
+    for images in ([0, 4], [0, 4, 8]):
+        assert run_command("train", "--resume", out, "--max-hours", 1)[0] == 75
+        assert [r["images"] for r in records(out) if DISTANCE in r] == images
+    assert run_command("train", "--resume", out, "--max-hours", 1)[0] == 0
+    assert [r["images"] for r in records(out) if DISTANCE in r] == [0, 4, 8, 12]
+
+
+def test_a_restart_by_torchrun_after_max_hours_leaves_at_once(
+    tmp_path, run_command, monkeypatch, started_long_ago
+):
+    monkeypatch.setattr(loop, "restart_count", lambda: 1)
+    out = tmp_path / "run"
+    assert run_command(*arguments_of(tmp_path), "--out", out, "--max-hours", 1)[0] == 75
+    assert not out.exists()
+
+
+def test_the_time_of_a_save_and_of_a_step_is_kept_free(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(loop.invocation, "started", lambda: 900.0)
+    limit = loop.TimeLimit(1, state_bytes=2 * 10**9)  # over at 4500, less 30
+    now[0] = 4470 - 21
+    assert not limit.is_up()
+    assert limit.is_up(more=2)
+    now[0] += 2
+    assert limit.is_up(), "2 GB at 100 MB/s are 20 s"
+    limit.save_begun()
+    now[0] += 3
+    limit.save_ended()
+    assert not limit.is_up(), "the save took 3 s"
+    limit.stepped()
+    now[0] += 9
+    limit.stepped()
+    assert limit.is_up(), "steps of 9 s"
+    limit.paused()
+    assert loop.TimeLimit(None).is_up() is False
+
+
+@pytest.mark.slow
+def test_all_processes_leave_together_when_one_finds_that_the_time_is_up(tmp_path):
+    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    program = tmp_path / "late.py"
+    program.write_text(
+        "import os, runpy, sys, time\n"
+        "from sid_fast.io import invocation\n"
+        "began = time.monotonic() - 3600 * int(os.environ['RANK'])\n"
+        "invocation.started = lambda: began\n"
+        "sys.argv[0] = 'train'\n"
+        "runpy.run_module('sid_fast.train', run_name='__main__')\n"
+    )
+    arguments = ["--teacher", tmp_path / "teacher.safetensors", "--out", tmp_path / "run"]
+    arguments += ["--batch-size", 4, "--kimg", 0.4, "--max-hours", 0.9, "--device", "cpu"]
+    done = python(*TORCHRUN, 2, program, *arguments)
+    assert done.returncode == 1, "torchrun has no other status for a failed process"
+    assert done.stdout.count("with exit status 75") == 1, done.stdout + done.stderr
+    assert done.stderr.count("exitcode  : 75") >= 2, done.stderr
+    assert len(list((tmp_path / "run").glob("state-*"))) == 1
+
+
+def test_quiet_leaves_errors_warnings_and_the_result(tmp_path, run_command, monkeypatch, told):
+    arguments = arguments_of(tmp_path, "--quiet", "--out", tmp_path / "run")
+
+    def failing(*_):
+        raise UserError("the features are not finite")
+
+    monkeypatch.setattr(callbacks, "compute_stats", failing)
+    monkeypatch.setattr(callbacks, "real_stats", lambda *_: None)
+    evaluated = "--data", "digits", "--eval-every", 0.012, "--detector", "pixels"
+    assert run_command(*arguments, *evaluated, "--teacher-steps", 0)[0] == 0
+    assert [line.partition(" ")[0] for line in told] == ["warning:", "warning:", "done:"]
+    made = told[-1].splitlines()[1:]
+    assert made == [f"  {tmp_path}/run/{n}" for n in (
+        "snapshot-0000000012.safetensors", "samples-0000000012.png", "log.jsonl", "tensorboard"
+    )]  # fmt: skip
+
+
+def test_the_end_names_the_next_commands(tmp_path, run_command, told):
+    out = tmp_path / "a run"
+    assert run_command(*arguments_of(tmp_path), "--out", out) == (0, "")
+    first, *commands = told[-1].splitlines()
+    assert first == "next:"
+    assert [shlex.split(c)[2:5] for c in commands] == [
+        ["sid_fast.generate", "--network", str(out)],
+        ["sid_fast.evaluate", "--network", str(out)],
+        ["sid_fast.train", "--resume", str(out)],
+    ]
+    words = shlex.split(commands[2])[3:]
+    assert run_command("train", *words)[0] == 0  # as it is printed
+    assert (out / "snapshot-0000000024.safetensors").exists()

@@ -1,6 +1,8 @@
 """Network configurations: architectures, sizes and their validation."""
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sid_fast.errors import UserError
@@ -86,6 +88,7 @@ class NetworkConfig:
     dropout: float = 0.0
     sigma_data: float = 0.5
     init_sigma: float | None = None  # noise level of a one-step generator; None: a denoiser
+    absent_classes: tuple[int, ...] = ()  # classes without training images, ascending: not drawn
 
     architectures: ClassVar = tuple(ARCHITECTURES)  # of the family
 
@@ -124,6 +127,14 @@ class NetworkConfig:
                 continue
             if type(value) not in (int, float) or not least <= value <= most:
                 self._refuse(field, f"use a number from {least} to {most}")
+        absent = self.absent_classes
+        if not isinstance(absent, tuple) or any(type(c) is not int for c in absent):
+            self._refuse("absent_classes", "use a list of class numbers")
+        if absent and not (
+            len(absent) < self.label_dim
+            and all(a < b for a, b in itertools.pairwise((-1, *absent, self.label_dim)))
+        ):
+            self._refuse("absent_classes", f"use ascending classes below {self.label_dim}, not all")
         smallest = 2 ** (len(self.channel_mult) - 1)
         if self.resolution % smallest:
             levels = len(self.channel_mult)
@@ -159,9 +170,26 @@ class NetworkConfig:
         classes = f"{self.label_dim} classes" if self.label_dim else "unconditional"
         return f"{self.architecture}, {self.resolution}x{self.resolution}, {classes}"
 
+    @property
+    def classes(self) -> Sequence[int]:
+        """The class numbers to draw from, ascending; empty for an unconditional network."""
+        if not self.absent_classes:
+            return range(self.label_dim)
+        return sorted(set(range(self.label_dim)) - set(self.absent_classes))
+
+    def with_classes(self, classes: Sequence[int]) -> "NetworkConfig":
+        """Return a copy that draws from these classes; without any, this configuration."""
+        if not classes:
+            return self
+        absent = tuple(sorted(set(range(self.label_dim)) - set(classes)))
+        return dataclasses.replace(self, absent_classes=absent)
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a dictionary for JSON."""
-        return dataclasses.asdict(self)
+        """Return the fields as a dictionary for JSON; absent_classes only where there are any."""
+        values = dataclasses.asdict(self)
+        if not self.absent_classes:  # versions without this field read the file, too
+            del values["absent_classes"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Self":
@@ -236,6 +264,7 @@ class NetworkConfig:
             "attn_resolutions": "attention_resolutions",
             "dropout": "dropout",
             "sigma_data": "sigma_data",
+            "init_sigma": "init_sigma",  # of our own pickles
         }
         if unknown := sorted(set(kwargs) - set(names)):
             field = unknown[0]
@@ -252,3 +281,31 @@ class NetworkConfig:
         ) | {"dropout": 0.1}
         values = {names[k]: v for k, v in (defaults | kwargs).items()}
         return cls.from_dict({"architecture": matches[0], **values})
+
+    def to_published(self) -> dict[str, Any]:
+        """Return upstream's constructor arguments of class EDMPrecond; see from_published."""
+        architecture = ARCHITECTURES[self.architecture]
+        arguments: dict[str, Any] = {
+            "img_resolution": self.resolution,
+            "img_channels": self.channels,
+            "label_dim": self.label_dim,
+            "augment_dim": self.augment_dim,
+            "sigma_data": self.sigma_data,
+            "model_type": architecture.model_type,
+            "model_channels": self.model_channels,
+            "channel_mult": list(self.channel_mult),
+            "num_blocks": self.num_blocks,
+            "attn_resolutions": list(self.attention_resolutions),
+            "dropout": self.dropout,
+        }
+        if architecture.model_type == "SongUNet":
+            arguments |= {
+                "embedding_type": architecture.embedding_type,
+                "encoder_type": architecture.encoder_type,
+                "decoder_type": "standard",
+                "channel_mult_noise": architecture.embedding_width,
+                "resample_filter": list(architecture.filter),
+            }
+        if self.init_sigma is not None:
+            arguments["init_sigma"] = self.init_sigma
+        return arguments

@@ -247,12 +247,12 @@ def _grid(
         ticks = [(horizontal.low, "0"), *((x, t) for x, t in ticks if x > 1.5 * horizontal.low)]
     bottom, free = _HEIGHT - _BOTTOM, -math.inf
     for x, label in ticks:
-        at, half = horizontal(x), _DIGIT * len(label) / 2
-        if at - half < free:
+        place, half = horizontal(x), _DIGIT * len(label) / 2
+        if place - half < free:
             continue
-        free = at + half + 6
-        parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{bottom}"/>')
-        parts.append(f'<text x="{at:.1f}" y="{bottom + 17}">{label}</text>')
+        free = place + half + 6
+        parts.append(f'<line x1="{place:.1f}" x2="{place:.1f}" y1="{_TOP}" y2="{bottom}"/>')
+        parts.append(f'<text x="{place:.1f}" y="{bottom + 17}">{label}</text>')
     middle = (left + right) / 2
     parts.append(f'<text x="{middle:.1f}" y="{_HEIGHT - 6}" class="name">{text(x_label)}</text>')
     return f'<g class="axes">{"".join(parts)}</g>'

@@ -573,8 +573,8 @@ def _plain(value: Any) -> Any:
 
 def _configuration(runs: Sequence[Run]) -> str:
     options = [_effective(run) for run in runs]
-    names = dict.fromkeys([*_FIRST, *(name for each in options for name in each)])
-    names = [n for n in names if any(n in each for each in options)]
+    mentioned = dict.fromkeys([*_FIRST, *(name for each in options for name in each)])
+    names = [n for n in mentioned if any(n in each for each in options)]
     rows: list[tuple[str, list[str]]] = []
     prominent: list[tuple[str, list[str]]] = []
     for name in names:

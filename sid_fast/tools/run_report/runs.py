@@ -79,8 +79,8 @@ class Run:
     def evaluation_metrics(self) -> list[str]:
         """Names of the metrics of evaluations; distances come first."""
         records = (r for r in self.log if "evaluation_s" in r)
-        names = dict.fromkeys(name for record in records for name in record)
-        names = [n for n in names if n not in _ABOUT_EVALUATION]
+        found = dict.fromkeys(name for record in records for name in record)
+        names = [n for n in found if n not in _ABOUT_EVALUATION]
         return sorted(names, key=lambda n: n != "FID" and not n.startswith("Fréchet"))
 
     def curve(self, metric: str) -> list[tuple[int, float | None]]:
