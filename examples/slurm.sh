@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A run on many nodes that saves its state before the time limit and queues itself again.
 #
-#     sbatch examples/slurm.sh --preset imagenet64-cond --kimg 300_000
+#     sbatch examples/slurm.sh --preset imagenet64-cond --kimg 300_000 --max-hours 23.8
 #
 # The arguments are those of sid_fast.train. Submit the same command with RUN set to the run's
 # folder to continue a run that failed. srun starts one process per GPU, without torchrun, so that
@@ -40,8 +40,9 @@ srun bash -c '
   eval "$SETUP" && exec python -m sid_fast.train "$@"' train "$@" &
 step=$!
 
-# SLURM sends this script SIGTERM ten minutes before the time limit (--signal above). srun passes it
-# on to the processes, which save a state after the current step and exit with status 143.
+# --max-hours saves a state in time and exits with status 75. Without it, SLURM sends this script
+# SIGTERM ten minutes before the time limit (--signal above). srun passes it on to the processes,
+# which save a state after the current step and exit with status 143.
 stopped=0 interrupted=0
 trap 'stopped=1 interrupted=1; kill -TERM "$step"' TERM
 while true; do
@@ -52,7 +53,7 @@ while true; do
 done
 
 # Not after scancel, which signals the processes and not this script, nor after an error.
-if ((stopped && status == 143)); then
+if ((status == 75 || (stopped && status == 143))); then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

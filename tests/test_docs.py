@@ -247,6 +247,12 @@ def test_slurm_script_requeues_after_sigterm_and_resumes(slurm, tmp_path):
     assert (tmp_path / "scontrol.log").read_text() == "requeue 41\n"  # not after a finished run
 
 
+def test_slurm_script_requeues_when_max_hours_are_over(slurm, tmp_path):
+    (tmp_path / "finish").write_text("75")
+    assert slurm("--preset", "digits", "--max-hours", "0.1").wait(30) == 75
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 41\n"
+
+
 @pytest.mark.parametrize("status", ["1", "2", "143"])
 def test_slurm_script_does_not_requeue_what_it_did_not_stop(slurm, tmp_path, status):
     """143 without a signal to the script: scancel."""
