@@ -56,6 +56,7 @@ from sid_fast.models import EDMNetwork, NetworkConfig
 from sid_fast.models.registry import load_network, save_network
 from sid_fast.tools import autotune, verdicts
 from sid_fast.tools.candidates import Candidate
+from sid_fast.tools.proof import Job
 from sid_fast.tools.run_report.page import page
 from sid_fast.tools.run_report.runs import read_runs
 from sid_fast.train import TrainConfig
@@ -68,6 +69,7 @@ from sid_fast.training.checkpoint import (
     read_header,
 )
 from sid_fast.training.logging import Log, read_log
+from tests.helpers.networks import small_teacher
 from tests.helpers.pickled import network_pickle
 from tests.helpers.runs import OPTIONS, progress
 
@@ -394,7 +396,8 @@ def _read_header(path: Path) -> tuple[dict[str, Any], TrainConfig]:
             os.close(checkpoint._held.pop())
     check(config)
     header = read_header(path.parent)
-    autotune._of_state(header.get("tuning"), autotune.Tuning())
+    job = Job(small_teacher().config, config.settings(), "cpu")
+    autotune._of_state(header.get("tuning"), job, autotune.Tuning())
     return header, config
 
 

@@ -245,7 +245,9 @@ def test_a_run_without_graphs_prints_one_line_and_continues(
     failing, refused, monkeypatch, tmp_path, run_command
 ):
     """After a failed trial or capture, bit-exact with --cuda-graph off."""
-    monkeypatch.setattr(train, "resolve_cuda_graph", lambda choice, *_: (choice != "off", ""))
+    monkeypatch.setattr(
+        train.graph_trial, "resolve_cuda_graph", lambda choice, *_: (choice != "off", "")
+    )
     monkeypatch.setattr(train.graph_trial, "failure_reason", lambda *_: refused)
     made = failing(1)
     save_network(tmp_path / "teacher.safetensors", small_teacher())
@@ -264,7 +266,7 @@ def test_a_run_without_graphs_prints_one_line_and_continues(
 
 
 def test_a_refused_trial_is_noted_in_the_headline(monkeypatch, tmp_path, run_command):
-    monkeypatch.setattr(train, "resolve_cuda_graph", lambda *_: (True, ""))
+    monkeypatch.setattr(train.graph_trial, "resolve_cuda_graph", lambda *_: (True, ""))
     monkeypatch.setattr(train, "Loop", loop := Mock())
     save_network(tmp_path / "teacher.safetensors", small_teacher())
     for reason, required in (("a trial failed: x", None), ("", False)):

@@ -792,9 +792,10 @@ if __name__ == "__main__":
     ranks(sys.argv[1])
 
 
+KERNELS = dict.fromkeys(candidates.open_operations("auto", torch.device("cpu")), "eager")
 ROW = {
-    "name": "eager", "candidate": {"kernels": {}}, "wrong": "", "ms": 1.0, "low": 1.0, "high": 1.0,
-    "images": 4, "gib": 0.1, "won": True,
+    "name": "eager", "candidate": {"kernels": KERNELS}, "wrong": "", "ms": 1.0, "low": 1.0,
+    "high": 1.0, "images": 4, "gib": 0.1, "won": True,
 }  # fmt: skip
 
 
@@ -805,8 +806,8 @@ ROW = {
         *({"rows": [ROW | change]} for change in (
             {"ms": "1"}, {"ms": None}, {"ms": -1.0}, {"ms": 1e999}, {"name": []}, {"won": 1},
             {"images": {}}, {"candidate": "x"}, {"candidate": {"kernels": {"a": []}}},
-            {"candidate": {"kernels": {}, "threads": 10**9}},
-            {"candidate": {"kernels": {}, "micro_batch": 0}},
+            {"candidate": {"kernels": KERNELS, "threads": 10**9}},
+            {"candidate": {"kernels": KERNELS, "micro_batch": 0}},
         )),
         {"candidate": [1]}, {"candidate": {"kernels": {"x": "y"}}},
     ],
@@ -814,9 +815,9 @@ ROW = {
 def test_a_verdict_of_wrong_values_is_noted_and_not_taken(changes):
     """Of a state; one in the cache has the same rows."""
     tuning = autotune.Tuning()
-    state = {"candidate": {"kernels": {}}, "rows": [ROW], "machine": {}}
-    assert autotune._of_state(state, tuning)
+    state = {"candidate": {"kernels": KERNELS}, "rows": [ROW], "machine": {}}
+    assert autotune._of_state(state, JOB, tuning)
     tuning = autotune.Tuning()
-    taken = autotune._of_state(state | changes, tuning)
+    taken = autotune._of_state(state | changes, JOB, tuning)
     assert bool(taken) == ("machine" in changes)
     assert len(tuning.notes) == ("machine" not in changes)
