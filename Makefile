@@ -8,7 +8,7 @@ ARGS ?=
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make train   set up $(VENV) and distil the embedded digits teacher (minutes on a CPU)"
+	@echo "make train   set up $(VENV) and distil the embedded teacher of garments (minutes on a CPU)"
 	@echo "make test    set up $(VENV) and run all tests; ARGS='-m \"not slow\"' runs the quick ones"
 	@echo "make lint    check style, types and layers"
 	@echo "make docs    build the documentation into build/docs; a broken link fails"
@@ -26,8 +26,8 @@ $(VENV)/.ready $(VENV)/.ready-dev: pyproject.toml constraints.txt CMakeLists.txt
 	@touch $@
 
 train: $(VENV)/.ready
-	@echo "== distilling the digits teacher into a one-step generator"
-	$(BIN)/python -m sid_fast.train --preset digits $(ARGS)
+	@echo "== distilling the teacher of garments into a one-step generator"
+	$(BIN)/python -m sid_fast.train --preset fashion $(ARGS)
 
 test: $(VENV)/.ready-dev
 	@echo "== all tests; those that need a GPU are skipped without one"

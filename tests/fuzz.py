@@ -275,7 +275,7 @@ def _batches() -> list[bytes]:
 
 def _idx_files() -> list[bytes]:
     idx = bytes([0, 0, 8, 3, *(0, 0, 0, 2) * 3, *range(8)])
-    return [idx, gzip.compress(idx)]
+    return [idx, gzip.compress(idx, mtime=0)]
 
 
 def _read_source(path: Path) -> Source:
