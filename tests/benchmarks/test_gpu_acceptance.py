@@ -65,6 +65,7 @@ def session(tmp_path):
         process.stdout.close()
 
 
+@pytest.mark.slow
 def test_the_commands_are_valid_and_ordered_by_value(session):
     process, calls = session(480)
     shown = process.communicate(timeout=100)[0]

@@ -23,6 +23,7 @@ SMALL = NetworkConfig(
 NETWORKS = {"cifar10": passes.CIFAR10, "imagenet64": passes.IMAGENET64, "ffhq64": FFHQ64}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_no_pass_is_unfused(name):
     """There is no element-wise, cat, pad, cast or layout operation on a feature map."""

@@ -42,6 +42,7 @@ def stand_in(monkeypatch, device):
         recorder.stand_in(monkeypatch.setattr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [4, 1, None])
 def test_a_replayed_run_is_the_eager_one(stand_in, device, micro_batch):
     """With dropout, augmentation and a first moment; the two warm-ups leave no trace."""

@@ -36,6 +36,7 @@ def test_a_step_is_eleven_forwards(cifar):
         assert found == pytest.approx(11 * forward, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_step_does_the_same_every_time(cifar):
     """As a CUDA graph needs: no operation or shape depends on the step or on values."""
     assert cifar[1].ops == cifar[2].ops

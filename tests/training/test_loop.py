@@ -335,6 +335,7 @@ def arguments_of(folder, *more):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_max_hours_saves_and_leaves_with_the_status_of_a_requeue(
     tmp_path, run_command, started_long_ago, told
 ):

@@ -91,6 +91,7 @@ def test_ranges_are_nvtx_where_cuda_is(monkeypatch):
     assert opened == ["generator forward"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kimg", "traced"), [(0.028, True), (0.016, False)])
 def test_a_run_traces_its_phases(tmp_path, run_command, capsys, monkeypatch, kimg, traced):
     said = []

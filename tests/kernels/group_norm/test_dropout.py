@@ -19,6 +19,7 @@ def dropout_mask(shape, groups, dropout, seed, device):
     return out.y
 
 
+@pytest.mark.slow
 @DTYPES
 @pytest.mark.parametrize("shape", ["few-channels", "odd-tiles"])
 @pytest.mark.parametrize("silu", [True, False], ids=["silu", "plain"])

@@ -6,6 +6,7 @@ from sid_fast.kernels.group_norm import FEWER_PER_THREAD, configurations, launch
 from tests.helpers.group_norm import check, draw
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", sorted(FEWER_PER_THREAD, key=str), ids=str)
 def test_launches_with_fewer_elements_per_thread(key, device, monkeypatch):
     """Use 4 of the 32 groups: the same program, but an eighth as many."""

@@ -48,12 +48,14 @@ def test_shapes(shape, device):
     check(*draw(*SHAPES[shape], torch.float32, device, **SUM, **conditioning), torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["top-of-64", "6-a-group", "odd-group", "odd-tiles"])
 def test_shapes_in_bfloat16(shape, device):
     """Tile sizes depend on the dtype."""
     check(*draw(*SHAPES[shape], torch.bfloat16, device, **SUM), torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CONCATENATED)
 def test_concatenated_inputs(case, device):
     """The boundary between h and skip falls inside a group or between two groups."""
@@ -75,6 +77,7 @@ def test_fusions_over_tiles(fusion, device):
     check(*draw(*SHAPES["even-tiles"], torch.float32, device, **FUSIONS[fusion]), torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resample", ["down", "up"])
 @pytest.mark.parametrize(
     "shape",
@@ -160,6 +163,7 @@ def test_the_sum_is_normalised_as_it_was_stored(shape, device):
     assert torch.equal(out.y, again.y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fusion", COMBINATIONS)
 def test_a_sample_does_not_depend_on_its_batch(fusion, device):
     """Its output, dropout and gradient are bit-exact alone, in a batch, and in repeated runs."""
