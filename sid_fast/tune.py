@@ -88,6 +88,7 @@ def run(config: TuneConfig, given: set[str]) -> None:
     if not config.teacher:
         raise UserError("teacher is missing: --teacher FILE, or --preset NAME with one of its own")
     tune(config, given, config.settings, partial(network_config, config.teacher))
+    suggest("train", "teacher", config)
 
 
 def run_pretrain(config: TunePretrainConfig, given: set[str]) -> None:
@@ -100,6 +101,7 @@ def run_pretrain(config: TunePretrainConfig, given: set[str]) -> None:
         return teacher_config(config, config, open_dataset(config.data))
 
     tune(config, given, partial(part, config, PretrainSettings), network)
+    suggest("pretrain", "data", config)
 
 
 def tune(
@@ -142,9 +144,13 @@ def tune(
     if not tuning.rows or not any(row.ms for row in tuning.rows):
         raise UserError(tuning.text)
     say(tuning.text)
-    name, source = ("train", "teacher") if hasattr(config, "teacher") else ("pretrain", "data")
-    source = "preset" if config.preset else source
-    invocation.suggest(invocation.command_line(name, f"--{source}", getattr(config, source)))
+
+
+def suggest(command: str, source: str, config: Any) -> None:
+    """Print the command that takes the result; `source` is the option to name without a preset."""
+    if process_group.launch().rank == 0:
+        source = "preset" if config.preset else source
+        invocation.suggest(invocation.command_line(command, f"--{source}", getattr(config, source)))
 
 
 _pretrain = cli.command(
