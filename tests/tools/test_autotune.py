@@ -387,12 +387,7 @@ def test_a_noisy_type_is_measured_by_eager_of_that_type():
     assert "off by" in proof.disagreement(exact + 2e-4 * noise, exact, exact)
     assert proof.disagreement(1.004 * exact + 0.01 * noise, exact + 0.01 * noise, exact) == ""
     assert "+0.6%" in proof.disagreement(1.006 * exact + 0.01 * noise, exact + 0.01 * noise, exact)
-    assert proof.disagreement(exact, 1.01 * exact, exact) == "", "more exact than eager"
-    assert proof.disagreement(0.99 * exact, 1.01 * exact, exact) == "", "as exact"
-    assert "-2.0%" in proof.disagreement(0.98 * exact, 1.01 * exact, exact)
-    few, usual = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.01, 1.99, 3.01, 3.99])
-    assert proof.disagreement(few * 1.005, usual, few) == "", "of four values, noise"
-    assert "+4.0%" in proof.disagreement(few * 1.04, usual, few)
+    few = torch.tensor([1.0, 2.0, 3.0, 4.0])
     assert "+2.0%" in proof.disagreement(few * 1.02, few, few)
     assert proof.disagreement(exact * torch.nan, exact, exact)
 
