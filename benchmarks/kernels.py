@@ -453,7 +453,7 @@ def weight_norm_cases(dtypes, fill, device) -> Iterator[Case]:
         if device.type == "cpu":
             config = EDM2Config(resolution=8, model_channels=64, channel_mult=(1,), num_blocks=1)
         with torch.device("meta"):
-            shapes = [p.shape for p in EDM2Network(config).parameters() if p.dim() > 0]
+            shapes = [p.shape for p in EDM2Network(config).parameters() if p.dim() > 1]
 
         def inputs(shapes=tuple(shapes), kind=kind, kernel=kernel):
             weights = [torch.randn(shape, device=device) for shape in shapes]
