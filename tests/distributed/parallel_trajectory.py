@@ -34,7 +34,7 @@ from tests.helpers.golden import (
     read,
     trajectory_error,
 )
-from tests.helpers.networks import small_teacher
+from tests.helpers.networks import small_edm2, small_teacher
 
 golden, states = Path(sys.argv[1]), Path(sys.argv[2])
 torch.set_num_threads(1)
@@ -172,6 +172,9 @@ def cut(mode: str) -> None:
         "SiD": lambda plan, s: sid_fast.Distiller(small_teacher(), s, 3, None, plan),
         "toy": lambda plan, s: toy.trainer(plan),
         "SiDA": lambda plan, s: sida(plan, s, data=real_images()),
+        "EDM2": lambda plan, s: sid_fast.Distiller(
+            small_edm2(), dataclasses.replace(s, augment_p=0.0), 3, None, plan
+        ),
         "two forwards": lambda plan, s: toy.trainer(plan, method=toy.TwoForwards),
     }.items():
         expected = make(fsdp.SINGLE_PROCESS, dataclasses.replace(settings, micro_batch=None))

@@ -63,7 +63,7 @@ def test_every_sharding_plan_matches_the_golden_trajectory(golden, tmp_path):
 def test_faults_graphs_and_cuts_of_a_small_network(processes, tmp_path):
     cases = SMALL[processes]
     lines = lines_of(processes, tmp_path, tmp_path, *cases)
-    assert len(lines) == len(cases) + 3 * sum("cut" in case for case in cases), lines
+    assert len(lines) == len(cases) + 4 * sum("cut" in case for case in cases), lines
 
 
 @pytest.fixture(scope="module")
