@@ -149,7 +149,8 @@ def replays(mode: str, rounds: str, method: str = "sid") -> None:
         if method == "sida":
             distiller = sida(plan_of(mode), settings, data=real_images(), cuda_graph=graph)
         else:
-            distiller = distiller_of(small_teacher(), mode, settings, cuda_graph=graph)
+            teacher = small_edm2() if method == "edm2" else small_teacher()
+            distiller = distiller_of(teacher, mode, settings, cuda_graph=graph)
         distiller.step()
         fsdp.gather_full(distiller.generator)  # as a snapshot gathers its network
         distiller.step()

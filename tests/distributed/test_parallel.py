@@ -31,7 +31,7 @@ TRAJECTORIES = {
 SMALL = {
     4: ["graphs:hsdp:1"],
     2: ["graphs:ddp:5", "graphs:fsdp:5", "graphs:tight:1", "failed graphs",
-        "graphs:ddp:1:sida", "graphs:fsdp:5:sida", "graphs:tight:1:sida",
+        "graphs:ddp:1:sida", "graphs:ddp:5:edm2", "graphs:fsdp:5:sida", "graphs:tight:1:sida",
         *(f"{case}:{m}" for case in ("same draws", "faults of SiDA")
           for m in ("ddp", "fsdp", "tight")),
         *(f"faults:{m}" for m in ("ddp", "fsdp", "hsdp")), "cut:ddp", "cut:fsdp", "cut:tight"],
