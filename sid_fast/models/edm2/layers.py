@@ -109,20 +109,22 @@ class MPConv(nn.Module):
 
     def forward(self, x: torch.Tensor, gain: torch.Tensor | None = None) -> torch.Tensor:
         """Apply the layer in the dtype of x; `gain` [1] scales the output."""
-        if self.compute_weight is None:
-            scale = 1 / math.sqrt(self.weight[0].numel())
-            weight = normalize_weight(self.weight) * (scale if gain is None else gain * scale)
-            return self._apply_weight(x, weight.to(x.dtype))
-        weight = self.compute_weight.to(x.dtype)
-        if gain is None:
-            return self._apply_weight(x, weight)
-        # Of a linear layer the output is smaller than the weight, of a convolution larger. Both
-        # products are of float32, for the rounded gain would scale the whole output wrongly.
-        if weight.dim() == 2:
-            return (self._apply_weight(x, weight) * gain).to(x.dtype)
-        return self._apply_weight(x, (weight * gain).to(x.dtype))
+        if self.weight.dim() == 4:
+            weight = self.scaled_weight(x.dtype, gain)
+            return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+        if gain is None or self.compute_weight is None:
+            return F.linear(x, self.scaled_weight(x.dtype, gain))
+        # The output is smaller than the copy.
+        return (F.linear(x, self.scaled_weight(x.dtype)) * gain).to(x.dtype)
 
-    def _apply_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if weight.dim() == 2:
-            return F.linear(x, weight)
-        return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+    def scaled_weight(self, dtype: torch.dtype, gain: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the normalised weight times gain/√fan_in, in a dtype.
+
+        The product with the gain is one in float32: a rounded gain would scale all outputs wrongly.
+        """
+        if self.compute_weight is not None:
+            weight = self.compute_weight
+            return (weight if gain is None else weight * gain).to(dtype)
+        scale = 1 / math.sqrt(self.weight[0].numel())
+        weight = normalize_weight(self.weight) * (scale if gain is None else gain * scale)
+        return weight.to(dtype)
