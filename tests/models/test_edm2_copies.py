@@ -27,7 +27,7 @@ from tests.helpers.networks import SMALL_EDM2
 
 TINY = dataclasses.replace(SMALL_EDM2, resolution=4, attention_resolutions=())
 SETTINGS = dict(
-    batch_size=4, micro_batch=2, fake_lr=1e-3, generator_lr=1e-3, precision="fp32", p_mean=-0.4,
+    batch_size=4, micro_batch=2, fake_lr=1e-2, generator_lr=1e-2, precision="fp32", p_mean=-0.4,
     p_std=1.0, eps=1e-2,  # so that an update is no sign, which the last bit of a gradient flips
 )  # fmt: skip
 
