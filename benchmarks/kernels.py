@@ -469,6 +469,7 @@ def weight_norm_cases(dtypes, fill, device) -> Iterator[Case]:
         def provider(name, weights, others, call=call):
             return with_backend("weight_norm", name, call(weights, others))
 
+        providers: dict[str, Callable[..., Any]]
         providers = {
             name: functools.partial(provider, name)
             for name in (*own_backends("weight_norm"), "eager")

@@ -337,6 +337,7 @@ def configurations() -> Iterator[tuple]:
     signature = {"table": "*i64"}
     for compute, name in enumerate(("fp32", "bf16", "fp16")):
         for force in (False, True):
+            constants: dict[str, float | None]
             constants = dict(EPS=EPS, FORCE=force, COPY=True, COMPUTE=compute, COLUMNS=COLUMNS)
             pointer = {"force": "*i1"} if force else {}
             if not force:
