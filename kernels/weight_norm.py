@@ -258,7 +258,8 @@ def _normalize_tile(
         w = tl.load(weights + offsets, mask=inside, other=0.0)
         if FORCE:
             w *= factor
-            tl.store(weights + offsets, w, mask=inside & forced)
+            if forced:
+                tl.store(weights + offsets, w, mask=inside)
         if COPY:
             dtype: tl.constexpr = (
                 tl.float32 if COMPUTE == 0 else tl.bfloat16 if COMPUTE == 1 else tl.float16
