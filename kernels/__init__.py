@@ -10,6 +10,7 @@ from sid_fast.kernels.group_norm import GroupNormOutput, group_norm
 from sid_fast.kernels.random import random
 from sid_fast.kernels.sid_loss import Losses, fake_score_loss, generator_loss, noised
 from sid_fast.kernels.sida_loss import adversarial_loss, discriminator_loss
+from sid_fast.kernels.weight_norm import weight_norm, weight_norm_backward
 
 __all__ = [
     "GroupNormOutput",
@@ -24,4 +25,6 @@ __all__ = [
     "group_norm",
     "noised",
     "random",
+    "weight_norm",
+    "weight_norm_backward",
 ]

@@ -21,6 +21,7 @@ OPERATIONS = {
     "augment": ("triton",),
     "random": ("triton",),
     "adam_ema": ("triton", "cuda"),
+    "weight_norm": ("triton",),
 }
 BACKENDS = ("cuda", "triton", "eager", "apex")
 _forced: dict[str, str] = {}
@@ -35,7 +36,9 @@ def available_backends() -> list[str]:
 # Counted bytes and launches decide (GroupNorm 203 GiB -> 119 a CIFAR-10 step of 64 images, Adam
 # 13,000 launches -> 2); `python -m sid_fast.tune` times all backends on the machine itself.
 DEFAULTS = {
-    "cuda": dict.fromkeys(("group_norm", "sid_loss", "sida_loss", "random", "adam_ema"), "triton"),
+    "cuda": dict.fromkeys(
+        ("group_norm", "sid_loss", "sida_loss", "random", "adam_ema", "weight_norm"), "triton"
+    ),
     # The host build of csrc; measured, see benchmarks/LOG.md.
     "cpu": dict.fromkeys(("group_norm", "adam_ema"), "cuda"),
 }

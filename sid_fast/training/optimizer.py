@@ -125,6 +125,7 @@ class AdamWithEMA:
         """
         *sums, valid, samples = self.grad_sync.all_reduce(self.totals.clone())
         self.grad_sync.wait()
+        self.net.backward_through_copies(self.grad_sync.local_grads())
         enabled = torch.logical_and(valid > 0, torch.as_tensor(enabled, device=valid.device))
         nonfinite = kernels.adam_ema(
             self.local_params,
@@ -142,8 +143,7 @@ class AdamWithEMA:
             clipped=self.clipped,
         )
         self.grad_sync.after_update()
-        self.net.constrain_weights(enabled)
-        self.net.update_combined_copies()
+        self.net.after_update(enabled)
         nonfinite = self.grad_sync.sum_over_shards(nonfinite)
         metrics = {name: value / valid for name, value in zip(self.metrics, sums, strict=True)}
         if self.clipped is not None:

@@ -89,7 +89,9 @@ class MPFourier(nn.Module):
 
 
 class MPConv(nn.Module):
-    """A convolution, or a linear layer, whose weight is normalised wherever it is used.
+    """A convolution, or a linear layer, whose weight is normalised.
+
+    Happens wherever the weight is used, unless the layer has a normalised copy of it.
 
     Args:
         fan_in: Input channels.
@@ -97,15 +99,30 @@ class MPConv(nn.Module):
         kernel: Kernel size, for [N, C, H, W]; None: a linear layer, for [N, C].
     """
 
+    # w/(ε + rms(w))/√fan_in in the compute dtype; see EDM2Network.compute_in.
+    compute_weight: torch.Tensor | None = None
+
     def __init__(self, fan_in: int, fan_out: int, kernel: int | None = None):
         super().__init__()
         size = () if kernel is None else (kernel, kernel)
         self.weight = nn.Parameter(torch.randn(fan_out, fan_in, *size))
 
-    def forward(self, x: torch.Tensor, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
-        """Apply the layer in the dtype of x; `gain` scales the output."""
-        fan_in = self.weight[0].numel()
-        weight = (normalize_weight(self.weight) * (gain / math.sqrt(fan_in))).to(x.dtype)
+    def forward(self, x: torch.Tensor, gain: torch.Tensor | None = None) -> torch.Tensor:
+        """Apply the layer in the dtype of x; `gain` [1] scales the output."""
+        if self.compute_weight is None:
+            scale = 1 / math.sqrt(self.weight[0].numel())
+            weight = normalize_weight(self.weight) * (scale if gain is None else gain * scale)
+            return self._apply_weight(x, weight.to(x.dtype))
+        weight = self.compute_weight.to(x.dtype)
+        if gain is None:
+            return self._apply_weight(x, weight)
+        # Of a linear layer the output is smaller than the weight, of a convolution larger. Both
+        # products are of float32, for the rounded gain would scale the whole output wrongly.
+        if weight.dim() == 2:
+            return (self._apply_weight(x, weight) * gain).to(x.dtype)
+        return self._apply_weight(x, (weight * gain).to(x.dtype))
+
+    def _apply_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if weight.dim() == 2:
             return F.linear(x, weight)
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
