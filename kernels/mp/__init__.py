@@ -5,7 +5,7 @@ A tensor with two consumers is returned as two outputs, so that the backward ker
 gradients, instead of an extra autograd pass.
 """
 
-from sid_fast.kernels.mp.cat import mp_cat_silu, mp_cat_silu_eager
+from sid_fast.kernels.mp.cat import cat_gains, mp_cat_silu, mp_cat_silu_eager
 from sid_fast.kernels.mp.device import mp_silu_eager
 from sid_fast.kernels.mp.norm import pixel_norm, pixel_norm_eager
 from sid_fast.kernels.mp.scale import scaled_silu, scaled_silu_eager
@@ -15,6 +15,7 @@ from sid_fast.kernels.mp.sum import mp_sum, mp_sum_eager
 __all__ = [
     "TENSORS",
     "bytes_moved",
+    "cat_gains",
     "configurations",
     "mp_cat_silu",
     "mp_cat_silu_eager",
