@@ -152,6 +152,11 @@ def launch(channels: int, pixels: int, backward: bool) -> dict[str, int]:
     return constants
 
 
+def parts_of(y: torch.Tensor) -> int:
+    """Return how many backward programs share an image's pixels; above one, their sums are added."""
+    return launch(y.shape[1], y[0, 0].numel(), True)["PARTS"]
+
+
 def _programs(y: torch.Tensor, constants: dict[str, int]) -> tuple[int]:
     return (len(y) * constants["PARTS"] * (y.shape[1] // constants["BLOCK_C"]),)
 
@@ -177,7 +182,7 @@ def _run_backward(
     """Return the gradients of y and of scale, which is empty unless `wanted`."""
     dy, dscale = _backward_like(grad, y, scale, seed, drop, wanted)
     constants = launch(y.shape[1], y[0, 0].numel(), True)
-    parts = constants["PARTS"]
+    parts = parts_of(y)
     sums = dscale
     if parts > 1 and wanted:
         sums = scale.new_empty((len(y), parts, y.shape[1]), dtype=torch.float32)
