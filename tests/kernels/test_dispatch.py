@@ -50,7 +50,15 @@ GPU = torch.device("cuda")
 def test_defaults_of_a_gpu():
     """The Triton kernels that move less at a known cost; PyTorch's elsewhere."""
     triton = {name for name, backend in dispatch.runs(GPU).items() if backend == "triton"}
-    assert triton == {"group_norm", "sid_loss", "sida_loss", "random", "adam_ema", "weight_norm"}
+    assert triton == {
+        "group_norm",
+        "sid_loss",
+        "sida_loss",
+        "random",
+        "adam_ema",
+        "weight_norm",
+        "mp",
+    }
     assert set(dispatch.runs(GPU).values()) == {"triton", "eager"}
 
 
@@ -85,7 +93,7 @@ def test_one_operation_is_overridden_and_restored():
             assert dispatch.report(CPU) == (
                 "block triton, group_norm eager, attention triton, sid_loss triton, "
                 "sida_loss triton, augment triton, random triton, adam_ema triton, "
-                "weight_norm triton"
+                "weight_norm triton, mp triton"
             )
         assert dispatch.report(CPU) == "triton"
     assert dispatch.report(CPU) == "eager"
@@ -117,8 +125,12 @@ def test_every_public_function_chooses_its_own_backend(monkeypatch):
     weights = [torch.ones(2, 2)]
     kernels.weight_norm(weights, [torch.empty(2, 2)])
     kernels.weight_norm_backward(weights, weights)
+    kernels.pixel_norm(ones)
+    kernels.scaled_silu(ones, ones[:, :, 0, 0])
+    kernels.mp_sum(ones, ones, 0.3)
+    kernels.mp_cat_silu(ones)
     losses, draws = ["sid_loss"] * 3 + ["sida_loss"] * 2, ["random"] * 2
-    update = ["adam_ema"] + ["weight_norm"] * 2
+    update = ["adam_ema"] + ["weight_norm"] * 2 + ["mp"] * 4
     assert asked == ["group_norm", "attention", *losses, *draws, "augment", *update]
 
 

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sid_fast.models.edm_unet.fused import conv1x1
+from sid_fast.models.edm_unet.layers import BlockedRows
+
 EPS = 1e-4  # of normalize
 CLIP = 256.0  # limit of a block's output; float16 ends at 65504
 
@@ -29,28 +32,6 @@ def normalize(x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
 def normalize_weight(weight: torch.Tensor) -> torch.Tensor:
     """Scale every output channel of a weight to a root mean square of 1."""
     return normalize(weight, tuple(range(1, weight.dim())))
-
-
-def pixel_norm(x: torch.Tensor) -> torch.Tensor:
-    """Scale every pixel of [N, C, H, W] to a root mean square of 1 over the channels."""
-    return normalize(x, (1,))
-
-
-def mp_silu(x: torch.Tensor) -> torch.Tensor:
-    """Apply SiLU, divided by the root mean square it makes of N(0, 1)."""
-    return F.silu(x) / 0.596
-
-
-def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
-    """Interpolate from a to b; independent a and b keep their magnitude."""
-    return torch.lerp(a, b, t) / math.sqrt((1 - t) ** 2 + t**2)
-
-
-def mp_cat(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
-    """Concatenate channels; b contributes the share t to the magnitude."""
-    n_a, n_b = a.shape[1], b.shape[1]
-    scale = math.sqrt((n_a + n_b) / ((1 - t) ** 2 + t**2))
-    return torch.cat([a * (scale * (1 - t) / n_a**0.5), b * (scale * t / n_b**0.5)], dim=1)
 
 
 class ScalarGain(nn.Module):
@@ -109,20 +90,33 @@ class MPConv(nn.Module):
 
     def forward(self, x: torch.Tensor, gain: torch.Tensor | None = None) -> torch.Tensor:
         """Apply the layer in the dtype of x; `gain` [1] scales the output."""
-        if self.compute_weight is None:
-            scale = 1 / math.sqrt(self.weight[0].numel())
-            weight = normalize_weight(self.weight) * (scale if gain is None else gain * scale)
-            return self._apply_weight(x, weight.to(x.dtype))
-        weight = self.compute_weight.to(x.dtype)
-        if gain is None:
-            return self._apply_weight(x, weight)
-        # Of a linear layer the output is smaller than the weight, of a convolution larger. Both
-        # products are of float32, for the rounded gain would scale the whole output wrongly.
-        if weight.dim() == 2:
-            return (self._apply_weight(x, weight) * gain).to(x.dtype)
-        return self._apply_weight(x, (weight * gain).to(x.dtype))
-
-    def _apply_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if gain is not None and self.compute_weight is not None and self.weight.dim() == 2:
+            # The output is smaller than the weight. The product is of float32, for the rounded gain
+            # would scale the whole output wrongly.
+            return (F.linear(x, self.scaled_weight(x.dtype)) * gain).to(x.dtype)
+        weight = self.scaled_weight(x.dtype, gain)
         if weight.dim() == 2:
             return F.linear(x, weight)
+        if weight.shape[-1] == 1:
+            return conv1x1(weight, x)
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+    def scaled_weight(self, dtype: torch.dtype, gain: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the normalised weight times gain/√fan_in, in a dtype."""
+        if self.compute_weight is not None:
+            return (self.compute_weight if gain is None else self.compute_weight * gain).to(dtype)
+        scale = 1 / math.sqrt(self.weight[0].numel())
+        return (normalize_weight(self.weight) * (scale if gain is None else gain * scale)).to(dtype)
+
+
+class QKV(BlockedRows, MPConv):
+    """The 1x1 convolution before attention.
+
+    Args:
+        channels: Input channels; a third of the output channels.
+        heads: Attention heads.
+    """
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__(channels, channels * 3, 1)
+        self.heads = heads
