@@ -90,9 +90,9 @@ def list_files(path: str | os.PathLike[str]) -> Listing:
 class Dataset:
     """Samples of a data set, a file each, sorted by name, and their labels.
 
-    Indexing returns CHW arrays. Opening reads only the file names, the labels and the first sample;
-    every other one is checked when it is read. Every method raises UserError, naming the file, for
-    missing or damaged data.
+    Indexing and `images()` return CHW arrays. Opening reads only the file names, the labels and the
+    first sample; every other one is checked when it is read. Every method raises UserError, naming
+    the file, for missing or damaged data.
 
     Hidden files, and what is in hidden folders, are not read.
 
@@ -158,6 +158,13 @@ class Dataset:
 
     def __getitem__(self, index: int) -> np.ndarray:
         raise NotImplementedError
+
+    def images(self) -> np.ndarray:
+        """Read all samples, [N, C, R, R]."""
+        images = np.empty([len(self), *self.sample_shape], self.dtype)
+        for i in progress.track(range(len(self)), f"reading {self.path.name}", "images"):
+            images[i] = self[i]
+        return images
 
     def _inspect(self, name: str, data: np.ndarray) -> None:
         """Set resolution, channels and dtype to those of the first sample."""
@@ -284,8 +291,8 @@ class Dataset:
 class ImageDataset(Dataset):
     """Images of an EDM data set; see Dataset.
 
-    Indexing and `images()` return uint8 CHW arrays, `encoded()` returns the PNG itself. resolution
-    is in pixels, channels is 1 or 3.
+    Samples are uint8; `encoded()` returns the PNG itself. resolution is in pixels, channels is 1 or
+    3.
     """
 
     suffix, is_latent, dtype = ".png", False, np.dtype(np.uint8)
@@ -320,13 +327,6 @@ class ImageDataset(Dataset):
     def damaged(self, index: int, why: str) -> UserError:
         """The error for an image that does not decode."""
         return self._error(self._names[index], f"is damaged ({why}): replace it")
-
-    def images(self) -> np.ndarray:
-        """Read all images, uint8 [N, C, H, W]."""
-        images = np.empty([len(self), self.channels, *[self.resolution] * 2], np.uint8)
-        for i in progress.track(range(len(self)), f"reading {self.path.name}", "images"):
-            images[i] = self[i]
-        return images
 
     def _inspect(self, name: str, data: np.ndarray) -> None:
         self.channels, self.resolution = self._header(name, data)

@@ -121,14 +121,14 @@ class LatentDataset(Dataset):
         kind = sniff(data[:512].tobytes())
         if kind != "npy":
             raise self._error(name, f"is not an .npy file ({describe(kind)}): replace it")
-        file = io.BytesIO(data[:_HEADER_BYTES])  # type: ignore[arg-type]  # any buffer
+        file = io.BytesIO(data[:_HEADER_BYTES])
         try:
             shape, fortran, dtype = npy_header(file, len(data), 2 * CHANNELS * MAX_RESOLUTION**2)
         except Refused as error:
             raise self._error(name, error) from error
         except Exception as error:  # damaged bytes can fail in any way
             raise self._error(name, "has a damaged header: replace it") from error
-        if dtype not in (np.float16, np.float32):
+        if dtype.newbyteorder("=") not in (np.float16, np.float32):
             raise self._error(name, f"holds {dtype}: save latents as float32 or float16")
         if len(shape) != 3 or shape[1] != shape[2] or not shape[1]:
             raise self._error(
