@@ -114,7 +114,7 @@ REFUSED = {
     "generate --network PIXELS --grid x.png --vae VAE": "makes images, not latents",
     "generate --network NET --grid x.png --vae none": "none does not exist",
     "generate --network NET --grid x.png --vae WIDE": "latents of 8 channels, but those of",
-    "evaluate --network NET --ref r.npz --detector pixels": "makes latents, and images are evaluated",
+    "evaluate --network NET --ref r.npz --detector pixels": "makes latents, and images are",
     "evaluate --network PIXELS --ref r.npz --detector pixels --vae VAE": "makes images, not latent",
     "evaluate --images DATA --ref r.npz --detector pixels --vae VAE": "no effect without --network",
     "evaluate --images DATA --ref r.npz --detector pixels": "latents.zip holds latents (.npy), and",
