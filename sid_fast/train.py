@@ -207,14 +207,17 @@ def run(config: TrainConfig, given: set[str]) -> None:
         with contextlib.closing(feed) if feed else contextlib.nullcontext():
             loop = Loop(trainer, config, snapshots, name, headline, evaluations, extra)
             if loop.run(resume) and process_group.rank() == 0:
-                invocation.suggest(*next_commands(config, loop.folder))
+                latent = network.is_latent
+                invocation.suggest(*next_commands(config, loop.folder, latent))
 
 
-def next_commands(config: TrainConfig, folder: Path) -> list[str]:
+def next_commands(config: TrainConfig, folder: Path, latent: bool) -> list[str]:
     """What to type after a run in a folder: look at images, measure them, train on."""
+    vae = ("--vae", config.vae or "VAE") if latent else ()
     pixels = ("--detector", config.detector) if config.detector != "inception" else ()
-    reference = ("--data", config.data) if config.data else ("--ref", config.ref or "STATS.npz")
-    network = "--network", folder
+    images = config.data and not latent
+    reference = ("--data", config.data) if images else ("--ref", config.ref or "STATS.npz")
+    network = "--network", folder, *vae
     return [
         invocation.command_line("generate", *network, "--seeds", "0-63", "--grid", "images.png"),
         invocation.command_line("evaluate", *network, *reference, *pixels),

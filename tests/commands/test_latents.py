@@ -1,5 +1,6 @@
 """Networks of latents on the command line: previews, images of a VAE, and what is refused."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,12 +8,20 @@ import pytest
 import torch
 from PIL import Image
 
+import sid_fast
+from sid_fast.data import feed as feed_module
 from sid_fast.data.datasets import ImageDataset
+from sid_fast.data.digits import open_dataset
 from sid_fast.evaluation import decoding
+from sid_fast.methods.base import RandomStream, real_images
 from sid_fast.models import EDM2Config, EDM2Network
 from sid_fast.models.registry import save_network
+from sid_fast.sampling import one_step
+from sid_fast.train import check_data, label_weights
+from sid_fast.training.random_streams import fixed_grid_inputs
 from tests.helpers.images import latent_zip, posterior
 from tests.helpers.networks import small_teacher
+from tests.helpers.processes import tensors_of
 from tests.helpers.vae import stand_in, write_vae
 
 CPU = torch.device("cpu")
@@ -23,14 +32,18 @@ SMALL = EDM2Config(
 SAMPLE = ("--seeds", "0-2")
 
 
-@pytest.fixture
-def network(tmp_path):
+def initialized(config):
     torch.manual_seed(0)
-    net = EDM2Network(SMALL)
+    net = EDM2Network(config)
     for name, p in net.named_parameters():
         if name.endswith("_gain"):
             p.data.fill_(0.5)
-    save_network(tmp_path / "net.safetensors", net)
+    return net
+
+
+@pytest.fixture
+def network(tmp_path):
+    save_network(tmp_path / "net.safetensors", initialized(SMALL))
     return tmp_path / "net.safetensors"
 
 
@@ -42,7 +55,7 @@ def vae(tmp_path, monkeypatch):
 
 @pytest.fixture
 def data(tmp_path):
-    return latent_zip(tmp_path / "latents.zip", posterior(12), np.arange(12) % 3)
+    return latent_zip(tmp_path / "latents.zip", posterior(12), [0] * 9 + [2] * 3)
 
 
 @pytest.fixture
@@ -139,3 +152,65 @@ def test_one_line_says_what_is_wrong(run_command, network, vae, data, tmp_path, 
     assert (status, error.count("\n")) == (2, 1)
     assert REFUSED[typed] in error
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# --- runs
+
+
+def teacher_network(tmp_path):
+    net = initialized(dataclasses.replace(SMALL, init_sigma=None))
+    save_network(tmp_path / "teacher.safetensors", net)
+    return tmp_path / "teacher.safetensors"
+
+
+def test_sid_takes_the_labels_of_latents_and_no_images(data):
+    """Classes are as frequent as in the data; nothing is read of the latents."""
+    opened = open_dataset(str(data))
+    check_data(opened, SMALL)
+    weights = label_weights(opened, SMALL)
+    assert weights.tolist() == [9, 0, 3]
+    net = initialized(dataclasses.replace(SMALL, init_sigma=None))
+    distiller = sid_fast.Distiller(net, sid_fast.Settings(batch_size=256), 0, weights)
+    assert distiller.method.feed is None
+    labels = distiller.draw()["fake"][0].class_labels
+    share = labels.mean(0)
+    assert share[1] == 0
+    assert share[0] == pytest.approx(3 / 4, abs=0.1)
+
+
+def test_sida_trains_on_drawn_latents(data):
+    """The fake score's real images are the feed's latents, with the stream's noise."""
+    net = initialized(dataclasses.replace(SMALL, init_sigma=None))
+    settings = sid_fast.SiDASettings(batch_size=4, adversarial_group=4)
+    distiller = sid_fast.Distiller(net, settings, data=open_dataset(str(data)))
+    (draw,) = distiller.draw()["fake"]
+    feed = distiller.method.feed
+    again = RandomStream(distiller.counter, "fake", 4)
+    expected, labels = real_images(feed, again)
+    assert torch.equal(draw.real, expected)
+    assert torch.equal(draw.class_labels, labels)
+    assert not torch.equal(draw.real, draw.noise)
+
+
+@pytest.mark.slow
+def test_a_run_on_latents_resumes_to_the_same_bits(run_command, data, tmp_path, monkeypatch):
+    run = (
+        "train", "--teacher", teacher_network(tmp_path), "--data", data, "--method", "sida",
+        "--batch-size", 4, "--adversarial-group", 4, "--generator-start-kimg", 0, "--kimg", 0.02,
+        "--state-every", 0.004, "--keep-states", 9, "--tune", "off",
+    )  # fmt: skip
+    assert run_command(*run, "--out", tmp_path / "a")[0] == 0
+    state = tmp_path / "a" / "state-000000002"
+    monkeypatch.setattr(feed_module, "fits", lambda *_: False)
+    status, error = run_command("train", "--resume", state, "--out", tmp_path / "b")
+    assert status == 0, error
+    a, b = (tensors_of(tmp_path / name / "state-000000005") for name in ("a", "b"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    grids = [(tmp_path / name / "samples-0000000020.png").read_bytes() for name in ("a", "b")]
+    assert grids[0] == grids[1]
+    net = sid_fast.load_network(tmp_path / "a")
+    assert net.config.classes == (0, 2)
+    z, labels = fixed_grid_inputs(net.config, 0, 100)
+    made = one_step(net, z[:1], labels[:1], net.config.init_sigma)
+    tile = first_tile(tmp_path / "a" / "samples-0000000020.png", 64)
+    assert np.abs(tile.astype(int) - decoding.preview(made)[0].numpy()).max() <= 1
