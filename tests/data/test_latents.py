@@ -1,6 +1,7 @@
 """Latents: what is read and refused, and that a draw is a function of seed, step and sample."""
 
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from sid_fast.data.feed import ImageFeed
 from sid_fast.errors import UserError
 from sid_fast.methods.base import RandomStream, real_images
 from sid_fast.methods.edm import EDM
+from sid_fast.models import EDM2Config
 from sid_fast.models.edm2.config import LATENT_CHANNELS
 from tests.helpers.images import latent_zip, make_zip, npy, pictures, png, posterior
 
@@ -202,7 +204,8 @@ def test_a_teacher_learns_from_latents(data):
     """sample_inputs of EDM draws latents with noise of their own."""
     feed = ImageFeed(data, BATCH, 0, CPU)
     feed.load(0)
-    method = EDM(None, PretrainSettings(augment_p=0), feed)
+    net = SimpleNamespace(config=EDM2Config(resolution=8, label_dim=0))
+    method = EDM(net, PretrainSettings(augment_p=0), feed)
     rng = stream()
     inputs = method.sample_inputs(rng)
     assert torch.equal(inputs.y, drawn(feed))
