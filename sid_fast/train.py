@@ -30,12 +30,8 @@ from sid_fast.evaluation import decoding
 from sid_fast.io import invocation, progress
 from sid_fast.methods.sida import check_generator, check_images
 from sid_fast.models import Network, NetworkConfig
-from sid_fast.models.registry import (
-    build_network,
-    load_generator,
-    load_teacher,
-    network_config,
-)
+from sid_fast.models.families import build_network
+from sid_fast.models.registry import load_generator, load_teacher, network_config
 from sid_fast.performance import fsdp, mixed_precision, process_group
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
 from sid_fast.sampling import one_step
@@ -43,7 +39,7 @@ from sid_fast.tools import autotune, estimator, graph_trial, host_memory, micro_
 from sid_fast.training import sinks
 from sid_fast.training.callbacks import Evaluations, Snapshots, require_reference
 from sid_fast.training.checkpoint import read_header
-from sid_fast.training.loop import Loop
+from sid_fast.training.loop import Loop, refuse_other_run
 
 
 @dataclasses.dataclass
@@ -87,6 +83,7 @@ def run(config: TrainConfig, given: set[str]) -> None:
         config.micro_batch, given = None, given - {"micro_batch"}
     resume = cli.resume(config, given)
     check(config)
+    refuse_other_run(config.out, resume)
     sinks.require(config.log_to)
     cli.refuse_idle_run_options(config, given)
     check_method(config, given)

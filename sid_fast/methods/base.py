@@ -15,7 +15,7 @@ from sid_fast import kernels
 from sid_fast.data import latents
 from sid_fast.data.feed import ImageFeed
 from sid_fast.data.images import to_float
-from sid_fast.models import Network
+from sid_fast.models import Network, NetworkConfig
 
 
 class RandomStream:
@@ -157,3 +157,12 @@ def real_images(feed: ImageFeed, rng: RandomStream) -> tuple[torch.Tensor, torch
     if feed.has_deviation:
         noise = rng.normal("latents", images.shape[1] // 2, *images.shape[2:])
     return latents.sample(images, noise, feed.normalization), labels
+
+
+def noise_distribution(settings: Any, network: NetworkConfig) -> tuple[float, float]:
+    """Return P_mean and P_std: those of the settings, else those of the network's family."""
+    mean, std = network.training_noise
+    return (
+        mean if settings.p_mean is None else settings.p_mean,
+        std if settings.p_std is None else settings.p_std,
+    )

@@ -16,7 +16,13 @@ from sid_fast.data.datasets import Dataset
 from sid_fast.data.feed import ImageFeed
 from sid_fast.data.latents import require_kind
 from sid_fast.kernels import Losses
-from sid_fast.methods.base import Method, Phase, RandomStream, real_images
+from sid_fast.methods.base import (
+    Method,
+    Phase,
+    RandomStream,
+    noise_distribution,
+    real_images,
+)
 from sid_fast.models import Network, NetworkConfig
 
 
@@ -75,7 +81,7 @@ class EDM(Method):
     def __init__(self, net: Network, settings: PretrainSettings, feed: ImageFeed | None = None):
         self.net, self.settings, self.feed = net, settings, feed
         self.networks, self.frozen = {"teacher": net}, {}
-        self.noise = noise.distribution(settings, net.config)
+        self.noise = noise_distribution(settings, net.config)
         self.phases = (
             Phase("", "teacher", self.sample_inputs, self.loss, self.lr, settings.beta1),
         )

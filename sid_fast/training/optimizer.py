@@ -125,7 +125,7 @@ class AdamWithEMA:
         """
         *sums, valid, samples = self.grad_sync.all_reduce(self.totals.clone())
         self.grad_sync.wait()
-        enabled = (valid > 0) & enabled
+        enabled = torch.logical_and(valid > 0, torch.as_tensor(enabled, device=valid.device))
         nonfinite = kernels.adam_ema(
             self.local_params,
             self.grad_sync.local_grads(),
