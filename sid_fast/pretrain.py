@@ -24,6 +24,7 @@ from sid_fast.config.types import (
 from sid_fast.data.digits import open_dataset
 from sid_fast.data.feed import ImageFeed
 from sid_fast.errors import UserError
+from sid_fast.evaluation import decoding
 from sid_fast.io import invocation, progress
 from sid_fast.methods.edm import EDM, teacher_config
 from sid_fast.models import EDMNetwork
@@ -32,7 +33,7 @@ from sid_fast.performance.activation_checkpoint import checkpoint_activations
 from sid_fast.sampling import heun
 from sid_fast.tools import autotune, estimator, graph_trial, host_memory, micro_batch
 from sid_fast.training import sinks
-from sid_fast.training.callbacks import Evaluations, Snapshots
+from sid_fast.training.callbacks import Evaluations, Snapshots, require_reference
 from sid_fast.training.checkpoint import read_header
 from sid_fast.training.loop import Loop, refuse_other_run
 from sid_fast.training.random_streams import seed_of
@@ -47,7 +48,9 @@ class PretrainConfig(  # type: ignore[misc]  # micro_batch
 
     preset: str | None = None
     data: str | None = option(
-        None, "training images: an EDM data set (zip or folder), or `digits`", heading="Data"
+        None,
+        "training images or latents: an EDM data set (zip or folder), or `digits`",
+        heading="Data",
     )
     sampler_steps: int = option(
         18,
@@ -82,6 +85,7 @@ def run(config: PretrainConfig, given: set[str]) -> None:
     device = process_group.named_device(config.device)
     kernels.dispatch.configure(config.kernels, device, config.deterministic)
     data = open_dataset(config.data)
+    require_reference(config, data)
     settings = part(config, PretrainSettings)
     network = teacher_config(config, settings, data)
     # In child processes, before CUDA starts.
@@ -134,12 +138,20 @@ def run(config: PretrainConfig, given: set[str]) -> None:
         if config.checkpoint_activations:
             checkpoint_activations(net)
         sampler = partial(heun, num_steps=config.sampler_steps)
-        snapshots = Snapshots(config, trainer, trainer.ema, sampler)
+        decoder = decoding.make_decoder(network, config.vae, device, "the network")
+        snapshots = Snapshots(config, trainer, trainer.ema, sampler, decoder)
         evaluations = None
         if config.eval_every:
-            host_memory.require_features(network, config.eval_images, config.detector)
+            decoding.require_images(decoder, "the network")
+            host_memory.require_features(decoder.shape, config.eval_images, config.detector)
             evaluations = Evaluations(
-                config, trainer, trainer.ema, data, config.sampler_steps, cuda_graph=mode
+                config,
+                trainer,
+                trainer.ema,
+                data,
+                config.sampler_steps,
+                cuda_graph=mode,
+                decoder=decoder,
             )
         name = f"teacher-{config.preset or Path(config.data).stem}"
         backends = kernels.dispatch.report(device)

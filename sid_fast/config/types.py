@@ -160,6 +160,11 @@ MICRO_BATCH = (
     "once"
 )
 
+VAE = (
+    "VAE that decodes the latents of an EDM2 network: a diffusers folder, or a .safetensors file "
+    "with its config.json beside it, such as those of stabilityai/sd-vae-ft-mse"
+)
+
 _method = partial(option, heading="Method")
 _sida = partial(option, heading="SiDA")
 _optimizer = partial(option, heading="Optimizer and EMA")
@@ -414,6 +419,11 @@ class RunOptions:
         "tensorboard",
         "where curves go: tensorboard (a folder of the run), or wandb: Weights & Biases as well "
         "(pip install wandb; WANDB_MODE=offline keeps them on this machine)",
+    )
+    vae: str | None = _output(
+        None,
+        f"{VAE}. Without it, sample grids show a preview, a linear map of the latents to colours, "
+        "and --eval-every cannot be used",
     )
     max_hours: float | None = _output(
         None,

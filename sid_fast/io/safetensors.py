@@ -78,6 +78,18 @@ def read_snapshot(
             return {name: file.get_tensor(name) for name in wanted}, header["config"]
 
 
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """Read all tensors of any safetensors file, onto the CPU.
+
+    Raises:
+        UserError: As open_limited; or the file is cut short.
+        Refused: As check_header.
+    """
+    names = check_header(path)
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in names}
+
+
 def check_header(path: str | os.PathLike[str]) -> list[str]:
     """Check the counts and sizes that a safetensors file declares, and return its tensors' names.
 

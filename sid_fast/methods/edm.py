@@ -12,19 +12,25 @@ import torch
 
 from sid_fast import augment, losses, noise
 from sid_fast.config.types import NetworkOptions, PretrainSettings
-from sid_fast.data.datasets import ImageDataset
+from sid_fast.data.datasets import Dataset
 from sid_fast.data.feed import ImageFeed
-from sid_fast.data.images import to_float
+from sid_fast.data.latents import require_kind
 from sid_fast.kernels import Losses
-from sid_fast.methods.base import Method, Phase, RandomStream, noise_distribution
+from sid_fast.methods.base import (
+    Method,
+    Phase,
+    RandomStream,
+    noise_distribution,
+    real_images,
+)
 from sid_fast.models import Network, NetworkConfig
 
 
 def teacher_config(
-    options: NetworkOptions, settings: PretrainSettings, data: ImageDataset
+    options: NetworkOptions, settings: PretrainSettings, data: Dataset
 ) -> NetworkConfig:
     """Return the configuration of the network that a run trains on a data set."""
-    return NetworkConfig(
+    network = NetworkConfig(
         architecture=options.architecture,
         resolution=data.resolution,
         channels=data.channels,
@@ -35,7 +41,10 @@ def teacher_config(
         num_blocks=options.num_blocks,
         attention_resolutions=options.attention_resolutions,
         dropout=settings.dropout,
-    ).with_classes(data.classes)
+    )
+    way = "give images, or --architecture edm2"
+    require_kind(data, network.is_latent, f"a {network.architecture} network", way)
+    return network.with_classes(data.classes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +101,8 @@ class EDM(Method):
     def sample_inputs(self, rng: RandomStream) -> RealImages:
         """Take n images, augment them, and sample their noise levels and noise."""
         assert self.feed is not None
-        images, labels = self.feed.take(rng.counter, rng.n)
-        y, augment_labels = to_float(images), None
+        y, labels = real_images(self.feed, rng)
+        augment_labels = None
         if self.settings.augment_p:
             y, augment_labels = augment.apply(y, augment.draw(rng, self.settings.augment_p))
         sigma = noise.fake_score_sigma(rng.normal("sigma", 1, 1, 1), *self.noise)

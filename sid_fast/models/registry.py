@@ -52,7 +52,7 @@ def load_network(path: str | Path) -> Network:
             raise UserError("weights do not fit: they are fewer than the network's blocks")
         with torch.device("meta"):
             net = build_network(config)
-        _check(state, net.state_dict())
+        check_weights(state, net.state_dict())
         state = {name: value.float() for name, value in state.items()}
         _check_finite(state)
     except UserError as error:
@@ -93,7 +93,8 @@ def network_config(teacher: str) -> NetworkConfig:
     return known.network if known else load_network(teacher).config
 
 
-def _check(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def check_weights(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Raise UserError unless tensors have the names and shapes of a network's and are floats."""
     if missing := sorted(set(expected) - set(state)):
         raise UserError(f"weights do not fit: {missing[0]} is missing ({len(missing)} in all)")
     if extra := sorted(set(state) - set(expected)):
@@ -156,17 +157,14 @@ def require_denoiser(net: Network, name: str, role: str) -> None:
 def require_png_channels(net: Network, name: str, way_out: str) -> None:
     """Raise UserError if a network's images have neither 1 nor 3 channels, as PNG files have.
 
+    Latents are decoded to images, or previewed; see evaluation.decoding.
+
     Args:
         net: The network.
         name: Where it came from, for the message.
         way_out: The end of the message.
     """
-    if net.config.is_latent:
-        raise UserError(
-            f"{name} makes latents of {net.config.channels} channels, which cannot be decoded to "
-            f"images yet: {way_out}"
-        )
-    if net.config.channels not in (1, 3):
+    if net.config.channels not in (1, 3) and not net.config.is_latent:
         raise UserError(
             f"{name} makes images of {net.config.channels} channels, but PNG files have 1 or 3: "
             f"{way_out}"

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from sid_fast.config.types import RunOptions
-from sid_fast.data.datasets import ImageDataset
+from sid_fast.data.datasets import Dataset
 from sid_fast.data.images import save_grid
 from sid_fast.errors import UserError, one_line
 from sid_fast.evaluation.curve import save_curve
+from sid_fast.evaluation.decoding import Decoder
 from sid_fast.evaluation.features import label, load_detector
 from sid_fast.evaluation.references import real_stats
 from sid_fast.evaluation.sample import (
@@ -27,7 +28,7 @@ from sid_fast.models import Network
 from sid_fast.models.registry import save_network
 from sid_fast.performance import fsdp, process_group
 from sid_fast.performance.cuda_graphs import resolve_cuda_graph
-from sid_fast.sampling import group_size, to_uint8
+from sid_fast.sampling import group_size
 from sid_fast.training.checkpoint import Trainer, prune, thin_out
 from sid_fast.training.logging import read_log
 from sid_fast.training.random_streams import fixed_grid_inputs
@@ -37,6 +38,15 @@ Make = Callable[[Network, torch.Tensor, torch.Tensor | None], torch.Tensor]
 GRID = 100  # images of a sample grid, at most
 MAX_GRIDS = 200  # sample grids of a run; beyond, every second one is removed
 FID_ONLY_FROM = 50_000  # images; below, FID is biased enough that KID is computed too
+
+
+def require_reference(options: RunOptions, data: Dataset | None) -> None:
+    """Raise UserError if --eval-every has latents to compare with, but no images."""
+    if options.eval_every and not options.ref and data and data.is_latent:
+        raise UserError(
+            f"eval_every={options.eval_every}: {data.path} holds latents, and images are compared: "
+            "give the statistics of the images that they were made from as --ref"
+        )
 
 
 class Snapshots:
@@ -49,10 +59,18 @@ class Snapshots:
         trainer: Counts the images.
         net: The network to save.
         make: Generates images from (net, latents, labels).
+        decoder: Turns the network's outputs into images.
     """
 
-    def __init__(self, options: RunOptions, trainer: Trainer, net: Network, make: Make):
-        self.trainer, self.net, self.make = trainer, net, make
+    def __init__(
+        self,
+        options: RunOptions,
+        trainer: Trainer,
+        net: Network,
+        make: Make,
+        decoder: Decoder,
+    ):
+        self.trainer, self.net, self.make, self.decoder = trainer, net, make, decoder
         self.seed, self.keep = options.seed, options.keep_snapshots
 
     @torch.no_grad()
@@ -74,7 +92,7 @@ class Snapshots:
         grid = []
         for rows in torch.arange(len(z)).split(size):
             c = None if labels is None else labels[rows].to(device)
-            grid.append(to_uint8(self.make(net, z[rows].to(device), c)).cpu())
+            grid.append(self.decoder(self.make(net, z[rows].to(device), c)))
         save_grid(folder / f"samples-{images}.png", torch.cat(grid), columns)
         thin_out(folder, "samples-*.png", MAX_GRIDS)
         return {}
@@ -90,11 +108,12 @@ class Evaluations:
         options: Options of the run; --ref replaces `data`.
         trainer: Counts the images.
         net: The network to evaluate.
-        data: Real images.
+        data: Real images; of latents only the classes are used.
         steps: Sampler steps of the network.
         teacher: The teacher, or None.
         teacher_steps: Sampler steps of the teacher.
         cuda_graph: auto, on or off; see resolve_cuda_graph.
+        decoder: Turns the networks' outputs into images; needed for latents.
     """
 
     def __init__(
@@ -102,13 +121,14 @@ class Evaluations:
         options: RunOptions,
         trainer: Trainer,
         net: Network,
-        data: ImageDataset | None,
+        data: Dataset | None,
         steps: int = 1,
         teacher: Network | None = None,
         teacher_steps: int = 1,
         cuda_graph: str = "auto",
+        decoder: Decoder | None = None,
     ):
-        self.trainer, self.net, self.steps = trainer, net, steps
+        self.trainer, self.net, self.steps, self.decoder = trainer, net, steps, decoder
         self.teacher, self.teacher_steps = teacher, teacher_steps
         self.count = options.eval_images
         device = next(net.parameters()).device
@@ -118,7 +138,8 @@ class Evaluations:
         with process_group.main_process_first(), loading:  # may download
             self.detector = load_detector(options.detector, device, options.trust)
         self.name = label("frechet_distance", self.detector)
-        self.real = real_stats(options.ref, data, self.detector, self.clock, "auto")
+        images = None if data is None or data.is_latent else data
+        self.real = real_stats(options.ref, images, self.detector, self.clock, "auto")
         self.classes = classes_to_draw(data, net)
         self.baseline_failed = False
 
@@ -170,7 +191,7 @@ class Evaluations:
     ) -> dict[str, float]:
         """Compare a network's images with real ones; empty if that fails, and on other ranks."""
         images = generate_batches(
-            net, range(self.count), sigma, steps, self.cuda_graph, self.classes
+            net, range(self.count), sigma, steps, self.cuda_graph, self.classes, self.decoder
         )
         metrics = ("fid", "kid") if self.count < FID_ONLY_FROM else ("fid",)
         try:
