@@ -17,9 +17,11 @@ def generator_sigma(t: torch.Tensor) -> torch.Tensor:
     return _ramp(1 - t)
 
 
-def fake_score_sigma(normal: torch.Tensor) -> torch.Tensor:
+def fake_score_sigma(
+    normal: torch.Tensor, p_mean: float = P_MEAN, p_std: float = P_STD
+) -> torch.Tensor:
     """Return the fake-score step's noise level, ln σ ~ N(−1.2, 1.2²), for normal ~ N(0, 1)."""
-    return (P_MEAN + P_STD * normal).exp()
+    return (p_mean + p_std * normal).exp()
 
 
 def sampler_sigmas(num_steps: int) -> torch.Tensor:

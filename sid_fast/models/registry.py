@@ -238,6 +238,12 @@ def require_png_channels(net: Network, name: str, way_out: str) -> None:
         )
 
 
-def save_network(path: str | Path, net: Network) -> None:
-    """Write weights and configuration to one .safetensors file, atomically."""
-    write_snapshot(path, net.state_dict(), net.config.to_dict())
+def save_network(path: str | Path, net: Network, ema: dict[str, Any] | None = None) -> None:
+    """Write weights and configuration to one .safetensors file, atomically.
+
+    Args:
+        path: The file.
+        net: The network.
+        ema: What the weights are an average of; see io.safetensors.read_average.
+    """
+    write_snapshot(path, net.state_dict(), net.config.to_dict(), ema)

@@ -1,9 +1,11 @@
 """Periodic callbacks of the loop: snapshots with image grids, and evaluations (FID, KID)."""
 
+import hashlib
+import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ from sid_fast.evaluation.sample import (
     generate_batches,
 )
 from sid_fast.io import progress, streams
-from sid_fast.models import EDMNetwork
+from sid_fast.models import Network
 from sid_fast.models.registry import save_network
 from sid_fast.performance import fsdp, process_group
 from sid_fast.performance.cuda_graphs import resolve_cuda_graph
@@ -32,7 +34,7 @@ from sid_fast.training.checkpoint import Trainer, prune, thin_out
 from sid_fast.training.logging import read_log
 from sid_fast.training.random_streams import fixed_grid_inputs
 
-Make = Callable[[EDMNetwork, torch.Tensor, torch.Tensor | None], torch.Tensor]
+Make = Callable[[Network, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 GRID = 100  # images of a sample grid, at most
 MAX_GRIDS = 200  # sample grids of a run; beyond, every second one is removed
@@ -40,31 +42,53 @@ FID_ONLY_FROM = 50_000  # images; below, FID is biased enough that KID is comput
 
 
 class Snapshots:
-    """Callback that saves a network and a grid of its images.
+    """Callback that saves the EMAs of a network and a grid of images.
 
     All ranks call it and take part in gathering a sharded network; rank 0 does the rest.
+
+    Power-function EMAs are kept for post-hoc EMAs, which need those of the whole run: of more than
+    `keep_snapshots` times, every second one is removed. Of other EMAs the newest are kept.
 
     Args:
         options: Options of the run.
         trainer: Counts the images.
-        net: The network to save.
+        nets: The EMAs to save. The grid is of the first.
         make: Generates images from (net, latents, labels).
+        stds: Widths of the EMAs, if they are power-function EMAs.
     """
 
-    def __init__(self, options: RunOptions, trainer: Trainer, net: EDMNetwork, make: Make):
-        self.trainer, self.net, self.make = trainer, net, make
+    def __init__(
+        self,
+        options: RunOptions,
+        trainer: Trainer,
+        nets: Sequence[Network],
+        make: Make,
+        stds: Sequence[float] = (),
+    ):
+        self.trainer, self.nets, self.make, self.stds = trainer, nets, make, stds
         self.seed, self.keep = options.seed, options.keep_snapshots
+        text = json.dumps(trainer.resume_fingerprint, sort_keys=True)
+        self.run = hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @torch.no_grad()
     def __call__(self, folder: Path) -> dict[str, float]:
         """Save a snapshot to a run folder; returns no metrics."""
-        net = fsdp.gather_full(self.net)
+        images = f"{self.trainer.images:010d}"
+        # The first comes last: a run whose newest file of it exists has made all others too.
+        for std, ema in reversed(list(zip(self.stds or (None,), self.nets, strict=True))):
+            net = fsdp.gather_full(ema)
+            if net is None:
+                continue
+            if std is None:
+                snapshot = folder / f"snapshot-{images}.safetensors"
+                save_network(snapshot, net)
+                prune(folder, "snapshot-*.safetensors", self.keep, snapshot)
+            else:
+                record = {"std": std, "images": self.trainer.images, "run": self.run}
+                save_network(folder / f"snapshot-{images}-{std:.3f}.safetensors", net, record)
+                thin_out(folder, f"snapshot-*-{std:.3f}.safetensors", self.keep)
         if net is None:
             return {}
-        images = f"{self.trainer.images:010d}"
-        snapshot = folder / f"snapshot-{images}.safetensors"
-        save_network(snapshot, net)
-        prune(folder, "snapshot-*.safetensors", self.keep, snapshot)
         columns = len(net.config.classes)
         columns = columns if 1 < columns <= 16 else 10
         device = next(net.parameters()).device
@@ -100,10 +124,10 @@ class Evaluations:
         self,
         options: RunOptions,
         trainer: Trainer,
-        net: EDMNetwork,
+        net: Network,
         data: ImageDataset | None,
         steps: int = 1,
-        teacher: EDMNetwork | None = None,
+        teacher: Network | None = None,
         teacher_steps: int = 1,
         cuda_graph: str = "auto",
     ):
@@ -164,7 +188,7 @@ class Evaluations:
         return [(images, p) for images, p in grids if images <= self.trainer.images]
 
     def _metrics(
-        self, net: EDMNetwork, sigma: float | None, steps: int, what: str
+        self, net: Network, sigma: float | None, steps: int, what: str
     ) -> dict[str, float]:
         """Compare a network's images with real ones; empty if that fails, and on other ranks."""
         images = generate_batches(

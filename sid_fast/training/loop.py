@@ -313,7 +313,7 @@ class Loop:
         before = self.trainer.images - self.trainer.settings.batch_size
         missing: list[Artifact] = []
         if self.trainer.images >= self.end and not process_group.broadcast_from_rank0(
-            lambda: any(self.folder.glob(f"snapshot-{self.trainer.images:010d}.*"))
+            lambda: any(self.folder.glob(f"snapshot-{self.trainer.images:010d}*"))
         ):
             missing.append(("snapshot", self.snapshot))
         evaluate = self._evaluation(before)
