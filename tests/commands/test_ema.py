@@ -77,7 +77,7 @@ def folder(tmp_path):
     return tmp_path / "run"
 
 
-def test_a_stored_width_is_returned_with_its_constants(tmp_path, folder, run_command):
+def test_a_stored_width_is_returned_and_constants_stay_the_same(tmp_path, folder, run_command):
     out = tmp_path / "out.safetensors"
     assert run_command("ema", folder, "--std", 0.1, "--out", out) == (0, "")
     (state, config), (expected, same) = map(
@@ -86,6 +86,8 @@ def test_a_stored_width_is_returned_with_its_constants(tmp_path, folder, run_com
     assert config == same
     for name, tensor in expected.items():
         torch.testing.assert_close(state[name], tensor, rtol=0, atol=1e-6)
+    assert run_command("ema", folder, "--std", 0.2, "--out", out) == (0, "")
+    state, _ = read_snapshot(out)
     buffers = {name for name, _ in EDMNetwork(TINY).named_buffers()}
     assert all(torch.equal(state[name], expected[name]) for name in buffers)
 
