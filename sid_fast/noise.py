@@ -1,9 +1,13 @@
 """Noise levels σ of distillation and of the teacher's sampler."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 
+if TYPE_CHECKING:
+    from sid_fast.models import NetworkConfig
+
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7
-P_MEAN, P_STD = -1.2, 1.2
 
 
 def _ramp(u: torch.Tensor) -> torch.Tensor:
@@ -18,10 +22,19 @@ def generator_sigma(t: torch.Tensor) -> torch.Tensor:
 
 
 def fake_score_sigma(
-    normal: torch.Tensor, p_mean: float = P_MEAN, p_std: float = P_STD
+    normal: torch.Tensor, p_mean: float = -1.2, p_std: float = 1.2
 ) -> torch.Tensor:
-    """Return the fake-score step's noise level, ln σ ~ N(−1.2, 1.2²), for normal ~ N(0, 1)."""
+    """Return a denoiser's training noise, ln σ ~ N(p_mean, p_std²), for normal ~ N(0, 1)."""
     return (p_mean + p_std * normal).exp()
+
+
+def distribution(settings: Any, network: "NetworkConfig") -> tuple[float, float]:
+    """Return P_mean and P_std: those of the settings, else those of the network's family."""
+    mean, std = network.training_noise
+    return (
+        mean if settings.p_mean is None else settings.p_mean,
+        std if settings.p_std is None else settings.p_std,
+    )
 
 
 def sampler_sigmas(num_steps: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 
 from sid_fast import kernels
 from sid_fast.data.feed import ImageFeed
-from sid_fast.models import EDMNetwork
+from sid_fast.models import Network
 
 
 class RandomStream:
@@ -110,8 +110,8 @@ class Method:
             the step.
     """
 
-    networks: Mapping[str, EDMNetwork]
-    frozen: Mapping[str, EDMNetwork]
+    networks: Mapping[str, Network]
+    frozen: Mapping[str, Network]
     averaged: str
     phases: tuple[Phase, ...]
     progress: ClassVar[Mapping[str, str]]

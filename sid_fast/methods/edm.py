@@ -84,6 +84,8 @@ class EDM(Method):
     def __init__(self, net: Network, settings: PretrainSettings, feed: ImageFeed | None = None):
         self.net, self.settings, self.feed = net, settings, feed
         self.networks, self.frozen = {"teacher": net}, {}
+        net.force_normalization = True  # EDM2 alone has it
+        self.noise = noise.distribution(settings, net.config)
         self.phases = (
             Phase("", "teacher", self.sample_inputs, self.loss, self.lr, settings.beta1),
         )
@@ -114,8 +116,6 @@ class EDM(Method):
         y, augment_labels = to_float(images), None
         if self.settings.augment_p:
             y, augment_labels = augment.apply(y, augment.draw(rng, self.settings.augment_p))
-        sigma = noise.fake_score_sigma(
-            rng.normal("sigma", 1, 1, 1), self.settings.p_mean, self.settings.p_std
-        )
+        sigma = noise.fake_score_sigma(rng.normal("sigma", 1, 1, 1), *self.noise)
         eps = rng.normal("noise", *y.shape[1:])
         return RealImages(y, sigma, eps, labels, augment_labels)

@@ -150,10 +150,10 @@ def network_config(teacher: str) -> NetworkConfig:
     """Return a teacher's configuration, without downloading a published one.
 
     Raises:
-        UserError: As load_network; or runs cannot train the network's family yet.
+        UserError: As load_network.
     """
     known = TEACHERS.get(teacher)
-    return known.network if known else require_edm(load_network(teacher), teacher).config
+    return known.network if known else load_network(teacher).config
 
 
 def _check(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -180,23 +180,21 @@ def _check_finite(state: dict[str, torch.Tensor]) -> None:
             )
 
 
-def require_edm(
-    net: Network, name: str, cannot: str = "runs cannot train yet: give an EDM teacher"
-) -> EDMNetwork:
+def require_edm(net: Network, name: str, cannot: str) -> EDMNetwork:
     """Return the network; UserError, with what cannot be done with it, if it is an EDM2 network."""
     if not isinstance(net, EDMNetwork):
         raise UserError(f"{name} is an EDM2 network, which {cannot} (DDPM++, NCSN++ or ADM)")
     return net
 
 
-def load_teacher(path: str | Path) -> EDMNetwork:
+def load_teacher(path: str | Path) -> Network:
     """Load a network as load_network does, for training on it.
 
     Raises:
-        UserError: As load_network; or the network is an EDM2 network or a one-step generator, or
-            its images have neither 1 nor 3 channels, so that sample grids cannot be written.
+        UserError: As load_network; or the network is a one-step generator, or its images have
+            neither 1 nor 3 channels, so that sample grids cannot be written.
     """
-    net = require_edm(load_network(path), str(path))
+    net = load_network(path)
     require_denoiser(net, str(path), "a teacher")
     require_png_channels(net, str(path), "give another teacher")
     return net

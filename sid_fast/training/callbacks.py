@@ -76,6 +76,7 @@ class Snapshots:
         images = f"{self.trainer.images:010d}"
         # The first comes last: a run whose newest file of it exists has made all others too.
         for std, ema in reversed(list(zip(self.stds or (None,), self.nets, strict=True))):
+            ema.before_sampling()
             net = fsdp.gather_full(ema)
             if net is None:
                 continue
@@ -166,6 +167,7 @@ class Evaluations:
                 baseline = results["teacher"] = metrics[self.name]
             self.baseline_failed = baseline is None
         sigma = self.net.config.init_sigma
+        self.net.before_sampling()
         net = fsdp.gather_full(self.net, everywhere=True)
         results |= self._metrics(net, sigma, self.steps, "the network")
         if process_group.rank():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sid_fast import kernels
-from sid_fast.models import EDMNetwork
+from sid_fast.models import Network
 from sid_fast.performance import fsdp
 
 
@@ -26,7 +26,7 @@ class AdamWithEMA:
     """Gradients, Adam moments and EMA of one network; every tensor keeps its address.
 
     Parameters stay float32. In a 16-bit compute dtype, every update also writes their low-precision
-    copies (EDMNetwork.compute_in). A sharded network needs none: FSDP2 gathers weights in 16 bit.
+    copies (Network.compute_in). A sharded network needs none: FSDP2 gathers weights in 16 bit.
 
     Args:
         net: The network; sharded in place if `sharding` says so.
@@ -42,7 +42,7 @@ class AdamWithEMA:
 
     def __init__(
         self,
-        net: EDMNetwork,
+        net: Network,
         beta1: float,
         beta2: float,
         eps: float,
@@ -60,9 +60,11 @@ class AdamWithEMA:
             each.compute_dtype = dtype
             sharding.shard(each, dtype)
         self.compute_weights: list[torch.Tensor | None] | None = None
-        if sharding.mesh is None and dtype != torch.float32:
+        self.net.constrain_weights()
+        if sharding.mesh is None:
             self.net.compute_in(dtype)
-            self.compute_weights = self.net.cast_copies()
+            if any(cast is not None for cast in self.net.cast_copies()):
+                self.compute_weights = self.net.cast_copies()
         # While weights are gathered, modules hold the full tensors: keep the shards by name.
         self.named = dict(net.named_parameters())
         self.named_emas = [dict(ema.named_parameters()) for ema in self.emas]
@@ -143,8 +145,9 @@ class AdamWithEMA:
         )
         for ema, beta in zip(self.local_emas[1:], ema_betas[1:], strict=True):
             _update_ema(ema, self.local_params, beta, enabled)
-        self.net.update_combined_copies()
         self.grad_sync.after_update()
+        self.net.constrain_weights(enabled)
+        self.net.update_combined_copies()
         nonfinite = self.grad_sync.sum_over_shards(nonfinite)
         metrics = {name: value / valid for name, value in zip(self.metrics, sums, strict=True)}
         if self.clipped is not None:
@@ -163,7 +166,7 @@ class AdamWithEMA:
         """Return the live state tensors by name; copying into them restores the state.
 
         Sharded tensors are DTensors. Low-precision copies are not part of it: rebuild them with
-        EDMNetwork.update_compute_copies. Buffers are constants.
+        Network.update_compute_copies. Buffers are constants.
         """
         state = {f"{prefix}.step": self.step_count}
         state |= {f"{prefix}.net.{name}": p for name, p in self.named.items()}

@@ -261,8 +261,6 @@ class Trainer:
         optimizer = self.optimizers[phase.network]
         with ranges.named(f"{phase.name} update".strip()):
             metrics = optimizer.step(self.lr[phase.network], self.ema_betas, self.enabled)
-        if hasattr(optimizer.net, "normalize_weights"):  # TEMP
-            optimizer.net.normalize_weights()
         if phase in (self.phases[-1], self.method.phases[-1]):
             # Captured steps must start and end in the same state: with all networks sharded.
             for each in self.optimizers.values():
