@@ -75,7 +75,7 @@ class AdamWithEMA:
         self.exp_avg = [torch.zeros_like(p) for p in self.params] if beta1 else []
         # Views of this rank's shards.
         self.local_params = fsdp.local_shards(self.params)
-        self.local_state = [fsdp.local_shards(v) for v in (self.exp_avg, self.exp_avg_sq)]
+        self.local_moments = fsdp.local_shards(self.exp_avg), fsdp.local_shards(self.exp_avg_sq)
         self.local_emas = [fsdp.local_shards(list(ema.values())) for ema in self.named_emas]
         device = self.params[0].device
         self.step_count = torch.zeros((), dtype=torch.float64, device=device)
@@ -126,15 +126,15 @@ class AdamWithEMA:
         """
         *sums, valid, samples = self.grad_sync.all_reduce(self.totals.clone())
         self.grad_sync.wait()
-        enabled = (valid > 0) & enabled
+        applied = (valid > 0) & enabled
         nonfinite = kernels.adam_ema(
             self.local_params,
             self.grad_sync.local_grads(),
-            *self.local_state,
+            *self.local_moments,
             self.local_emas[0] if self.emas else [],
             compute_weights=self.compute_weights,
             step=self.step_count,
-            enabled=enabled,
+            enabled=applied,
             lr=lr,
             beta1=self.beta1,
             beta2=self.beta2,
@@ -144,9 +144,9 @@ class AdamWithEMA:
             clipped=self.clipped,
         )
         for ema, beta in zip(self.local_emas[1:], ema_betas[1:], strict=True):
-            _update_ema(ema, self.local_params, beta, enabled)
+            _update_ema(ema, self.local_params, beta, applied)
         self.grad_sync.after_update()
-        self.net.constrain_weights(enabled)
+        self.net.constrain_weights(applied)
         self.net.update_combined_copies()
         nonfinite = self.grad_sync.sum_over_shards(nonfinite)
         metrics = {name: value / valid for name, value in zip(self.metrics, sums, strict=True)}
