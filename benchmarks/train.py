@@ -40,7 +40,8 @@ from sid_fast.distiller import Distiller, blank_feed
 from sid_fast.errors import UserError
 from sid_fast.kernels._cuda import library
 from sid_fast.models import NetworkConfig
-from sid_fast.models.registry import build_network, network_config
+from sid_fast.models.families import build_network
+from sid_fast.models.registry import network_config
 from sid_fast.performance import fsdp, mixed_precision, process_group
 from sid_fast.tools.proof import network
 from sid_fast.train import TrainConfig

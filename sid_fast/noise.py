@@ -1,11 +1,6 @@
 """Noise levels σ of distillation and of the teacher's sampler."""
 
-from typing import TYPE_CHECKING, Any
-
 import torch
-
-if TYPE_CHECKING:
-    from sid_fast.models import NetworkConfig
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7
 
@@ -26,15 +21,6 @@ def fake_score_sigma(
 ) -> torch.Tensor:
     """Return a denoiser's training noise, ln σ ~ N(p_mean, p_std²), for normal ~ N(0, 1)."""
     return (p_mean + p_std * normal).exp()
-
-
-def distribution(settings: Any, network: "NetworkConfig") -> tuple[float, float]:
-    """Return P_mean and P_std: those of the settings, else those of the network's family."""
-    mean, std = network.training_noise
-    return (
-        mean if settings.p_mean is None else settings.p_mean,
-        std if settings.p_std is None else settings.p_std,
-    )
 
 
 def sampler_sigmas(num_steps: int) -> torch.Tensor:

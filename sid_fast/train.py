@@ -28,12 +28,8 @@ from sid_fast.errors import UserError
 from sid_fast.io import invocation, progress
 from sid_fast.methods.sida import check_generator, check_images
 from sid_fast.models import Network, NetworkConfig
-from sid_fast.models.registry import (
-    build_network,
-    load_generator,
-    load_teacher,
-    network_config,
-)
+from sid_fast.models.families import build_network
+from sid_fast.models.registry import load_generator, load_teacher, network_config
 from sid_fast.performance import fsdp, mixed_precision, process_group
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
 from sid_fast.sampling import one_step

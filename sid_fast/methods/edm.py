@@ -18,7 +18,7 @@ from sid_fast.data.feed import ImageFeed
 from sid_fast.data.images import to_float
 from sid_fast.errors import UserError
 from sid_fast.kernels import Losses
-from sid_fast.methods.base import Method, Phase, RandomStream
+from sid_fast.methods.base import Method, Phase, RandomStream, noise_distribution
 from sid_fast.models import EDM2Config, Network, NetworkConfig
 
 
@@ -85,7 +85,7 @@ class EDM(Method):
         self.net, self.settings, self.feed = net, settings, feed
         self.networks, self.frozen = {"teacher": net}, {}
         net.force_normalization = True  # EDM2 alone has it
-        self.noise = noise.distribution(settings, net.config)
+        self.noise = noise_distribution(settings, net.config)
         self.phases = (
             Phase("", "teacher", self.sample_inputs, self.loss, self.lr, settings.beta1),
         )

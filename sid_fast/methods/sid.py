@@ -21,7 +21,13 @@ from sid_fast.augment import Parameters
 from sid_fast.config.types import Settings, SiDASettings
 from sid_fast.errors import UserError
 from sid_fast.kernels import Losses
-from sid_fast.methods.base import Method, Phase, RandomStream, one_hot_labels
+from sid_fast.methods.base import (
+    Method,
+    Phase,
+    RandomStream,
+    noise_distribution,
+    one_hot_labels,
+)
 from sid_fast.models import EDM2Network, Network
 
 
@@ -61,7 +67,7 @@ class SiD(Method):
     """
 
     averaged = "generator"
-    progress: ClassVar = {
+    progress: ClassVar[dict[str, str]] = {
         "fake/loss": "fake",
         "generator/loss": "generator",
         "generator/distance": "‖f_φ-f_ψ‖²",
@@ -85,7 +91,7 @@ class SiD(Method):
         self.teacher = teacher
         self.generator = teacher.as_generator(s.init_sigma, s.dropout)
         self.fake_score = copy.deepcopy(teacher)
-        self.noise = noise.distribution(s, teacher.config)
+        self.noise = noise_distribution(s, teacher.config)
         if isinstance(self.fake_score, EDM2Network):
             if s.log_variance == "off":
                 self.fake_score.without_log_variance()

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sid_fast.errors import UserError
 from sid_fast.models import Network
-from sid_fast.models.registry import build_network
+from sid_fast.models.families import build_network
 from sid_fast.performance import process_group
 from sid_fast.performance.ddp import DDPGradSync
 
@@ -80,7 +80,7 @@ class ShardingPlan:
         return DDPGradSync(net, self.ranks)
 
 
-SINGLE_PROCESS = ShardingPlan()  # ignores any other ranks
+SINGLE_PROCESS: ShardingPlan = ShardingPlan()  # ignores any other ranks
 
 
 def replicated(text: str = "") -> ShardingPlan:

@@ -16,7 +16,7 @@ from sid_fast.config.types import Settings, SiDASettings
 from sid_fast.distiller import data_free_method
 from sid_fast.methods.base import Method, RandomStream
 from sid_fast.models import NetworkConfig
-from sid_fast.models.registry import build_network
+from sid_fast.models.families import build_network
 from sid_fast.performance import fsdp, process_group
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
 from sid_fast.tools import host_memory

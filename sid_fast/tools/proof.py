@@ -23,7 +23,7 @@ from sid_fast.distiller import data_free_method
 from sid_fast.methods.base import Phase, RandomStream, one_hot_labels
 from sid_fast.models import Network, NetworkConfig
 from sid_fast.models.edm_unet.layers import GroupNorm
-from sid_fast.models.registry import build_network
+from sid_fast.models.families import build_network
 from sid_fast.performance import cuda_graphs, fsdp, mixed_precision
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
 from sid_fast.tools.candidates import Candidate

@@ -126,7 +126,7 @@ class AdamWithEMA:
         """
         *sums, valid, samples = self.grad_sync.all_reduce(self.totals.clone())
         self.grad_sync.wait()
-        applied = (valid > 0) & enabled
+        enabled = torch.logical_and(valid > 0, torch.as_tensor(enabled, device=valid.device))
         nonfinite = kernels.adam_ema(
             self.local_params,
             self.grad_sync.local_grads(),
@@ -134,7 +134,7 @@ class AdamWithEMA:
             self.local_emas[0] if self.emas else [],
             compute_weights=self.compute_weights,
             step=self.step_count,
-            enabled=applied,
+            enabled=enabled,
             lr=lr,
             beta1=self.beta1,
             beta2=self.beta2,
@@ -144,9 +144,9 @@ class AdamWithEMA:
             clipped=self.clipped,
         )
         for ema, beta in zip(self.local_emas[1:], ema_betas[1:], strict=True):
-            _update_ema(ema, self.local_params, beta, applied)
+            _update_ema(ema, self.local_params, beta, enabled)
         self.grad_sync.after_update()
-        self.net.constrain_weights(applied)
+        self.net.constrain_weights(enabled)
         self.net.update_combined_copies()
         nonfinite = self.grad_sync.sum_over_shards(nonfinite)
         metrics = {name: value / valid for name, value in zip(self.metrics, sums, strict=True)}

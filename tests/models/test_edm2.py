@@ -9,17 +9,16 @@ import torch
 
 import sid_fast
 from sid_fast import losses, noise
+from sid_fast.distiller import data_free_method
 from sid_fast.errors import UserError
-from sid_fast.models import EDM2Config, EDM2Network, EDMNetwork
+from sid_fast.models import EDM2Config, EDM2Network, EDMNetwork, NetworkConfig
 from sid_fast.models.edm2 import layers
 from sid_fast.models.edm2.config import SIZES
-from sid_fast.models.registry import (
-    build_network,
-    load_teacher,
-    network_config,
-    save_network,
-)
+from sid_fast.models.families import build_network
+from sid_fast.models.registry import save_network
 from sid_fast.tools import op_counter
+from sid_fast.tools.proof import RandomFeed
+from sid_fast.training.step import Trainer
 from tests.helpers.golden import TOLERANCE, check_gradients, check_sida_losses, read, relative
 from tests.helpers.networks import small_teacher
 from tests.helpers.pickled import edm2_pickle, network_pickle
@@ -175,8 +174,8 @@ def test_parameters_match_the_publication(size):
     parameters = sum(p.numel() for p in net.parameters())
     assert parameters / 1e6 == pytest.approx(PUBLISHED[size][0], abs=0.051)
     assert len(net.backbone.blocks()) == 36
-    assert sum(p.dim() == 0 for p in net.parameters()) == 37
-    assert sum(p.dim() > 0 for p in net.parameters()) == 162
+    assert sum(v.dim() == 0 for v in net.state_dict().values()) == 37
+    assert sum(p.dim() > 1 for p in net.parameters()) == 162
 
 
 @pytest.mark.parametrize(
@@ -230,14 +229,14 @@ def test_the_gradient_of_a_normalised_weight_is_exact(kernel):
 def test_normalising_weights_changes_no_output():
     net = randomized()
     for p in net.parameters():
-        if p.dim() > 0:
+        if p.dim() > 1:
             p.mul_(3)
     expected = net(*inputs(net.config))
     net.normalize_weights()
     once = [p.clone() for p in net.parameters()]
     assert relative(net(*inputs(net.config)), expected) < 2e-3
     for p in net.parameters():
-        if p.dim() > 0:
+        if p.dim() > 1:
             assert torch.allclose(p[0].square().mean().sqrt(), torch.ones(()), atol=2e-4)
     net.normalize_weights()
     assert all(torch.allclose(a, b, rtol=2e-4) for a, b in zip(once, net.parameters(), strict=True))
@@ -369,14 +368,92 @@ def test_configurations_of_unknown_families_are_refused(tmp_path):
             sid_fast.load_network(path)
 
 
-def test_it_is_no_teacher_of_a_run(tmp_path):
-    path = str(tmp_path / "net.safetensors")
-    save_network(path, randomized())
-    for use in load_teacher, network_config:
-        with pytest.raises(UserError, match=f"{path} is an EDM2 network, which runs cannot train"):
-            use(path)
-    with pytest.raises(UserError, match="the teacher is an EDM2 network"):
-        sid_fast.Distiller(sid_fast.load_network(path), sid_fast.Settings())
+# --- runs
+
+
+def settings_of(kind=sid_fast.Settings, **options):
+    rates = {"fake_lr": 1e-3, "generator_lr": 1e-3}
+    return kind(batch_size=4, micro_batch=2, **rates, **options)
+
+
+def sida(**options):
+    starts = {"generator_start_kimg": 0, "adversarial_start_kimg": 0, "adversarial_group": 2}
+    return settings_of(sid_fast.SiDASettings, **starts, **options)
+
+
+def train(settings, steps=2, **config):
+    """Distil a small network, SiDA on made-up images; return the trainer."""
+    net = randomized(**config)
+    trainer = Trainer(data_free_method(net, settings, RandomFeed), settings)
+    trainer.images = settings.batch_size  # past SiDA's starts
+    for _ in range(steps):
+        metrics = trainer.step()
+        assert not any(metrics[f"{phase}/failed"] for phase in ("fake", "generator"))
+    return trainer
+
+
+def unit_rows(net):
+    """Whether every row of every weight has a root mean square of 1."""
+    rms = torch.cat([p.flatten(1).square().mean(1).sqrt() for p in net.parameters() if p.dim() > 1])
+    return bool((rms - 1).abs().max() < 2e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fake", "generator"),
+    [
+        (settings_of(), True, True),
+        (sida(), False, True),
+        (settings_of(forced_normalization="generator"), False, True),
+        (settings_of(forced_normalization="none"), False, False),
+        (sida(forced_normalization="both"), True, True),
+        (settings_of(forced_normalization="upstream"), True, True),
+        (sida(forced_normalization="upstream"), False, True),
+    ],
+)
+def test_runs_normalise_the_weights_of_the_chosen_networks(settings, fake, generator):
+    trainer = train(settings, 1)
+    assert unit_rows(trainer.method.fake_score) == fake
+    assert unit_rows(trainer.method.generator) == generator
+    assert not unit_rows(trainer.ema)
+    trainer.ema.before_sampling()
+    sampled = settings.forced_normalization == "upstream" and not fake
+    assert unit_rows(trainer.ema) == sampled
+
+
+def test_updates_that_are_disabled_normalise_nothing():
+    trainer = train(settings_of(), 0)
+    start = {name: t.clone() for name, t in trainer.state_dict().items()}
+    with trainer.updates_disabled():
+        trainer.dry_run()
+    trainer.clear()
+    assert all(torch.equal(t, start[name]) for name, t in trainer.state_dict().items())
+
+
+def test_the_generator_has_no_log_variance_head_and_the_fake_scores_is_trained():
+    trainer = train(settings_of())
+    assert trainer.ema.config.logvar_channels == 0
+    assert not any("logvar" in name for name in trainer.method.generator.state_dict())
+    head = trainer.method.fake_score.logvar_linear.weight
+    assert relative(head, trainer.method.teacher.logvar_linear.weight) > 1e-3
+    without = train(settings_of(log_variance="off"))
+    assert without.method.fake_score.config.logvar_channels == 0
+
+
+def test_settings_of_another_family_are_refused():
+    with pytest.raises(UserError, match="log_variance=on: the teacher has no log-variance head"):
+        train(settings_of(log_variance="on"), logvar_channels=0)
+    edm = EDMNetwork(NetworkConfig("ddpmpp", 8, model_channels=16, channel_mult=(1,), num_blocks=1))
+    for options in {"log_variance": "off"}, {"forced_normalization": "both"}:
+        with pytest.raises(
+            UserError, match="is of EDM2 networks, and the teacher is a ddpmpp, 8x8"
+        ):
+            sid_fast.Distiller(edm, settings_of(**options))
+
+
+def test_noise_levels_are_those_of_the_family_or_the_settings():
+    assert train(settings_of(), 0).method.noise == (-0.8, 1.6)
+    assert train(settings_of(), 0, channels=4).method.noise == (-0.4, 1.0)
+    assert train(settings_of(p_mean=0.0, p_std=2.0), 0).method.noise == (0.0, 2.0)
 
 
 # --- commands
