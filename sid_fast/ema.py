@@ -23,7 +23,7 @@ from sid_fast.io.atomic import open_target
 from sid_fast.io.safetensors import read_average, read_tensor, write_snapshot
 from sid_fast.io.streams import say
 from sid_fast.models import Network
-from sid_fast.models.registry import build_network, read_config
+from sid_fast.models.families import build_network, read_config
 from sid_fast.training import power_ema
 
 PATTERN = "snapshot-*.safetensors"

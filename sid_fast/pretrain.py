@@ -27,7 +27,7 @@ from sid_fast.data.feed import ImageFeed
 from sid_fast.errors import UserError
 from sid_fast.io import invocation, progress
 from sid_fast.methods.edm import EDM, teacher_config
-from sid_fast.models.registry import build_network
+from sid_fast.models.families import build_network
 from sid_fast.performance import fsdp, mixed_precision, process_group
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
 from sid_fast.sampling import heun

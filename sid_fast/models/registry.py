@@ -3,6 +3,7 @@
 import os
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 

@@ -11,7 +11,8 @@ from sid_fast.data.feed import ImageFeed
 from sid_fast.errors import UserError
 from sid_fast.methods.edm import EDM, teacher_config
 from sid_fast.models import EDM2Config
-from sid_fast.models.registry import build_network, load_network
+from sid_fast.models.families import build_network
+from sid_fast.models.registry import load_network
 from sid_fast.training import power_ema
 from sid_fast.training.step import Trainer
 from tests.helpers.networks import SMALL
