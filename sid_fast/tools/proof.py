@@ -125,7 +125,9 @@ def disagreement(ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -
 def network(config: NetworkConfig, device: torch.device) -> Network:
     """Random weights and biases, without the zeros of a fresh network."""
     rng = torch.Generator(device).manual_seed(0)
-    with torch.device(device):
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda), torch.device(device):
+        torch.manual_seed(0)  # of Fourier features
         net = build_network(config)
     with torch.no_grad():
         for p in net.parameters():
@@ -288,6 +290,8 @@ def dropout_agrees(job: Job, candidate: Candidate) -> str:
     for phase in trainer.method.phases:
         trainer.backward(phase, first=True, last=True)
     zeros, count, product, square = sums.tolist()
+    if not count:  # the family has no group norms
+        return ""
     share, scale = zeros / max(count, 1), product / max(square, 1e-30) * (1 - p)
     # Five standard deviations, and p is rounded to 2⁻¹⁶.
     if not abs(share - p) <= 5 * math.sqrt(p * (1 - p) / max(count, 1)) + 2**-16:

@@ -20,13 +20,9 @@ from sid_fast.tools import op_counter
 from sid_fast.tools.proof import RandomFeed
 from sid_fast.training.step import Trainer
 from tests.helpers.golden import TOLERANCE, check_gradients, check_sida_losses, read, relative
-from tests.helpers.networks import small_teacher
+from tests.helpers.networks import SMALL_EDM2, small_edm2, small_teacher
 from tests.helpers.pickled import edm2_pickle, network_pickle
 
-SMALL = EDM2Config(
-    resolution=8, channels=3, label_dim=3, model_channels=64, channel_mult=(1,), num_blocks=1,
-    attention_resolutions=(8,), logvar_channels=8,
-)  # fmt: skip
 # Millions of parameters and GFLOP of a forward image at 64x64, counted from the publication.
 PUBLISHED = {
     "xxs": (31.3, 22.7),
@@ -43,16 +39,6 @@ def load(golden, name="edm2_cond.pkl") -> EDM2Network:
     net = sid_fast.load_network(golden / name)
     assert isinstance(net, EDM2Network)
     return net
-
-
-def randomized(**fields) -> EDM2Network:
-    """A small network whose gains are not 0, so that every branch matters."""
-    torch.manual_seed(0)
-    net = EDM2Network(dataclasses.replace(SMALL, **fields))
-    for name, p in net.named_parameters():
-        if name.endswith("_gain"):
-            p.data.fill_(0.5)
-    return net.requires_grad_(False).eval()
 
 
 def inputs(config, n=2):
@@ -150,7 +136,7 @@ def test_sida_losses_match_golden(golden, logvar):
 
 def test_a_dropped_sample_does_not_train_the_head():
     """Its loss is 0, u included, and the head's gradient is that of the other samples."""
-    net = randomized().requires_grad_(True)
+    net = small_edm2().requires_grad_(True)
     x, sigma, labels = inputs(net.config, 3)
     grads = []
     for rows in ([0, 1, 2], [0, 2]):
@@ -207,7 +193,7 @@ def test_layers_preserve_magnitude():
 
 
 def test_a_block_clips_its_output():
-    net = randomized()
+    net = small_edm2()
     x = torch.randn(2, 64, 8, 8) * 1e4
     out = net.unet.dec["8x8_in1"](x, torch.randn(2, 64))
     assert float(out.abs().max()) == 256
@@ -227,7 +213,7 @@ def test_the_gradient_of_a_normalised_weight_is_exact(kernel):
 
 
 def test_normalising_weights_changes_no_output():
-    net = randomized()
+    net = small_edm2()
     for p in net.parameters():
         if p.dim() > 1:
             p.mul_(3)
@@ -243,7 +229,7 @@ def test_normalising_weights_changes_no_output():
 
 
 def test_dropout_acts_in_training_only_and_follows_its_seeds():
-    net = randomized(dropout=0.5)
+    net = small_edm2(dropout=0.5)
     x = inputs(net.config)
     expected = net(*x)
     assert torch.equal(net(*x), expected)
@@ -260,8 +246,8 @@ def test_dropout_acts_in_training_only_and_follows_its_seeds():
 
 def test_a_fresh_network_is_the_skip_connection_and_has_unit_weights():
     torch.manual_seed(0)
-    net = EDM2Network(SMALL)
-    x, sigma, labels = inputs(SMALL)
+    net = EDM2Network(SMALL_EDM2)
+    x, sigma, labels = inputs(SMALL_EDM2)
     c_skip = (0.25 / (sigma**2 + 0.25)).reshape(-1, 1, 1, 1)
     assert torch.allclose(net(x, sigma, labels), c_skip * x)
     assert not net.unet.out_gain.any()
@@ -271,7 +257,7 @@ def test_a_fresh_network_is_the_skip_connection_and_has_unit_weights():
 
 
 def test_16_bit_weights_are_cast_where_they_are_used():
-    net = randomized()
+    net = small_edm2()
     x = inputs(net.config)
     expected = net(*x)
     net.compute_in(torch.bfloat16)
@@ -281,7 +267,7 @@ def test_16_bit_weights_are_cast_where_they_are_used():
 
 
 def test_an_unconditional_network_takes_no_labels():
-    net = randomized(label_dim=0)
+    net = small_edm2(label_dim=0)
     assert net.unet.emb_label is None
     assert net(*inputs(net.config)).isfinite().all()
 
@@ -290,18 +276,18 @@ def test_an_unconditional_network_takes_no_labels():
 
 
 def test_a_snapshot_keeps_network_and_family(tmp_path):
-    net = randomized()
+    net = small_edm2()
     save_network(tmp_path / "net.safetensors", net)
     again = sid_fast.load_network(tmp_path / "net.safetensors")
     assert isinstance(again, EDM2Network)
-    assert again.config == SMALL
-    assert torch.equal(again(*inputs(SMALL)), net(*inputs(SMALL)))
+    assert again.config == SMALL_EDM2
+    assert torch.equal(again(*inputs(SMALL_EDM2)), net(*inputs(SMALL_EDM2)))
 
 
 def test_families_are_told_apart_by_the_class_in_the_file(tmp_path):
     path = tmp_path / "net.pkl"
-    path.write_bytes(edm2_pickle(randomized()))
-    assert sid_fast.load_network(path).config == SMALL
+    path.write_bytes(edm2_pickle(small_edm2()))
+    assert sid_fast.load_network(path).config == SMALL_EDM2
     path.write_bytes(network_pickle(small_teacher()))
     assert isinstance(sid_fast.load_network(path), EDMNetwork)
 
@@ -322,7 +308,7 @@ REFUSED = {
 def test_other_pickles_are_refused_in_one_line(tmp_path, case):
     arguments, words = REFUSED[case]
     path = tmp_path / "net.pkl"
-    path.write_bytes(edm2_pickle(randomized(), **arguments))
+    path.write_bytes(edm2_pickle(small_edm2(), **arguments))
     with pytest.raises(UserError) as caught:
         sid_fast.load_network(path)
     message = str(caught.value)
@@ -333,7 +319,7 @@ def test_other_pickles_are_refused_in_one_line(tmp_path, case):
 
 def test_a_pickle_without_the_head_has_no_log_variance(tmp_path):
     path = tmp_path / "generator.pkl"
-    path.write_bytes(edm2_pickle(randomized(logvar_channels=0)))
+    path.write_bytes(edm2_pickle(small_edm2(logvar_channels=0)))
     net = sid_fast.load_network(path)
     assert isinstance(net, EDM2Network)
     assert net.config.logvar_channels == 0
@@ -354,11 +340,11 @@ def test_a_pickle_without_the_head_has_no_log_variance(tmp_path):
 )
 def test_a_shape_that_cannot_work_is_refused_by_name(field, value):
     with pytest.raises(UserError, match=rf"^network: {field}="):
-        dataclasses.replace(SMALL, **{field: value})
+        dataclasses.replace(SMALL_EDM2, **{field: value})
 
 
 def test_configurations_of_unknown_families_are_refused(tmp_path):
-    net = randomized()
+    net = small_edm2()
     path = tmp_path / "net.safetensors"
     save_network(path, net)
     data = path.read_bytes()
@@ -383,7 +369,7 @@ def sida(**options):
 
 def train(settings, steps=2, **config):
     """Distil a small network, SiDA on made-up images; return the trainer."""
-    net = randomized(**config)
+    net = small_edm2(**config)
     trainer = Trainer(data_free_method(net, settings, RandomFeed), settings)
     trainer.images = settings.batch_size  # past SiDA's starts
     for _ in range(steps):
@@ -462,7 +448,7 @@ def test_noise_levels_are_those_of_the_family_or_the_settings():
 @pytest.fixture
 def latents(tmp_path):
     """A network of latents as a file."""
-    save_network(tmp_path / "latents.safetensors", randomized(channels=4))
+    save_network(tmp_path / "latents.safetensors", small_edm2(channels=4))
     return tmp_path / "latents.safetensors"
 
 
@@ -495,7 +481,7 @@ def test_latents_are_no_images(run_command, tmp_path, latents, real, command):
 
 def test_pixels_become_a_grid(run_command, tmp_path):
     net, out = tmp_path / "net.safetensors", tmp_path / "x.png"
-    save_network(net, randomized())
+    save_network(net, small_edm2())
     status, _ = run_command(
         "generate", "--network", net, "--steps", 2, "--seeds", "0-3", "--grid", out
     )

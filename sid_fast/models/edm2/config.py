@@ -62,6 +62,11 @@ class EDM2Config(NetworkConfig):
         return HEAD_CHANNELS
 
     @property
+    def operations(self) -> frozenset[str]:
+        """See NetworkConfig."""
+        return frozenset(["attention"])
+
+    @property
     def training_noise(self) -> tuple[float, float]:
         """See NetworkConfig; EDM2's values for latents and for pixels differ."""
         return (-0.4, 1.0) if self.is_latent else (-0.8, 1.6)

@@ -41,7 +41,8 @@ class EDM2Network(Network):
                 "network: logvar_channels=0: it has no log-variance head, as a one-step generator "
                 "has none; give the teacher's own network"
             )
-        return self.logvar_linear(self.logvar_fourier(c_noise.flatten())).flatten()
+        u = self.logvar_linear(self.logvar_fourier(c_noise.flatten()))
+        return u.sum(1)  # [N, 1] to [N]; FSDP2 wants no view
 
     def as_generator(self, init_sigma: float, dropout: float) -> "EDM2Network":
         """See Network.as_generator; a generator has no log-variance head."""

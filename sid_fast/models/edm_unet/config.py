@@ -162,6 +162,12 @@ class NetworkConfig:
         return ARCHITECTURES[self.architecture].head_channels
 
     @property
+    def operations(self) -> frozenset[str]:
+        """The operations of sid_fast.kernels that a network of this configuration can use."""
+        fusible = ARCHITECTURES[self.architecture].filter == (1, 1)
+        return frozenset(["group_norm", "attention", *["block"] * fusible])
+
+    @property
     def training_noise(self) -> tuple[float, float]:
         """P_mean and P_std of the family's training, ln σ ~ N(P_mean, P_std²)."""
         return -1.2, 1.2
