@@ -199,7 +199,8 @@ def test_edm2_learns_with_its_log_variance_head():
     values = [float(trainer.step()["distance"]) for _ in range(24)]
     assert sum(values[-6:]) < 0.8 * sum(values[:6])
     assert not torch.allclose(head, before, atol=0.01)
-    assert float(head.detach().square().mean()) == pytest.approx(1, abs=0.01)  # normalised after each update
+    # Normalised after each update.
+    assert float(head.detach().square().mean()) == pytest.approx(1, abs=0.01)
 
 
 def test_noise_levels_follow_the_settings():
