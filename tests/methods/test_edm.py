@@ -262,6 +262,11 @@ def test_a_stopped_edm2_teacher_resumes_to_the_same_bits(tmp_path, run_command):
     names = {p.name for p in (tmp_path / "a").glob("snapshot-*")}
     assert names == {f"snapshot-{n:010d}-{std}.safetensors" for n in (0, 8, 16)
                      for std in ("0.050", "0.100")}  # fmt: skip
+    widest = tmp_path / "a" / "snapshot-0000000016-0.100.safetensors"
+    content = widest.read_bytes()
+    widest.unlink()  # as if a kill had prevented it
+    assert run_command("pretrain", "--resume", tmp_path / "a")[0] == 0
+    assert widest.read_bytes() == content
     newest = load_network(tmp_path / "a")  # the widest, as in grids
     assert all(torch.equal(p, a[f"teacher.ema.{name}"]) for name, p in newest.named_parameters())
     out = tmp_path / "x.safetensors"
