@@ -37,7 +37,7 @@ class EMAConfig:
     runs: tuple[str, ...] = option((), "run folder")
     std: float | None = option(
         None,
-        "width of the EMA, as a fraction of the run",
+        "width of the EMA, as a fraction of the run, from 0.005 to 0.28",
         power_ema.MIN_STD,
         power_ema.MAX_STD,
     )

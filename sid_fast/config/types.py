@@ -504,7 +504,8 @@ class RunOptions:
     )
     keep_snapshots: int = _output(
         20,
-        "number of newest snapshots to keep; sample grids: beyond 200 every second one is removed",
+        "number of newest snapshots to keep. Of more power-function EMAs every second one is "
+        "removed, so that the whole run is covered, and of more than 200 sample grids too",
         1,
     )
     log_to: Sink = _output(

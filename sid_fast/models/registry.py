@@ -16,7 +16,7 @@ from sid_fast.models import EDMNetwork, Network, NetworkConfig
 from sid_fast.models.families import build_network, config_of_pickle, read_config
 from sid_fast.models.teachers import TEACHERS
 
-EMBEDDED = ("digits", "fashion")  # teachers in this package
+EMBEDDED = ("digits", "digits-edm2", "fashion")  # teachers in this package
 
 
 def load_network(path: str | Path) -> Network:
@@ -26,7 +26,8 @@ def load_network(path: str | Path) -> Network:
 
     Args:
         path: A file, a run folder (its newest snapshot), an https URL, the name of a published
-            teacher (`cifar10-uncond`, …), or `digits` or `fashion`, the teachers in this package.
+            teacher (`cifar10-uncond`, …), or `digits`, `digits-edm2` or `fashion`, the teachers in
+            this package.
 
     Returns:
         The network, frozen, in eval mode, float32, on the CPU.
