@@ -170,7 +170,11 @@ def run(config: TrainConfig, given: set[str]) -> None:
         teacher = trainer.teacher
 
         snapshots = Snapshots(
-            config, trainer, trainer.ema, partial(one_step, init_sigma=settings.init_sigma), decoder
+            config,
+            trainer,
+            trainer.emas,
+            partial(one_step, init_sigma=settings.init_sigma),
+            decoder,
         )
         evaluations = None
         if config.eval_every:

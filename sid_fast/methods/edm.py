@@ -2,7 +2,8 @@
 
     λ(σ)·‖D(y + σ·ε) − y‖²          λ = (σ² + σ_data²)/(σ·σ_data)²,  ln σ ~ N(P_mean, P_std²)
 
-y is an augmented training image. SiD's fake score minimises the same loss on generated images.
+y is an augmented training image. SiD's fake score minimises the same loss on generated images. An
+EDM2 network (arXiv 2312.02696) divides the loss by e^u, u being its log-variance head, and adds u.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from sid_fast.config.types import NetworkOptions, PretrainSettings
 from sid_fast.data.datasets import Dataset
 from sid_fast.data.feed import ImageFeed
 from sid_fast.data.latents import require_kind
+from sid_fast.errors import UserError
 from sid_fast.kernels import Losses
 from sid_fast.methods.base import (
     Method,
@@ -23,14 +25,24 @@ from sid_fast.methods.base import (
     noise_distribution,
     real_images,
 )
-from sid_fast.models import Network, NetworkConfig
+from sid_fast.models import EDM2Config, Network, NetworkConfig
 
 
 def teacher_config(
     options: NetworkOptions, settings: PretrainSettings, data: Dataset
 ) -> NetworkConfig:
-    """Return the configuration of the network that a run trains on a data set."""
-    network = NetworkConfig(
+    """Return the configuration of the network that a run trains on a data set.
+
+    Raises:
+        UserError: An option is out of range or does not fit the others.
+    """
+    family = EDM2Config if options.architecture == "edm2" else NetworkConfig
+    if family is EDM2Config and settings.augment_p:
+        raise UserError(
+            f"augment_p={settings.augment_p:g}: EDM2 networks take no augmentation labels: leave "
+            "out --augment-p"
+        )
+    network = family(
         architecture=options.architecture,
         resolution=data.resolution,
         channels=data.channels,
@@ -81,6 +93,7 @@ class EDM(Method):
     def __init__(self, net: Network, settings: PretrainSettings, feed: ImageFeed | None = None):
         self.net, self.settings, self.feed = net, settings, feed
         self.networks, self.frozen = {"teacher": net}, {}
+        net.force_normalization = True  # EDM2 alone has it
         self.noise = noise_distribution(settings, net.config)
         self.phases = (
             Phase("", "teacher", self.sample_inputs, self.loss, self.lr, settings.beta1),
@@ -94,9 +107,16 @@ class EDM(Method):
         )  # fmt: skip
 
     def lr(self, images: int) -> float:
-        """Return the learning rate, ramped up linearly over the first lr_rampup_kimg."""
+        """Return the learning rate of a step that starts at so many images.
+
+        It rises linearly over lr_rampup_kimg, and falls with 1/√steps from lr_decay_batches on.
+        """
         s = self.settings
-        return s.lr * min(1.0, (images + s.batch_size) / max(s.lr_rampup_kimg * 1000, 1e-8))
+        seen = images + s.batch_size  # at the end of the step
+        lr = s.lr * min(1.0, seen / max(s.lr_rampup_kimg * 1000, 1e-8))
+        if s.lr_decay_batches:
+            lr /= max(1.0, seen / s.batch_size / s.lr_decay_batches) ** 0.5
+        return lr
 
     def sample_inputs(self, rng: RandomStream) -> RealImages:
         """Take n images, augment them, and sample their noise levels and noise."""

@@ -3,6 +3,7 @@
 import os
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from sid_fast.models import EDMNetwork, Network, NetworkConfig
 from sid_fast.models.families import build_network, config_of_pickle, read_config
 from sid_fast.models.teachers import TEACHERS
 
-EMBEDDED = ("digits", "fashion")  # teachers in this package
+EMBEDDED = ("digits", "digits-edm2", "fashion")  # teachers in this package
 
 
 def load_network(path: str | Path) -> Network:
@@ -25,7 +26,8 @@ def load_network(path: str | Path) -> Network:
 
     Args:
         path: A file, a run folder (its newest snapshot), an https URL, the name of a published
-            teacher (`cifar10-uncond`, …), or `digits` or `fashion`, the teachers in this package.
+            teacher (`cifar10-uncond`, …), or `digits`, `digits-edm2` or `fashion`, the teachers in
+            this package.
 
     Returns:
         The network, frozen, in eval mode, float32, on the CPU.
@@ -171,6 +173,12 @@ def require_png_channels(net: Network, name: str, way_out: str) -> None:
         )
 
 
-def save_network(path: str | Path, net: Network) -> None:
-    """Write weights and configuration to one .safetensors file, atomically."""
-    write_snapshot(path, net.state_dict(), net.config.to_dict())
+def save_network(path: str | Path, net: Network, ema: dict[str, Any] | None = None) -> None:
+    """Write weights and configuration to one .safetensors file, atomically.
+
+    Args:
+        path: The file.
+        net: The network.
+        ema: What the weights are an average of; see io.safetensors.read_average.
+    """
+    write_snapshot(path, net.state_dict(), net.config.to_dict(), ema)

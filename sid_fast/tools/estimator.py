@@ -109,7 +109,7 @@ def _resident(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
         "weights": tensors(*(o.net for o in optimizers)),
         "gradients": [p.grad for o in optimizers for p in o.params if p.grad is not None],
         "optimiser": [v for o in optimizers for v in (*o.exp_avg, *o.exp_avg_sq)],
-        "average": tensors(trainer.ema),
+        "average": tensors(*trainer.emas),
         "copies": [leaf.tensor for o in optimizers for leaf in o.net.compute_copies],
     }
 

@@ -1,9 +1,11 @@
 """Periodic callbacks of the loop: snapshots with image grids, and evaluations (FID, KID)."""
 
+import hashlib
+import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -50,40 +52,57 @@ def require_reference(options: RunOptions, data: Dataset | None) -> None:
 
 
 class Snapshots:
-    """Callback that saves a network and a grid of its images.
+    """Callback that saves the EMAs of a network and a grid of images.
 
     All ranks call it and take part in gathering a sharded network; rank 0 does the rest.
+
+    Power-function EMAs are kept for post-hoc EMAs, which need those of the whole run: of more than
+    `keep_snapshots` times, every second one is removed. Of other EMAs the newest are kept.
 
     Args:
         options: Options of the run.
         trainer: Counts the images.
-        net: The network to save.
+        nets: The EMAs to save. The grid is of the first.
         make: Generates images from (net, latents, labels).
         decoder: Turns the network's outputs into images.
+        stds: Widths of the EMAs, if they are power-function EMAs.
     """
 
     def __init__(
         self,
         options: RunOptions,
         trainer: Trainer,
-        net: Network,
+        nets: Sequence[Network],
         make: Make,
         decoder: Decoder,
+        stds: Sequence[float] = (),
     ):
-        self.trainer, self.net, self.make, self.decoder = trainer, net, make, decoder
+        self.trainer, self.nets, self.make, self.stds = trainer, nets, make, stds
+        self.decoder = decoder
         self.seed, self.keep = options.seed, options.keep_snapshots
+        text = json.dumps(trainer.resume_fingerprint, sort_keys=True)
+        self.run = hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @torch.no_grad()
     def __call__(self, folder: Path) -> dict[str, float]:
         """Save a snapshot to a run folder; returns no metrics."""
-        self.net.before_sampling()
-        net = fsdp.gather_full(self.net)
+        images = f"{self.trainer.images:010d}"
+        # The first comes last: a run whose newest file of it exists has made all others too.
+        for std, ema in reversed(list(zip(self.stds or (None,), self.nets, strict=True))):
+            ema.before_sampling()
+            net = fsdp.gather_full(ema)
+            if net is None:
+                continue
+            if std is None:
+                snapshot = folder / f"snapshot-{images}.safetensors"
+                save_network(snapshot, net)
+                prune(folder, "snapshot-*.safetensors", self.keep, snapshot)
+            else:
+                record = {"std": std, "images": self.trainer.images, "run": self.run}
+                save_network(folder / f"snapshot-{images}-{std:.3f}.safetensors", net, record)
+                thin_out(folder, f"snapshot-*-{std:.3f}.safetensors", self.keep)
         if net is None:
             return {}
-        images = f"{self.trainer.images:010d}"
-        snapshot = folder / f"snapshot-{images}.safetensors"
-        save_network(snapshot, net)
-        prune(folder, "snapshot-*.safetensors", self.keep, snapshot)
         columns = len(net.config.classes)
         columns = columns if 1 < columns <= 16 else 10
         device = next(net.parameters()).device

@@ -51,7 +51,7 @@ MAX_HEADER_BYTES = 1 << 24  # of a state.json or config.json; 1,000 ranks take 1
 FIND_ATTEMPTS = 100  # at a state, while the run that writes it prunes its older ones
 # Files that a run writes with atomic_path, and folders of states that are written or removed.
 RUN_FILES = re.compile(
-    r"config\.json|log\.jsonl|distance\.png|(snapshot|best)-\d+\.safetensors|samples-\d+\.png"
+    r"config\.json|log\.jsonl|distance\.png|(snapshot|best)-\d+(-0\.\d+)?\.safetensors|samples-\d+\.png"
 )
 STATE_FOLDERS = re.compile(r"state-\d+(-\d+)?(\.old|\.[0-9a-f]{8})?\.tmp")
 _held: list[int] = []  # open state.json files of the states that are being read
