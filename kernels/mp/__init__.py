@@ -9,10 +9,11 @@ from sid_fast.kernels.mp.cat import cat_gains, mp_cat_silu, mp_cat_silu_eager
 from sid_fast.kernels.mp.device import mp_silu_eager
 from sid_fast.kernels.mp.norm import pixel_norm, pixel_norm_eager
 from sid_fast.kernels.mp.scale import scaled_silu, scaled_silu_eager
-from sid_fast.kernels.mp.shapes import TENSORS, bytes_moved, configurations
+from sid_fast.kernels.mp.shapes import SHAPES, TENSORS, bytes_moved, configurations
 from sid_fast.kernels.mp.sum import mp_sum, mp_sum_eager
 
 __all__ = [
+    "SHAPES",
     "TENSORS",
     "bytes_moved",
     "cat_gains",

@@ -153,7 +153,7 @@ def launch(channels: int, pixels: int, backward: bool) -> dict[str, int]:
 
 
 def parts_of(y: torch.Tensor) -> int:
-    """Return how many backward programs share an image; of several, the sums are added."""
+    """Return how many backward programs share the pixels of an image."""
     return launch(y.shape[1], y[0, 0].numel(), True)["PARTS"]
 
 

@@ -127,8 +127,8 @@ def _launches(name: str, args: tuple, made: list[torch.Tensor]) -> int:
     """Number of kernels that an operation starts on a GPU.
 
     One, with exceptions. The group norm's backward adds a sum over samples for x_bias and one for
-    weight and bias, if their gradients are needed. Attention's backward is two kernels. That of
-    scaled_silu adds a sum and a cast where several programs share an image. A `_foreach` operation
+    weight and bias, if their gradients are needed. That of scaled_silu adds a sum and a cast where
+    several programs share an image. Attention's backward is two kernels. A `_foreach` operation
     starts one launch per full set of LIST_TENSORS tensors or LIST_BLOCKS chunks; if dtypes or
     layouts differ within a list (or between lists, except for copies), it falls back to one launch
     per tensor.

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sid_fast.models.edm_unet.fused import conv1x1
+from sid_fast.models.edm_unet.fused import conv1x1, convolve
 from sid_fast.models.edm_unet.layers import BlockedRows
 
 EPS = 1e-4  # of normalize
@@ -99,7 +99,7 @@ class MPConv(nn.Module):
             return F.linear(x, weight)
         if weight.shape[-1] == 1:
             return conv1x1(weight, x)
-        return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+        return convolve(x, weight)
 
     def scaled_weight(self, dtype: torch.dtype, gain: torch.Tensor | None = None) -> torch.Tensor:
         """Return the normalised weight times gain/√fan_in, in a dtype."""

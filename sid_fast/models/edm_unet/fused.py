@@ -128,8 +128,12 @@ def normalise(norm: GroupNorm, x: DeferredResidual, **options) -> kernels.GroupN
 
 def conv_nobias(conv: Conv2d, x: torch.Tensor) -> torch.Tensor:
     """Convolve without bias or resampling."""
-    weight = weight_of(conv, x.dtype)
-    if not weight.requires_grad:
+    return convolve(x, weight_of(conv, x.dtype))
+
+
+def convolve(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Convolve with padding k//2; with a frozen weight autograd does not keep x."""
+    if x.requires_grad and not weight.requires_grad:
         return _FrozenConv.apply(x, weight)
     return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
 
