@@ -138,33 +138,29 @@ def snapshots(folder: Path) -> tuple[list[Stored], dict]:
 def combined(
     net: Network, paths: Sequence[Path], weights: Sequence[float]
 ) -> dict[str, torch.Tensor]:
-    """Return Σ weight·parameters of snapshots, float32, summed in float64.
+    """Return Σ weight·tensor over snapshots, float32, summed in float64.
 
     Reads one tensor of one file at a time; the result is the only network in memory.
 
     Args:
-        net: The network, on the meta device. Its buffers are constants: the first file's.
+        net: The network, on the meta device.
         paths: The snapshots.
-        weights: Their weights.
+        weights: Their weights. They sum to 1, so that constants stay the same bits.
 
     Raises:
         UserError: A snapshot does not fit the network, or holds values that are not finite.
     """
     state = {}
-    buffers = {name for name, _ in net.named_buffers()}
     tensors = net.state_dict()
     with progress.phase("combining snapshots", len(tensors), "tensors") as shown:
         for name, expected in tensors.items():
-            if name in buffers:
-                state[name] = read_tensor(paths[0], name, expected.shape)
-            else:
-                total = torch.zeros(expected.shape, dtype=torch.float64)
-                for path, weight in zip(paths, weights, strict=True):
-                    value = read_tensor(path, name, expected.shape)
-                    if not value.isfinite().all():
-                        raise UserError(f"{path}: {name} has values that are NaN or infinite")
-                    total.add_(value, alpha=weight)
-                state[name] = total.float()
+            total = torch.zeros(expected.shape, dtype=torch.float64)
+            for path, weight in zip(paths, weights, strict=True):
+                value = read_tensor(path, name, expected.shape)
+                if not value.isfinite().all():
+                    raise UserError(f"{path}: {name} has values that are NaN or infinite")
+                total.add_(value, alpha=weight)
+            state[name] = total.float()
             shown.update()
     return state
 

@@ -87,7 +87,7 @@ class Snapshots:
     def __call__(self, folder: Path) -> dict[str, float]:
         """Save a snapshot to a run folder; returns no metrics."""
         images = f"{self.trainer.images:010d}"
-        # The first comes last: a run whose newest file of it exists has made all others too.
+        # The first comes last: its grid follows.
         for std, ema in reversed(list(zip(self.stds or (None,), self.nets, strict=True))):
             ema.before_sampling()
             net = fsdp.gather_full(ema)

@@ -260,7 +260,8 @@ class Trainer:
         """End a phase: average gradients over ranks, replace non-finite ones, Adam, EMA."""
         optimizer = self.optimizers[phase.network]
         with ranges.named(f"{phase.name} update".strip()):
-            metrics = optimizer.step(self.lr[phase.network], self.ema_betas, self.enabled)
+            ema_betas = self.ema_betas if optimizer.emas else ()
+            metrics = optimizer.step(self.lr[phase.network], ema_betas, self.enabled)
         if phase in (self.phases[-1], self.method.phases[-1]):
             # Captured steps must start and end in the same state: with all networks sharded.
             for each in self.optimizers.values():

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from sid_fast.config.types import NetworkOptions, PretrainSettings, TeacherOptions
+from sid_fast.config.types import NetworkOptions, PretrainSettings, RunOptions, TeacherOptions
 from sid_fast.data.digits import open_dataset
 from sid_fast.data.feed import ImageFeed
 from sid_fast.errors import UserError
@@ -14,6 +14,7 @@ from sid_fast.models import EDM2Config
 from sid_fast.models.families import build_network
 from sid_fast.models.registry import load_network
 from sid_fast.training import power_ema
+from sid_fast.training.callbacks import Snapshots
 from sid_fast.training.step import Trainer
 from tests.helpers.networks import SMALL
 from tests.helpers.processes import tensors_of
@@ -178,6 +179,17 @@ def test_a_step_without_an_update_leaves_every_ema_as_it_was():
     trainer.enabled.fill_(False)
     trainer.step()
     assert all(torch.equal(t, trainer.state_dict()[name]) for name, t in before.items())
+
+
+def test_sample_grids_are_of_the_widest(tmp_path):
+    trainer, seen = pretrainer(ema_std=(0.05, 0.2), batch_size=8), []
+
+    def make(net, z, labels):
+        seen.append(net)
+        return z
+
+    Snapshots(RunOptions(), trainer, trainer.emas, make, (0.2, 0.05))(tmp_path)
+    assert {id(net) for net in seen} == {id(trainer.ema)}
 
 
 def test_one_width_needs_no_second_ema():
