@@ -226,7 +226,8 @@ def mp_cases(dtypes, fill, device) -> Iterator[Case]:
             kind, total = DTYPES[dtype], sum(channels)
             n = batch_size(fill, 64, total * side**2 * kind.itemsize)
             shapes: list[tuple[int, ...]] = [(n, c, side, side) for c in channels]
-            shapes += {"scaled_silu": [(n, total)], "sum": [shapes[0]]}.get(operation, [])
+            second = {"scaled_silu": (n, total), "sum": shapes[0]}.get(operation)
+            shapes += [second] if second else []
 
             def inputs(shapes=tuple(shapes), kind=kind):
                 return [
@@ -529,7 +530,7 @@ def weight_norm_cases(dtypes, fill, device) -> Iterator[Case]:
         def provider(name, weights, others, call=call):
             return with_backend("weight_norm", name, call(weights, others))
 
-        providers = {
+        providers: dict[str, Callable] = {
             name: functools.partial(provider, name)
             for name in (*own_backends("weight_norm"), "eager")
         }
