@@ -26,8 +26,9 @@ EPS = 1e-4
 # Columns of a line: 0 address of the tile in its weight; 1 in its copy or gradient; 2 rows in the
 # tile; 3 elements of a row; 4 index in TILES, or ANY; 5 whether the copy is float32.
 COLUMNS = 6
-# Rows and row elements of a tile; the last also takes longer rows, chunk by chunk. Rows start at
-# multiples of 16 bytes, and copies have the launch's 16-bit dtype, if it has one.
+# Rows and row elements of the tiles that the kernels name in this order; the last also takes longer
+# rows, chunk by chunk. Rows start at multiples of 16 bytes, and copies have the launch's 16-bit
+# dtype, if it has one.
 TILES = ((8, 512), (2, 2048), (1, 4096))
 ANY = len(TILES)  # one row at any address
 COPY_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -90,23 +90,25 @@ class MPConv(nn.Module):
 
     def forward(self, x: torch.Tensor, gain: torch.Tensor | None = None) -> torch.Tensor:
         """Apply the layer in the dtype of x; `gain` [1] scales the output."""
-        if gain is not None and self.compute_weight is not None and self.weight.dim() == 2:
-            # The output is smaller than the weight. The product is of float32, for the rounded gain
-            # would scale the whole output wrongly.
-            return (F.linear(x, self.scaled_weight(x.dtype)) * gain).to(x.dtype)
-        weight = self.scaled_weight(x.dtype, gain)
-        if weight.dim() == 2:
-            return F.linear(x, weight)
-        if weight.shape[-1] == 1:
-            return conv1x1(weight, x)
-        return convolve(x, weight)
+        if self.weight.dim() == 4:
+            weight = self.scaled_weight(x.dtype, gain)
+            return conv1x1(weight, x) if weight.shape[-1] == 1 else convolve(x, weight)
+        if gain is None or self.compute_weight is None:
+            return F.linear(x, self.scaled_weight(x.dtype, gain))
+        # The output is smaller than the copy.
+        return (F.linear(x, self.scaled_weight(x.dtype)) * gain).to(x.dtype)
 
     def scaled_weight(self, dtype: torch.dtype, gain: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the normalised weight times gain/√fan_in, in a dtype."""
+        """Return the normalised weight times gain/√fan_in, in a dtype.
+
+        The product with the gain is one in float32: a rounded gain would scale all outputs wrongly.
+        """
         if self.compute_weight is not None:
-            return (self.compute_weight if gain is None else self.compute_weight * gain).to(dtype)
+            weight = self.compute_weight
+            return (weight if gain is None else weight * gain).to(dtype)
         scale = 1 / math.sqrt(self.weight[0].numel())
-        return (normalize_weight(self.weight) * (scale if gain is None else gain * scale)).to(dtype)
+        weight = normalize_weight(self.weight) * (scale if gain is None else gain * scale)
+        return weight.to(dtype)
 
 
 class QKV(BlockedRows, MPConv):
