@@ -134,7 +134,11 @@ def test_sid_losses_match_golden(golden):
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("logvar", [0, 1])
+@pytest.mark.parametrize(
+    ("logvar", "backend"),
+    [(0, "eager"), (1, "eager"), pytest.param(1, "triton", marks=pytest.mark.slow)],
+    indirect=["backend"],
+)
 def test_sida_losses_match_golden(golden, logvar):
     teacher, fake_score, data = losses_of(golden, f"sida_loss_logvar{logvar}")
     labels = data["class_labels"]
