@@ -98,11 +98,13 @@ def test_any_damage_is_a_user_error(tmp_path):
     changed = [good[:i] + bytes([good[i] ^ 0x15]) + good[i + 1 :] for i in range(128)]
     for data in changed + [good[:n] for n in range(0, 160, 3)]:
         path.write_bytes(data)
+        refusal = "a.npy"
         try:
             assert open_dataset(str(tmp_path))[0].shape[0] in (4, 8)
         except UserError as error:
-            assert "a.npy" in str(error)
-            assert "\n" not in str(error)
+            refusal = str(error)
+        assert "a.npy" in refusal
+        assert "\n" not in refusal
 
 
 LATER = {
