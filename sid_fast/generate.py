@@ -232,16 +232,16 @@ def write(
             np.savez_compressed(file, **values)
     paths = [path for path in (config.out, config.grid) if path]
     invocation.report(f"wrote {len(seeds):,} images:", paths)
-    invocation.suggest(*next_commands(config))
+    invocation.suggest(*next_commands(config, network.is_latent))
 
 
-def next_commands(config: GenerateConfig) -> list[str]:
+def next_commands(config: GenerateConfig, latent: bool) -> list[str]:
     """What to type next: measure the images, or the network if there is only a grid."""
     out = config.out
     if out and Path(out).suffix != ".npz":
         return [invocation.command_line("evaluate", "--images", out, "--data", "DATASET.zip")]
     steps = ("--steps", config.steps) if config.steps > 1 else ()
-    vae = ("--vae", config.vae) if config.vae else ()
+    vae = ("--vae", config.vae or "VAE") if latent else ()
     network = "--network", config.network, *steps, *vae
     return [
         invocation.command_line("generate", *network, "--seeds", "0-49999", "--out", "images.zip"),

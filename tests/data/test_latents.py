@@ -92,6 +92,21 @@ def test_what_is_no_latent_is_refused_by_name(tmp_path, fault):
     assert "\n" not in str(error.value)
 
 
+def test_any_damage_is_a_user_error(tmp_path):
+    """Every byte of the header flipped, and the file cut off anywhere in it."""
+    good, path = npy(posterior(1)[0]), tmp_path / "a.npy"
+    changed = [good[:i] + bytes([good[i] ^ 0x15]) + good[i + 1 :] for i in range(128)]
+    for data in changed + [good[:n] for n in range(0, 160, 3)]:
+        path.write_bytes(data)
+        refusal = "a.npy"
+        try:
+            assert open_dataset(str(tmp_path))[0].shape[0] in (4, 8)
+        except UserError as error:
+            refusal = str(error)
+        assert "a.npy" in refusal
+        assert "\n" not in refusal
+
+
 LATER = {
     "another shape": (lambda a: a[:, :4, :4], r"\[8, 4, 4\], the first one float32 \[8, 8, 8\]"),
     "latents": (lambda a: a[:4], r"\[4, 8, 8\], the first"),
