@@ -214,9 +214,9 @@ def prepare(
             "use a smaller --batch",
         )
     with process_group.main_process_first():  # may download
+        data = open_dataset(config.data) if config.data else None
         with progress.phase(f"loading the detector {config.detector}"):
             detector = load_detector(config.detector, device, config.trust, config.batch)
-        data = open_dataset(config.data) if config.data else None
     return detector, data, check_reader(config.reader)
 
 
@@ -247,6 +247,14 @@ def sets_from_network(
     require_png_channels(net, config.network, "only such images can be evaluated")
     host_memory.require_forward(net.config, device)
     host_memory.require_features(net.config, max(map(len, seed_sets)), config.detector)
+    if data and config.detector == "pixels":
+        made, real = net.config, data
+        if (made.resolution, made.channels) != (real.resolution, real.channels):
+            raise UserError(
+                f"the network makes images of {made.resolution}x{made.resolution} pixels and "
+                f"{made.channels} channels, {config.data} has {real.resolution}x{real.resolution} "
+                f"and {real.channels}: --detector pixels compares images of one shape"
+            )
     sigma = config.init_sigma or net.config.init_sigma or Settings.init_sigma
     graph, _ = resolve_cuda_graph("auto", device)
     classes = classes_to_draw(data, net)
@@ -330,7 +338,8 @@ def report(
         text = f"{reported[name]:.5g}" + ("" if std is None else f" ± {std:.2g}")
         each = "  ".join(f"{r[name]:.5g}" for r in results) if len(results) > 1 else ""
         say(f"{label(name, detector):32} {text:32} {each}".rstrip())
-    if "is" in config.metrics and "inception_score" not in reported:
+    missing = "is" in config.metrics and "inception_score" not in reported
+    if missing and config.detector != "pixels":
         say(f"no {label('inception_score', detector)}: this detector has no class probabilities")
     if real.features is None and ("kid" in config.metrics or "pr" in config.metrics):
         say("no kernel distance, precision or recall: they need real images; give --data")

@@ -90,13 +90,11 @@ def next_command(out: str, config: NetworkConfig) -> str:
     """Return a command that makes images with the file, or calls the function in it."""
     suffix, one_step = Path(out).suffix, config.init_sigma is not None
     if suffix in (".pkl", ".safetensors"):
-        steps = "" if one_step else f" --steps {18 if config.resolution < 64 else 40}"
-        if config.channels in (1, 3):
-            target = f"--grid {shlex.quote(str(Path(out).with_suffix('.png')))}"
-        else:
-            target = f"--out {shlex.quote(str(Path(out).with_suffix('.npz')))}"
-        return (
-            f"python -m sid_fast.generate --network {shlex.quote(out)}{steps} --seeds 0-63 {target}"
+        steps = () if one_step else ("--steps", 18 if config.resolution < 64 else 40)
+        option, ending = ("--grid", ".png") if config.channels in (1, 3) else ("--out", ".npz")
+        target = option, Path(out).with_suffix(ending)
+        return invocation.command_line(
+            "generate", "--network", out, *steps, "--seeds", "0-63", *target
         )
     noise = f"randn(4, {config.channels}, {config.resolution}, {config.resolution})"
     inputs = f"latents={noise}" if one_step else f"x=80 * {noise}, sigma=80 * ones(4)"
@@ -114,7 +112,7 @@ def next_command(out: str, config: NetworkConfig) -> str:
             f'f = onnxruntime.InferenceSession({name}); x = {{k: v.astype("f") for k, v in '
             f"dict({inputs}).items()}}; print(f.run(None, x)[0].shape)"
         )
-    return f"python -c {shlex.quote(code)}"
+    return f"{invocation.python()} -c {shlex.quote(code)}"
 
 
 main = cli.command(ExportConfig, run, None, __doc__)

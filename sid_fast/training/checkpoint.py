@@ -354,9 +354,11 @@ def find_state(resume: str, out: str | None, kind: str = "") -> Path:
     if not headers:
         if unreadable:
             return max(unreadable)  # reported when it is loaded
-        missing = not (root.exists() or resume == "latest")
-        what = "there is no" if missing else "there is no training state (state-*) in"
-        raise UserError(f"resume={resume}: {what} {root}")
+        if not (root.exists() or resume == "latest"):
+            raise UserError(
+                f"resume={resume} does not exist: give a run folder, a state, or latest"
+            )
+        raise UserError(f"resume={resume}: there is no training state (state-*) in {root}")
     chosen = max(headers, key=lambda path: _order(headers[path]))
     if os.environ.get("RANK", "0") == "0":
         for path in unreadable:

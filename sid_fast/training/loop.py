@@ -135,8 +135,11 @@ def signals(nothing_to_save: Callable[[], bool]) -> Iterator[list[signal.Signals
         if nothing_to_save():
             raise SystemExit(128 + number)
         caught.append(signal.Signals(number))
+        told = f"{caught[-1].name}: the run stops after this step or evaluation, its state saved"
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             restore()
+            told += "; a second signal stops it at once"
+        progress.announce(told)
 
     def restore() -> None:
         for s, handler in before.items():

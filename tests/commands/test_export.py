@@ -186,7 +186,7 @@ def test_the_next_command_runs(tmp_path, generator, suffix):
     assert re.match(rf"wrote {re.escape(str(out))} \(\d\.\d MB\): one-step generator", lines[0])
     assert suffix == ".pkl" or re.search("pixel difference .* of 255", lines[1])
     words = shlex.split(lines[-1].removeprefix("next: "))
-    assert words[0] == "python"
+    assert Path(words[0]).name.startswith("python")
     done = python(*words[1:])
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "a net.png").exists() or "4, 1, 8, 8" in done.stdout
@@ -240,7 +240,7 @@ def test_packages_that_are_not_installed_are_named(run_command, teacher, tmp_pat
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     status, error = run_command("export", "--network", teacher, "--out", tmp_path / "x.onnx")
     assert (status, error.count("\n")) == (2, 1)
-    assert 'onnxruntime: pip install "sid-fast[onnx]"' in error
+    assert re.search(r"needs onnx, onnxscript, onnxruntime: pip install .*onnxruntime$", error)
 
 
 def test_weights_beyond_an_onnx_file_are_refused(teacher, tmp_path, monkeypatch):

@@ -302,6 +302,20 @@ def test_a_lost_stdout_does_not_stop_the_run(teacher, tmp_path, stdout):
     assert "BrokenPipe" not in done.stderr
 
 
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_a_signal_says_what_happens_next(monkeypatch, torchrun):
+    told = []
+    monkeypatch.setattr(loop.progress, "announce", told.append)
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with loop.signals(lambda: False) as caught:
+        signal.raise_signal(signal.SIGTERM)
+        later = signal.getsignal(signal.SIGTERM)
+    assert caught == [signal.SIGTERM]
+    assert told[0].startswith("SIGTERM: the run stops after this step or evaluation")
+    assert ("a second signal" in told[0]) == (later == signal.SIG_DFL) == (not torchrun)
+
+
 def test_nohup_is_respected():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
