@@ -24,7 +24,7 @@ TYPED = {
     "evaluate --network T": ["a reference is missing", "--data", "--ref"],
     "evaluate --network T --detector pixels --data real.zipp": ["real.zipp"],
     "evaluate --network T --data real.zipp": ["real.zipp does not exist"],  # before the download
-    "evaluate --network fashion --data digits --detector pixels -n 9": ["16x16", "8x8 and 1", "shape"],
+    "evaluate --network fashion --data digits --detector pixels -n 9": ["16x16", "8x8 and 1"],
     "evaluate --network T --device cuda:7 --data digits": ["device=cuda:7", "cpu"],
     "plan --preset cifar10-cond --card b300": ["'b300'", "'h200'"],
     "pretrain --dataset images.zip": ["No such option", "--data"],
