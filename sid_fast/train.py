@@ -36,7 +36,7 @@ from sid_fast.tools import autotune, estimator, graph_trial, host_memory, micro_
 from sid_fast.training import sinks
 from sid_fast.training.callbacks import Evaluations, Snapshots
 from sid_fast.training.checkpoint import read_header
-from sid_fast.training.loop import Loop
+from sid_fast.training.loop import Loop, start_options
 
 
 @dataclasses.dataclass
@@ -137,11 +137,10 @@ def run(config: TrainConfig, given: set[str]) -> None:
                     teacher, config, config.settings(), upper, sharding
                 )
         settings = config.settings()
-        with progress.phase("testing CUDA graphs on a small network"):
-            mode, graphs, note = graph_trial.choose(
-                config.cuda_graph, choice, network, settings, device, sharding.mesh is not None,
-                config.deterministic,
-            )  # fmt: skip
+        mode, graphs, note = graph_trial.choose(
+            config.cuda_graph, choice, network, settings, device, sharding.mesh is not None,
+            config.deterministic,
+        )  # fmt: skip
         compile = config.compile or bool(choice and choice.compile)
         with progress.phase("building the networks"):
             trainer = Distiller(
@@ -182,7 +181,7 @@ def run(config: TrainConfig, given: set[str]) -> None:
         )
         feed = trainer.method.feed
         trained_on = f" with SiDA on {len(feed.dataset):,} images {feed.text}" if feed else ""
-        headline = f"distilling {config.teacher} ({teacher.config}){trained_on}, {where}"
+        headline = f"distilling {config.teacher} ({teacher.config}){trained_on}\n  {where}"
         headline += tuning.text and f", {tuning.text}"
         headline += "".join(f"\nnote: {line}" for line in (note, *tuning.notes) if line)
         if data and data.labels is None and teacher.config.label_dim:
@@ -200,10 +199,11 @@ def next_commands(config: TrainConfig, folder: Path) -> list[str]:
     pixels = ("--detector", config.detector) if config.detector != "inception" else ()
     reference = ("--data", config.data) if config.data else ("--ref", config.ref or "STATS.npz")
     network = "--network", folder
+    longer = "--resume", folder, "--kimg", f"{2 * config.kimg:g}", *start_options(config)
     return [
         invocation.command_line("generate", *network, "--seeds", "0-63", "--grid", "images.png"),
         invocation.command_line("evaluate", *network, *reference, *pixels),
-        invocation.command_line("train", "--resume", folder, "--kimg", f"{2 * config.kimg:g}"),
+        invocation.command_line("train", *longer),
     ]
 
 

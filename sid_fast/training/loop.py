@@ -176,6 +176,11 @@ class Throughput:
         return rate
 
 
+def start_options(options: RunOptions) -> tuple[str, ...]:
+    """The options that a run does not resume with, and that its next command should repeat."""
+    return ("--log-to", options.log_to) if options.log_to != "tensorboard" else ()
+
+
 class TimeLimit:
     """--max-hours: tells when to stop so that a state is complete in time.
 
@@ -248,7 +253,7 @@ class Loop:
         options: Options of the run.
         snapshot: Called with the folder every --snapshot-every kimg, on all ranks; returns metrics.
         name: Suffix of the default run folder's name.
-        headline: One line that describes the run.
+        headline: Describes the run: a line, and perhaps further ones.
         evaluate: Like snapshot, called every --eval-every kimg and at the end.
         extra: Further entries of config.json and of the states' headers.
     """
@@ -358,7 +363,8 @@ class Loop:
             self.started = self.trainer.steps
             caught = stack.enter_context(signals(self._nothing_to_save))
             stack.push(self._stopped_early)
-            self._print(f"{self.headline}; run folder {self.folder}")
+            first, *more = self.headline.splitlines()
+            self._print("\n".join([f"{first}; run folder {self.folder}", *more]))
             if header:
                 self._print(f"resumed {resume} at {self.trainer.images / 1000:g} kimg")
                 count = process_group.world_size()
@@ -413,9 +419,12 @@ class Loop:
 
     def _resume_command(self) -> str:
         command = type(self.options).__name__.removesuffix("Config").lower()
+        more = start_options(self.options)
+        if self.options.max_hours:
+            more = *more, "--max-hours", f"{self.options.max_hours:g}"
         if process_group.world_size() > 1:
-            return f"torchrun … -m sid_fast.{command} --resume {self.folder}"
-        return invocation.command_line(command, "--resume", self.folder)
+            return " ".join([f"torchrun … -m sid_fast.{command} --resume {self.folder}", *more])
+        return invocation.command_line(command, "--resume", self.folder, *more)
 
     def _run_steps(self, caught: list[signal.Signals]) -> bool:
         """Run to the end, a signal or the time limit; whether an evaluation is left for resuming.
