@@ -15,7 +15,7 @@ from sid_fast import augment, kernels
 from sid_fast.config.types import Settings
 from sid_fast.methods.base import RandomStream
 from sid_fast.methods.sid import Draw, SiD
-from sid_fast.models import EDMNetwork
+from sid_fast.models import Network
 from sid_fast.training.optimizer import ema_beta
 from sid_fast.training.random_streams import counter_of
 
@@ -32,7 +32,7 @@ class PublishedBaseline:
         dtype: the networks compute in it and cast their weights at every use.
     """
 
-    def __init__(self, teacher: EDMNetwork, settings: Settings, dtype: torch.dtype):
+    def __init__(self, teacher: Network, settings: Settings, dtype: torch.dtype):
         self.settings = settings
         self.method = SiD(teacher, settings)
         self.teacher = teacher.requires_grad_(False).eval()
@@ -48,7 +48,7 @@ class PublishedBaseline:
         self.counter = counter_of(0, next(teacher.parameters()).device)
         self.images = 0
 
-    def adam(self, net: EDMNetwork, lr: float, beta1: float) -> torch.optim.Adam:
+    def adam(self, net: Network, lr: float, beta1: float) -> torch.optim.Adam:
         """Make the optimiser of a network."""
         s = self.settings
         return torch.optim.Adam(net.parameters(), lr=lr, betas=(beta1, s.beta2), eps=s.eps or 1e-8)
@@ -64,9 +64,7 @@ class PublishedBaseline:
         self.images += s.batch_size
         self.counter[1].add_(1)
 
-    def update(
-        self, phase: str, net: EDMNetwork, adam: torch.optim.Optimizer, scale: float
-    ) -> None:
+    def update(self, phase: str, net: Network, adam: torch.optim.Optimizer, scale: float) -> None:
         """Take one optimiser step of a network."""
         rng = RandomStream(self.counter, phase, self.settings.batch_size)
         draw = next(p for p in self.method.phases if p.name == phase).sample_inputs(rng)
@@ -117,7 +115,7 @@ class PublishedBaseline:
         """Read the loss on the host."""
         loss.item()
 
-    def clean_gradients(self, net: EDMNetwork) -> None:
+    def clean_gradients(self, net: Network) -> None:
         """Replace non-finite gradients."""
         for p in net.parameters():
             if p.grad is not None:
@@ -137,14 +135,14 @@ class OptimisedBaseline(PublishedBaseline):
     foreach call for the EMA, no host synchronisation.
     """
 
-    def __init__(self, teacher: EDMNetwork, settings: Settings, dtype: torch.dtype, mode: str):
+    def __init__(self, teacher: Network, settings: Settings, dtype: torch.dtype, mode: str):
         teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # no stub
         super().__init__(teacher, settings, dtype)
         torch._dynamo.config.recompile_limit = 64
         for net in (self.teacher, self.generator, self.fake_score):
-            net.model.compile(mode=mode, dynamic=False)
+            net.backbone.compile(mode=mode, dynamic=False)
 
-    def adam(self, net: EDMNetwork, lr: float, beta1: float) -> torch.optim.Adam:
+    def adam(self, net: Network, lr: float, beta1: float) -> torch.optim.Adam:
         """Make the fused optimiser of a network."""
         s, cuda = self.settings, next(net.parameters()).is_cuda
         betas = beta1, s.beta2

@@ -43,7 +43,7 @@ from sid_fast.evaluation.sample import (
     generate_batches,
 )
 from sid_fast.methods.edm import EDM
-from sid_fast.models import EDMNetwork, NetworkConfig
+from sid_fast.models import Network, NetworkConfig
 from sid_fast.models.teachers import TEACHERS
 from sid_fast.performance import process_group
 from sid_fast.training.step import Trainer
@@ -109,7 +109,7 @@ class Bench:
             ratios = [a / b for a, b in zip(plain, ms, strict=True)]
             self.add(stage, variant, ms, images, speedup=timing.median(ratios))
 
-    def feeds(self, data: ImageDataset, best: str, net: EDMNetwork) -> None:
+    def feeds(self, data: ImageDataset, best: str, net: Network) -> None:
         """Time the sources of training batches, alone and with steps of a network."""
         batch = min(BATCH, len(data))
         count = len(data) // batch

@@ -39,7 +39,8 @@ from sid_fast.config.types import Precision, Settings, SiDASettings, check, opti
 from sid_fast.distiller import Distiller, blank_feed
 from sid_fast.errors import UserError
 from sid_fast.kernels._cuda import library
-from sid_fast.models import EDMNetwork, NetworkConfig
+from sid_fast.models import NetworkConfig
+from sid_fast.models.families import build_network
 from sid_fast.models.registry import network_config
 from sid_fast.performance import fsdp, mixed_precision, process_group
 from sid_fast.tools.proof import network
@@ -268,7 +269,7 @@ def forward_flop(config: NetworkConfig, encoder: bool = False) -> int:
     x = torch.empty(1, config.channels, config.resolution, config.resolution, device="meta")
     labels = torch.empty(1, config.label_dim, device="meta") if config.label_dim else None
     with torch.device("meta"), torch.no_grad(), kernels.dispatch.forced("eager"):
-        net = EDMNetwork(config)
+        net = build_network(config)
         with FlopCounterMode(display=False) as count:
             (net.logits if encoder else net)(x, torch.ones(1), labels)
     return count.get_total_flops()

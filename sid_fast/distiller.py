@@ -21,7 +21,7 @@ from sid_fast.methods.base import Method
 from sid_fast.methods.edm import EDM
 from sid_fast.methods.sid import Draw, SiD
 from sid_fast.methods.sida import SiDA, check_images
-from sid_fast.models import EDMNetwork, Network, NetworkConfig
+from sid_fast.models import Network, NetworkConfig
 from sid_fast.performance import fsdp, mixed_precision
 from sid_fast.training.step import Trainer
 
@@ -40,7 +40,7 @@ def blank_feed(
 
 
 def data_free_method(
-    net: EDMNetwork, settings: Settings | PretrainSettings, kind: type[BlankFeed] = BlankFeed
+    net: Network, settings: Settings | PretrainSettings, kind: type[BlankFeed] = BlankFeed
 ) -> Method:
     """Make the method of the settings for steps that only measure or try.
 
@@ -90,7 +90,7 @@ class Distiller(Trainer):
         sharding: fsdp.ShardingPlan | None = None,
         *,
         data: ImageDataset | ImageFeed | None = None,
-        generator: EDMNetwork | None = None,
+        generator: Network | None = None,
         cuda_graph: bool | Literal["auto"] = False,
         compile: bool = False,
         channels_last: bool | None = None,

@@ -3,7 +3,6 @@
 import torch
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7
-P_MEAN, P_STD = -1.2, 1.2
 
 
 def _ramp(u: torch.Tensor) -> torch.Tensor:
@@ -17,9 +16,11 @@ def generator_sigma(t: torch.Tensor) -> torch.Tensor:
     return _ramp(1 - t)
 
 
-def fake_score_sigma(normal: torch.Tensor) -> torch.Tensor:
-    """Return the fake-score step's noise level, ln σ ~ N(−1.2, 1.2²), for normal ~ N(0, 1)."""
-    return (P_MEAN + P_STD * normal).exp()
+def fake_score_sigma(
+    normal: torch.Tensor, p_mean: float = -1.2, p_std: float = 1.2
+) -> torch.Tensor:
+    """Return a denoiser's training noise, ln σ ~ N(p_mean, p_std²), for normal ~ N(0, 1)."""
+    return (p_mean + p_std * normal).exp()
 
 
 def sampler_sigmas(num_steps: int) -> torch.Tensor:

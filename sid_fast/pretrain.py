@@ -34,7 +34,7 @@ from sid_fast.tools import autotune, estimator, graph_trial, host_memory, micro_
 from sid_fast.training import sinks
 from sid_fast.training.callbacks import Evaluations, Snapshots
 from sid_fast.training.checkpoint import read_header
-from sid_fast.training.loop import Loop, start_options
+from sid_fast.training.loop import Loop, refuse_other_run, start_options
 from sid_fast.training.random_streams import seed_of
 from sid_fast.training.step import Trainer
 
@@ -72,6 +72,7 @@ def run(config: PretrainConfig, given: set[str]) -> None:
         config.micro_batch, given = None, given - {"micro_batch"}
     resume = cli.resume(config, given)
     check(config)
+    refuse_other_run(config.out, resume)
     sinks.require(config.log_to)
     cli.refuse_idle_run_options(config, given)
     if not config.data:

@@ -1,4 +1,4 @@
-"""Distil an EDM teacher into a one-step generator with SiD or, on real images too, SiDA.
+"""Distil an EDM or EDM2 teacher into a one-step generator with SiD or, on real images too, SiDA.
 
 python -m sid_fast.train --preset digits
 python -m sid_fast.train --preset cifar10-uncond-sida --data cifar10.zip
@@ -27,7 +27,8 @@ from sid_fast.distiller import Distiller, data_free_method
 from sid_fast.errors import UserError
 from sid_fast.io import invocation, progress
 from sid_fast.methods.sida import check_generator, check_images
-from sid_fast.models import EDMNetwork, NetworkConfig
+from sid_fast.models import Network, NetworkConfig
+from sid_fast.models.families import build_network
 from sid_fast.models.registry import load_generator, load_teacher, network_config
 from sid_fast.performance import fsdp, mixed_precision, process_group
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
@@ -36,7 +37,7 @@ from sid_fast.tools import autotune, estimator, graph_trial, host_memory, micro_
 from sid_fast.training import sinks
 from sid_fast.training.callbacks import Evaluations, Snapshots
 from sid_fast.training.checkpoint import read_header
-from sid_fast.training.loop import Loop, start_options
+from sid_fast.training.loop import Loop, refuse_other_run, start_options
 
 
 @dataclasses.dataclass
@@ -79,6 +80,7 @@ def run(config: TrainConfig, given: set[str]) -> None:
         config.micro_batch, given = None, given - {"micro_batch"}
     resume = cli.resume(config, given)
     check(config)
+    refuse_other_run(config.out, resume)
     sinks.require(config.log_to)
     cli.refuse_idle_run_options(config, given)
     check_method(config, given)
@@ -123,7 +125,7 @@ def run(config: TrainConfig, given: set[str]) -> None:
         network = teacher.config
         estimator.require_host_memory(network, config, device)
         state = estimator.StateMemory(
-            lambda settings: data_free_method(EDMNetwork(network), settings),
+            lambda settings: data_free_method(build_network(network), settings),
             mixed_precision.resolve_precision(config.settings(), device),
             kernels.dispatch.runs(device),
         )
@@ -233,7 +235,7 @@ def check_sida(config: TrainConfig, resume: Path | None) -> None:
         )
 
 
-def open_generator(config: TrainConfig, given: set[str], teacher: NetworkConfig) -> EDMNetwork:
+def open_generator(config: TrainConfig, given: set[str], teacher: NetworkConfig) -> Network:
     """Load --generator and take its init_sigma, unless the command line sets another.
 
     Raises:
@@ -245,7 +247,6 @@ def open_generator(config: TrainConfig, given: set[str], teacher: NetworkConfig)
         config.init_sigma = generator.config.init_sigma
     wanted = dataclasses.replace(teacher, init_sigma=config.init_sigma)
     check_generator(generator.config, wanted, config.generator)
-    assert isinstance(generator, EDMNetwork)  # as the teacher
     return generator
 
 

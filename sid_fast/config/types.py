@@ -13,6 +13,7 @@ LARGE = 1e12
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
 Switch = Literal["auto", "on", "off"]
+Normalization = Literal["auto", "both", "generator", "none", "upstream"]
 Tune = Literal["auto", "off", "again"]
 Card = Literal["rtx4090", "a100", "h100", "h200"]
 Architecture = Literal["ddpmpp", "ncsnpp", "adm"]
@@ -162,6 +163,7 @@ MICRO_BATCH = (
 _method = partial(option, heading="Method")
 _sida = partial(option, heading="SiDA")
 _optimizer = partial(option, heading="Optimizer and EMA")
+_edm2 = partial(option, heading="EDM2 teachers")
 _step = partial(option, heading="Batch and precision")
 _output = partial(option, heading="Run and output")
 _evaluation = partial(option, heading="Evaluation during the run")
@@ -202,6 +204,31 @@ class Settings:
     dropout: float = _method(0.0, "dropout probability of fake score and generator", 0, 0.999)
     augment_p: float = _method(
         0.0, "augmentation probability of the fake score's images; 0: none", 0, 1
+    )
+    p_mean: float | None = _method(
+        None,
+        "mean of ln σ in the fake score's step; default: that of the teacher's training: -1.2, of "
+        "EDM2 -0.4 on latents and -0.8 on pixels",
+        -20,
+        20,
+    )
+    p_std: float | None = _method(
+        None,
+        "standard deviation of ln σ in the fake score's step; default: that of the teacher's "
+        "training: 1.2, of EDM2 1.0 on latents and 1.6 on pixels",
+        0,
+        20,
+    )
+    log_variance: Switch = _edm2(
+        "auto",
+        "train the fake score's log-variance head, and divide the losses by the variance; auto: if "
+        "the teacher has such a head",
+    )
+    forced_normalization: Normalization = _edm2(
+        "auto",
+        "networks whose weights are normalised after each update, which keeps their effective "
+        "learning rate. auto: both with SiD, the generator with SiDA, as published. upstream: as "
+        "auto, and with SiDA the EMA too, each time it is sampled or evaluated",
     )
 
 
@@ -330,6 +357,15 @@ class PretrainSettings:
     micro_batch: int | None = _step(None, MICRO_BATCH, 1)
     dropout: float = _method(0.13, "dropout probability", 0, 0.999)
     augment_p: float = _method(0.12, "augmentation probability of the images; 0: none", 0, 1)
+    p_mean: float | None = _method(
+        None, "mean of ln σ; default: -1.2, of edm2 -0.4 on latents and -0.8 on pixels", -20, 20
+    )
+    p_std: float | None = _method(
+        None,
+        "standard deviation of ln σ; default: 1.2, of edm2 1.0 on latents and 1.6 on pixels",
+        0,
+        20,
+    )
 
 
 @dataclasses.dataclass

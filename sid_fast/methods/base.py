@@ -13,7 +13,7 @@ import torch
 
 from sid_fast import kernels
 from sid_fast.data.feed import ImageFeed
-from sid_fast.models import EDMNetwork
+from sid_fast.models import Network, NetworkConfig
 
 
 class RandomStream:
@@ -110,8 +110,8 @@ class Method:
             the step.
     """
 
-    networks: Mapping[str, EDMNetwork]
-    frozen: Mapping[str, EDMNetwork]
+    networks: Mapping[str, Network]
+    frozen: Mapping[str, Network]
     averaged: str
     phases: tuple[Phase, ...]
     progress: ClassVar[Mapping[str, str]]
@@ -138,3 +138,12 @@ def one_hot_labels(
     else:
         classes = torch.searchsorted(cumulative[:-1], u * cumulative[-1], right=True)
     return torch.zeros(rng.n, label_dim, device=u.device).scatter_(1, classes[:, None], 1.0)
+
+
+def noise_distribution(settings: Any, network: NetworkConfig) -> tuple[float, float]:
+    """Return P_mean and P_std: those of the settings, else those of the network's family."""
+    mean, std = network.training_noise
+    return (
+        mean if settings.p_mean is None else settings.p_mean,
+        std if settings.p_std is None else settings.p_std,
+    )

@@ -1,6 +1,6 @@
 """EDM: a teacher trained on real images (Karras et al., 2022, arXiv 2206.00364).
 
-    λ(σ)·‖D(y + σ·ε) − y‖²          λ = (σ² + σ_data²)/(σ·σ_data)²,  ln σ ~ N(−1.2, 1.2²)
+    λ(σ)·‖D(y + σ·ε) − y‖²          λ = (σ² + σ_data²)/(σ·σ_data)²,  ln σ ~ N(P_mean, P_std²)
 
 y is an augmented training image. SiD's fake score minimises the same loss on generated images.
 """
@@ -16,8 +16,8 @@ from sid_fast.data.datasets import ImageDataset
 from sid_fast.data.feed import ImageFeed
 from sid_fast.data.images import to_float
 from sid_fast.kernels import Losses
-from sid_fast.methods.base import Method, Phase, RandomStream
-from sid_fast.models import EDMNetwork, NetworkConfig
+from sid_fast.methods.base import Method, Phase, RandomStream, noise_distribution
+from sid_fast.models import Network, NetworkConfig
 
 
 def teacher_config(
@@ -69,9 +69,10 @@ class EDM(Method):
     averaged = "teacher"
     progress: ClassVar = {"loss": "loss", "distance": "‖D-y‖²"}
 
-    def __init__(self, net: EDMNetwork, settings: PretrainSettings, feed: ImageFeed | None = None):
+    def __init__(self, net: Network, settings: PretrainSettings, feed: ImageFeed | None = None):
         self.net, self.settings, self.feed = net, settings, feed
         self.networks, self.frozen = {"teacher": net}, {}
+        self.noise = noise_distribution(settings, net.config)
         self.phases = (
             Phase("", "teacher", self.sample_inputs, self.loss, self.lr, settings.beta1),
         )
@@ -95,6 +96,6 @@ class EDM(Method):
         y, augment_labels = to_float(images), None
         if self.settings.augment_p:
             y, augment_labels = augment.apply(y, augment.draw(rng, self.settings.augment_p))
-        sigma = noise.fake_score_sigma(rng.normal("sigma", 1, 1, 1))
+        sigma = noise.fake_score_sigma(rng.normal("sigma", 1, 1, 1), *self.noise)
         eps = rng.normal("noise", *y.shape[1:])
         return RealImages(y, sigma, eps, labels, augment_labels)

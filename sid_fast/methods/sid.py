@@ -3,7 +3,7 @@
 The generator G_θ and the fake score f_ψ start from the weights of the frozen teacher f_φ. With
 y = G_θ(σ_init·z), x_t = y + σ·ε and z, ε ~ N(0, I), each step minimises two losses in turn:
 
-    (1)  ψ:  λ(σ)·‖f_ψ(x_t) − y‖²     λ = (σ² + σ_data²)/(σ·σ_data)²,  ln σ ~ N(−1.2, 1.2²)
+    (1)  ψ:  λ(σ)·‖f_ψ(x_t) − y‖²     λ = (σ² + σ_data²)/(σ·σ_data)²,  ln σ ~ N(P_mean, P_std²)
     (2)  θ:  dᵀ((r − y) − α·d) / w    r = f_φ(x_t),  d = r − f_ψ(x_t),  w = mean|y − r|
 
 (1) fits f_ψ to the distribution of y, with y held constant. (2), the paper's equation 23, moves G_θ
@@ -18,12 +18,17 @@ import torch
 
 from sid_fast import augment, losses, noise, sampling
 from sid_fast.augment import Parameters
-from sid_fast.config.types import Settings
+from sid_fast.config.types import Settings, SiDASettings
 from sid_fast.errors import UserError
 from sid_fast.kernels import Losses
-from sid_fast.methods.base import Method, Phase, RandomStream, one_hot_labels
-from sid_fast.models import Network
-from sid_fast.models.registry import require_edm
+from sid_fast.methods.base import (
+    Method,
+    Phase,
+    RandomStream,
+    noise_distribution,
+    one_hot_labels,
+)
+from sid_fast.models import EDM2Network, Network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +67,7 @@ class SiD(Method):
     """
 
     averaged = "generator"
-    progress: ClassVar = {
+    progress: ClassVar[dict[str, str]] = {
         "fake/loss": "fake",
         "generator/loss": "generator",
         "generator/distance": "‖f_φ-f_ψ‖²",
@@ -72,7 +77,7 @@ class SiD(Method):
         self, teacher: Network, settings: Settings, label_weights: torch.Tensor | None = None
     ):
         s = settings
-        teacher = require_edm(teacher, "the teacher")
+        check_family(teacher, s)
         if s.augment_p and not teacher.config.augment_dim:
             raise UserError(
                 f"augment_p={s.augment_p}: the teacher takes no augmentation labels, so "
@@ -84,10 +89,14 @@ class SiD(Method):
             device = next(teacher.parameters()).device
             self.label_cumulative = label_weights.cpu().double().cumsum(0).to(device)
         self.teacher = teacher
-        self.generator, self.fake_score = copy.deepcopy(teacher), copy.deepcopy(teacher)
-        self.generator.config = dataclasses.replace(
-            teacher.config, init_sigma=s.init_sigma, dropout=s.dropout
-        )
+        self.generator = teacher.as_generator(s.init_sigma, s.dropout)
+        self.fake_score = copy.deepcopy(teacher)
+        self.noise = noise_distribution(s, teacher.config)
+        if isinstance(self.fake_score, EDM2Network):
+            if s.log_variance == "off":
+                self.fake_score.without_log_variance()
+            adversarial = isinstance(s, SiDASettings)
+            self._force_normalization(s.forced_normalization, adversarial)
         self.networks = {"fake_score": self.fake_score, "generator": self.generator}
         self.frozen = {"teacher": teacher}
         self.phases = (
@@ -100,6 +109,16 @@ class SiD(Method):
                 lambda images: s.generator_lr, s.generator_beta1, s.generator_loss_scale,
             ),
         )  # fmt: skip
+
+    def _force_normalization(self, choice: str, adversarial: bool) -> None:
+        """Choose the networks whose weights are normalised after each update; see Settings."""
+        if choice == "auto":
+            choice = "generator" if adversarial else "both"
+        elif choice == "upstream" and not adversarial:
+            choice = "both"
+        self.generator.force_normalization = choice != "none"
+        self.fake_score.force_normalization = choice == "both"
+        self.generator.normalize_before_sampling = choice == "upstream"  # copied to the EMA
 
     def fake_score_loss(self, draw: Draw) -> Losses:
         """Compute equation (1) per sample, on augmented y if augment_p > 0."""
@@ -133,9 +152,13 @@ class SiD(Method):
         return torch.where(finite.reshape(-1, 1, 1, 1), y, torch.nan)
 
     def sample_fake_inputs(self, rng: RandomStream) -> Draw:
-        """Sample the inputs of (1): ln σ ~ N(−1.2, 1.2²)."""
+        """Sample the inputs of (1)."""
         parameters = augment.draw(rng, self.settings.augment_p) if self.settings.augment_p else None
-        return self._sample(rng, noise.fake_score_sigma(rng.normal("sigma", 1, 1, 1)), parameters)
+        return self._sample(rng, self.fake_score_sigma(rng), parameters)
+
+    def fake_score_sigma(self, rng: RandomStream) -> torch.Tensor:
+        """Sample the noise levels of (1), [n, 1, 1, 1]."""
+        return noise.fake_score_sigma(rng.normal("sigma", 1, 1, 1), *self.noise)
 
     def sample_generator_inputs(self, rng: RandomStream) -> Draw:
         """Sample the inputs of (2): t ~ U[0, tmax/1000), σ = σ(t)."""
@@ -154,3 +177,19 @@ class SiD(Method):
         if labels is None:
             labels = one_hot_labels(rng, config.label_dim, self.label_cumulative)
         return Draw(rng.normal("z", *shape), sigma, rng.normal("noise", *shape), labels, parameters)
+
+
+def check_family(teacher: Network, settings: Settings) -> None:
+    """Raise UserError for settings that the teacher's family does not have."""
+    edm2 = isinstance(teacher, EDM2Network)
+    for name in ("forced_normalization", "log_variance"):
+        if not edm2 and (value := getattr(settings, name)) != "auto":
+            raise UserError(
+                f"{name}={value} is of EDM2 networks, and the teacher is a {teacher.config} "
+                "network: leave it out"
+            )
+    if settings.log_variance == "on" and not teacher.config.has_log_variance:
+        raise UserError(
+            "log_variance=on: the teacher has no log-variance head; give a teacher that has one, "
+            "or use log_variance off"
+        )

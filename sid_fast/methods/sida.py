@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from sid_fast import augment, losses, noise
+from sid_fast import augment, losses
 from sid_fast.config.types import SiDASettings
 from sid_fast.data.datasets import ImageDataset
 from sid_fast.data.feed import ImageFeed
@@ -31,7 +31,7 @@ from sid_fast.errors import UserError
 from sid_fast.losses import SiDAFakeScoreLosses, SiDAGeneratorLosses
 from sid_fast.methods.base import Phase, RandomStream
 from sid_fast.methods.sid import Draw, SiD
-from sid_fast.models import EDMNetwork, Network, NetworkConfig
+from sid_fast.models import Network, NetworkConfig
 
 
 class SiDA(SiD):
@@ -68,7 +68,7 @@ class SiDA(SiD):
         settings: SiDASettings,
         label_weights: torch.Tensor | None = None,
         feed: ImageFeed | None = None,
-        generator: EDMNetwork | None = None,
+        generator: Network | None = None,
     ):
         super().__init__(teacher, settings, label_weights)
         if generator is not None:
@@ -156,7 +156,7 @@ class SiDA(SiD):
         if p := self.settings.augment_p:
             fake_parameters = augment.draw(rng, p)
             real_parameters = augment.draw(RandomStream(rng.counter, "real images", rng.n), p)
-        sigma = noise.fake_score_sigma(rng.normal("sigma", 1, 1, 1))
+        sigma = self.fake_score_sigma(rng)
         draw = self._sample(rng, sigma, fake_parameters, labels)
         return dataclasses.replace(draw, real=to_float(images), real_augment=real_parameters)
 

@@ -3,18 +3,38 @@
 A family is a subclass of Network around a U-Net; models.registry lists the families.
 """
 
+import copy
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
 if TYPE_CHECKING:  # edm_unet imports this module
+    from typing import Self  # of Python 3.11
+
     from sid_fast.models.edm_unet.config import NetworkConfig
 
 Heads = Literal["decoder", "encoder", "both"]
+
+
+class Leaf(NamedTuple):
+    """An autograd leaf that a network computes with: a parameter, or a copy of several.
+
+    Attributes:
+        tensor: The leaf; it receives the gradient.
+        sources: Row ranges of the tensor, each with the parameters whose sum it holds. The gradient
+            of these rows is the gradient of each of the parameters.
+    """
+
+    tensor: torch.Tensor
+    sources: list[tuple[slice, tuple[nn.Parameter, ...]]]
+
+
+ALL_ROWS = slice(None)
 
 
 class Network(nn.Module):
@@ -22,6 +42,11 @@ class Network(nn.Module):
 
     Only F runs in `compute_dtype`; everything else is float32.
     """
+
+    # Normalise weights in place after each update; see EDM2Network.constrain_weights.
+    force_normalization: bool = False
+    # Also before the network is sampled, as upstream does to the EMA; see before_sampling.
+    normalize_before_sampling: bool = False
 
     # Methods besides forward that use the weights; see fsdp.
     forward_methods: tuple[str, ...] = (
@@ -32,6 +57,7 @@ class Network(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
+        self.compute_copies: list[Leaf] = []  # of parameters, which F computes with; see compute_in
 
     @property
     def backbone(self) -> Any:
@@ -146,14 +172,63 @@ class Network(nn.Module):
             class_labels = torch.zeros(1, self.config.label_dim, device=x.device)
         return class_labels.float().reshape(-1, self.config.label_dim)
 
+    def as_generator(self, init_sigma: float, dropout: float) -> "Self":
+        """Copy the network as a one-step generator with these values of its configuration."""
+        generator = copy.deepcopy(self)
+        generator.config = dataclasses.replace(self.config, init_sigma=init_sigma, dropout=dropout)
+        return generator
+
     def compute_in(self, dtype: torch.dtype, frozen: bool = False) -> None:
-        """Run F in `dtype` from now on; parameters stay float32 and are cast where they are used.
+        """Run F in `dtype` from now on.
+
+        A family may let F compute with copies of the parameters. The copies replace the parameters
+        in autograd, so they receive the gradients (see leaves and performance.ddp). Call
+        update_compute_copies after changing parameters.
+
+        To cast parameters at every use instead, so that they get the gradients, only set
+        compute_dtype.
 
         Args:
             dtype: The compute dtype.
             frozen: The parameters will not change: a family may convert them in place.
         """
         self.compute_dtype = dtype
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Self":
+        """Set requires_grad of the parameters and of the copies that F computes with."""
+        for leaf in self.compute_copies:
+            leaf.tensor.requires_grad_(requires_grad)
+        return super().requires_grad_(requires_grad)
+
+    def leaves(self) -> list[Leaf]:
+        """List every tensor that may receive a gradient: copies and parameters."""
+        return [*self.compute_copies, *(Leaf(p, [(ALL_ROWS, (p,))]) for p in self.parameters())]
+
+    def cast_copies(self) -> list[torch.Tensor | None]:
+        """Return each parameter's 16-bit copy, or None, in the order of parameters().
+
+        The Adam kernel writes them with the parameters; update_combined_copies updates the rest.
+        """
+        return [None for _ in self.parameters()]
+
+    def constrain_weights(self, enabled: torch.Tensor | bool = True) -> None:
+        """Keep the weights where the family wants them, after an update; not unless `enabled`."""
+
+    def before_sampling(self) -> None:
+        """Prepare for a sample grid or an evaluation."""
+        if self.normalize_before_sampling:
+            self.constrain_weights()
+
+    def update_combined_copies(self) -> None:
+        """Recompute the copies that are no casts of single parameters."""
+
+    @torch.no_grad()
+    def update_compute_copies(self) -> None:
+        """Recompute all copies from their parameters."""
+        for p, cast in zip(self.parameters(), self.cast_copies(), strict=True):
+            if cast is not None:
+                cast.copy_(p)
+        self.update_combined_copies()
 
     def set_dropout(self, dropout: float, seeds: torch.Tensor | None = None) -> None:
         """Set the dropout probability of every block.

@@ -1,84 +1,21 @@
-"""Building, loading and saving networks of all families: pickles and .safetensors snapshots."""
+"""Loading and saving networks of all families: pickles and .safetensors snapshots."""
 
-import dataclasses
 import os
-from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from sid_fast.errors import UserError
 from sid_fast.io.download import fetch
-from sid_fast.io.pickles import PickledNetwork, read_pickle
+from sid_fast.io.pickles import read_pickle
 from sid_fast.io.safetensors import read_snapshot, write_snapshot
-from sid_fast.io.untrusted import MAX_NETWORK_BYTES, brief, describe, sniff_file
-from sid_fast.models import EDM2Config, EDM2Network, EDMNetwork, Network, NetworkConfig
-from sid_fast.models.edm2.pickle import config_of
+from sid_fast.io.untrusted import MAX_NETWORK_BYTES, describe, sniff_file
+from sid_fast.models import EDMNetwork, Network, NetworkConfig
+from sid_fast.models.families import build_network, config_of_pickle, read_config
 from sid_fast.models.teachers import TEACHERS
 
 EMBEDDED = ("digits", "fashion")  # teachers in this package
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """A network family.
-
-    Attributes:
-        config: Class of its configurations.
-        network: Class of its networks, built from a configuration.
-        published: Class name of its networks in upstream's pickles.
-        from_pickle: Reads the configuration of such a network.
-    """
-
-    config: type[NetworkConfig]
-    network: Callable[[Any], Network]
-    published: str
-    from_pickle: Callable[[PickledNetwork], NetworkConfig]
-
-
-FAMILIES = (
-    Family(
-        NetworkConfig, EDMNetwork, "EDMPrecond",
-        lambda p: NetworkConfig.from_published(p.class_name, p.init_kwargs),
-    ),
-    Family(
-        EDM2Config, EDM2Network, "Precond",
-        lambda p: config_of(p.init_kwargs, has_logvar="logvar_linear.weight" in p.state),
-    ),
-)  # fmt: skip
-
-
-def build_network(config: NetworkConfig) -> Network:
-    """Build the network of a configuration, with initial weights."""
-    (family,) = (family for family in FAMILIES if type(config) is family.config)
-    return family.network(config)
-
-
-def read_config(values: dict[str, Any]) -> NetworkConfig:
-    """Rebuild a configuration from NetworkConfig.to_dict; its architecture tells the family.
-
-    Raises:
-        UserError: The values are not a configuration of a known family.
-    """
-    known = {name: family for family in FAMILIES for name in family.config.architectures}
-    name = values.get("architecture")
-    if not isinstance(name, str) or name not in known:
-        raise UserError(
-            f"network: architecture={brief(name)} is not supported: use one of {', '.join(known)}"
-        )
-    return known[name].config.from_dict(values)
-
-
-def _pickled_config(pickled: PickledNetwork) -> NetworkConfig:
-    for family in FAMILIES:
-        if family.published == pickled.class_name:
-            return family.from_pickle(pickled)
-    raise UserError(
-        f"network: {brief(pickled.class_name)} is not a supported class of networks: give a file "
-        f"with {' (EDM) or '.join(family.published for family in FAMILIES)} (EDM2)"
-    )
 
 
 def load_network(path: str | Path) -> Network:
@@ -105,7 +42,7 @@ def load_network(path: str | Path) -> Network:
         elif kind == "pickle":
             pickled = read_pickle(file)
             state = pickled.state
-            config = _pickled_config(pickled)
+            config = config_of_pickle(pickled)
         else:
             raise UserError(
                 f"{file} is {describe(kind)}: give a snapshot-*.safetensors or an EDM, EDM2 "
@@ -150,10 +87,10 @@ def network_config(teacher: str) -> NetworkConfig:
     """Return a teacher's configuration, without downloading a published one.
 
     Raises:
-        UserError: As load_network; or runs cannot train the network's family yet.
+        UserError: As load_network.
     """
     known = TEACHERS.get(teacher)
-    return known.network if known else require_edm(load_network(teacher), teacher).config
+    return known.network if known else load_network(teacher).config
 
 
 def _check(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -180,23 +117,21 @@ def _check_finite(state: dict[str, torch.Tensor]) -> None:
             )
 
 
-def require_edm(
-    net: Network, name: str, cannot: str = "runs cannot train yet: give an EDM teacher"
-) -> EDMNetwork:
+def require_edm(net: Network, name: str, cannot: str) -> EDMNetwork:
     """Return the network; UserError, with what cannot be done with it, if it is an EDM2 network."""
     if not isinstance(net, EDMNetwork):
         raise UserError(f"{name} is an EDM2 network, which {cannot} (DDPM++, NCSN++ or ADM)")
     return net
 
 
-def load_teacher(path: str | Path) -> EDMNetwork:
+def load_teacher(path: str | Path) -> Network:
     """Load a network as load_network does, for training on it.
 
     Raises:
-        UserError: As load_network; or the network is an EDM2 network or a one-step generator, or
-            its images have neither 1 nor 3 channels, so that sample grids cannot be written.
+        UserError: As load_network; or the network is a one-step generator, or its images have
+            neither 1 nor 3 channels, so that sample grids cannot be written.
     """
-    net = require_edm(load_network(path), str(path))
+    net = load_network(path)
     require_denoiser(net, str(path), "a teacher")
     require_png_channels(net, str(path), "give another teacher")
     return net

@@ -4,7 +4,8 @@ import dataclasses
 from importlib import resources
 
 from sid_fast.config.toml import loads
-from sid_fast.models.edm_unet.config import NetworkConfig
+from sid_fast.models import NetworkConfig
+from sid_fast.models.families import read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Teacher:
 def _read() -> dict[str, Teacher]:
     text = (resources.files("sid_fast.models") / "teachers.toml").read_text("utf-8")
     return {
-        name: Teacher(**values | {"network": NetworkConfig.from_dict(values["network"])})
+        name: Teacher(**values | {"network": read_config(values["network"])})
         for name, values in loads(text).items()
     }
 

@@ -3,21 +3,20 @@
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sid_fast.models.edm_unet.unet import Block
+from sid_fast.models import Network
 
 
-def checkpoint_activations(*nets: nn.Module) -> None:
+def checkpoint_activations(*nets: Network) -> None:
     """Save only the input of every block, and recompute the rest in backward (arXiv 1604.06174).
 
     Outputs and gradients do not change, with dropout either.
     """
     for net in nets:
-        for module in net.modules():
-            if isinstance(module, Block):
-                module.forward = _recomputing(module)  # type: ignore[method-assign]
+        for block in net.backbone.blocks():
+            block.forward = _recomputing(block)
 
 
-def _recomputing(block: Block):
+def _recomputing(block: nn.Module):
     run = block.forward
 
     def forward(*inputs, **named):

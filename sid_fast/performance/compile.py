@@ -5,11 +5,10 @@ import tempfile
 import warnings
 
 import torch
-from torch import nn
 
 from sid_fast.errors import Fallback
 from sid_fast.io.cache import user_cache
-from sid_fast.models.edm_unet.unet import Block
+from sid_fast.models import Network
 
 # Blocks share code but differ in shape, and each is compiled for training, frozen and without
 # gradients. PyTorch's default limit is 8.
@@ -17,7 +16,7 @@ RECOMPILE_LIMIT = 512
 BACKEND = "inductor"
 
 
-def compile_blocks(*nets: nn.Module) -> None:
+def compile_blocks(*nets: Network) -> None:
     """Compile the residual blocks in place; takes minutes in the first step, unless cached."""
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         folder = user_cache() / "inductor"
@@ -35,9 +34,8 @@ def compile_blocks(*nets: nn.Module) -> None:
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.accumulated_recompile_limit = RECOMPILE_LIMIT
     for net in nets:
-        for module in net.modules():
-            if isinstance(module, Block):
-                module.compile(fullgraph=True, dynamic=False, backend=BACKEND)
+        for block in net.backbone.blocks():
+            block.compile(fullgraph=True, dynamic=False, backend=BACKEND)
 
 
 def compiled_graphs() -> list[str]:

@@ -7,14 +7,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sid_fast.models import EDMNetwork
+from sid_fast.models import Network
 from sid_fast.performance import failure
 
 
 class DDPGradSync:
     """Accumulates a replicated network's gradients in float32 buckets, averaged over the ranks.
 
-    How gradients flow: backward produces one per autograd leaf (edm_unet.layers.Leaf), a parameter
+    How gradients flow: backward produces one per autograd leaf (models.base.Leaf), a parameter
     or a low-precision copy. A hook takes it from the leaf, so that autograd launches no kernel to
     accumulate it. Once all parameters of a bucket have a gradient, one foreach call casts them into
     the bucket (first micro-batch) or adds them in float32 (later ones). In the last micro-batch the
@@ -33,7 +33,7 @@ class DDPGradSync:
     BUCKET = 2**23  # elements, 32 MiB: enough to saturate a link
     ALIGN = 64  # elements; aligns every gradient for 16-byte loads
 
-    def __init__(self, net: EDMNetwork, ranks: int = 1):
+    def __init__(self, net: Network, ranks: int = 1):
         self.params, self.ranks = list(net.parameters()), ranks
         self.buckets: list[torch.Tensor] = []
         self.members: list[list[nn.Parameter]] = []  # parameters of each bucket

@@ -13,8 +13,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sid_fast.errors import UserError
-from sid_fast.models import EDMNetwork
-from sid_fast.models.edm_unet.unet import Block
+from sid_fast.models import Network
+from sid_fast.models.families import build_network
 from sid_fast.performance import process_group
 from sid_fast.performance.ddp import DDPGradSync
 
@@ -46,7 +46,7 @@ class ShardingPlan:
         """Ranks that share one copy of the networks."""
         return 1 if self.mesh is None else self.mesh.size(self.mesh.ndim - 1)
 
-    def shard(self, net: EDMNetwork, dtype: torch.dtype = torch.float32) -> None:
+    def shard(self, net: Network, dtype: torch.dtype = torch.float32) -> None:
         """Shard a network's parameters in place (FSDP2); does nothing without a mesh.
 
         Weights are gathered in `dtype`; gradients are reduced in float32.
@@ -62,7 +62,7 @@ class ShardingPlan:
         types = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        for module in (*(m for m in net.modules() if isinstance(m, Block)), net):
+        for module in (*net.backbone.blocks(), net):
             sharded = fully_shard(
                 module,
                 mesh=self.mesh,
@@ -73,14 +73,14 @@ class ShardingPlan:
         for name in net.forward_methods:
             register_fsdp_forward_method(net, name)
 
-    def grad_sync(self, net: EDMNetwork) -> "DDPGradSync":
+    def grad_sync(self, net: Network) -> "DDPGradSync":
         """Allocate the network's gradients and return the object that averages them."""
         if self.mesh is not None:
             return FSDPGradSync(net, self.mesh)
         return DDPGradSync(net, self.ranks)
 
 
-SINGLE_PROCESS = ShardingPlan()  # ignores any other ranks
+SINGLE_PROCESS: ShardingPlan = ShardingPlan()  # ignores any other ranks
 
 
 def replicated(text: str = "") -> ShardingPlan:
@@ -212,11 +212,11 @@ def local_shards(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 @overload
-def gather_full(net: EDMNetwork, everywhere: Literal[True]) -> EDMNetwork: ...
+def gather_full(net: Network, everywhere: Literal[True]) -> Network: ...
 @overload
-def gather_full(net: EDMNetwork, everywhere: bool = False) -> EDMNetwork | None: ...
+def gather_full(net: Network, everywhere: bool = False) -> Network | None: ...
 @torch.no_grad()
-def gather_full(net: EDMNetwork, everywhere: bool = False) -> EDMNetwork | None:
+def gather_full(net: Network, everywhere: bool = False) -> Network | None:
     """Gather a sharded network in full; a collective that every rank must call.
 
     Tensors are gathered one at a time, so ranks that get no network never hold more than one.
@@ -236,7 +236,7 @@ def gather_full(net: EDMNetwork, everywhere: bool = False) -> EDMNetwork | None:
     device, copy = next(net.parameters()).device, None
     if mine:
         with torch.device("meta"):
-            copy = EDMNetwork(net.config)
+            copy = build_network(net.config)
         copy = copy.to_empty(device=device).requires_grad_(False).eval()
         copy.compute_dtype = net.compute_dtype
         for name, buffer in net.named_buffers():

@@ -11,11 +11,12 @@ from sid_fast.config.types import micro_batches
 from sid_fast.io.untrusted import brief
 from sid_fast.kernels import _apex, _cuda, dispatch
 from sid_fast.kernels._triton import AVAILABLE
-from sid_fast.models.edm_unet.config import ARCHITECTURES
 
 if TYPE_CHECKING:  # it imports this module
     from sid_fast.tools.proof import Job
 
+# Operations of networks, of which a family uses some.
+NETWORK_OPERATIONS = ("group_norm", "block", "attention")
 FUSED = ("block", "group_norm", "attention")  # what the fused block is made of
 
 
@@ -125,7 +126,7 @@ def operations(job: "Job") -> Iterator[tuple[str, str]]:
     for op in open_operations(job.kernels, device):
         idle = op == "augment" and not job.settings.augment_p
         idle |= op == "sida_loss" and job.method != "sida"
-        idle |= op == "block" and ARCHITECTURES[job.network.architecture].filter != (1, 1)
+        idle |= op in NETWORK_OPERATIONS and op not in job.network.operations
         for backend in backends_of(op)[1:]:
             host_only = backend == "cuda" and op in dispatch.HOST_ONLY
             if not idle and (not host_only if cuda else backend == "cuda"):

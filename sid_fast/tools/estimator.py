@@ -15,7 +15,8 @@ import torch
 from sid_fast.config.types import Settings, SiDASettings
 from sid_fast.distiller import data_free_method
 from sid_fast.methods.base import Method, RandomStream
-from sid_fast.models import EDMNetwork, NetworkConfig
+from sid_fast.models import NetworkConfig
+from sid_fast.models.families import build_network
 from sid_fast.performance import fsdp, process_group
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
 from sid_fast.tools import host_memory
@@ -61,7 +62,7 @@ def steps(
     """
     counted = []
     with fake(backends), Count() as count:
-        trainer = _trainer(lambda s: data_free_method(EDMNetwork(network), s), settings)
+        trainer = _trainer(lambda s: data_free_method(build_network(network), s), settings)
         prepare(*trainer.method.frozen.values(), *trainer.method.networks.values())
         gc.collect()  # frees the float32 teacher if a low-precision copy replaced it
         for kind, tensors in _resident(trainer).items():
@@ -229,7 +230,7 @@ def counts(
     kinds = {*one.peak, *two.peak}
     image = Counter({kind: two.peak[kind] - one.peak[kind] for kind in kinds})
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in EDMNetwork(network).parameters())
+        parameters = sum(p.numel() for p in build_network(network).parameters())
     return Counts(
         resident=Counter({kind: one.peak[kind] - image[kind] for kind in kinds}),
         image=image,

@@ -14,7 +14,7 @@ from sid_fast.config.types import PretrainSettings, micro_batches
 from sid_fast.distiller import data_free_method
 from sid_fast.errors import RunFailed, UserError
 from sid_fast.io.streams import note
-from sid_fast.models import EDMNetwork, NetworkConfig
+from sid_fast.models import Network, NetworkConfig
 from sid_fast.performance import fsdp, mixed_precision, process_group
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
 from sid_fast.tools import estimator
@@ -70,7 +70,7 @@ def estimated(
 
 
 def that_fits(
-    net: EDMNetwork, config: Any, settings: Any, upper: int, sharding: fsdp.ShardingPlan
+    net: Network, config: Any, settings: Any, upper: int, sharding: fsdp.ShardingPlan
 ) -> int:
     """The largest micro-batch that fits on every GPU, in images.
 

@@ -22,7 +22,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from sid_fast import kernels
 from sid_fast.models import NetworkConfig
-from sid_fast.models.registry import build_network
+from sid_fast.models.families import build_network
 from sid_fast.performance.mixed_precision import TYPES
 
 Backends = str | Mapping[str, str]  # for all operations, or by operation

@@ -21,8 +21,9 @@ from sid_fast.config.types import (
 from sid_fast.data.feed import BlankFeed
 from sid_fast.distiller import data_free_method
 from sid_fast.methods.base import Phase, RandomStream, one_hot_labels
-from sid_fast.models import EDMNetwork, NetworkConfig
+from sid_fast.models import Network, NetworkConfig
 from sid_fast.models.edm_unet.layers import GroupNorm
+from sid_fast.models.families import build_network
 from sid_fast.performance import cuda_graphs, fsdp, mixed_precision
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
 from sid_fast.tools.candidates import Candidate
@@ -121,11 +122,13 @@ def disagreement(ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -
     return "" if error <= limit else f"off by {error:.1e}, {limit:.1e} allowed"
 
 
-def network(config: NetworkConfig, device: torch.device) -> EDMNetwork:
+def network(config: NetworkConfig, device: torch.device) -> Network:
     """Random weights and biases, without the zeros of a fresh network."""
     rng = torch.Generator(device).manual_seed(0)
-    with torch.device(device):
-        net = EDMNetwork(config)
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda), torch.device(device):
+        torch.manual_seed(0)  # of Fourier features
+        net = build_network(config)
     with torch.no_grad():
         for p in net.parameters():
             noise = torch.randn(p.shape, generator=rng, device=device)
@@ -286,6 +289,8 @@ def dropout_agrees(job: Job, candidate: Candidate) -> str:
     for phase in trainer.method.phases:
         trainer.backward(phase, first=True, last=True)
     zeros, count, product, square = sums.tolist()
+    if not count:  # the family has no group norms
+        return ""
     share, scale = zeros / max(count, 1), product / max(square, 1e-30) * (1 - p)
     # Five standard deviations, and p is rounded to 2⁻¹⁶.
     if not abs(share - p) <= 5 * math.sqrt(p * (1 - p) / max(count, 1)) + 2**-16:

@@ -23,7 +23,7 @@ from sid_fast.evaluation.sample import (
     generate_batches,
 )
 from sid_fast.io import progress, streams
-from sid_fast.models import EDMNetwork
+from sid_fast.models import Network
 from sid_fast.models.registry import save_network
 from sid_fast.performance import fsdp, process_group
 from sid_fast.performance.cuda_graphs import resolve_cuda_graph
@@ -32,7 +32,7 @@ from sid_fast.training.checkpoint import Trainer, prune, thin_out
 from sid_fast.training.logging import read_log
 from sid_fast.training.random_streams import fixed_grid_inputs
 
-Make = Callable[[EDMNetwork, torch.Tensor, torch.Tensor | None], torch.Tensor]
+Make = Callable[[Network, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 GRID = 100  # images of a sample grid, at most
 MAX_GRIDS = 200  # sample grids of a run; beyond, every second one is removed
@@ -51,13 +51,14 @@ class Snapshots:
         make: Generates images from (net, latents, labels).
     """
 
-    def __init__(self, options: RunOptions, trainer: Trainer, net: EDMNetwork, make: Make):
+    def __init__(self, options: RunOptions, trainer: Trainer, net: Network, make: Make):
         self.trainer, self.net, self.make = trainer, net, make
         self.seed, self.keep = options.seed, options.keep_snapshots
 
     @torch.no_grad()
     def __call__(self, folder: Path) -> dict[str, float]:
         """Save a snapshot to a run folder; returns no metrics."""
+        self.net.before_sampling()
         net = fsdp.gather_full(self.net)
         if net is None:
             return {}
@@ -100,10 +101,10 @@ class Evaluations:
         self,
         options: RunOptions,
         trainer: Trainer,
-        net: EDMNetwork,
+        net: Network,
         data: ImageDataset | None,
         steps: int = 1,
-        teacher: EDMNetwork | None = None,
+        teacher: Network | None = None,
         teacher_steps: int = 1,
         cuda_graph: str = "auto",
     ):
@@ -142,6 +143,7 @@ class Evaluations:
                 baseline = results["teacher"] = metrics[self.name]
             self.baseline_failed = baseline is None
         sigma = self.net.config.init_sigma
+        self.net.before_sampling()
         net = fsdp.gather_full(self.net, everywhere=True)
         results |= self._metrics(net, sigma, self.steps, "the network")
         if process_group.rank():
@@ -164,7 +166,7 @@ class Evaluations:
         return [(images, p) for images, p in grids if images <= self.trainer.images]
 
     def _metrics(
-        self, net: EDMNetwork, sigma: float | None, steps: int, what: str
+        self, net: Network, sigma: float | None, steps: int, what: str
     ) -> dict[str, float]:
         """Compare a network's images with real ones; empty if that fails, and on other ranks."""
         images = generate_batches(

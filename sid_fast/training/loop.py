@@ -55,8 +55,7 @@ def open_folder(options: RunOptions, name: str, resume: Path | None) -> Path:
         UserError: The folder is not writable, or holds another run.
     """
     folder = Path(options.out) if options.out else None
-    if folder:
-        _refuse_other_run(folder, resume)
+    refuse_other_run(folder, resume)
     try:
         if folder is None:
             number = process_group.broadcast_from_rank0(lambda: _next_number(name))
@@ -70,7 +69,11 @@ def open_folder(options: RunOptions, name: str, resume: Path | None) -> Path:
     return folder
 
 
-def _refuse_other_run(folder: Path, resume: Path | None) -> None:
+def refuse_other_run(folder: str | Path | None, resume: Path | None) -> None:
+    """Raise UserError if the folder of a new run holds one; called before anything takes long."""
+    if folder is None:
+        return
+    folder = Path(folder)
     if any(folder.glob(PATTERN)) and not (resume and folder.samefile(resume.parent)):
         raise UserError(
             f"{folder} already holds a run: use --resume {folder} to continue it, or another --out "
@@ -94,7 +97,7 @@ def locked(folder: Path, resume: Path | None) -> Iterator[RunLock | None]:
     with lock or contextlib.nullcontext():
         if problem := process_group.first_text(problem):
             raise UserError(problem)
-        _refuse_other_run(folder, resume)  # one that ended while this one started
+        refuse_other_run(folder, resume)  # one that ended while this one started
         yield lock
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from sid_fast import kernels
-from sid_fast.models import EDMNetwork
+from sid_fast.models import Network
 from sid_fast.performance import fsdp
 
 
@@ -25,7 +25,7 @@ class AdamWithEMA:
     """Gradients, Adam moments and EMA of one network; every tensor keeps its address.
 
     Parameters stay float32. In a 16-bit compute dtype, every update also writes their low-precision
-    copies (EDMNetwork.compute_in). A sharded network needs none: FSDP2 gathers weights in 16 bit.
+    copies (Network.compute_in). A sharded network needs none: FSDP2 gathers weights in 16 bit.
 
     Args:
         net: The network; sharded in place if `sharding` says so.
@@ -41,7 +41,7 @@ class AdamWithEMA:
 
     def __init__(
         self,
-        net: EDMNetwork,
+        net: Network,
         beta1: float,
         beta2: float,
         eps: float,
@@ -59,9 +59,11 @@ class AdamWithEMA:
             each.compute_dtype = dtype
             sharding.shard(each, dtype)
         self.compute_weights: list[torch.Tensor | None] | None = None
-        if sharding.mesh is None and dtype != torch.float32:
+        self.net.constrain_weights()
+        if sharding.mesh is None:
             self.net.compute_in(dtype)
-            self.compute_weights = self.net.cast_copies()
+            if any(cast is not None for cast in self.net.cast_copies()):
+                self.compute_weights = self.net.cast_copies()
         # While weights are gathered, modules hold the full tensors: keep the shards by name.
         self.named = dict(net.named_parameters())
         self.named_ema = dict(self.ema.named_parameters()) if self.ema else {}
@@ -123,13 +125,14 @@ class AdamWithEMA:
         """
         *sums, valid, samples = self.grad_sync.all_reduce(self.totals.clone())
         self.grad_sync.wait()
+        enabled = torch.logical_and(valid > 0, torch.as_tensor(enabled, device=valid.device))
         nonfinite = kernels.adam_ema(
             self.local_params,
             self.grad_sync.local_grads(),
             *self.local_state,
             compute_weights=self.compute_weights,
             step=self.step_count,
-            enabled=(valid > 0) & enabled,
+            enabled=enabled,
             lr=lr,
             beta1=self.beta1,
             beta2=self.beta2,
@@ -138,8 +141,9 @@ class AdamWithEMA:
             clip=self.grad_clip,
             clipped=self.clipped,
         )
-        self.net.update_combined_copies()
         self.grad_sync.after_update()
+        self.net.constrain_weights(enabled)
+        self.net.update_combined_copies()
         nonfinite = self.grad_sync.sum_over_shards(nonfinite)
         metrics = {name: value / valid for name, value in zip(self.metrics, sums, strict=True)}
         if self.clipped is not None:
@@ -158,7 +162,7 @@ class AdamWithEMA:
         """Return the live state tensors by name; copying into them restores the state.
 
         Sharded tensors are DTensors. Low-precision copies are not part of it: rebuild them with
-        EDMNetwork.update_compute_copies. Buffers are constants.
+        Network.update_compute_copies. Buffers are constants.
         """
         state = {f"{prefix}.step": self.step_count}
         state |= {f"{prefix}.net.{name}": p for name, p in self.named.items()}

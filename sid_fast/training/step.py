@@ -102,7 +102,7 @@ class Trainer:
         self.dropout_seeds = {}
         for phase in method.phases:
             net = method.networks[phase.network]
-            blocks = torch.arange(len(net.model.blocks()), device=self.device)
+            blocks = torch.arange(len(net.backbone.blocks()), device=self.device)
             stream = (blocks + stream_number(phase.name, "dropout")) << 32
             seeds = torch.stack([self.counter[0].expand_as(stream), stream, 0 * stream], 1)
             net.set_dropout(s.dropout, seeds)

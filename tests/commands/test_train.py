@@ -87,6 +87,8 @@ def test_train_refuses_a_folder_that_holds_a_run(run_command, teacher, tmp_path)
     status, error = run_command("train", *arguments)
     assert status == 2
     assert "already holds a run: use --resume" in error
+    out = "--out", tmp_path / "run"
+    assert "already holds a run" in run_command("train", "--teacher", "missing.pkl", *out)[1]
     status, error = run_command("train", *arguments, "--resume", "latest", "--alpha", 1)
     assert status == 2
     assert "alpha=1.2" in error

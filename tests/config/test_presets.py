@@ -38,6 +38,12 @@ TABLE = {
     "imagenet64-cond": (1.2, 8192, 4e-6, 0, 0.10, 0, 2, 1000),
     "ffhq64": (1.2, 512, 1e-5, 0.9, 0.05, 0.15, 0.5, 500),
     "afhqv2-64": (1.0, 512, 5e-6, 0, 0.05, 0.15, 0.5, 500),
+    "edm2-img512-xs": (1.0, 2048, 5e-5, 0, 0, 0, 2, 200),
+    "edm2-img512-s": (1.0, 2048, 5e-5, 0, 0, 0, 2, 200),
+    "edm2-img512-m": (1.0, 2048, 5e-5, 0, 0.1, 0, 2, 200),
+    "edm2-img512-l": (1.0, 2048, 5e-5, 0, 0.1, 0, 2, 200),
+    "edm2-img512-xl": (1.0, 2048, 5e-5, 0, 0.1, 0, 2, 200),
+    "edm2-img512-xxl": (1.0, 2048, 5e-5, 0, 0.1, 0, 2, 100),
 }
 
 
@@ -61,6 +67,12 @@ SIDA = {
     "imagenet64-cond": (32, 300, 100),
     "ffhq64": (64, 200, 200),
     "afhqv2-64": (64, 200, 200),
+    "edm2-img512-xs": (64, 200, 30),
+    "edm2-img512-s": (64, 200, 80),
+    "edm2-img512-m": (32, 200, 200),
+    "edm2-img512-l": (32, 200, 55),
+    "edm2-img512-xl": (16, 200, 50),
+    "edm2-img512-xxl": (2, 100, 30),
 }
 
 
@@ -74,10 +86,24 @@ def test_sida_differs_from_sid_as_published(name, kind):
     assert config.adversarial_group == group
     assert config.kimg / 1000 == (sida if kind == "sida" else sid2a)
     assert (config.alpha, config.fake_beta1, config.generator_beta1) == (1, 0, 0)
-    assert (config.discriminator_loss_scale, config.adversarial_loss_scale) == (1, 0.01)
+    latents = "img512" in name
+    scales = config.discriminator_loss_scale, config.adversarial_loss_scale
+    assert scales == (100 if latents else 1, 0.01)
+    halved = (name, kind) == ("edm2-img512-m", "sid2a")
+    assert config.generator_loss_scale == (50 if halved else 100)
     assert (config.generator_start_kimg, config.adversarial_start_kimg) == (100, 200)
     assert config.fake_grad_clip == 1
     ours = {"method", "adversarial_group", "kimg", "alpha", "generator_beta1"}
+    ours |= {"discriminator_loss_scale", "generator_loss_scale"}
     for f in dataclasses.fields(config):
         if f.name not in ours:
             assert getattr(config, f.name) == getattr(sid, f.name), f.name
+
+
+@pytest.mark.parametrize("name", [name for name in TEACHERS if name.startswith("edm2-")])
+def test_edm2_presets_train_the_log_variance_head_but_that_of_s(name):
+    for suffix in "", "-sida", "-sid2a":
+        config = train.TrainConfig(**presets("train")[name + suffix])
+        published = ("off", "none") if name == "edm2-img512-s" else ("on", "auto")
+        assert (config.log_variance, config.forced_normalization) == published
+        assert config.dropout == TEACHERS[name].network.dropout

@@ -34,7 +34,7 @@ from tests.helpers.golden import (
     read,
     trajectory_error,
 )
-from tests.helpers.networks import small_teacher
+from tests.helpers.networks import small_edm2, small_teacher
 
 golden, states = Path(sys.argv[1]), Path(sys.argv[2])
 torch.set_num_threads(1)
@@ -149,7 +149,8 @@ def replays(mode: str, rounds: str, method: str = "sid") -> None:
         if method == "sida":
             distiller = sida(plan_of(mode), settings, data=real_images(), cuda_graph=graph)
         else:
-            distiller = distiller_of(small_teacher(), mode, settings, cuda_graph=graph)
+            teacher = small_edm2() if method == "edm2" else small_teacher()
+            distiller = distiller_of(teacher, mode, settings, cuda_graph=graph)
         distiller.step()
         fsdp.gather_full(distiller.generator)  # as a snapshot gathers its network
         distiller.step()
@@ -172,6 +173,9 @@ def cut(mode: str) -> None:
         "SiD": lambda plan, s: sid_fast.Distiller(small_teacher(), s, 3, None, plan),
         "toy": lambda plan, s: toy.trainer(plan),
         "SiDA": lambda plan, s: sida(plan, s, data=real_images()),
+        "EDM2": lambda plan, s: sid_fast.Distiller(
+            small_edm2(), dataclasses.replace(s, augment_p=0.0), 3, None, plan
+        ),
         "two forwards": lambda plan, s: toy.trainer(plan, method=toy.TwoForwards),
     }.items():
         expected = make(fsdp.SINGLE_PROCESS, dataclasses.replace(settings, micro_batch=None))

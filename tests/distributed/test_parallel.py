@@ -31,7 +31,7 @@ TRAJECTORIES = {
 SMALL = {
     4: ["graphs:hsdp:1"],
     2: ["graphs:ddp:5", "graphs:fsdp:5", "graphs:tight:1", "failed graphs",
-        "graphs:ddp:1:sida", "graphs:fsdp:5:sida", "graphs:tight:1:sida",
+        "graphs:ddp:1:sida", "graphs:ddp:5:edm2", "graphs:fsdp:5:sida", "graphs:tight:1:sida",
         *(f"{case}:{m}" for case in ("same draws", "faults of SiDA")
           for m in ("ddp", "fsdp", "tight")),
         *(f"faults:{m}" for m in ("ddp", "fsdp", "hsdp")), "cut:ddp", "cut:fsdp", "cut:tight"],
@@ -63,7 +63,7 @@ def test_every_sharding_plan_matches_the_golden_trajectory(golden, tmp_path):
 def test_faults_graphs_and_cuts_of_a_small_network(processes, tmp_path):
     cases = SMALL[processes]
     lines = lines_of(processes, tmp_path, tmp_path, *cases)
-    assert len(lines) == len(cases) + 3 * sum("cut" in case for case in cases), lines
+    assert len(lines) == len(cases) + 4 * sum("cut" in case for case in cases), lines
 
 
 @pytest.fixture(scope="module")

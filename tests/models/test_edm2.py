@@ -9,25 +9,20 @@ import torch
 
 import sid_fast
 from sid_fast import losses, noise
+from sid_fast.distiller import data_free_method
 from sid_fast.errors import UserError
-from sid_fast.models import EDM2Config, EDM2Network, EDMNetwork
+from sid_fast.models import EDM2Config, EDM2Network, EDMNetwork, NetworkConfig
 from sid_fast.models.edm2 import layers
 from sid_fast.models.edm2.config import SIZES
-from sid_fast.models.registry import (
-    build_network,
-    load_teacher,
-    network_config,
-    save_network,
-)
+from sid_fast.models.families import build_network
+from sid_fast.models.registry import save_network
 from sid_fast.tools import op_counter
+from sid_fast.tools.proof import RandomFeed
+from sid_fast.training.step import Trainer
 from tests.helpers.golden import TOLERANCE, check_gradients, check_sida_losses, read, relative
-from tests.helpers.networks import small_teacher
+from tests.helpers.networks import SMALL_EDM2, small_edm2, small_teacher
 from tests.helpers.pickled import edm2_pickle, network_pickle
 
-SMALL = EDM2Config(
-    resolution=8, channels=3, label_dim=3, model_channels=64, channel_mult=(1,), num_blocks=1,
-    attention_resolutions=(8,), logvar_channels=8,
-)  # fmt: skip
 # Millions of parameters and GFLOP of a forward image at 64x64, counted from the publication.
 PUBLISHED = {
     "xxs": (31.3, 22.7),
@@ -44,16 +39,6 @@ def load(golden, name="edm2_cond.pkl") -> EDM2Network:
     net = sid_fast.load_network(golden / name)
     assert isinstance(net, EDM2Network)
     return net
-
-
-def randomized(**fields) -> EDM2Network:
-    """A small network whose gains are not 0, so that every branch matters."""
-    torch.manual_seed(0)
-    net = EDM2Network(dataclasses.replace(SMALL, **fields))
-    for name, p in net.named_parameters():
-        if name.endswith("_gain"):
-            p.data.fill_(0.5)
-    return net.requires_grad_(False).eval()
 
 
 def inputs(config, n=2):
@@ -151,7 +136,7 @@ def test_sida_losses_match_golden(golden, logvar):
 
 def test_a_dropped_sample_does_not_train_the_head():
     """Its loss is 0, u included, and the head's gradient is that of the other samples."""
-    net = randomized().requires_grad_(True)
+    net = small_edm2().requires_grad_(True)
     x, sigma, labels = inputs(net.config, 3)
     grads = []
     for rows in ([0, 1, 2], [0, 2]):
@@ -175,8 +160,8 @@ def test_parameters_match_the_publication(size):
     parameters = sum(p.numel() for p in net.parameters())
     assert parameters / 1e6 == pytest.approx(PUBLISHED[size][0], abs=0.051)
     assert len(net.backbone.blocks()) == 36
-    assert sum(p.dim() == 0 for p in net.parameters()) == 37
-    assert sum(p.dim() > 0 for p in net.parameters()) == 162
+    assert sum(v.dim() == 0 for v in net.state_dict().values()) == 37
+    assert sum(p.dim() > 1 for p in net.parameters()) == 162
 
 
 @pytest.mark.parametrize(
@@ -208,7 +193,7 @@ def test_layers_preserve_magnitude():
 
 
 def test_a_block_clips_its_output():
-    net = randomized()
+    net = small_edm2()
     x = torch.randn(2, 64, 8, 8) * 1e4
     out = net.unet.dec["8x8_in1"](x, torch.randn(2, 64))
     assert float(out.abs().max()) == 256
@@ -228,23 +213,23 @@ def test_the_gradient_of_a_normalised_weight_is_exact(kernel):
 
 
 def test_normalising_weights_changes_no_output():
-    net = randomized()
+    net = small_edm2()
     for p in net.parameters():
-        if p.dim() > 0:
+        if p.dim() > 1:
             p.mul_(3)
     expected = net(*inputs(net.config))
     net.normalize_weights()
     once = [p.clone() for p in net.parameters()]
     assert relative(net(*inputs(net.config)), expected) < 2e-3
     for p in net.parameters():
-        if p.dim() > 0:
+        if p.dim() > 1:
             assert torch.allclose(p[0].square().mean().sqrt(), torch.ones(()), atol=2e-4)
     net.normalize_weights()
     assert all(torch.allclose(a, b, rtol=2e-4) for a, b in zip(once, net.parameters(), strict=True))
 
 
 def test_dropout_acts_in_training_only_and_follows_its_seeds():
-    net = randomized(dropout=0.5)
+    net = small_edm2(dropout=0.5)
     x = inputs(net.config)
     expected = net(*x)
     assert torch.equal(net(*x), expected)
@@ -261,8 +246,8 @@ def test_dropout_acts_in_training_only_and_follows_its_seeds():
 
 def test_a_fresh_network_is_the_skip_connection_and_has_unit_weights():
     torch.manual_seed(0)
-    net = EDM2Network(SMALL)
-    x, sigma, labels = inputs(SMALL)
+    net = EDM2Network(SMALL_EDM2)
+    x, sigma, labels = inputs(SMALL_EDM2)
     c_skip = (0.25 / (sigma**2 + 0.25)).reshape(-1, 1, 1, 1)
     assert torch.allclose(net(x, sigma, labels), c_skip * x)
     assert not net.unet.out_gain.any()
@@ -272,7 +257,7 @@ def test_a_fresh_network_is_the_skip_connection_and_has_unit_weights():
 
 
 def test_16_bit_weights_are_cast_where_they_are_used():
-    net = randomized()
+    net = small_edm2()
     x = inputs(net.config)
     expected = net(*x)
     net.compute_in(torch.bfloat16)
@@ -282,7 +267,7 @@ def test_16_bit_weights_are_cast_where_they_are_used():
 
 
 def test_an_unconditional_network_takes_no_labels():
-    net = randomized(label_dim=0)
+    net = small_edm2(label_dim=0)
     assert net.unet.emb_label is None
     assert net(*inputs(net.config)).isfinite().all()
 
@@ -291,18 +276,18 @@ def test_an_unconditional_network_takes_no_labels():
 
 
 def test_a_snapshot_keeps_network_and_family(tmp_path):
-    net = randomized()
+    net = small_edm2()
     save_network(tmp_path / "net.safetensors", net)
     again = sid_fast.load_network(tmp_path / "net.safetensors")
     assert isinstance(again, EDM2Network)
-    assert again.config == SMALL
-    assert torch.equal(again(*inputs(SMALL)), net(*inputs(SMALL)))
+    assert again.config == SMALL_EDM2
+    assert torch.equal(again(*inputs(SMALL_EDM2)), net(*inputs(SMALL_EDM2)))
 
 
 def test_families_are_told_apart_by_the_class_in_the_file(tmp_path):
     path = tmp_path / "net.pkl"
-    path.write_bytes(edm2_pickle(randomized()))
-    assert sid_fast.load_network(path).config == SMALL
+    path.write_bytes(edm2_pickle(small_edm2()))
+    assert sid_fast.load_network(path).config == SMALL_EDM2
     path.write_bytes(network_pickle(small_teacher()))
     assert isinstance(sid_fast.load_network(path), EDMNetwork)
 
@@ -323,7 +308,7 @@ REFUSED = {
 def test_other_pickles_are_refused_in_one_line(tmp_path, case):
     arguments, words = REFUSED[case]
     path = tmp_path / "net.pkl"
-    path.write_bytes(edm2_pickle(randomized(), **arguments))
+    path.write_bytes(edm2_pickle(small_edm2(), **arguments))
     with pytest.raises(UserError) as caught:
         sid_fast.load_network(path)
     message = str(caught.value)
@@ -334,7 +319,7 @@ def test_other_pickles_are_refused_in_one_line(tmp_path, case):
 
 def test_a_pickle_without_the_head_has_no_log_variance(tmp_path):
     path = tmp_path / "generator.pkl"
-    path.write_bytes(edm2_pickle(randomized(logvar_channels=0)))
+    path.write_bytes(edm2_pickle(small_edm2(logvar_channels=0)))
     net = sid_fast.load_network(path)
     assert isinstance(net, EDM2Network)
     assert net.config.logvar_channels == 0
@@ -355,11 +340,11 @@ def test_a_pickle_without_the_head_has_no_log_variance(tmp_path):
 )
 def test_a_shape_that_cannot_work_is_refused_by_name(field, value):
     with pytest.raises(UserError, match=rf"^network: {field}="):
-        dataclasses.replace(SMALL, **{field: value})
+        dataclasses.replace(SMALL_EDM2, **{field: value})
 
 
 def test_configurations_of_unknown_families_are_refused(tmp_path):
-    net = randomized()
+    net = small_edm2()
     path = tmp_path / "net.safetensors"
     save_network(path, net)
     data = path.read_bytes()
@@ -369,14 +354,92 @@ def test_configurations_of_unknown_families_are_refused(tmp_path):
             sid_fast.load_network(path)
 
 
-def test_it_is_no_teacher_of_a_run(tmp_path):
-    path = str(tmp_path / "net.safetensors")
-    save_network(path, randomized())
-    for use in load_teacher, network_config:
-        with pytest.raises(UserError, match=f"{path} is an EDM2 network, which runs cannot train"):
-            use(path)
-    with pytest.raises(UserError, match="the teacher is an EDM2 network"):
-        sid_fast.Distiller(sid_fast.load_network(path), sid_fast.Settings())
+# --- runs
+
+
+def settings_of(kind=sid_fast.Settings, **options):
+    rates = {"fake_lr": 1e-3, "generator_lr": 1e-3}
+    return kind(batch_size=4, micro_batch=2, **rates, **options)
+
+
+def sida(**options):
+    starts = {"generator_start_kimg": 0, "adversarial_start_kimg": 0, "adversarial_group": 2}
+    return settings_of(sid_fast.SiDASettings, **starts, **options)
+
+
+def train(settings, steps=2, **config):
+    """Distil a small network, SiDA on made-up images; return the trainer."""
+    net = small_edm2(**config)
+    trainer = Trainer(data_free_method(net, settings, RandomFeed), settings)
+    trainer.images = settings.batch_size  # past SiDA's starts
+    for _ in range(steps):
+        metrics = trainer.step()
+        assert not any(metrics[f"{phase}/failed"] for phase in ("fake", "generator"))
+    return trainer
+
+
+def unit_rows(net):
+    """Whether every row of every weight has a root mean square of 1."""
+    rms = torch.cat([p.flatten(1).square().mean(1).sqrt() for p in net.parameters() if p.dim() > 1])
+    return bool((rms - 1).abs().max() < 2e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fake", "generator"),
+    [
+        (settings_of(), True, True),
+        (sida(), False, True),
+        (settings_of(forced_normalization="generator"), False, True),
+        (settings_of(forced_normalization="none"), False, False),
+        (sida(forced_normalization="both"), True, True),
+        (settings_of(forced_normalization="upstream"), True, True),
+        (sida(forced_normalization="upstream"), False, True),
+    ],
+)
+def test_runs_normalise_the_weights_of_the_chosen_networks(settings, fake, generator):
+    trainer = train(settings, 1)
+    assert unit_rows(trainer.method.fake_score) == fake
+    assert unit_rows(trainer.method.generator) == generator
+    assert not unit_rows(trainer.ema)
+    trainer.ema.before_sampling()
+    sampled = settings.forced_normalization == "upstream" and not fake
+    assert unit_rows(trainer.ema) == sampled
+
+
+def test_updates_that_are_disabled_normalise_nothing():
+    trainer = train(settings_of(), 0)
+    start = {name: t.clone() for name, t in trainer.state_dict().items()}
+    with trainer.updates_disabled():
+        trainer.dry_run()
+    trainer.clear()
+    assert all(torch.equal(t, start[name]) for name, t in trainer.state_dict().items())
+
+
+def test_the_generator_has_no_log_variance_head_and_the_fake_scores_is_trained():
+    trainer = train(settings_of())
+    assert trainer.ema.config.logvar_channels == 0
+    assert not any("logvar" in name for name in trainer.method.generator.state_dict())
+    head = trainer.method.fake_score.logvar_linear.weight
+    assert relative(head, trainer.method.teacher.logvar_linear.weight) > 1e-3
+    without = train(settings_of(log_variance="off"))
+    assert without.method.fake_score.config.logvar_channels == 0
+
+
+def test_settings_of_another_family_are_refused():
+    with pytest.raises(UserError, match="log_variance=on: the teacher has no log-variance head"):
+        train(settings_of(log_variance="on"), logvar_channels=0)
+    edm = EDMNetwork(NetworkConfig("ddpmpp", 8, model_channels=16, channel_mult=(1,), num_blocks=1))
+    for options in {"log_variance": "off"}, {"forced_normalization": "both"}:
+        with pytest.raises(
+            UserError, match="is of EDM2 networks, and the teacher is a ddpmpp, 8x8"
+        ):
+            sid_fast.Distiller(edm, settings_of(**options))
+
+
+def test_noise_levels_are_those_of_the_family_or_the_settings():
+    assert train(settings_of(), 0).method.noise == (-0.8, 1.6)
+    assert train(settings_of(), 0, channels=4).method.noise == (-0.4, 1.0)
+    assert train(settings_of(p_mean=0.0, p_std=2.0), 0).method.noise == (0.0, 2.0)
 
 
 # --- commands
@@ -385,7 +448,7 @@ def test_it_is_no_teacher_of_a_run(tmp_path):
 @pytest.fixture
 def latents(tmp_path):
     """A network of latents as a file."""
-    save_network(tmp_path / "latents.safetensors", randomized(channels=4))
+    save_network(tmp_path / "latents.safetensors", small_edm2(channels=4))
     return tmp_path / "latents.safetensors"
 
 
@@ -418,7 +481,7 @@ def test_latents_are_no_images(run_command, tmp_path, latents, real, command):
 
 def test_pixels_become_a_grid(run_command, tmp_path):
     net, out = tmp_path / "net.safetensors", tmp_path / "x.png"
-    save_network(net, randomized())
+    save_network(net, small_edm2())
     status, _ = run_command(
         "generate", "--network", net, "--steps", 2, "--seeds", "0-3", "--grid", out
     )

@@ -62,6 +62,21 @@ class EDM2Config(NetworkConfig):
         return HEAD_CHANNELS
 
     @property
+    def operations(self) -> frozenset[str]:
+        """See NetworkConfig."""
+        return frozenset(["attention"])
+
+    @property
+    def training_noise(self) -> tuple[float, float]:
+        """See NetworkConfig; EDM2's values for latents and for pixels differ."""
+        return (-0.4, 1.0) if self.is_latent else (-0.8, 1.6)
+
+    @property
+    def has_log_variance(self) -> bool:
+        """Whether the network has a log-variance head."""
+        return self.logvar_channels > 0
+
+    @property
     def is_latent(self) -> bool:
         """Whether the network makes latents of a VAE: those of ImageNet-512 have 4 channels."""
         return self.channels == LATENT_CHANNELS

@@ -5,6 +5,7 @@ of mean square 1. There are no biases and no group norms.
 """
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,25 @@ def mp_cat(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
     n_a, n_b = a.shape[1], b.shape[1]
     scale = math.sqrt((n_a + n_b) / ((1 - t) ** 2 + t**2))
     return torch.cat([a * (scale * (1 - t) / n_a**0.5), b * (scale * t / n_b**0.5)], dim=1)
+
+
+class ScalarGain(nn.Module):
+    """A module with a trained gain, a parameter of shape [1]: FSDP2 cannot shard a scalar.
+
+    A state_dict holds it as a scalar, as published files do.
+    """
+
+    gain_name: ClassVar[str]
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        name = prefix + self.gain_name
+        destination[name] = destination[name].reshape(())
+
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        if (name := prefix + self.gain_name) in state_dict:
+            state_dict[name] = state_dict[name].reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
 
 class MPFourier(nn.Module):

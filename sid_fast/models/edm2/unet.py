@@ -16,6 +16,7 @@ from sid_fast.models.edm2.layers import (
     CLIP,
     MPConv,
     MPFourier,
+    ScalarGain,
     mp_cat,
     mp_silu,
     mp_sum,
@@ -29,7 +30,7 @@ LABEL_SHARE = 0.5  # of the class in the embedding
 SKIP_SHARE = 0.5  # of the skip connection in mp_cat
 
 
-class Block(nn.Module):
+class Block(ScalarGain):
     """Residual block: two convolutions, then optional self-attention.
 
     Maps [N, C, H, W] and an embedding [N, E] to [N, C', H', W'].
@@ -42,6 +43,8 @@ class Block(nn.Module):
         resample: "up", "down" or None.
         attention: End in self-attention.
     """
+
+    gain_name = "emb_gain"
 
     def __init__(
         self,
@@ -57,7 +60,7 @@ class Block(nn.Module):
         self.dropout = config.dropout
         self.dropout_seed: torch.Tensor | None = None
         self.heads = fan_out // config.head_channels if attention else 0
-        self.emb_gain = nn.Parameter(torch.zeros(()))
+        self.emb_gain = nn.Parameter(torch.zeros(1))
         self.conv_res0 = MPConv(fan_out if encoder else fan_in, fan_out, 3)
         self.emb_linear = MPConv(config.embedding_channels, fan_out)
         self.conv_res1 = MPConv(fan_out, fan_out, 3)
@@ -102,9 +105,10 @@ class Block(nn.Module):
         return kernels.attention(qkv.reshape(n, 3 * channels, height, width), self.heads)
 
 
-class UNet(nn.Module):
+class UNet(ScalarGain):
     """The raw network F: [N, channels, R, R] and c_noise [N] to the same shape and dtype."""
 
+    gain_name = "out_gain"
     # Returns the dropout seeds [blocks, 3] of a pass through the encoder alone; see
     # Network.set_dropout.
     encoder_seeds: Callable[[], torch.Tensor] | None = None
@@ -113,7 +117,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         width, emb_width = config.model_channels, config.embedding_channels
-        self.out_gain = nn.Parameter(torch.zeros(()))
+        self.out_gain = nn.Parameter(torch.zeros(1))
         self.emb_fourier = MPFourier(width)
         self.emb_noise = MPConv(width, emb_width)
         self.emb_label = MPConv(config.label_dim, emb_width) if config.label_dim else None

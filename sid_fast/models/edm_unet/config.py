@@ -162,6 +162,22 @@ class NetworkConfig:
         return ARCHITECTURES[self.architecture].head_channels
 
     @property
+    def operations(self) -> frozenset[str]:
+        """The operations of sid_fast.kernels that a network of this configuration can use."""
+        fusible = ARCHITECTURES[self.architecture].filter == (1, 1)
+        return frozenset(["group_norm", "attention", *["block"] * fusible])
+
+    @property
+    def training_noise(self) -> tuple[float, float]:
+        """P_mean and P_std of the family's training, ln σ ~ N(P_mean, P_std²)."""
+        return -1.2, 1.2
+
+    @property
+    def has_log_variance(self) -> bool:
+        """Whether the network has a log-variance head (EDM2)."""
+        return False
+
+    @property
     def is_latent(self) -> bool:
         """Whether the network makes latents, which an autoencoder turns into images."""
         return False

@@ -1,7 +1,6 @@
 """The layers of DDPM++, NCSN++ and ADM, with upstream's parameter names."""
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,22 +28,6 @@ def init_parameter(
         return (torch.rand(shape) * 2 - 1) * math.sqrt(3 / fan_in) * scale
     assert rule == "kaiming_normal"
     return torch.randn(shape) * math.sqrt(1 / fan_in) * scale
-
-
-class Leaf(NamedTuple):
-    """An autograd leaf that a network computes with: a parameter, or a copy of several.
-
-    Attributes:
-        tensor: The leaf; it receives the gradient.
-        sources: Row ranges of the tensor, each with the parameters whose sum it holds. The gradient
-            of these rows is the gradient of each of the parameters.
-    """
-
-    tensor: torch.Tensor
-    sources: list[tuple[slice, tuple[nn.Parameter, ...]]]
-
-
-ALL_ROWS = slice(None)
 
 
 def weight_of(layer: "Linear | Conv2d | GroupNorm", dtype: torch.dtype) -> torch.Tensor:

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from sid_fast.models.base import Network
+from sid_fast.models.base import Leaf, Network
 from sid_fast.models.edm_unet.config import NetworkConfig
-from sid_fast.models.edm_unet.layers import ALL_ROWS, Conv2d, GroupNorm, Leaf
+from sid_fast.models.edm_unet.layers import Conv2d, GroupNorm
 from sid_fast.models.edm_unet.unet import Conditioning, UNet
 
 
@@ -21,7 +21,6 @@ class EDMNetwork(Network):
     def __init__(self, config: NetworkConfig):
         super().__init__(config)
         self.model = UNet(config)
-        self.compute_copies: list[Leaf] = []
 
     @property
     def backbone(self) -> UNet:
@@ -30,12 +29,6 @@ class EDMNetwork(Network):
 
     def compute_in(self, dtype: torch.dtype, frozen: bool = False) -> None:
         """Run F in `dtype` from now on; a 16-bit F computes with copies of its parameters.
-
-        The copies replace the parameters in autograd, so they receive the gradients (see leaves and
-        performance.ddp). Call update_compute_copies after changing parameters.
-
-        To cast parameters at every use instead, so that they get the gradients, only set
-        compute_dtype.
 
         Args:
             dtype: The compute dtype.
@@ -90,21 +83,8 @@ class EDMNetwork(Network):
         self.compute_copies.append(Leaf(tensor, sources))
         return tensor
 
-    def requires_grad_(self, requires_grad: bool = True) -> "EDMNetwork":
-        """Set requires_grad of the parameters and their low-precision copies."""
-        for leaf in self.compute_copies:
-            leaf.tensor.requires_grad_(requires_grad)
-        return super().requires_grad_(requires_grad)
-
-    def leaves(self) -> list[Leaf]:
-        """List every tensor that may receive a gradient: copies and parameters."""
-        return [*self.compute_copies, *(Leaf(p, [(ALL_ROWS, (p,))]) for p in self.parameters())]
-
     def cast_copies(self) -> list[torch.Tensor | None]:
-        """Return each parameter's 16-bit copy, or None, in the order of parameters().
-
-        The Adam kernel writes them with the parameters; update_combined_copies updates the rest.
-        """
+        """See Network.cast_copies."""
         copies = {
             params[0]: copy for copy, params in self._copy_sources() if _is_cast(copy, params)
         }
@@ -127,14 +107,6 @@ class EDMNetwork(Network):
             for other in others:
                 totals = torch._foreach_add(totals, other)
             torch._foreach_copy_(copies, totals)
-
-    @torch.no_grad()
-    def update_compute_copies(self) -> None:
-        """Recompute all copies from their parameters."""
-        for p, copy in zip(self.parameters(), self.cast_copies(), strict=True):
-            if copy is not None:
-                copy.copy_(p)
-        self.update_combined_copies()
 
 
 def _is_cast(copy: torch.Tensor, params: tuple[nn.Parameter, ...]) -> bool:
