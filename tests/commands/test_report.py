@@ -229,6 +229,7 @@ def test_damaged_lines_values_and_grids_are_left_out_and_counted(report, tmp_pat
         log.write(b'{"images": 9001, "fake/loss": null, "generator/loss": 1e300}\n')
         log.write(b'\xff\xfe\n[1]\n{"images": -1}\n{"images": 1e3}\n' + b"[" * 5000 + b"\n")
         log.write(b'{"images": 1' + b"0" * 4000 + b"}\n")
+        log.write(b"\n\n")  # no damage
         log.write(b'{"images": 9002, "fake/lo')  # a line that the run is writing
     (run / "samples-0000002048.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     (run / "samples-0000004096.png").write_bytes(png(np.zeros((6000, 6000), np.uint8)))
