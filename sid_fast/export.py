@@ -45,7 +45,11 @@ class ExportConfig:
         1e-3,
         1e3,
     )
-    fp16: bool = option(False, ".pkl: on a GPU, upstream's tools then run the network in float16")
+    fp16: bool | None = option(
+        None,
+        ".pkl: on a GPU, upstream's tools then run the network in float16; default: as the pickle "
+        "that is exported says, else not",
+    )
 
 
 def run(config: ExportConfig, given: set[str]) -> None:
@@ -71,7 +75,8 @@ def run(config: ExportConfig, given: set[str]) -> None:
     difference = None
     cannot = f"{suffix} cannot hold yet: export it as .safetensors, or give an EDM network"
     if suffix == ".pkl":
-        exporters.save_pickle(out, require_edm(net, config.network, cannot), config.fp16)
+        fp16 = net.upstream_fp16 if config.fp16 is None else config.fp16
+        exporters.save_pickle(out, require_edm(net, config.network, cannot), fp16)
     elif suffix == ".safetensors":
         save_network(out, net)
     else:

@@ -103,10 +103,19 @@ def test_upstream_s_pickle_becomes_a_snapshot(run_command, golden, tmp_path):
     assert all(torch.equal(state[name], v) for name, v in expected.state_dict().items())
 
 
-@pytest.mark.parametrize("fp16", [False, True])
-def test_upstream_runs_it_in_float16_if_asked(run_command, teacher, tmp_path, fp16, monkeypatch):
-    out = tmp_path / "net.pkl"
-    assert run_command("export", "--network", teacher, "--out", out, *["--fp16"] * fp16)[0] == 0
+@pytest.mark.parametrize(
+    ("options", "fp16"), [([], False), (["--fp16"], True), (["--fp16", None], True),
+    (["--fp16", "--no-fp16"], False)],
+)  # fmt: skip
+def test_upstream_runs_it_in_float16_if_asked(
+    run_command, teacher, tmp_path, options, fp16, monkeypatch
+):
+    """A pickle of a pickle keeps what was asked for."""
+    out = teacher
+    for i, option in enumerate(options or [None]):
+        source, out = out, tmp_path / f"{i}.pkl"
+        more = [option] if option else []
+        assert run_command("export", "--network", source, "--out", out, *more)[0] == 0
     monkeypatch.syspath_prepend(BARE.parent)
     import pickle
 
