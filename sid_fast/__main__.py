@@ -22,7 +22,7 @@ TEXT = """sid_fast distils a pretrained EDM diffusion model into a one-step gene
 
 Each command lists its options with --help. To try it on a CPU, in a few minutes:
 
-  python -m sid_fast.train --preset digits"""
+  python -m sid_fast.train --preset fashion"""
 LINES = (line.split() for line in TEXT.splitlines() if line.startswith("  python -m sid_fast."))
 COMMANDS = tuple(dict.fromkeys(words[2].partition(".")[2] for words in LINES))
 

@@ -1,6 +1,7 @@
 """Command lines made from dataclasses: each field is an option, a preset replaces its default."""
 
 import dataclasses
+import difflib
 import inspect
 import itertools
 import logging
@@ -32,7 +33,7 @@ from sid_fast.training.checkpoint import PATTERN, find_restarted_run, find_state
 def presets(kind: str) -> dict[str, dict[str, Any]]:
     """Read the presets of a command ("train" or "pretrain"): name -> {field: value}."""
     folder = resources.files("sid_fast.config") / "presets" / kind
-    files = sorted(folder.iterdir(), key=lambda f: f.name)
+    files = sorted(folder.iterdir(), key=lambda f: f.name.removesuffix(".toml"))
     return {
         f.name.removesuffix(".toml"): loads(f.read_text("utf-8"))
         for f in files
@@ -166,7 +167,9 @@ def _choose_preset(kind: str):
         if value is not None:
             known = presets(kind)
             if value not in known:
-                raise UserError(f"preset {value!r} is unknown: choose from {', '.join(known)}")
+                near = difflib.get_close_matches(value, known, 1)
+                way = f"did you mean {near[0]}? All presets:" if near else "choose from"
+                raise UserError(f"preset {value!r} is unknown: {way} {', '.join(known)}")
             ctx.default_map = known[value]
         return value
 

@@ -217,9 +217,9 @@ def prepare(
             "use a smaller --batch",
         )
     with process_group.main_process_first():  # may download
+        data = open_images(config.data) if config.data else None
         with progress.phase(f"loading the detector {config.detector}"):
             detector = load_detector(config.detector, device, config.trust, config.batch)
-        data = open_images(config.data) if config.data else None
     return detector, data, check_reader(config.reader)
 
 
@@ -259,6 +259,14 @@ def sets_from_network(
     decoding.require_images(decoder, config.network)
     host_memory.require_forward(net.config, device)
     host_memory.require_features(decoder.shape, max(map(len, seed_sets)), config.detector)
+    if data and config.detector == "pixels":
+        channels, side, _ = decoder.shape
+        if (channels, side) != (data.channels, data.resolution):
+            raise UserError(
+                f"the network makes images of {side}x{side} pixels and {channels} channels, "
+                f"{config.data} has {data.resolution}x{data.resolution} and {data.channels}: "
+                "--detector pixels compares images of one shape"
+            )
     sigma = config.init_sigma or net.config.init_sigma or Settings.init_sigma
     graph, _ = resolve_cuda_graph("auto", device)
     classes = classes_to_draw(data, net)
@@ -342,7 +350,8 @@ def report(
         text = f"{reported[name]:.5g}" + ("" if std is None else f" ± {std:.2g}")
         each = "  ".join(f"{r[name]:.5g}" for r in results) if len(results) > 1 else ""
         say(f"{label(name, detector):32} {text:32} {each}".rstrip())
-    if "is" in config.metrics and "inception_score" not in reported:
+    missing = "is" in config.metrics and "inception_score" not in reported
+    if missing and config.detector != "pixels":
         say(f"no {label('inception_score', detector)}: this detector has no class probabilities")
     if real.features is None and ("kid" in config.metrics or "pr" in config.metrics):
         say("no kernel distance, precision or recall: they need real images; give --data")

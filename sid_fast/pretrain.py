@@ -36,7 +36,7 @@ from sid_fast.tools import autotune, estimator, graph_trial, host_memory, micro_
 from sid_fast.training import power_ema, sinks
 from sid_fast.training.callbacks import Evaluations, Snapshots, require_reference
 from sid_fast.training.checkpoint import read_header
-from sid_fast.training.loop import Loop, refuse_other_run
+from sid_fast.training.loop import Loop, refuse_other_run, start_options
 from sid_fast.training.random_streams import seed_of
 from sid_fast.training.step import Trainer
 
@@ -162,7 +162,7 @@ def run(config: PretrainConfig, given: set[str]) -> None:
             f"on {device} in {trainer.settings.precision}, kernels: {backends}"
             f"{', CUDA graphs' * bool(graphs)}{', torch.compile' * compile}, {sharding.text}"
         )
-        headline = f"training a teacher ({network}) on {len(data):,} images {feed.text}, {where}"
+        headline = f"training a teacher ({network}) on {len(data):,} images {feed.text}\n  {where}"
         headline += tuning.text and f", {tuning.text}"
         headline += "".join(f"\nnote: {line}" for line in (note, *tuning.notes) if line)
         changed = cli.changed_options(config, "pretrain")
@@ -177,10 +177,11 @@ def next_commands(config: PretrainConfig, folder: Path) -> list[str]:
     """What to type after a run in a folder: look at images, distil the teacher, train on."""
     steps = "--steps", config.sampler_steps
     grid = "--seeds", "0-63", "--grid", "images.png"
+    longer = "--resume", folder, "--kimg", f"{2 * config.kimg:g}", *start_options(config)
     return [
         invocation.command_line("generate", "--network", folder, *steps, *grid),
         invocation.command_line("train", "--teacher", folder),
-        invocation.command_line("pretrain", "--resume", folder, "--kimg", f"{2 * config.kimg:g}"),
+        invocation.command_line("pretrain", *longer),
     ]
 
 

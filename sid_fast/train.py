@@ -39,7 +39,7 @@ from sid_fast.tools import autotune, estimator, graph_trial, host_memory, micro_
 from sid_fast.training import sinks
 from sid_fast.training.callbacks import Evaluations, Snapshots, require_reference
 from sid_fast.training.checkpoint import read_header
-from sid_fast.training.loop import Loop, refuse_other_run
+from sid_fast.training.loop import Loop, refuse_other_run, start_options
 
 
 @dataclasses.dataclass
@@ -146,11 +146,10 @@ def run(config: TrainConfig, given: set[str]) -> None:
                     teacher, config, config.settings(), upper, sharding
                 )
         settings = config.settings()
-        with progress.phase("testing CUDA graphs on a small network"):
-            mode, graphs, note = graph_trial.choose(
-                config.cuda_graph, choice, network, settings, device, sharding.mesh is not None,
-                config.deterministic,
-            )  # fmt: skip
+        mode, graphs, note = graph_trial.choose(
+            config.cuda_graph, choice, network, settings, device, sharding.mesh is not None,
+            config.deterministic,
+        )  # fmt: skip
         compile = config.compile or bool(choice and choice.compile)
         with progress.phase("building the networks"):
             trainer = Distiller(
@@ -196,7 +195,7 @@ def run(config: TrainConfig, given: set[str]) -> None:
         )
         feed = trainer.method.feed
         trained_on = f" with SiDA on {len(feed.dataset):,} images {feed.text}" if feed else ""
-        headline = f"distilling {config.teacher} ({teacher.config}){trained_on}, {where}"
+        headline = f"distilling {config.teacher} ({teacher.config}){trained_on}\n  {where}"
         headline += tuning.text and f", {tuning.text}"
         headline += "".join(f"\nnote: {line}" for line in (note, *tuning.notes) if line)
         if decoder.is_preview:
@@ -219,10 +218,11 @@ def next_commands(config: TrainConfig, folder: Path, latent: bool) -> list[str]:
     images = config.data and not latent
     reference = ("--data", config.data) if images else ("--ref", config.ref or "STATS.npz")
     network = "--network", folder, *vae
+    longer = "--resume", folder, "--kimg", f"{2 * config.kimg:g}", *start_options(config)
     return [
         invocation.command_line("generate", *network, "--seeds", "0-63", "--grid", "images.png"),
         invocation.command_line("evaluate", *network, *reference, *pixels),
-        invocation.command_line("train", "--resume", folder, "--kimg", f"{2 * config.kimg:g}"),
+        invocation.command_line("train", *longer),
     ]
 
 

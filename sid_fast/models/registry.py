@@ -37,13 +37,14 @@ def load_network(path: str | Path) -> Network:
     """
     file = _locate(str(path))
     kind = sniff_file(file, MAX_NETWORK_BYTES)
+    fp16 = False
     try:
         if kind == "safetensors":
             state, values = read_snapshot(file)
             config = read_config(values)
         elif kind == "pickle":
             pickled = read_pickle(file)
-            state = pickled.state
+            state, fp16 = pickled.state, pickled.init_kwargs.get("use_fp16") is True
             config = config_of_pickle(pickled)
         else:
             raise UserError(
@@ -61,6 +62,7 @@ def load_network(path: str | Path) -> Network:
         message = str(error)
         raise UserError(message if str(file) in message else f"{file}: {message}") from None
     net.load_state_dict(state, assign=True)
+    net.upstream_fp16 = fp16
     return net.requires_grad_(False).eval()
 
 

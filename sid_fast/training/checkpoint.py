@@ -7,6 +7,7 @@ state.json holds the sha256 of every file, and the time of writing, by which sta
 copied folder has lost its file times.
 """
 
+import dataclasses
 import fcntl
 import json
 import math
@@ -354,9 +355,11 @@ def find_state(resume: str, out: str | None, kind: str = "") -> Path:
     if not headers:
         if unreadable:
             return max(unreadable)  # reported when it is loaded
-        missing = not (root.exists() or resume == "latest")
-        what = "there is no" if missing else "there is no training state (state-*) in"
-        raise UserError(f"resume={resume}: {what} {root}")
+        if not (root.exists() or resume == "latest"):
+            raise UserError(
+                f"resume={resume} does not exist: give a run folder, a state, or latest"
+            )
+        raise UserError(f"resume={resume}: there is no training state (state-*) in {root}")
     chosen = max(headers, key=lambda path: _order(headers[path]))
     if os.environ.get("RANK", "0") == "0":
         for path in unreadable:
@@ -574,8 +577,10 @@ def _load(path: Path, trainer: Trainer) -> dict[str, Any]:
 
     header = read_header(path)
     fingerprint = json.loads(json.dumps(trainer.resume_fingerprint))  # as stored in a state
+    # A setting that the state does not know is newer: the state was written with its default.
+    defaults = {f.name: f.default for f in dataclasses.fields(trainer.settings)}
     for name in header["identity"] | fingerprint:
-        saved, value = header["identity"].get(name), fingerprint.get(name)
+        saved, value = header["identity"].get(name, defaults.get(name)), fingerprint.get(name)
         if saved != value:
             raise UserError(
                 f"{path} was written with {name}={_text(saved)}, this run has {name}={value}: "

@@ -1,5 +1,6 @@
 """python -m sid_fast, and how a command starts and reports what libraries raise."""
 
+import importlib
 import logging
 import os
 import re
@@ -61,6 +62,14 @@ def test_the_installed_command_speaks_of_itself_by_its_name(monkeypatch, capsys)
     assert run("evalute")[2].startswith("error: 'evalute' is not a command: did you mean evaluate?")
     assert run("xyz")[2].startswith("error: 'xyz' is not a command: choose from train")
     arguments.undo()
+
+
+@pytest.mark.parametrize("name", __main__.COMMANDS)
+def test_every_command_lists_its_options(name):
+    command = importlib.import_module(f"sid_fast.{name}").main
+    shown = command.get_help(click.Context(command, info_name=name))
+    assert re.search(rf"^  python -m sid_fast\.{name} ", shown, re.MULTILINE), "a line to copy"
+    assert "--quiet" in shown
 
 
 def test_the_console_script_is_the_tested_function():

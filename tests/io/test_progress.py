@@ -71,6 +71,19 @@ def test_short_work_leaves_no_line_in_a_file(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_signal_handler_announces_through_the_display(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "REDRAW_SECONDS", 0.002)
+    progress.announce("nobody shows this")
+    said = []
+    with progress.phase("evaluation"):
+        progress.announce("SIGINT: wait")
+        until(lambda: said.append(capsys.readouterr().err) or "SIGINT" in "".join(said))
+        progress.announce("too late")
+    with progress.phase("another"):
+        time.sleep(0.02)
+    assert "".join(said) + capsys.readouterr().err == "SIGINT: wait\n"
+
+
 def test_other_output_postpones_a_plain_line(monkeypatch, capsys):
     """A run that logs its steps needs no second voice."""
     monkeypatch.setattr(progress, "FIRST_PAUSE", 30.0)
