@@ -565,9 +565,9 @@ def test_fewer_classes_in_the_data_than_the_teacher_knows(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("architecture", ["ddpmpp", "ncsnpp", "adm"])
-def test_every_architecture_and_precision_steps(data, architecture, precision):
+def test_every_architecture_steps_in_16_bit(data, architecture, precision):
     width = 64 if architecture == "adm" else 16
     config = dataclasses.replace(
         small_teacher().config, architecture=architecture, model_channels=width

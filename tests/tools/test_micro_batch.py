@@ -15,7 +15,7 @@ from sid_fast.performance.activation_checkpoint import checkpoint_activations
 from sid_fast.tools import estimator, micro_batch
 from sid_fast.tools.micro_batch import largest_micro_batch
 from sid_fast.training.step import Trainer
-from tests.helpers.networks import FAST, TINY, small_teacher
+from tests.helpers.networks import FAST, SMALL, TINY, small_teacher
 
 
 class Device:
@@ -177,7 +177,7 @@ def test_recomputed_blocks_give_the_same_step():
 @pytest.mark.slow
 def test_recomputed_blocks_keep_less():
     # In PyTorch's form, where frozen networks too keep all that their convolutions read.
-    of = TINY, Settings(), [64], "eager"
+    of = SMALL, Settings(), [64], "eager"
     (plain,) = estimator.steps(*of)
     (recomputing,) = estimator.steps(*of, prepare=checkpoint_activations)
     kinds = ("activations", "workspace")
