@@ -115,7 +115,7 @@ def test_edm2_teachers_of_two_processes_have_the_emas_of_one(tmp_path, mode):
 def test_a_process_that_dies_is_named_and_the_restart_ends_the_run(command, tmp_path):
     out = tmp_path / "run"
     arguments = [
-        *TORCHRUN, 4, "--max-restarts", 1, *command, "--batch-size", 8, "--kimg", 0.24,
+        *TORCHRUN, 2, "--max-restarts", 1, *command, "--batch-size", 8, "--kimg", 0.24,
         "--state-every", 0.016, "--out", out,
     ]  # fmt: skip
     process = subprocess.Popen(
