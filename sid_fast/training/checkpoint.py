@@ -577,8 +577,13 @@ def _load(path: Path, trainer: Trainer) -> dict[str, Any]:
 
     header = read_header(path)
     fingerprint = json.loads(json.dumps(trainer.resume_fingerprint))  # as stored in a state
-    # A setting that the state does not know is newer: the state was written with its default.
-    defaults = {f.name: f.default for f in dataclasses.fields(trainer.settings)}
+    # A setting that the state does not know is newer: the state was written with its default. But a
+    # state without any setting that only this method has is of another method.
+    kind = type(trainer.settings)
+    defaults = {f.name: f.default for f in dataclasses.fields(kind)}
+    inherited = {name for base in kind.__bases__ for name in getattr(base, "__annotations__", {})}
+    if not header["identity"].keys() & (defaults.keys() - inherited):
+        defaults = {}
     for name in header["identity"] | fingerprint:
         saved, value = header["identity"].get(name, defaults.get(name)), fingerprint.get(name)
         if saved != value:

@@ -9,6 +9,7 @@ from sid_fast.config.types import NetworkOptions, PretrainSettings, RunOptions, 
 from sid_fast.data.digits import open_dataset
 from sid_fast.data.feed import ImageFeed
 from sid_fast.errors import UserError
+from sid_fast.evaluation.decoding import make_decoder
 from sid_fast.methods.edm import EDM, teacher_config
 from sid_fast.models import EDM2Config
 from sid_fast.models.families import build_network
@@ -142,13 +143,13 @@ def expected_emas(trainer, stds, steps, skip=()):
     """The EMAs after so many steps, in float64, from the weights after each update."""
     net, batch = trainer.method.net, trainer.settings.batch_size
     emas = [{k: v.detach().double() for k, v in net.named_parameters()} for _ in stds]
-    normalize, seen = net.constrain_weights, []
+    after_update, seen = net.after_update, []
 
     def updated(*arguments):  # follows the update
         seen.append({k: v.detach().double().clone() for k, v in net.named_parameters()})
-        normalize(*arguments)
+        after_update(*arguments)
 
-    net.constrain_weights = updated
+    net.after_update = updated
     for i in range(steps):
         trainer.enabled.fill_(i not in skip)
         trainer.step()
@@ -188,7 +189,8 @@ def test_sample_grids_are_of_the_widest(tmp_path):
         seen.append(net)
         return z
 
-    Snapshots(RunOptions(), trainer, trainer.emas, make, (0.2, 0.05))(tmp_path)
+    decoder = make_decoder(trainer.ema.config, None, torch.device("cpu"), "the network")
+    Snapshots(RunOptions(), trainer, trainer.emas, make, decoder, (0.2, 0.05))(tmp_path)
     assert {id(net) for net in seen} == {id(trainer.ema)}
 
 
