@@ -209,12 +209,13 @@ def _reason(error: BaseException) -> str:
     """Return the cause of a failed write or read, and the rank if not all ranks failed."""
     failures = getattr(error, "failures", {})  # of a CheckpointException: {rank: (error, trace)}
     for process, (cause, _) in failures.items():
-        return (
-            f"{cause} (process {process})"
-            if len(failures) < process_group.world_size()
-            else str(cause)
-        )
-    return str(error)
+        others = len(failures) < process_group.world_size()
+        return f"{_words(cause)} (process {process})" if others else _words(cause)
+    return _words(error)
+
+
+def _words(error: BaseException) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def _remove(path: Path) -> bool:

@@ -59,11 +59,11 @@ class Wandb:
         try:
             with progress.phase("connecting to Weights & Biases"):
                 self.run = self._open(folder, config)
-            if url := getattr(self.run, "url", None):
-                streams.note(f"Weights & Biases: {url}", sys.stdout)
-            elif getattr(self.run, "offline", False):
+            if getattr(self.run, "offline", False):  # asked for its URL, it warns
                 files = shlex.quote(str(Path(self.run.dir).parent))
                 streams.note(f"Weights & Biases is offline; later: wandb sync {files}", sys.stdout)
+            elif url := getattr(self.run, "url", None):
+                streams.note(f"Weights & Biases: {url}", sys.stdout)
         except Exception as error:  # another's program, and the network
             self._failed(error)
 

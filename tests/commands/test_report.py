@@ -246,11 +246,11 @@ def test_damaged_lines_values_and_grids_are_left_out_and_counted(report, tmp_pat
 def test_a_log_in_any_order_and_grids_ahead_of_it(tmp_path, monkeypatch):
     folder = make_run(tmp_path / "run", images=4096)
     (folder / "log.jsonl").write_text(
-        '{"images": 300, "x": 1}\n{"images": 100, "KID": 2, "FID": 3, "evaluation_s": 1}\n'
+        '{"images": 300, "x": 1}\n{"images": 100, "A": 2, "FID": 3, "evaluation_s": 1}\n'
     )
     (run,) = runs.read_runs([str(folder)])
     assert [record["images"] for record in run.log] == [100, 300]
-    assert run.evaluation_metrics() == ["FID", "KID"]
+    assert run.evaluation_metrics() == ["FID", "A"]
     assert run.seen == 4096
     monkeypatch.setattr(runs, "MAX_METRICS", 4)
     with pytest.raises(UserError, match="more than 4 metrics"):

@@ -56,11 +56,12 @@ def test_a_file_gets_plain_lines_with_images_done_and_time_left(impatient, capsy
     said = []
     with progress.phase("evaluation", 2000, "images") as shown:
         shown.began -= 10
-        shown.update(500)
+        shown.updated = shown.began + 10  # however busy the machine is
+        shown.done = 500
         until(lambda: said.append(capsys.readouterr().err) or "25 %" in "".join(said))
     text = "".join(said) + capsys.readouterr().err
     assert not set(text) & {"\r", "\x1b"}
-    line = r"evaluation  25 %  ETA 00:(29|30)  500 of 2,000 images  50 images/s"
+    line = r"evaluation  25 %  ETA 00:(2\d|30)  500 of 2,000 images  50 images/s"
     assert re.search(f"^{line}$", text, re.MULTILINE), text
     assert re.search(r"\nevaluation: done in 00:1\d\n$", text), text
 

@@ -306,7 +306,7 @@ def test_a_full_disk_does_not_stop_a_run_that_can_write_its_last_state(
     warnings = [line for line in seen if line.startswith("warning")]
     assert len(warnings) == 2
     assert "state-000000004" in warnings[0]
-    assert "No space left" in warnings[0]
+    assert "could not be written: No space left on device" in warnings[0]
     assert not list((tmp_path / "run").glob("*.tmp"))
     names = [p.name for p in states(tmp_path / "run")]
     assert names == ["state-000000002", "state-000000008"]

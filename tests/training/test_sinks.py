@@ -93,7 +93,7 @@ def test_wandb_gets_what_the_log_gets_and_resuming_continues_its_run(
     [
         ({"url": "https://wandb.ai/x"}, "Weights & Biases: https://wandb.ai/x\n"),
         (
-            {"url": None, "offline": True, "dir": "a run/wandb/offline-run-1/files"},
+            {"url": "none", "offline": True, "dir": "a run/wandb/offline-run-1/files"},
             "Weights & Biases is offline; later: wandb sync 'a run/wandb/offline-run-1'\n",
         ),
     ],
