@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
@@ -23,11 +24,12 @@ SEEDS = torch.tensor([1, 5, 0])
 
 
 def test_only_resampling_is_unfused():
-    """Besides the image's column of ones, and the two gradients of the first convolution."""
+    """Besides the image's channel of ones, and the two gradients of the first convolution."""
     fused = passes.of_network(WIDE, "triton", torch.bfloat16)
-    once = {"aten::add", "aten::cat", "aten::clone"}
-    assert {p.name for p in fused if p.idle} == RESAMPLING | once
-    assert all(sum(p.name == name for p in fused) == 1 for name in once)
+    idle = Counter(p.name for p in fused if p.idle)
+    assert idle.pop("aten::add", 0) + idle.pop("aten::add_", 0) == 1
+    assert idle.keys() == RESAMPLING | {"aten::cat", "aten::clone"}
+    assert (idle["aten::cat"], idle["aten::clone"]) == (1, 1)
     eager = passes.of_network(WIDE, "eager", torch.bfloat16)
     assert sum(p.bytes for p in fused) < 0.55 * sum(p.bytes for p in eager)
 
@@ -62,10 +64,12 @@ def test_16_bit_is_as_exact_as_eager():
     exact = outcome(wide, "eager", torch.float32)
     net.compute_in(torch.bfloat16)
     rounded = {name: outcome(net, name, torch.bfloat16) for name in ("triton", "eager")}
-    for i, expected in enumerate(exact):
-        error = {name: relative(tensors[i], expected) for name, tensors in rounded.items()}
-        if expected.numel() > 1:  # a gain's gradient is a sum of many numbers of both signs
-            assert error["triton"] < max(1.2 * error["eager"], 0.01)
+    error = {
+        name: [relative(a, b) for a, b in zip(tensors, exact, strict=True) if b.numel() > 1]
+        for name, tensors in rounded.items()
+    }
+    assert sum(error["triton"]) < 1.1 * sum(error["eager"])
+    assert max(error["triton"]) < 0.05
 
 
 def test_a_frozen_network_keeps_less():
