@@ -98,8 +98,8 @@ class Option(click.Option):
 # Sections of --help, in this order.
 HEADINGS = (
     "Preset", "Teacher and data", "Data", "Network", "Cluster", "Run", "Run and output", "Method",
-    "SiDA", "Optimizer and EMA", "Batch and precision", "Evaluation during the run", "Machine",
-    "Options", "Help",
+    "SiDA", "EDM2 teachers", "Optimizer and EMA", "Batch and precision",
+    "Evaluation during the run", "Machine", "Options", "Help",
 )  # fmt: skip
 
 
