@@ -520,8 +520,8 @@ class RunOptions:
     )
     vae: str | None = _output(
         None,
-        f"{VAE}. Without it, sample grids show a preview, a linear map of the latents to colours, "
-        "and --eval-every cannot be used",
+        f"{VAE}. A run on latents without it shows a preview in its sample grids, a linear map of "
+        "the latents to colours, and cannot use --eval-every",
     )
     max_hours: float | None = _output(
         None,

@@ -136,6 +136,9 @@ REFUSED = {
     "pretrain --data DATA": "a ddpmpp network needs images (PNG)",
     "pretrain --data DATA --eval-every 1": "images are compared: give the statistics",
     "train --teacher PIXELS --data DATA": "latents.zip holds latents (.npy), and the teacher needs",
+    "train --teacher TEACHER --data digits": "and the teacher needs latents (.npy): give",
+    "train --teacher TEACHER --data digits --method sida": "the teacher needs latents (.npy): give",
+    "train --teacher TEACHER --ref r.npz --eval-every 1": "makes latents, and images are evaluated",
 }
 
 
@@ -144,8 +147,10 @@ def test_one_line_says_what_is_wrong(run_command, network, vae, data, tmp_path, 
     monkeypatch.chdir(tmp_path)
     save_network(tmp_path / "pixels.safetensors", small_teacher())
     write_vae(tmp_path / "wide", latent_channels=8)
+    teacher = teacher_network(tmp_path)
     words = {
         "NET": network, "PIXELS": "pixels.safetensors", "VAE": vae, "WIDE": "wide", "DATA": data,
+        "TEACHER": teacher,
     }  # fmt: skip
     before = sorted(tmp_path.rglob("*"))
     status, error = run_command(*(words.get(word, word) for word in typed.split()))
