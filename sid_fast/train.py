@@ -198,7 +198,9 @@ def run(config: TrainConfig, given: set[str]) -> None:
 
 def next_commands(config: TrainConfig, folder: Path) -> list[str]:
     """What to type after a run in a folder: look at images, measure them, train on."""
-    pixels = ("--detector", config.detector) if config.detector != "inception" else ()
+    pixels: tuple[object, ...] = ()
+    if config.detector != "inception":  # comparable with the run's own evaluations
+        pixels = "--detector", config.detector, "-n", config.eval_images
     reference = ("--data", config.data) if config.data else ("--ref", config.ref or "STATS.npz")
     network = "--network", folder
     longer = "--resume", folder, "--kimg", f"{2 * config.kimg:g}", *start_options(config)
