@@ -366,8 +366,8 @@ class Loop:
             self.started = self.trainer.steps
             caught = stack.enter_context(signals(self._nothing_to_save))
             stack.push(self._stopped_early)
-            first, *more = self.headline.splitlines()
-            self._print("\n".join([f"{first}; run folder {self.folder}", *more]))
+            title, *more = self.headline.splitlines()
+            self._print("\n".join([f"{title}; run folder {self.folder}", *more]))
             if header:
                 self._print(f"resumed {resume} at {self.trainer.images / 1000:g} kimg")
                 count = process_group.world_size()
