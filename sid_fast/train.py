@@ -214,7 +214,9 @@ def run(config: TrainConfig, given: set[str]) -> None:
 def next_commands(config: TrainConfig, folder: Path, latent: bool) -> list[str]:
     """What to type after a run in a folder: look at images, measure them, train on."""
     vae = ("--vae", config.vae or "VAE") if latent else ()
-    pixels = ("--detector", config.detector) if config.detector != "inception" else ()
+    pixels: tuple[object, ...] = ()
+    if config.detector != "inception":  # comparable with the run's own evaluations
+        pixels = "--detector", config.detector, "-n", config.eval_images
     images = config.data and not latent
     reference = ("--data", config.data) if images else ("--ref", config.ref or "STATS.npz")
     network = "--network", folder, *vae

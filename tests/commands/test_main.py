@@ -13,7 +13,7 @@ import click
 import pytest
 
 from sid_fast import __main__, cli
-from sid_fast.io import invocation
+from sid_fast.io import invocation, streams
 from sid_fast.tools import estimator
 from tests.helpers.networks import SMALL
 from tests.helpers.processes import ENV, ROOT, python
@@ -208,3 +208,20 @@ def test_a_command_asks_torch_for_errors_only(tmp_path, arguments, given, expect
     command = [sys.executable, *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
     assert done.stdout == repr(expected)
+
+
+def test_next_commands_are_not_for_quiet_runs(monkeypatch, capsys):
+    for quiet, told in ((False, "next: a\nnext:\n  b\n  c\n"), (True, "")):
+        monkeypatch.setattr(streams, "quiet", quiet)
+        invocation.suggest("a")
+        invocation.suggest("b", "c")
+        invocation.suggest()
+        assert capsys.readouterr().out == told
+
+
+@pytest.mark.skipif(os.getpid() == 1, reason="the first process is this one")
+def test_a_job_of_torchrun_is_as_old_as_torchrun(monkeypatch):
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    own = invocation.started()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert invocation.started() < own
