@@ -32,9 +32,9 @@ this page. Each block is the output of
 whose other options change the precision, batch, rates and MFU.
 
 - Memory is counted: a step of the real network runs on fake tensors ({PRECISION}, Triton kernels,
-  micro-batches of 1 and 2 images). Its peak is linear in the images. An allowance of
-  {estimator.ALLOWANCE // estimator.GIB} GiB is added for the CUDA context, cuDNN's workspaces and
-  the allocator's fragmentation.
+  micro-batches of {" and ".join(map(str, estimator.COUNTED))} images). Its peak is linear in the
+  images. An allowance of {estimator.ALLOWANCE // estimator.GIB} GiB is added for the CUDA context,
+  cuDNN's workspaces and the allocator's fragmentation.
 - FLOP are counted in the same step, 2 per multiply-add.
 - Time is FLOP at an **assumed** MFU of {planner.Cluster.mfu:.0%} of the card's matrix rate, plus
   the communication that the last micro-batch's backward does not hide. Communication is estimated
