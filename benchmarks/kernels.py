@@ -45,8 +45,12 @@ from sid_fast.models.teachers import TEACHERS
 from sid_fast.performance import process_group
 
 # The modules; the package exports functions of the same names.
-adam_ema, attention, augment, dropout, group_norm, random, sid_loss, _sida_loss, weight_norm = (
-    importlib.import_module(f"sid_fast.kernels.{name}") for name in compile.MODULES
+MODULES = {name: importlib.import_module(f"sid_fast.kernels.{name}") for name in compile.MODULES}
+adam_ema, attention, augment, dropout, group_norm = (
+    MODULES[name] for name in ("adam_ema", "attention", "augment", "dropout", "group_norm")
+)
+mp, random, sid_loss, weight_norm = (
+    MODULES[name] for name in ("mp", "random", "sid_loss", "weight_norm")
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FILL = 2**28  # bytes of the largest tensor with --batch fill
@@ -205,6 +209,63 @@ def group_norm_cases(dtypes, fill, device) -> Iterator[Case]:
     for dtype, variant in itertools.product(dtypes, group_norm.NORM_SHAPES):
         for place in group_norm.NORM_SHAPES[variant]:
             yield group_norm_case(variant, place, dtype, fill, device)
+
+
+def mp_cases(dtypes, fill, device) -> Iterator[Case]:
+    """Yield the element-wise chains of EDM2's blocks."""
+    calls: dict[str, tuple[Callable, Callable]] = {
+        "pixel_norm": (mp.pixel_norm, mp.pixel_norm_eager),
+        "qkv_norm": (_qkv_norm(mp.pixel_norm), _qkv_norm(mp.pixel_norm_eager)),
+        "scaled_silu": (mp.scaled_silu, mp.scaled_silu_eager),
+        "sum": (_mp_sum(mp.mp_sum), _mp_sum(mp.mp_sum_eager)),
+        "cat_silu": (mp.mp_cat_silu, _mp_cat_silu_eager),
+    }
+    for dtype, operation in itertools.product(dtypes, mp.SHAPES):
+        for place in mp.SHAPES[operation]:
+            *channels, side = place
+            kind, total = DTYPES[dtype], sum(channels)
+            n = batch_size(fill, 64, total * side**2 * kind.itemsize)
+            shapes: list[tuple[int, ...]] = [(n, c, side, side) for c in channels]
+            second = {"scaled_silu": (n, total), "sum": shapes[0]}.get(operation)
+            shapes += [second] if second else []
+
+            def inputs(shapes=tuple(shapes), kind=kind):
+                return [
+                    channels_last(*shape, device=device, dtype=kind)
+                    if len(shape) == 4
+                    else torch.randn(shape, device=device).to(kind).requires_grad_()
+                    for shape in shapes
+                ]
+
+            def call(function, *values):
+                out = function(*values)
+                outs = [out] if isinstance(out, torch.Tensor) else out
+                return [value for value in outs if value is not None]
+
+            ours, eager = (functools.partial(call, function) for function in calls[operation])
+            nbytes = [mp.bytes_moved(operation, place, n, kind.itemsize, b) for b in (False, True)]
+            shape = f"{operation} {n}x{'+'.join(map(str, channels))}@{side}x{side}"
+            providers = with_pytorch("mp", ours, eager)
+            yield Case("mp", shape, dtype, inputs, providers, tuple(nbytes))
+
+
+def _qkv_norm(norm: Callable) -> Callable:
+    return lambda x: norm(x, x.shape[1] // 64, False)
+
+
+def _mp_sum(function: Callable) -> Callable:
+    """Clip as at the end of a block, for two consumers."""
+
+    def run(a, b):
+        out = function(a, b, 0.3, 256.0)
+        return (out, out.view_as(out)) if isinstance(out, torch.Tensor) else out
+
+    return run
+
+
+def _mp_cat_silu_eager(x, skip=None):
+    """Return the aliases too, whose gradients PyTorch adds by itself."""
+    return mp.mp_cat_silu_eager(x, skip), x, skip
 
 
 BACKENDS = {
@@ -469,8 +530,7 @@ def weight_norm_cases(dtypes, fill, device) -> Iterator[Case]:
         def provider(name, weights, others, call=call):
             return with_backend("weight_norm", name, call(weights, others))
 
-        providers: dict[str, Callable[..., Any]]
-        providers = {
+        providers: dict[str, Callable] = {
             name: functools.partial(provider, name)
             for name in (*own_backends("weight_norm"), "eager")
         }
@@ -489,6 +549,7 @@ CASES = {
     "random": random_cases,
     "dropout": dropout_cases,
     "weight_norm": weight_norm_cases,
+    "mp": mp_cases,
 }
 
 

@@ -9,6 +9,7 @@ the tensor cores bound it before either: compare its rows only with each other.
 
 import dataclasses
 import importlib
+import math
 import re
 
 from sid_fast.kernels import sass
@@ -126,6 +127,24 @@ def _group_norm(label: str, constants: dict, images: int) -> Work:
     )
 
 
+def _mp(label: str, constants: dict, images: int) -> Work:
+    operation, direction, *_, size, dtype = label.split()
+    channels, _, side = size.partition("@")
+    shape = *map(int, channels.split("+")), int(side.partition("x")[0])
+    backward = direction == "backward"
+    module, itemsize = _module("mp"), 4 if dtype == "fp32" else 2
+    moved = module.bytes_moved(operation, shape, images, itemsize, backward)
+    elements = moved // module.TENSORS[operation][backward] // itemsize
+    tile = {
+        "pixel_norm": ("ROW", "BLOCK_ROWS"), "qkv_norm": ("ROW", "BLOCK_ROWS"),
+        "scaled_silu": ("BLOCK_HW", "BLOCK_C"), "sum": ("BLOCK",),
+        "cat_silu": ("BLOCK_ROWS", "BLOCK_C"),
+    }[operation]  # fmt: skip
+    trips = constants.get("TILES", 1)
+    per_block = math.prod(constants[name] for name in tile) * trips
+    return Work(-(-elements // per_block), elements, moved, (trips,))
+
+
 def _attention(label: str, constants: dict, images: int) -> Work:
     size, pixels = constants["SIZE"], constants["PIXELS"]
     heads, itemsize = images * constants["HEADS"], _itemsize(label)
@@ -197,6 +216,7 @@ WORK = {
     "augment": _augment,
     "dropout": _dropout,
     "group_norm": _group_norm,
+    "mp": _mp,
     "random": _random,
     "sid_loss": _sid_loss,
     "sida_loss": _sida_loss,

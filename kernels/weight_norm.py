@@ -13,6 +13,7 @@ it in the cache.
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -338,11 +339,9 @@ def configurations() -> Iterator[tuple]:
     signature = {"table": "*i64"}
     for compute, name in enumerate(("fp32", "bf16", "fp16")):
         for force in (False, True):
-            constants: dict[str, float | None]
-            constants = dict(EPS=EPS, FORCE=force, COPY=True, COMPUTE=compute, COLUMNS=COLUMNS)
+            constants: dict[str, Any] = {} if force else {"force": None}
+            constants |= dict(EPS=EPS, FORCE=force, COPY=True, COMPUTE=compute, COLUMNS=COLUMNS)
             pointer = {"force": "*i1"} if force else {}
-            if not force:
-                constants["force"] = None
             label = f"weight_norm {'forced' if force else 'forward'} {name}"
             yield label, _weight_norm_kernel, signature | pointer, constants, 8, 1
     constants = dict(EPS=EPS, FORCE=True, COPY=False, COMPUTE=0, COLUMNS=COLUMNS)

@@ -53,6 +53,8 @@ class Network(nn.Module):
         "raw", "logits", "denoise_and_logits", "raw_logits", "raw_and_logits",
     )  # fmt: skip
 
+    upstream_fp16 = False  # what the pickle that it comes from tells upstream's tools; see export
+
     def __init__(self, config: "NetworkConfig"):
         super().__init__()
         self.config = config

@@ -9,7 +9,7 @@ import torch
 from sid_fast import Draw, Settings, SiDASettings, losses, noise
 from sid_fast.data.images import to_float
 from sid_fast.models import Network
-from sid_fast.models.edm_unet.layers import QKV
+from sid_fast.models.edm_unet.layers import BlockedRows
 
 SHARED = Path(os.environ.get("SID_FAST_SHARED", Path(__file__).parents[3] / "shared"))
 NETWORKS = ["ddpmpp_uncond", "ddpmpp_cond", "ncsnpp_uncond", "adm_cond"]
@@ -43,7 +43,7 @@ def check_gradients(net: Network, data: dict[str, torch.Tensor], prefix: str) ->
     for name, p in net.named_parameters():
         found = p.grad
         layer = net.get_submodule(name.rpartition(".")[0])
-        if isinstance(layer, QKV) and found is not None:
+        if isinstance(layer, BlockedRows) and found is not None:
             found = found[layer.order().argsort()]
         if (expected := data.get(f"{prefix}.{name}")) is None:
             expected = data.get(f"{prefix}_head.{name}")
