@@ -279,6 +279,15 @@ def test_the_best_is_not_the_last_and_rates_have_outliers(report, tmp_path):
     assert "teacher" not in kid
 
 
+def test_what_has_no_effect_or_was_chosen_by_the_run_is_no_difference(report, tmp_path):
+    """SiDA's options in a run of SiD, and a micro-batch that was left to the run."""
+    options = {"adversarial_loss_scale": 0.01, "micro_batch": None}
+    page = report(make_run(tmp_path / "run", options=options, changed={"micro_batch": 4}))
+    assert "There are none." in page.text
+    assert page.row("micro_batch")[1] == ["micro_batch", "none"]
+    assert not any(cells[0] == "adversarial_loss_scale" for _, cells in page.rows if cells)
+
+
 def test_a_large_grid_is_halved_until_it_fits(tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (600, 600), np.uint8))
     kind, data = grids._encode(noise, 20_000, exact=True)
@@ -332,12 +341,14 @@ def test_grids_of_few_bytes_stay_exact(report, tmp_path):
         (["list", "--out", "x.html"], "list/config.json is not the configuration of a run"),
         (["run"] * 13 + ["--out", "x.html"], "13 runs are more than the 12"),
         (["run\0", "--out", "x.html"], "run\ufffd does not exist"),
+        (["run", "--out", "file/x.html"], "file/x.html cannot be written"),
     ],
 )
 def test_what_is_no_run_is_refused_in_one_line(
     run_command, tmp_path, monkeypatch, arguments, words
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sid_fast.report.encode", lambda *_: pytest.fail("too late"))
     make_run(tmp_path / "run", images=0)
     for name, content in (("broken", "{"), ("list", "[]"), ("empty", None)):
         (tmp_path / name).mkdir()
