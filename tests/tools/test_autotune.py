@@ -30,7 +30,8 @@ from tests.helpers.processes import TORCHRUN, python
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SETTINGS = Settings(batch_size=4, dropout=0.2, augment_p=0.3)
-JOB = Job(TINY, SETTINGS, "cpu")
+JOB = Job(SMALL, SETTINGS, "cpu")
+TINY_JOB = dataclasses.replace(JOB, network=TINY)
 SIDA = dataclasses.replace(
     JOB, settings=SiDASettings(batch_size=8, adversarial_group=2, dropout=0.2, augment_p=0.3)
 )
@@ -111,7 +112,7 @@ def planted(monkeypatch):
             (name, {"fault": fault, "compile": fault == "hang"}) for name, fault in faults.items()
         ]
         changes.append(("honest", {"channels_last": True, "fault": "", "compile": False}))
-        rows = Tournament(JOB, 600, 0, said.append).run(lambda *_: changes)
+        rows = Tournament(TINY_JOB, 600, 0, said.append).run(lambda *_: changes)
         return {row.name: row for row in rows}, said
 
     return run
@@ -668,7 +669,7 @@ def ranks(out):
         )
         assert proof_of
     with process_group.joined(CPU, "ddp", 10, "tuning"):
-        tuning = autotune.decide(JOB, "again", 1.0, 10)
+        tuning = autotune.decide(TINY_JOB, "again", 1.0, 10)
     with process_group.joined(CPU, "ddp", 10):
         texts = process_group.gather_objects(tuning.to_json() | {"notes": tuning.notes})
     if rank == 0:
