@@ -40,13 +40,17 @@ from sid_fast.errors import RunFailed, UserError
 from sid_fast.kernels import GroupNormOutput, _apex, _cuda, compile, dispatch
 from sid_fast.kernels._triton import INTERPRETED
 from sid_fast.methods.base import RandomStream
-from sid_fast.models import EDMNetwork, NetworkConfig
+from sid_fast.models import EDM2Config, EDM2Network, EDMNetwork, NetworkConfig
 from sid_fast.models.teachers import TEACHERS
 from sid_fast.performance import process_group
 
 # The modules; the package exports functions of the same names.
-adam_ema, attention, augment, dropout, group_norm, mp, random, sid_loss, _sida_loss = (
-    importlib.import_module(f"sid_fast.kernels.{name}") for name in compile.MODULES
+MODULES = {name: importlib.import_module(f"sid_fast.kernels.{name}") for name in compile.MODULES}
+adam_ema, attention, augment, dropout, group_norm = (
+    MODULES[name] for name in ("adam_ema", "attention", "augment", "dropout", "group_norm")
+)
+mp, random, sid_loss, weight_norm = (
+    MODULES[name] for name in ("mp", "random", "sid_loss", "weight_norm")
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FILL = 2**28  # bytes of the largest tensor with --batch fill
@@ -60,8 +64,8 @@ class Case:
 
     Attributes:
         inputs: makes the tensors.
-        providers: by name, a function inputs -> outputs; for adam_ema, inputs -> the function to
-            time.
+        providers: by name, a function inputs -> outputs; for adam_ema and weight_norm, inputs ->
+            the function to time.
         nbytes: bytes that (forward, backward) must move.
         flop: FLOP of (forward, backward).
         differentiable: whether backward is timed too.
@@ -222,7 +226,8 @@ def mp_cases(dtypes, fill, device) -> Iterator[Case]:
             kind, total = DTYPES[dtype], sum(channels)
             n = batch_size(fill, 64, total * side**2 * kind.itemsize)
             shapes: list[tuple[int, ...]] = [(n, c, side, side) for c in channels]
-            shapes += {"scaled_silu": [(n, total)], "sum": [shapes[0]]}.get(operation, [])
+            second = {"scaled_silu": (n, total), "sum": shapes[0]}.get(operation)
+            shapes += [second] if second else []
 
             def inputs(shapes=tuple(shapes), kind=kind):
                 return [
@@ -500,6 +505,41 @@ def _update(name, call, *lists):
     return with_backend("adam_ema", name, call(*lists))
 
 
+def weight_norm_cases(dtypes, fill, device) -> Iterator[Case]:
+    """Yield the normalisation of all weights of EDM2 networks, and its gradient."""
+    kinds = "forward", "forced", "backward"
+    for dtype, size, kernel in itertools.product(dtypes, ("m", "xs"), kinds):
+        kind = DTYPES[dtype]
+        config = EDM2Config.of_size(size)
+        if device.type == "cpu":
+            config = EDM2Config(resolution=8, model_channels=64, channel_mult=(1,), num_blocks=1)
+        with torch.device("meta"):
+            shapes = [p.shape for p in EDM2Network(config).parameters() if p.dim() > 1]
+
+        def inputs(shapes=tuple(shapes), kind=kind, kernel=kernel):
+            weights = [torch.randn(shape, device=device) for shape in shapes]
+            others = torch.float32 if kernel == "backward" else kind
+            return [weights, [torch.randn_like(w, dtype=others) for w in weights]]
+
+        def call(weights, others, kernel=kernel):
+            if kernel == "backward":
+                return lambda: weight_norm.weight_norm_backward(weights, others)
+            force = torch.ones((), dtype=torch.bool, device=device) if kernel == "forced" else None
+            return lambda: weight_norm.weight_norm(weights, others, force)
+
+        def provider(name, weights, others, call=call):
+            return with_backend("weight_norm", name, call(weights, others))
+
+        providers: dict[str, Callable] = {
+            name: functools.partial(provider, name)
+            for name in (*own_backends("weight_norm"), "eager")
+        }
+        numel = sum(shape.numel() for shape in shapes)
+        shape = f"{kernel} EDM2 {size.upper()}, {numel / 1e6:.1f} M in {len(shapes)}"
+        nbytes = weight_norm.bytes_moved(numel, kernel, kind.itemsize), 0
+        yield Case("weight_norm", shape, dtype, inputs, providers, nbytes, differentiable=False)
+
+
 CASES = {
     "attention": attention_cases,
     "group_norm": group_norm_cases,
@@ -508,6 +548,7 @@ CASES = {
     "sid_loss": sid_loss_cases,
     "random": random_cases,
     "dropout": dropout_cases,
+    "weight_norm": weight_norm_cases,
     "mp": mp_cases,
 }
 
@@ -515,7 +556,7 @@ CASES = {
 def make_calls(case: Case, provider: str, device: torch.device) -> dict[str, Callable]:
     """Return, by mode, a function that makes the call to time."""
     function = case.providers[provider]
-    if case.name == "adam_ema":
+    if case.name in ("adam_ema", "weight_norm"):
         return {"forward": lambda: function(*case.inputs())}
 
     def laid_out():

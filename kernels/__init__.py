@@ -11,6 +11,7 @@ from sid_fast.kernels.mp import mp_cat_silu, mp_sum, pixel_norm, scaled_silu
 from sid_fast.kernels.random import random
 from sid_fast.kernels.sid_loss import Losses, fake_score_loss, generator_loss, noised
 from sid_fast.kernels.sida_loss import adversarial_loss, discriminator_loss
+from sid_fast.kernels.weight_norm import weight_norm, weight_norm_backward
 
 __all__ = [
     "GroupNormOutput",
@@ -29,4 +30,6 @@ __all__ = [
     "pixel_norm",
     "random",
     "scaled_silu",
+    "weight_norm",
+    "weight_norm_backward",
 ]

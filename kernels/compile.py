@@ -37,7 +37,7 @@ from sid_fast.kernels._triton import INTERPRETED, triton
 # launches depend on it.
 MODULES = (
     "adam_ema", "attention", "augment", "dropout", "group_norm", "mp", "random", "sid_loss",
-    "sida_loss",
+    "sida_loss", "weight_norm",
 )  # fmt: skip
 
 # Maximum shared memory per block, in bytes (CUDA C++ programming guide, "Compute Capabilities").

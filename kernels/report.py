@@ -30,6 +30,8 @@ GPUS = {"h100": GPU(1.755e9, 3.0e12), "h200": GPU(1.785e9, 4.3e12)}
 
 # Parameters of the CIFAR-10 network, for the estimates of adam_ema.
 PARAMETERS = 55_733_891
+# Weights of EDM2 XS and the row length of a third of them, for those of weight_norm.
+EDM2_WEIGHTS, EDM2_ROW = 124_700_000, 4608
 
 
 @dataclasses.dataclass
@@ -199,6 +201,15 @@ def _dropout(label: str, constants: dict, images: int) -> Work:
     return Work(images * -(-size // constants["BLOCK"]), images * size, moved, ())
 
 
+def _weight_norm(label: str, constants: dict, _) -> Work:
+    module = _module("weight_norm")
+    kind = label.split()[1]
+    itemsize = 0 if kind == "in" else _itemsize(label)
+    moved = module.bytes_moved(EDM2_WEIGHTS, "forced" if kind == "in" else kind, itemsize)
+    trips = (-(-EDM2_ROW // module.TILES[-1][1]),)
+    return Work(EDM2_WEIGHTS // EDM2_ROW, EDM2_WEIGHTS, moved, trips)
+
+
 WORK = {
     "adam_ema": _adam_ema,
     "attention": _attention,
@@ -209,4 +220,5 @@ WORK = {
     "random": _random,
     "sid_loss": _sid_loss,
     "sida_loss": _sida_loss,
+    "weight_norm": _weight_norm,
 }

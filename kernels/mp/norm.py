@@ -5,7 +5,7 @@ recomputes the norm from the input, which the skip connection keeps alive anyway
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -116,7 +116,7 @@ def backward_kernel(
     store(dx_ptr + start + offset, r[:, None] * g - x * slope[:, None], mask)
 
 
-def launch(row: int, itemsize: int, backward: bool) -> dict[str, int]:
+def launch(row: int, itemsize: int, backward: bool) -> dict[str, Any]:
     """Return a kernel's constants and warps for rows of `row` channels of `itemsize` bytes."""
     block_c = 1 << (row - 1).bit_length()
     per_thread = PER_THREAD // 2 if backward else PER_THREAD

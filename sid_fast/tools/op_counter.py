@@ -91,6 +91,8 @@ KINDS = {
     "group_norm": "group norm",
     "group_norm_backward": "group norm",
     "adam_ema": "update",
+    "weight_norm": "update",
+    "weight_norm_backward": "update",
 }
 
 

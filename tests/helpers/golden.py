@@ -27,8 +27,18 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.detach().double() - expected.double()).norm() / expected.double().norm())
 
 
+def collect_gradients(net: Network) -> None:
+    """Turn the gradients of a network's copies into its parameters', as an update does."""
+    for leaf in net.compute_copies:
+        ((_, (p,)),) = leaf.sources
+        p.grad = None if leaf.tensor.grad is None else leaf.tensor.grad.float()
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in net.parameters()]
+    net.backward_through_copies(grads)
+
+
 def check_gradients(net: Network, data: dict[str, torch.Tensor], prefix: str) -> None:
     """Compare the gradients of all parameters with PREFIX.NAME, _head and _norm."""
+    collect_gradients(net)
     checked = 0
     for name, p in net.named_parameters():
         found = p.grad

@@ -70,7 +70,9 @@ class MPFourier(nn.Module):
 
 
 class MPConv(nn.Module):
-    """A convolution, or a linear layer, whose weight is normalised wherever it is used.
+    """A convolution, or a linear layer, whose weight is normalised.
+
+    Happens wherever the weight is used, unless the layer has a normalised copy of it.
 
     Args:
         fan_in: Input channels.
@@ -78,24 +80,35 @@ class MPConv(nn.Module):
         kernel: Kernel size, for [N, C, H, W]; None: a linear layer, for [N, C].
     """
 
+    # w/(ε + rms(w))/√fan_in in the compute dtype; see EDM2Network.compute_in.
+    compute_weight: torch.Tensor | None = None
+
     def __init__(self, fan_in: int, fan_out: int, kernel: int | None = None):
         super().__init__()
         size = () if kernel is None else (kernel, kernel)
         self.weight = nn.Parameter(torch.randn(fan_out, fan_in, *size))
 
-    def forward(self, x: torch.Tensor, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
-        """Apply the layer in the dtype of x; `gain` scales the output."""
-        weight = self.scaled_weight(x.dtype, gain)
-        if weight.dim() == 2:
-            return F.linear(x, weight)
-        if weight.shape[-1] == 1:
-            return conv1x1(weight, x)
-        return convolve(x, weight)
+    def forward(self, x: torch.Tensor, gain: torch.Tensor | None = None) -> torch.Tensor:
+        """Apply the layer in the dtype of x; `gain` [1] scales the output."""
+        if self.weight.dim() == 4:
+            weight = self.scaled_weight(x.dtype, gain)
+            return conv1x1(weight, x) if weight.shape[-1] == 1 else convolve(x, weight)
+        if gain is None or self.compute_weight is None:
+            return F.linear(x, self.scaled_weight(x.dtype, gain))
+        # The output is smaller than the copy.
+        return (F.linear(x, self.scaled_weight(x.dtype)) * gain).to(x.dtype)
 
-    def scaled_weight(self, dtype: torch.dtype, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
-        """Return the normalised weight times gain/√fan_in, in a dtype."""
-        fan_in = self.weight[0].numel()
-        return (normalize_weight(self.weight) * (gain / math.sqrt(fan_in))).to(dtype)
+    def scaled_weight(self, dtype: torch.dtype, gain: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the normalised weight times gain/√fan_in, in a dtype.
+
+        The product with the gain is one in float32: a rounded gain would scale all outputs wrongly.
+        """
+        if self.compute_weight is not None:
+            weight = self.compute_weight
+            return (weight if gain is None else weight * gain).to(dtype)
+        scale = 1 / math.sqrt(self.weight[0].numel())
+        weight = normalize_weight(self.weight) * (scale if gain is None else gain * scale)
+        return weight.to(dtype)
 
 
 class QKV(BlockedRows, MPConv):
