@@ -145,6 +145,7 @@ unit_tests=(bash -c 'printf "%s\n" "$@" | xargs -P "$processes" -I{} bash -c "te
 ((gpu)) || export SID_FAST_GPU_REHEARSAL=1 TRITON_INTERPRET=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 compile=(--compile-only --dtype "bf16,fp32" --parts "$processes")
 ((gpu)) || compile=(--compile-only --dtype fp32 --kernel sid_loss --parts "$processes")
+: >"$out/warm_up.log" # the background process may start late
 seq 0 $((processes - 1)) | timeout --kill-after=5 "$seconds" xargs -P "$processes" -I{} \
     "$python" -m benchmarks.kernels "${compile[@]}" --part {} >"$out/warm_up.log" 2>&1 &
 warming=$!
@@ -163,7 +164,7 @@ if ((gpu)); then
         --timed-seconds 6 --max-steps 10 --variants "default,sid_fast,$fixed"
     part "checks of networks" 20 "${check[@]}" "test_network"
     part "kernel tests" 35 "${unit_tests[@]}" \
-        tests/kernels/group_norm/test_*.py tests/kernels/test_{attention,sid_loss,augment,adam_ema}.py \
+        tests/kernels/group_norm/test_*.py tests/kernels/test_{attention,sid_loss,augment,adam_ema,weight_norm}.py \
         tests/models/test_fused.py
     part "kernels" 30 "${kernels[@]}" --baselines \
         "eager,eager NCHW,fused Adam,apex,sdpa cudnn,sdpa flash,sdpa efficient"

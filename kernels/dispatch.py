@@ -11,7 +11,8 @@ from sid_fast.kernels import _apex, _cuda
 from sid_fast.kernels._triton import AVAILABLE
 
 # Backends of each operation besides "eager" (plain PyTorch). `block` is the U-Net's residual block:
-# eager in edm_unet/unet.py, composed of the fused operations in edm_unet/fused.py.
+# eager in edm_unet/unet.py, composed of the fused operations in edm_unet/fused.py. `mp` is all of
+# kernels.mp, the element-wise chains of EDM2's blocks.
 OPERATIONS = {
     "block": ("triton",),
     "group_norm": ("triton", "apex", "cuda"),
@@ -21,6 +22,8 @@ OPERATIONS = {
     "augment": ("triton",),
     "random": ("triton",),
     "adam_ema": ("triton", "cuda"),
+    "weight_norm": ("triton",),
+    "mp": ("triton",),
 }
 BACKENDS = ("cuda", "triton", "eager", "apex")
 _forced: dict[str, str] = {}
@@ -35,7 +38,10 @@ def available_backends() -> list[str]:
 # Counted bytes and launches decide (GroupNorm 203 GiB -> 119 a CIFAR-10 step of 64 images, Adam
 # 13,000 launches -> 2); `python -m sid_fast.tune` times all backends on the machine itself.
 DEFAULTS = {
-    "cuda": dict.fromkeys(("group_norm", "sid_loss", "sida_loss", "random", "adam_ema"), "triton"),
+    "cuda": dict.fromkeys(
+        ("group_norm", "sid_loss", "sida_loss", "random", "adam_ema", "weight_norm", "mp"),
+        "triton",
+    ),
     # The host build of csrc; measured, see benchmarks/LOG.md.
     "cpu": dict.fromkeys(("group_norm", "adam_ema"), "cuda"),
 }

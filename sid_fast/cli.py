@@ -56,18 +56,21 @@ def changed_options(config: Any, kind: str) -> dict[str, Any]:
 
 
 class NumberList(click.ParamType):
-    """Integers separated by commas."""
+    """Numbers of a type, int or float, separated by commas."""
 
-    name = "n,n,…"
+    def __init__(self, kind: type):
+        self.kind = kind
+        self.name = "n,n,…" if kind is int else "x,x,…"
 
     def convert(self, value, param, ctx):
         """Parse "1,2,2" into (1, 2, 2)."""
         if isinstance(value, list | tuple):
             return tuple(value)
         try:
-            return tuple(int(v) for v in value.split(",") if v.strip())
+            return tuple(self.kind(v) for v in value.split(",") if v.strip())
         except ValueError:
-            self.fail(f"{value!r} is not a list of integers such as 1,2,2", param, ctx)
+            like = "integers such as 1,2,2" if self.kind is int else "numbers such as 0.05,0.1"
+            self.fail(f"{value!r} is not a list of {like}", param, ctx)
 
 
 class NumberOr(click.ParamType):
@@ -139,7 +142,9 @@ def _option(f: dataclasses.Field, hint: Any) -> click.Option:
     if choices:
         choice = NumberOr(choices) if kinds else click.Choice(choices)
         return Option(names, type=choice, **common)
-    kind: Any = NumberList() if typing.get_origin(kinds[0]) is tuple else kinds[0]
+    kind: Any = kinds[0]
+    if typing.get_origin(kind) is tuple:
+        kind = NumberList(typing.get_args(kind)[0])
     metavar = {int: "N", float: "X", str: "TEXT"}.get(kind)
     return Option(names, type=kind, metavar=metavar, **common)
 
@@ -407,7 +412,8 @@ def _is_of(hint: Any, value: Any) -> bool:
     choices, kinds = members(hint)
     for kind in kinds:
         if typing.get_origin(kind) is tuple:
-            if isinstance(value, tuple) and all(type(v) is int for v in value):
+            numbers = (int, float) if float in typing.get_args(kind) else (int,)
+            if isinstance(value, tuple) and all(type(v) in numbers for v in value):
                 return True
         elif type(value) is kind or (kind is float and type(value) is int):
             return True

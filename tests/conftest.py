@@ -21,7 +21,9 @@ from tests.helpers.images import pictures
 from tests.helpers.networks import small_teacher
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):  # of pytest-xdist: no process ends long after the others
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if not torch.cuda.is_available() and "SID_FAST_GPU_REHEARSAL" not in os.environ:
         for item in items:
             if item.get_closest_marker("gpu"):  # keywords hold the folder's name as well

@@ -24,16 +24,12 @@ TRAJECTORIES = ["ddpmpp_uncond", "adm_cond"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "compile"), [*((name, False) for name in TRAJECTORIES), ("ddpmpp_uncond", True)]
-)
-def test_golden_trajectory(golden, name, compile, monkeypatch):
-    """Compiled, every block is traced as a single graph; inductor itself would take minutes."""
-    monkeypatch.setattr("sid_fast.performance.compile.BACKEND", "aot_eager")
+@pytest.mark.parametrize("name", TRAJECTORIES)
+def test_golden_trajectory(golden, name):
     data = read(golden / f"trajectory_{name}.npz")
     teacher = sid_fast.load_network(golden / f"{name}.pkl")
     start = {k: v.clone() for k, v in teacher.state_dict().items()}
-    distiller = Distiller(teacher, golden_settings(data), compile=compile)
+    distiller = Distiller(teacher, golden_settings(data))
     steps = int(data["steps"])
     for step in range(steps):
         metrics = distiller.step(golden_draws(data, step))

@@ -52,7 +52,7 @@ MAX_HEADER_BYTES = 1 << 24  # of a state.json or config.json; 1,000 ranks take 1
 FIND_ATTEMPTS = 100  # at a state, while the run that writes it prunes its older ones
 # Files that a run writes with atomic_path, and folders of states that are written or removed.
 RUN_FILES = re.compile(
-    r"config\.json|log\.jsonl|distance\.png|(snapshot|best)-\d+\.safetensors|samples-\d+\.png"
+    r"config\.json|log\.jsonl|distance\.png|(snapshot|best)-\d+(-0\.\d+)?\.safetensors|samples-\d+\.png"
 )
 STATE_FOLDERS = re.compile(r"state-\d+(-\d+)?(\.old|\.[0-9a-f]{8})?\.tmp")
 _held: list[int] = []  # open state.json files of the states that are being read
@@ -578,8 +578,13 @@ def _load(path: Path, trainer: Trainer) -> dict[str, Any]:
 
     header = read_header(path)
     fingerprint = json.loads(json.dumps(trainer.resume_fingerprint))  # as stored in a state
-    # A setting that the state does not know is newer: the state was written with its default.
-    defaults = {f.name: f.default for f in dataclasses.fields(trainer.settings)}
+    # A setting that the state does not know is newer: the state was written with its default. But a
+    # state without any setting that only this method has is of another method.
+    kind = type(trainer.settings)
+    defaults = {f.name: f.default for f in dataclasses.fields(kind)}
+    inherited = {name for base in kind.__bases__ for name in getattr(base, "__annotations__", {})}
+    if not header["identity"].keys() & (defaults.keys() - inherited):
+        defaults = {}
     for name in header["identity"] | fingerprint:
         saved, value = header["identity"].get(name, defaults.get(name)), fingerprint.get(name)
         if saved != value:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from sid_fast.config.types import RunOptions, recorded, smaller_micro_batch
+from sid_fast.config.types import RunOptions, ema_stds, recorded, smaller_micro_batch
 from sid_fast.errors import OutOfMemory, RunFailed, UserError, WriteFailed
 from sid_fast.io import invocation, progress, streams
 from sid_fast.io.atomic import atomic_path
@@ -323,8 +323,10 @@ class Loop:
         """Return the snapshot and the evaluation of the resumed state that a kill prevented."""
         before = self.trainer.images - self.trainer.settings.batch_size
         missing: list[Artifact] = []
-        if self.trainer.images >= self.end and not process_group.broadcast_from_rank0(
-            lambda: any(self.folder.glob(f"snapshot-{self.trainer.images:010d}.*"))
+        files = f"snapshot-{self.trainer.images:010d}*.safetensors"
+        emas = max(1, len(ema_stds(self.trainer.settings)))
+        if self.trainer.images >= self.end and process_group.broadcast_from_rank0(
+            lambda: int(len(list(self.folder.glob(files))) < emas)
         ):
             missing.append(("snapshot", self.snapshot))
         evaluate = self._evaluation(before)

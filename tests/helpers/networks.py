@@ -29,9 +29,12 @@ def small_edm2(**fields: object) -> EDM2Network:
     return net.requires_grad_(False).eval()
 
 
-def small_teacher() -> EDMNetwork:
+TINY = dataclasses.replace(SMALL, channel_mult=(1,), attention_resolutions=())  # half the blocks
+
+
+def small_teacher(config: NetworkConfig = SMALL) -> EDMNetwork:
     torch.manual_seed(0)
-    net = EDMNetwork(SMALL)
+    net = EDMNetwork(config)
     for p in net.parameters():
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.1)

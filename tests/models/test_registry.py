@@ -154,7 +154,7 @@ def test_few_weights_do_not_make_a_large_network(tmp_path, monkeypatch):
 def test_an_empty_name(tmp_path):
     with pytest.raises(UserError, match=r"name is empty.*shell variable"):
         load_network("")
-    with pytest.raises(UserError, match=r"does not exist.*digits, fashion, cifar10-uncond"):
+    with pytest.raises(UserError, match=r"does not exist.*digits, digits-edm2, fashion, cifar"):
         load_network(tmp_path / "none")
     with pytest.raises(UserError, match="File name too long"):
         load_network("x" * 300)

@@ -17,7 +17,7 @@ from sid_fast.errors import Fallback, OutOfMemory, RunFailed, UserError
 from sid_fast.performance import cuda_graphs
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
 from tests.helpers import recorder
-from tests.helpers.networks import FAST, small_teacher, weights
+from tests.helpers.networks import FAST, TINY, small_teacher, weights
 from tests.helpers.processes import tensors_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -43,7 +43,7 @@ def stand_in(monkeypatch, device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("micro_batch", [4, 1, None])
+@pytest.mark.parametrize("micro_batch", [4, 1])
 def test_a_replayed_run_is_the_eager_one(stand_in, device, micro_batch):
     """With dropout, augmentation and a first moment; the two warm-ups leave no trace."""
     settings = Settings(
@@ -55,7 +55,7 @@ def test_a_replayed_run_is_the_eager_one(stand_in, device, micro_batch):
     )
     found = []
     for replayed in (False, True):
-        distiller = Distiller(small_teacher().to(device), settings, cuda_graph=replayed)
+        distiller = Distiller(small_teacher(TINY).to(device), settings, cuda_graph=replayed)
         for _ in range(3):
             metrics = distiller.step()
         found.append((weights(distiller), metrics["generator/loss"].clone()))
@@ -154,14 +154,14 @@ def state_of(distiller):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("micro_batch", "at"), [(None, 1), (1, 1), (1, 3), (1, 6)])
+@pytest.mark.parametrize(("micro_batch", "at"), [(None, 1), (1, 3), (1, 6)])
 def test_under_auto_a_failed_capture_leaves_the_eager_run(failing, micro_batch, at):
     """Bit-exact: weights, optimizer states, gradients, and random states, the caller's too."""
     settings = Settings(
         **FAST | {"batch_size": 8}, dropout=0.2, generator_beta1=0.9, micro_batch=micro_batch
     )
-    expected = Distiller(small_teacher(), settings)
-    distiller = Distiller(small_teacher(), settings, cuda_graph="auto")
+    expected = Distiller(small_teacher(TINY), settings)
+    distiller = Distiller(small_teacher(TINY), settings, cuda_graph="auto")
     sender = Sender()
     cuda_graphs.failure.grad_syncs.add(sender)
 

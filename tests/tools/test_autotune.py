@@ -25,12 +25,12 @@ from sid_fast.tools.isolation import Failed
 from sid_fast.tools.proof import Job
 from sid_fast.tools.tournament import Row, Tournament, Turn
 from sid_fast.training.step import Trainer
-from tests.helpers.networks import SMALL, small_teacher
+from tests.helpers.networks import SMALL, TINY, small_teacher
 from tests.helpers.processes import TORCHRUN, python
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SETTINGS = Settings(batch_size=4, dropout=0.2, augment_p=0.3)
-JOB = Job(SMALL, SETTINGS, "cpu")
+JOB = Job(TINY, SETTINGS, "cpu")
 SIDA = dataclasses.replace(
     JOB, settings=SiDASettings(batch_size=8, adversarial_group=2, dropout=0.2, augment_p=0.3)
 )
@@ -102,7 +102,7 @@ def cache(monkeypatch, tmp_path):
 def planted(monkeypatch):
     """Run a tuner whose candidates have such faults, and one that is right at the end."""
     monkeypatch.setattr(tournament, "Candidate", Planted)
-    monkeypatch.setattr(tournament, "COMPILE_LIMIT", 15)
+    monkeypatch.setattr(tournament, "COMPILE_LIMIT", 5)
 
     def run(**faults):
         said: list[str] = []
@@ -121,7 +121,7 @@ def planted(monkeypatch):
 def test_planted_candidates_are_named_and_the_rest_goes_on(planted):
     rows, said = planted(crash="crash", hang="hang", scale="scale", leak="leak")
     assert rows["crash"].wrong == "ended by SIGSEGV"
-    assert rows["hang"].wrong == "did not end in 15 s"
+    assert rows["hang"].wrong == "did not end in 5 s"
     assert "generator gradients" in rows["scale"].wrong
     assert "+2.0% in scale" in rows["scale"].wrong
     assert rows["leak"].wrong.startswith("leaks 4.0 MiB")
@@ -689,7 +689,7 @@ def test_two_ranks_with_one_failing_candidate_end_on_one_verdict(tmp_path):
 # ---- the commands
 
 
-NETWORK = ["--model-channels", 16, "--channel-mult", "1,2", "--num-blocks", 1]
+NETWORK = ["--model-channels", 16, "--channel-mult", "1", "--num-blocks", 1]
 COMMANDS = {  # command and its options; of tune, too
     "sid": ("train", ["--teacher", "teacher.safetensors"], []),
     "sida": (
@@ -708,7 +708,7 @@ def test_the_command_writes_its_table_and_a_run_takes_its_verdict(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Tournament, "_wins", wins)
-    save_network(tmp_path / "teacher.safetensors", small_teacher())
+    save_network(tmp_path / "teacher.safetensors", small_teacher(TINY))
     command, arguments, more = COMMANDS[method]
     arguments = [*arguments, "--batch-size", 4, "--kernels", "adam_ema=eager,group_norm=eager"]
     tune = ["pretrain"] * (command == "pretrain") + arguments
@@ -723,6 +723,8 @@ def test_the_command_writes_its_table_and_a_run_takes_its_verdict(
     config = json.loads((tmp_path / "kept" / "config.json").read_text())
     assert config["tuning"]["candidate"] == table["candidate"]
     assert config["tuning"]["text"].endswith(", kept)")
+    if method != "sid":  # the rest is the same
+        return
     assert run_command(command, *run, "--out", "run", "--tune", "again") == (0, "")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["tuning"]["text"].endswith(" times eager)")

@@ -72,9 +72,8 @@ def test_a_list_operation_takes_the_launches_it_takes_on_cuda(sizes, types, copi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["cifar10-uncond", "ffhq64"])
-def test_a_round_starts_few_small_kernels(preset):
-    step = passes.of_micro_batch(preset, "triton")
+def test_a_round_starts_few_small_kernels():
+    step = passes.of_micro_batch("ffhq64", "triton")  # of CIFAR-10's architecture, with more levels
     found = passes.launches(step, 3 * 64**2)
     assert sum(n for kind, (n, _) in found.items() if kind.startswith("pointwise")) <= 300
     names = Counter(op.name for op in step.ops)

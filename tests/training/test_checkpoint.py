@@ -79,13 +79,12 @@ def same_end(found, expected) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", [1, 3, 6])
-def test_a_killed_and_resumed_run_is_bit_exact(command, tmp_path, moment):
+def test_a_killed_and_resumed_run_is_bit_exact(command, tmp_path):
     arguments, whole = command
     out = tmp_path / "run"
 
     def ready() -> bool:
-        return bool(states(out)) and int(states(out)[-1].name[6:]) >= 5 * moment
+        return bool(states(out)) and int(states(out)[-1].name[6:]) >= 15
 
     status = python_until(ready, signal.SIGKILL, *arguments, "--out", out)
     assert status == -signal.SIGKILL
@@ -99,8 +98,9 @@ def test_a_killed_and_resumed_run_is_bit_exact(command, tmp_path, moment):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [2, 5, 8])  # in each part of the schedule, and into an epoch
-def test_a_killed_and_resumed_run_of_sida_is_bit_exact(tmp_path, steps):
+def test_a_killed_and_resumed_run_of_sida_is_bit_exact(tmp_path):
+    """From the part of the schedule without the adversarial term, in the middle of an epoch."""
+    steps = 5
     save_network(tmp_path / "teacher.safetensors", small_teacher())
     write_dataset(tmp_path / "data.zip", pictures(14), np.arange(14) % 10)
     arguments = [

@@ -133,7 +133,7 @@ def test_a_resumed_run_remembers_teacher_and_best(tmp_path, run_command):
 def test_evaluations_generate_the_classes_that_have_images(tmp_path, run_command, monkeypatch):
     drawn, generate = [], callbacks.generate_batches
     monkeypatch.setattr(
-        callbacks, "generate_batches", lambda *a: drawn.append(a[-1]) or generate(*a)
+        callbacks, "generate_batches", lambda *a: drawn.append(a[-2]) or generate(*a)
     )
     write_dataset(
         tmp_path / "a.zip", np.arange(384, dtype=np.uint8).reshape(6, 1, 8, 8), [1, 4] * 3
@@ -485,8 +485,9 @@ def test_the_next_command_repeats_what_a_state_does_not_hold():
     assert shlex.split(told)[2:] == [
         "sid_fast.train", "--resume", "runs/a b", "--log-to", "wandb", "--max-hours", "3.9",
     ]  # fmt: skip
-    for command, config in ((train, options), (pretrain, pretrain.PretrainConfig(log_to="wandb"))):
-        assert command.next_commands(config, "run")[-1].endswith(" --log-to wandb")
+    more = pretrain.next_commands(pretrain.PretrainConfig(log_to="wandb"), "run")
+    for commands in train.next_commands(options, "run", latent=False), more:
+        assert commands[-1].endswith(" --log-to wandb")
 
 
 def test_the_end_names_the_next_commands(tmp_path, run_command, told):

@@ -137,30 +137,37 @@ class Conv2d(nn.Module):
         return F.conv_transpose2d(x, taps * 4, stride=2, padding=padding, groups=channels)
 
 
-class QKV(Conv2d):
-    """The 1x1 convolution before attention, its rows in the order that kernels.attention reads.
+class BlockedRows(nn.Module):
+    """Base of a 1x1 convolution to q, k and v, its rows in the order that kernels.attention reads.
 
     A state_dict stores the rows in upstream's order, with q, k and v interleaved within a head.
     """
 
-    def __init__(self, channels: int, heads: int, init: Init):
-        super().__init__(channels, channels * 3, 1, init)
-        self.channels, self.heads = channels, heads
+    weight: nn.Parameter
+    heads: int
 
     def order(self) -> torch.Tensor:
         """Map our rows to upstream's: the upstream index of each row; argsort inverts it."""
-        return blocked_order(self.channels, self.heads)
+        return blocked_order(len(self.weight) // 3, self.heads)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in (f"{prefix}weight", f"{prefix}bias"):
+        for name, _ in self.named_parameters(prefix.removesuffix("."), recurse=False):
             destination[name] = destination[name][self.order().argsort()]
 
     def _load_from_state_dict(self, state_dict, prefix, *others):
-        for name in (f"{prefix}weight", f"{prefix}bias"):
+        for name, _ in self.named_parameters(prefix.removesuffix("."), recurse=False):
             if name in state_dict:
                 state_dict[name] = state_dict[name][self.order()]
         super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+class QKV(BlockedRows, Conv2d):
+    """The 1x1 convolution before attention."""
+
+    def __init__(self, channels: int, heads: int, init: Init):
+        super().__init__(channels, channels * 3, 1, init)
+        self.heads = heads
 
 
 class GroupNorm(nn.Module):
