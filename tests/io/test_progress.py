@@ -246,3 +246,18 @@ def test_lines_never_exceed_a_narrow_terminal():
     assert max(map(len, drawn)) <= 40
     assert any(re.match(r"evaluation of the network  \d+ %", line) for line in drawn), drawn
     assert "a line" in drawn
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_the_live_line_replaces_lines_of_the_same_terminal_only(monkeypatch, live):
+    monkeypatch.setattr(terminal, "is_live", lambda: live)
+    for stdout in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert terminal.replaces_lines() == (live and stdout.isatty())
+
+
+def test_the_last_column_stays_free(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", open(os.devnull, "w"))  # noqa: SIM115
+    for columns, width in ((80, 79), (1, 1)):
+        monkeypatch.setattr(os, "get_terminal_size", lambda _, n=columns: os.terminal_size((n, 24)))
+        assert progress._width() == width
