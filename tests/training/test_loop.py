@@ -479,7 +479,9 @@ def test_the_start_is_told_in_short_lines(tmp_path, run_command, told, monkeypat
 def test_the_next_command_repeats_what_a_state_does_not_hold():
     options = train.TrainConfig()
     options.log_to, options.max_hours, options.detector = "wandb", 3.9, "pixels"
-    assert train.next_commands(options, "run")[1].endswith(f"pixels -n {options.eval_images}")
+    assert train.next_commands(options, "run", False)[1].endswith(
+        f"pixels -n {options.eval_images}"
+    )
     run = types.SimpleNamespace(options=options, folder="runs/a b")
     told = loop.Loop._resume_command(run)
     assert shlex.split(told)[2:] == [
