@@ -582,6 +582,7 @@ def _load(path: Path, trainer: Trainer) -> dict[str, Any]:
     # state without any setting that only this method has is of another method.
     kind = type(trainer.settings)
     defaults = {f.name: f.default for f in dataclasses.fields(kind)}
+    defaults = {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()}  # JSON
     inherited = {name for base in kind.__bases__ for name in getattr(base, "__annotations__", {})}
     if not header["identity"].keys() & (defaults.keys() - inherited):
         defaults = {}

@@ -261,3 +261,25 @@ def test_the_last_column_stays_free(monkeypatch):
     for columns, width in ((80, 79), (1, 1)):
         monkeypatch.setattr(os, "get_terminal_size", lambda _, n=columns: os.terminal_size((n, 24)))
         assert progress._width() == width
+
+
+@pytest.mark.parametrize(
+    ("module", "argument", "rank", "told"),
+    [
+        ("sid_fast.train", "--kimg=1", "0", "loading PyTorch …"),
+        ("sid_fast.train", "--quiet", "0", ""),
+        ("sid_fast.train", "-q", "0", ""),
+        ("sid_fast.train", "--kimg=1", "1", ""),
+        ("pytest", "--kimg=1", "0", ""),
+    ],
+)
+def test_loading_is_announced_until_it_is_over(monkeypatch, capsys, module, argument, rank, told):
+    monkeypatch.setattr(terminal, "is_live", lambda: True)
+    monkeypatch.setattr(terminal, "_announced", False)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", module, argument])
+    monkeypatch.setattr(sys, "argv", ["x", argument])
+    monkeypatch.setenv("RANK", rank)
+    terminal.announce_loading()
+    assert capsys.readouterr().err == told
+    terminal.loaded()
+    assert capsys.readouterr().err == (f"\r{terminal.ERASE_LINE}" if told else "")

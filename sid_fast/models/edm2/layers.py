@@ -61,8 +61,9 @@ class MPFourier(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.register_buffer("freqs", 2 * math.pi * torch.randn(width))
-        self.register_buffer("phases", 2 * math.pi * torch.rand(width))
+        for name, values in {"freqs": torch.randn(width), "phases": torch.rand(width)}.items():
+            # Arithmetic on meta tensors imports torch._dynamo, which takes seconds.
+            self.register_buffer(name, values if values.is_meta else 2 * math.pi * values)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Embed x [N]."""
