@@ -38,6 +38,7 @@ class PublishedBaseline:
         self.teacher = teacher.requires_grad_(False).eval()
         self.generator, self.fake_score = self.method.generator, self.method.fake_score
         self.ema = copy.deepcopy(teacher)
+        self.emas = [self.ema]
         for net in (self.teacher, self.generator, self.fake_score):
             net.compute_dtype = dtype
         for net in (self.generator, self.fake_score):

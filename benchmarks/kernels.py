@@ -40,13 +40,17 @@ from sid_fast.errors import RunFailed, UserError
 from sid_fast.kernels import GroupNormOutput, _apex, _cuda, compile, dispatch
 from sid_fast.kernels._triton import INTERPRETED
 from sid_fast.methods.base import RandomStream
-from sid_fast.models import EDMNetwork, NetworkConfig
+from sid_fast.models import EDM2Config, EDM2Network, EDMNetwork, NetworkConfig
 from sid_fast.models.teachers import TEACHERS
 from sid_fast.performance import process_group
 
 # The modules; the package exports functions of the same names.
-adam_ema, attention, augment, dropout, group_norm, random, sid_loss, _sida_loss = (
-    importlib.import_module(f"sid_fast.kernels.{name}") for name in compile.MODULES
+MODULES = {name: importlib.import_module(f"sid_fast.kernels.{name}") for name in compile.MODULES}
+adam_ema, attention, augment, dropout, group_norm = (
+    MODULES[name] for name in ("adam_ema", "attention", "augment", "dropout", "group_norm")
+)
+mp, random, sid_loss, weight_norm = (
+    MODULES[name] for name in ("mp", "random", "sid_loss", "weight_norm")
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FILL = 2**28  # bytes of the largest tensor with --batch fill
@@ -60,8 +64,8 @@ class Case:
 
     Attributes:
         inputs: makes the tensors.
-        providers: by name, a function inputs -> outputs; for adam_ema, inputs -> the function to
-            time.
+        providers: by name, a function inputs -> outputs; for adam_ema and weight_norm, inputs ->
+            the function to time.
         nbytes: bytes that (forward, backward) must move.
         flop: FLOP of (forward, backward).
         differentiable: whether backward is timed too.
@@ -205,6 +209,63 @@ def group_norm_cases(dtypes, fill, device) -> Iterator[Case]:
     for dtype, variant in itertools.product(dtypes, group_norm.NORM_SHAPES):
         for place in group_norm.NORM_SHAPES[variant]:
             yield group_norm_case(variant, place, dtype, fill, device)
+
+
+def mp_cases(dtypes, fill, device) -> Iterator[Case]:
+    """Yield the element-wise chains of EDM2's blocks."""
+    calls: dict[str, tuple[Callable, Callable]] = {
+        "pixel_norm": (mp.pixel_norm, mp.pixel_norm_eager),
+        "qkv_norm": (_qkv_norm(mp.pixel_norm), _qkv_norm(mp.pixel_norm_eager)),
+        "scaled_silu": (mp.scaled_silu, mp.scaled_silu_eager),
+        "sum": (_mp_sum(mp.mp_sum), _mp_sum(mp.mp_sum_eager)),
+        "cat_silu": (mp.mp_cat_silu, _mp_cat_silu_eager),
+    }
+    for dtype, operation in itertools.product(dtypes, mp.SHAPES):
+        for place in mp.SHAPES[operation]:
+            *channels, side = place
+            kind, total = DTYPES[dtype], sum(channels)
+            n = batch_size(fill, 64, total * side**2 * kind.itemsize)
+            shapes: list[tuple[int, ...]] = [(n, c, side, side) for c in channels]
+            second = {"scaled_silu": (n, total), "sum": shapes[0]}.get(operation)
+            shapes += [second] if second else []
+
+            def inputs(shapes=tuple(shapes), kind=kind):
+                return [
+                    channels_last(*shape, device=device, dtype=kind)
+                    if len(shape) == 4
+                    else torch.randn(shape, device=device).to(kind).requires_grad_()
+                    for shape in shapes
+                ]
+
+            def call(function, *values):
+                out = function(*values)
+                outs = [out] if isinstance(out, torch.Tensor) else out
+                return [value for value in outs if value is not None]
+
+            ours, eager = (functools.partial(call, function) for function in calls[operation])
+            nbytes = [mp.bytes_moved(operation, place, n, kind.itemsize, b) for b in (False, True)]
+            shape = f"{operation} {n}x{'+'.join(map(str, channels))}@{side}x{side}"
+            providers = with_pytorch("mp", ours, eager)
+            yield Case("mp", shape, dtype, inputs, providers, tuple(nbytes))
+
+
+def _qkv_norm(norm: Callable) -> Callable:
+    return lambda x: norm(x, x.shape[1] // 64, False)
+
+
+def _mp_sum(function: Callable) -> Callable:
+    """Clip as at the end of a block, for two consumers."""
+
+    def run(a, b):
+        out = function(a, b, 0.3, 256.0)
+        return (out, out.view_as(out)) if isinstance(out, torch.Tensor) else out
+
+    return run
+
+
+def _mp_cat_silu_eager(x, skip=None):
+    """Return the aliases too, whose gradients PyTorch adds by itself."""
+    return mp.mp_cat_silu_eager(x, skip), x, skip
 
 
 BACKENDS = {
@@ -444,6 +505,41 @@ def _update(name, call, *lists):
     return with_backend("adam_ema", name, call(*lists))
 
 
+def weight_norm_cases(dtypes, fill, device) -> Iterator[Case]:
+    """Yield the normalisation of all weights of EDM2 networks, and its gradient."""
+    kinds = "forward", "forced", "backward"
+    for dtype, size, kernel in itertools.product(dtypes, ("m", "xs"), kinds):
+        kind = DTYPES[dtype]
+        config = EDM2Config.of_size(size)
+        if device.type == "cpu":
+            config = EDM2Config(resolution=8, model_channels=64, channel_mult=(1,), num_blocks=1)
+        with torch.device("meta"):
+            shapes = [p.shape for p in EDM2Network(config).parameters() if p.dim() > 1]
+
+        def inputs(shapes=tuple(shapes), kind=kind, kernel=kernel):
+            weights = [torch.randn(shape, device=device) for shape in shapes]
+            others = torch.float32 if kernel == "backward" else kind
+            return [weights, [torch.randn_like(w, dtype=others) for w in weights]]
+
+        def call(weights, others, kernel=kernel):
+            if kernel == "backward":
+                return lambda: weight_norm.weight_norm_backward(weights, others)
+            force = torch.ones((), dtype=torch.bool, device=device) if kernel == "forced" else None
+            return lambda: weight_norm.weight_norm(weights, others, force)
+
+        def provider(name, weights, others, call=call):
+            return with_backend("weight_norm", name, call(weights, others))
+
+        providers: dict[str, Callable] = {
+            name: functools.partial(provider, name)
+            for name in (*own_backends("weight_norm"), "eager")
+        }
+        numel = sum(shape.numel() for shape in shapes)
+        shape = f"{kernel} EDM2 {size.upper()}, {numel / 1e6:.1f} M in {len(shapes)}"
+        nbytes = weight_norm.bytes_moved(numel, kernel, kind.itemsize), 0
+        yield Case("weight_norm", shape, dtype, inputs, providers, nbytes, differentiable=False)
+
+
 CASES = {
     "attention": attention_cases,
     "group_norm": group_norm_cases,
@@ -452,13 +548,15 @@ CASES = {
     "sid_loss": sid_loss_cases,
     "random": random_cases,
     "dropout": dropout_cases,
+    "weight_norm": weight_norm_cases,
+    "mp": mp_cases,
 }
 
 
 def make_calls(case: Case, provider: str, device: torch.device) -> dict[str, Callable]:
     """Return, by mode, a function that makes the call to time."""
     function = case.providers[provider]
-    if case.name == "adam_ema":
+    if case.name in ("adam_ema", "weight_norm"):
         return {"forward": lambda: function(*case.inputs())}
 
     def laid_out():

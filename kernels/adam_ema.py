@@ -5,14 +5,13 @@ parameter. Hundreds of tensors of any size are thus updated by one launch. Its p
 run on the device at once, do equal work: each takes every n-th row, n being the number of programs.
 """
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from operator import attrgetter
 
 import torch
 
 from sid_fast.kernels import _cuda
 from sid_fast.kernels._operator import operator
+from sid_fast.kernels._tensor_lists import Layout, layout, memory_order
 from sid_fast.kernels._triton import tl, triton
 from sid_fast.kernels.dispatch import choose
 
@@ -252,49 +251,15 @@ def flop(numel: int, moment: bool, ema: bool) -> int:
     return numel * (10 + 3 * moment + 3 * ema)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-    """Everything a pointer table depends on, as the cache key: equal layouts have equal tables.
-
-    Compares memory, not tensor objects: an object may get new storage, two objects may share
-    storage, and a new object may reuse the id of a freed one. The hash covers only the addresses,
-    because hashing 2,000 shapes and strides would take longer than everything else.
-    """
-
-    addresses: tuple[int, ...]
-    shapes: tuple[torch.Size, ...]
-    strides: tuple[tuple[int, ...], ...]
-    dtypes: tuple[torch.dtype, ...]
-    lengths: tuple[int, ...]  # of params, grads, …
-    without_compute_weights: tuple[int, ...]
-    device: torch.device
-
-    def __hash__(self) -> int:
-        return hash(self.addresses)
-
-
-def _layout(*lists: list[torch.Tensor | None]) -> _Layout:
-    tensors = [t for tensors in lists for t in tensors if t is not None]
-    return _Layout(
-        tuple(map(torch.Tensor.data_ptr, tensors)),
-        tuple(map(attrgetter("shape"), tensors)),
-        tuple(map(torch.Tensor.stride, tensors)),
-        tuple(map(attrgetter("dtype"), tensors)),
-        tuple(map(len, lists)),
-        tuple(i for i, t in enumerate(lists[-1]) if t is None),
-        tensors[0].device,
-    )
-
-
 # Tables are never freed: a captured CUDA graph may read them.
-_tables: dict[_Layout, torch.Tensor] = {}
+_tables: dict[Layout, torch.Tensor] = {}
 
 
 def _table(params, grads, exp_avg, exp_avg_sq, ema, compute_weights) -> torch.Tensor:
     """Return the pointer table of these tensors, int64 [rows, COLUMNS], on their device."""
     companions = [grads, exp_avg, exp_avg_sq, ema]
-    layout = _layout(params, *companions, compute_weights)
-    table = _tables.get(layout)
+    key = layout(params, *companions, compute_weights)
+    table = _tables.get(key)
     if table is None:
         if len({t.dtype for t in compute_weights if t is not None}) > 1:
             raise ValueError(
@@ -306,7 +271,7 @@ def _table(params, grads, exp_avg, exp_avg_sq, ema, compute_weights) -> torch.Te
             )
             for i, p in enumerate(params)
         ]
-        table = _tables[layout] = torch.cat(rows).to(params[0].device)
+        table = _tables[key] = torch.cat(rows).to(params[0].device)
     return table
 
 
@@ -355,11 +320,7 @@ def _rows(p: torch.Tensor, others: list[torch.Tensor | None]) -> torch.Tensor:
 
 
 def _order(t: torch.Tensor) -> list[tuple[int, int]]:
-    """Return the sizes and strides that define the memory order; ValueError if t has gaps."""
-    order = [(size, stride) for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]
-    if 1 + sum((size - 1) * stride for size, stride in order) != t.numel():
-        raise ValueError(f"adam_ema: a tensor {tuple(t.shape)} with strides {t.stride()} has gaps")
-    return order
+    return memory_order(t, "adam_ema")
 
 
 @triton.jit

@@ -36,7 +36,8 @@ from sid_fast.kernels._triton import INTERPRETED, triton
 # multiple of 16, which pointers from torch always are. configurations() takes an architecture if
 # launches depend on it.
 MODULES = (
-    "adam_ema", "attention", "augment", "dropout", "group_norm", "random", "sid_loss", "sida_loss",
+    "adam_ema", "attention", "augment", "dropout", "group_norm", "mp", "random", "sid_loss",
+    "sida_loss", "weight_norm",
 )  # fmt: skip
 
 # Maximum shared memory per block, in bytes (CUDA C++ programming guide, "Compute Capabilities").

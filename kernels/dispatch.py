@@ -11,7 +11,8 @@ from sid_fast.kernels import _apex, _cuda
 from sid_fast.kernels._triton import AVAILABLE
 
 # Backends of each operation besides "eager" (plain PyTorch). `block` is the U-Net's residual block:
-# eager in edm_unet/unet.py, composed of the fused operations in edm_unet/fused.py.
+# eager in edm_unet/unet.py, composed of the fused operations in edm_unet/fused.py. `mp` is all of
+# kernels.mp, the element-wise chains of EDM2's blocks.
 OPERATIONS = {
     "block": ("triton",),
     "group_norm": ("triton", "apex", "cuda"),
@@ -21,6 +22,8 @@ OPERATIONS = {
     "augment": ("triton",),
     "random": ("triton",),
     "adam_ema": ("triton", "cuda"),
+    "weight_norm": ("triton",),
+    "mp": ("triton",),
 }
 BACKENDS = ("cuda", "triton", "eager", "apex")
 _forced: dict[str, str] = {}
@@ -35,7 +38,10 @@ def available_backends() -> list[str]:
 # Counted bytes and launches decide (GroupNorm 203 GiB -> 119 a CIFAR-10 step of 64 images, Adam
 # 13,000 launches -> 2); `python -m sid_fast.tune` times all backends on the machine itself.
 DEFAULTS = {
-    "cuda": dict.fromkeys(("group_norm", "sid_loss", "sida_loss", "random", "adam_ema"), "triton"),
+    "cuda": dict.fromkeys(
+        ("group_norm", "sid_loss", "sida_loss", "random", "adam_ema", "weight_norm", "mp"),
+        "triton",
+    ),
     # The host build of csrc; measured, see benchmarks/LOG.md.
     "cpu": dict.fromkeys(("group_norm", "adam_ema"), "cuda"),
 }
@@ -74,17 +80,21 @@ def _resolve_all(forced: Mapping[str, str], device: torch.device) -> dict[str, s
 
 
 def report(device: torch.device) -> str:
-    """Summarise the backends on a device: one name, or "OPERATION NAME, …" if they differ."""
-    return describe(runs(device))
+    """Summarise the backends on a device, as `describe` does; a CPU runs "cuda" in C++."""
+    names = {"cuda": "C++"} if device.type == "cpu" else {}
+    return describe({operation: names.get(name, name) for operation, name in runs(device).items()})
 
 
 def describe(backends: str | Mapping[str, str]) -> str:
-    """Summarise the backends of all operations as `report` does."""
+    """Summarise the backends of all operations: "OPERATION, … NAME, the rest NAME", or one NAME."""
     if isinstance(backends, str):
         return backends
-    if len(set(backends.values())) == 1:
-        return backends["group_norm"]
-    return ", ".join(f"{operation} {name}" for operation, name in backends.items())
+    operations: dict[str, list[str]] = {}
+    for operation, name in backends.items():
+        operations.setdefault(name, []).append(operation)
+    *others, rest = sorted(operations, key=lambda name: len(operations[name]))
+    named = [f"{', '.join(operations[name])} {name}" for name in others]
+    return ", ".join([*named, f"the rest {rest}"]) if named else rest
 
 
 def force(names: str | Mapping[str, str] | None) -> None:

@@ -9,6 +9,7 @@ the tensor cores bound it before either: compare its rows only with each other.
 
 import dataclasses
 import importlib
+import math
 import re
 
 from sid_fast.kernels import sass
@@ -29,6 +30,8 @@ GPUS = {"h100": GPU(1.755e9, 3.0e12), "h200": GPU(1.785e9, 4.3e12)}
 
 # Parameters of the CIFAR-10 network, for the estimates of adam_ema.
 PARAMETERS = 55_733_891
+# Weights of EDM2 XS and the row length of a third of them, for those of weight_norm.
+EDM2_WEIGHTS, EDM2_ROW = 124_700_000, 4608
 
 
 @dataclasses.dataclass
@@ -124,6 +127,24 @@ def _group_norm(label: str, constants: dict, images: int) -> Work:
     )
 
 
+def _mp(label: str, constants: dict, images: int) -> Work:
+    operation, direction, *_, size, dtype = label.split()
+    channels, _, side = size.partition("@")
+    shape = *map(int, channels.split("+")), int(side.partition("x")[0])
+    backward = direction == "backward"
+    module, itemsize = _module("mp"), 4 if dtype == "fp32" else 2
+    moved = module.bytes_moved(operation, shape, images, itemsize, backward)
+    elements = moved // module.TENSORS[operation][backward] // itemsize
+    tile = {
+        "pixel_norm": ("ROW", "BLOCK_ROWS"), "qkv_norm": ("ROW", "BLOCK_ROWS"),
+        "scaled_silu": ("BLOCK_HW", "BLOCK_C"), "sum": ("BLOCK",),
+        "cat_silu": ("BLOCK_ROWS", "BLOCK_C"),
+    }[operation]  # fmt: skip
+    trips = constants.get("TILES", 1)
+    per_block = math.prod(constants[name] for name in tile) * trips
+    return Work(-(-elements // per_block), elements, moved, (trips,))
+
+
 def _attention(label: str, constants: dict, images: int) -> Work:
     size, pixels = constants["SIZE"], constants["PIXELS"]
     heads, itemsize = images * constants["HEADS"], _itemsize(label)
@@ -180,13 +201,24 @@ def _dropout(label: str, constants: dict, images: int) -> Work:
     return Work(images * -(-size // constants["BLOCK"]), images * size, moved, ())
 
 
+def _weight_norm(label: str, constants: dict, _) -> Work:
+    module = _module("weight_norm")
+    kind = label.split()[1]
+    itemsize = 0 if kind == "in" else _itemsize(label)
+    moved = module.bytes_moved(EDM2_WEIGHTS, "forced" if kind == "in" else kind, itemsize)
+    trips = (-(-EDM2_ROW // module.TILES[-1][1]),)
+    return Work(EDM2_WEIGHTS // EDM2_ROW, EDM2_WEIGHTS, moved, trips)
+
+
 WORK = {
     "adam_ema": _adam_ema,
     "attention": _attention,
     "augment": _augment,
     "dropout": _dropout,
     "group_norm": _group_norm,
+    "mp": _mp,
     "random": _random,
     "sid_loss": _sid_loss,
     "sida_loss": _sida_loss,
+    "weight_norm": _weight_norm,
 }

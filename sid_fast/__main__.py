@@ -16,12 +16,13 @@ TEXT = """sid_fast distils a pretrained EDM diffusion model into a one-step gene
   python -m sid_fast.evaluate   compute FID, IS, KID, precision and recall
   python -m sid_fast.report     show runs on one HTML page: curves, images, speed, configuration
   python -m sid_fast.pretrain   train a teacher on your own images
+  python -m sid_fast.ema        make an EMA of any width from the snapshots of a teacher's training
   python -m sid_fast.prepare    make a data set of a folder or zip of images
   python -m sid_fast.export     write a network for upstream's tools, ONNX Runtime or torch.export
 
 Each command lists its options with --help. To try it on a CPU, in a few minutes:
 
-  python -m sid_fast.train --preset digits"""
+  python -m sid_fast.train --preset fashion"""
 LINES = (line.split() for line in TEXT.splitlines() if line.startswith("  python -m sid_fast."))
 COMMANDS = tuple(dict.fromkeys(words[2].partition(".")[2] for words in LINES))
 

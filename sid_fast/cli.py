@@ -1,6 +1,7 @@
 """Command lines made from dataclasses: each field is an option, a preset replaces its default."""
 
 import dataclasses
+import difflib
 import inspect
 import itertools
 import logging
@@ -32,7 +33,7 @@ from sid_fast.training.checkpoint import PATTERN, find_restarted_run, find_state
 def presets(kind: str) -> dict[str, dict[str, Any]]:
     """Read the presets of a command ("train" or "pretrain"): name -> {field: value}."""
     folder = resources.files("sid_fast.config") / "presets" / kind
-    files = sorted(folder.iterdir(), key=lambda f: f.name)
+    files = sorted(folder.iterdir(), key=lambda f: f.name.removesuffix(".toml"))
     return {
         f.name.removesuffix(".toml"): loads(f.read_text("utf-8"))
         for f in files
@@ -55,18 +56,21 @@ def changed_options(config: Any, kind: str) -> dict[str, Any]:
 
 
 class NumberList(click.ParamType):
-    """Integers separated by commas."""
+    """Numbers of a type, int or float, separated by commas."""
 
-    name = "n,n,…"
+    def __init__(self, kind: type):
+        self.kind = kind
+        self.name = "n,n,…" if kind is int else "x,x,…"
 
     def convert(self, value, param, ctx):
         """Parse "1,2,2" into (1, 2, 2)."""
         if isinstance(value, list | tuple):
             return tuple(value)
         try:
-            return tuple(int(v) for v in value.split(",") if v.strip())
+            return tuple(self.kind(v) for v in value.split(",") if v.strip())
         except ValueError:
-            self.fail(f"{value!r} is not a list of integers such as 1,2,2", param, ctx)
+            like = "integers such as 1,2,2" if self.kind is int else "numbers such as 0.05,0.1"
+            self.fail(f"{value!r} is not a list of {like}", param, ctx)
 
 
 class NumberOr(click.ParamType):
@@ -98,8 +102,8 @@ class Option(click.Option):
 # Sections of --help, in this order.
 HEADINGS = (
     "Preset", "Teacher and data", "Data", "Network", "Cluster", "Run", "Run and output", "Method",
-    "SiDA", "Optimizer and EMA", "Batch and precision", "Evaluation during the run", "Machine",
-    "Options", "Help",
+    "SiDA", "EDM2 teachers", "Optimizer and EMA", "Batch and precision",
+    "Evaluation during the run", "Machine", "Options", "Help",
 )  # fmt: skip
 
 
@@ -138,7 +142,9 @@ def _option(f: dataclasses.Field, hint: Any) -> click.Option:
     if choices:
         choice = NumberOr(choices) if kinds else click.Choice(choices)
         return Option(names, type=choice, **common)
-    kind: Any = NumberList() if typing.get_origin(kinds[0]) is tuple else kinds[0]
+    kind: Any = kinds[0]
+    if typing.get_origin(kind) is tuple:
+        kind = NumberList(typing.get_args(kind)[0])
     metavar = {int: "N", float: "X", str: "TEXT"}.get(kind)
     return Option(names, type=kind, metavar=metavar, **common)
 
@@ -161,7 +167,9 @@ def _choose_preset(kind: str):
         if value is not None:
             known = presets(kind)
             if value not in known:
-                raise UserError(f"preset {value!r} is unknown: choose from {', '.join(known)}")
+                near = difflib.get_close_matches(value, known, 1)
+                way = f"did you mean {near[0]}? All presets:" if near else "choose from"
+                raise UserError(f"preset {value!r} is unknown: {way} {', '.join(known)}")
             ctx.default_map = known[value]
         return value
 
@@ -404,7 +412,8 @@ def _is_of(hint: Any, value: Any) -> bool:
     choices, kinds = members(hint)
     for kind in kinds:
         if typing.get_origin(kind) is tuple:
-            if isinstance(value, tuple) and all(type(v) is int for v in value):
+            numbers = (int, float) if float in typing.get_args(kind) else (int,)
+            if isinstance(value, tuple) and all(type(v) in numbers for v in value):
                 return True
         elif type(value) is kind or (kind is float and type(value) is int):
             return True

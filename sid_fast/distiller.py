@@ -13,7 +13,7 @@ from sid_fast.config.types import (
     check,
     grad_accum_steps,
 )
-from sid_fast.data.datasets import ImageDataset
+from sid_fast.data.datasets import Dataset
 from sid_fast.data.feed import BlankFeed, ImageFeed
 from sid_fast.errors import UserError
 from sid_fast.io.digest import digest
@@ -89,7 +89,7 @@ class Distiller(Trainer):
         label_weights: torch.Tensor | None = None,
         sharding: fsdp.ShardingPlan | None = None,
         *,
-        data: ImageDataset | ImageFeed | None = None,
+        data: Dataset | ImageFeed | None = None,
         generator: Network | None = None,
         cuda_graph: bool | Literal["auto"] = False,
         compile: bool = False,
@@ -111,7 +111,7 @@ class Distiller(Trainer):
         if isinstance(settings, SiDASettings):
             grad_accum_steps(settings, sharding.ranks)  # refuses before the images are read
             feed = data if isinstance(data, ImageFeed) else None
-            if isinstance(data, ImageDataset):
+            if isinstance(data, Dataset):
                 check_images(data, teacher.config)
                 shares = sharding.rank, sharding.ranks
                 feed = ImageFeed(data, settings.batch_size, seed, device, *shares)

@@ -14,11 +14,13 @@ from functools import partial
 import torch
 
 from sid_fast import cli
-from sid_fast.config.types import Settings, check, option
-from sid_fast.data.datasets import ImageDataset
+from sid_fast.config.types import VAE, Settings, check, option
+from sid_fast.data.datasets import Dataset
 from sid_fast.data.digits import open_dataset
+from sid_fast.data.latents import require_kind
 from sid_fast.data.readers import check_reader, choose, read
 from sid_fast.errors import UserError
+from sid_fast.evaluation import decoding
 from sid_fast.evaluation.features import Detector, Pixels, label, load_detector
 from sid_fast.evaluation.references import real_stats, reference_of, write_reference
 from sid_fast.evaluation.sample import (
@@ -78,6 +80,7 @@ class EvaluateConfig(DetectorOptions):
         "(.pkl), a run folder (its newest snapshot), an https URL, or the name of a published "
         "teacher",
     )
+    vae: str | None = option(None, f"{VAE}; needed to evaluate latents")
     images: str | None = option(
         None, "instead of --network: generated images, a zip or folder of PNGs"
     )
@@ -187,7 +190,7 @@ def run(config: EvaluateConfig, given: set[str]) -> None:
 def refuse_idle_options(config: EvaluateConfig, given: set[str], metrics: list[str]) -> None:
     """Raise UserError if an option or a metric that the command line sets would do nothing."""
     refuse = partial(cli.refuse_idle, config, given)
-    refuse(config.network, "--network", "steps", "init_sigma", "seeds")
+    refuse(config.network, "--network", "steps", "init_sigma", "seeds", "vae")
     refuse(config.network or config.protocol != "edm", "--network", "protocol")
     refuse(config.steps == 1, "--steps 1", "init_sigma")
     refuse(config.data or config.images, "--data or --images", "reader")
@@ -205,7 +208,7 @@ def refuse_idle_options(config: EvaluateConfig, given: set[str], metrics: list[s
 
 def prepare(
     config: "EvaluateConfig | ReferenceConfig", device: torch.device
-) -> tuple[Detector | Pixels, ImageDataset | None, str]:
+) -> tuple[Detector | Pixels, Dataset | None, str]:
     """Load the detector and the real images, if any, and choose the PNG reader."""
     if config.batch and device.type == "cpu":  # the detector always gets full batches
         host_memory.require(
@@ -214,14 +217,21 @@ def prepare(
             "use a smaller --batch",
         )
     with process_group.main_process_first():  # may download
+        data = open_images(config.data) if config.data else None
         with progress.phase(f"loading the detector {config.detector}"):
             detector = load_detector(config.detector, device, config.trust, config.batch)
-        data = open_dataset(config.data) if config.data else None
     return detector, data, check_reader(config.reader)
 
 
+def open_images(path: str) -> Dataset:
+    """Open a data set; UserError if it holds latents."""
+    data = open_dataset(path)
+    require_kind(data, False, "an evaluation", "give the images that they were made from, or --ref")
+    return data
+
+
 def sets_from_network(
-    config: EvaluateConfig, device: torch.device, data: ImageDataset | None
+    config: EvaluateConfig, device: torch.device, data: Dataset | None
 ) -> list[SampleSet]:
     """The sample sets of --network that the protocol asks for; images are generated lazily."""
     num = config.num or NUM
@@ -245,8 +255,18 @@ def sets_from_network(
     if config.steps > 1:
         require_denoiser(net, config.network, f"a network that is sampled in {config.steps} steps")
     require_png_channels(net, config.network, "only such images can be evaluated")
+    decoder = decoding.make_decoder(net.config, config.vae, device, config.network)
+    decoding.require_images(decoder, config.network)
     host_memory.require_forward(net.config, device)
-    host_memory.require_features(net.config, max(map(len, seed_sets)), config.detector)
+    host_memory.require_features(decoder.shape, max(map(len, seed_sets)), config.detector)
+    if data and config.detector == "pixels":
+        channels, side, _ = decoder.shape
+        if (channels, side) != (data.channels, data.resolution):
+            raise UserError(
+                f"the network makes images of {side}x{side} pixels and {channels} channels, "
+                f"{config.data} has {data.resolution}x{data.resolution} and {data.channels}: "
+                "--detector pixels compares images of one shape"
+            )
     sigma = config.init_sigma or net.config.init_sigma or Settings.init_sigma
     graph, _ = resolve_cuda_graph("auto", device)
     classes = classes_to_draw(data, net)
@@ -258,7 +278,7 @@ def sets_from_network(
             f"{net.config.label_dim:,} classes: only those are generated"
         )
     return [
-        (seeds, generate_batches(net, seeds, sigma, config.steps, graph, classes))
+        (seeds, generate_batches(net, seeds, sigma, config.steps, graph, classes, decoder))
         for seeds in seed_sets
     ]
 
@@ -266,7 +286,7 @@ def sets_from_network(
 def set_from_files(config: EvaluateConfig, device: torch.device, reader: str) -> list[SampleSet]:
     """The one sample set of --images: its first --num images."""
     assert config.images
-    data = open_dataset(config.images)
+    data = open_images(config.images)
     num = config.num or len(data)
     if num > len(data):
         raise UserError(f"num={num} is too many: {config.images} has {len(data)} images")
@@ -330,7 +350,8 @@ def report(
         text = f"{reported[name]:.5g}" + ("" if std is None else f" ± {std:.2g}")
         each = "  ".join(f"{r[name]:.5g}" for r in results) if len(results) > 1 else ""
         say(f"{label(name, detector):32} {text:32} {each}".rstrip())
-    if "is" in config.metrics and "inception_score" not in reported:
+    missing = "is" in config.metrics and "inception_score" not in reported
+    if missing and config.detector != "pixels":
         say(f"no {label('inception_score', detector)}: this detector has no class probabilities")
     if real.features is None and ("kid" in config.metrics or "pr" in config.metrics):
         say("no kernel distance, precision or recall: they need real images; give --data")
@@ -345,7 +366,8 @@ def next_commands(config: EvaluateConfig) -> list[str]:
     if not config.network:
         return []
     steps = ("--steps", config.steps) if config.steps > 1 else ()
-    network = "--network", config.network, *steps
+    vae = ("--vae", config.vae) if config.vae else ()
+    network = "--network", config.network, *steps, *vae
     grid = "--seeds", "0-63", "--grid", "images.png"
     commands = [invocation.command_line("generate", *network, *grid)]
     if config.protocol is None and config.detector == "inception":

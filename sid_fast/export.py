@@ -45,7 +45,11 @@ class ExportConfig:
         1e-3,
         1e3,
     )
-    fp16: bool = option(False, ".pkl: on a GPU, upstream's tools then run the network in float16")
+    fp16: bool | None = option(
+        None,
+        ".pkl: on a GPU, upstream's tools then run the network in float16; default: as the pickle "
+        "that is exported says, else not",
+    )
 
 
 def run(config: ExportConfig, given: set[str]) -> None:
@@ -71,7 +75,8 @@ def run(config: ExportConfig, given: set[str]) -> None:
     difference = None
     cannot = f"{suffix} cannot hold yet: export it as .safetensors, or give an EDM network"
     if suffix == ".pkl":
-        exporters.save_pickle(out, require_edm(net, config.network, cannot), config.fp16)
+        fp16 = net.upstream_fp16 if config.fp16 is None else config.fp16
+        exporters.save_pickle(out, require_edm(net, config.network, cannot), fp16)
     elif suffix == ".safetensors":
         save_network(out, net)
     else:
@@ -90,13 +95,11 @@ def next_command(out: str, config: NetworkConfig) -> str:
     """Return a command that makes images with the file, or calls the function in it."""
     suffix, one_step = Path(out).suffix, config.init_sigma is not None
     if suffix in (".pkl", ".safetensors"):
-        steps = "" if one_step else f" --steps {18 if config.resolution < 64 else 40}"
-        if config.channels in (1, 3):
-            target = f"--grid {shlex.quote(str(Path(out).with_suffix('.png')))}"
-        else:
-            target = f"--out {shlex.quote(str(Path(out).with_suffix('.npz')))}"
-        return (
-            f"python -m sid_fast.generate --network {shlex.quote(out)}{steps} --seeds 0-63 {target}"
+        steps = () if one_step else ("--steps", 18 if config.resolution < 64 else 40)
+        option, ending = ("--grid", ".png") if config.channels in (1, 3) else ("--out", ".npz")
+        target = option, Path(out).with_suffix(ending)
+        return invocation.command_line(
+            "generate", "--network", out, *steps, "--seeds", "0-63", *target
         )
     noise = f"randn(4, {config.channels}, {config.resolution}, {config.resolution})"
     inputs = f"latents={noise}" if one_step else f"x=80 * {noise}, sigma=80 * ones(4)"
@@ -114,7 +117,7 @@ def next_command(out: str, config: NetworkConfig) -> str:
             f'f = onnxruntime.InferenceSession({name}); x = {{k: v.astype("f") for k, v in '
             f"dict({inputs}).items()}}; print(f.run(None, x)[0].shape)"
         )
-    return f"python -c {shlex.quote(code)}"
+    return f"{invocation.python()} -c {shlex.quote(code)}"
 
 
 main = cli.command(ExportConfig, run, None, __doc__)

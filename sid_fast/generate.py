@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from sid_fast import cli
-from sid_fast.config.types import Settings, check, option
+from sid_fast.config.types import VAE, Settings, check, option
 from sid_fast.data.datasets import write_dataset
 from sid_fast.data.images import save_grid, save_png
 from sid_fast.errors import UserError
+from sid_fast.evaluation import decoding
 from sid_fast.io import invocation, progress
 from sid_fast.io.atomic import atomic_path, open_target
 from sid_fast.io.streams import note
@@ -40,9 +41,14 @@ class GenerateConfig:
         None,
         "a folder for one PNG per seed; NAME.zip for an EDM data set; or NAME.npz with `images` "
         "(uint8 [N, R, R, C]; `latents`, float32 [N, C, R, R], from a network that makes latents), "
-        "`seeds` and, with classes, `labels`",
+        "`seeds` and, with classes, `labels`. PNGs of latents need --vae",
     )
-    grid: str | None = option(None, "PNG file to write, a grid of all the images")
+    grid: str | None = option(
+        None,
+        "PNG file to write, a grid of all the images; of latents without --vae a preview, a linear "
+        "map of the 4 channels to colours",
+    )
+    vae: str | None = option(None, VAE)
     class_: int | None = option(
         None, "generate only this class; default: a random class per seed", 0
     )
@@ -79,8 +85,16 @@ def run(config: GenerateConfig, given: set[str]) -> None:
         net = load_network(config.network).to(device)
     if config.steps > 1:
         require_denoiser(net, config.network, f"a network that is sampled in {config.steps} steps")
-    if config.grid or Path(config.out or "").suffix != ".npz":
+    as_pngs = bool(config.grid) or not is_npz(config.out)
+    if as_pngs:
         require_png_channels(net, config.network, "give --out NAME.npz, without --grid")
+    cli.refuse_idle(config, given, as_pngs, "--grid or an --out of PNGs", "vae")
+    decoder = decoding.make_decoder(net.config, config.vae, device, config.network)
+    if config.out and not is_npz(config.out) and decoder.is_preview:
+        raise UserError(
+            f"{config.network} makes latents: give the VAE that decodes them to images as --vae "
+            "FOLDER, or write the latents with --out NAME.npz"
+        )
     if config.class_ is not None and config.class_ >= net.config.label_dim:
         last = net.config.label_dim - 1
         known = f"choose from 0 to {last}" if last > 0 else "the network has no classes"
@@ -89,7 +103,7 @@ def run(config: GenerateConfig, given: set[str]) -> None:
         raise UserError(
             f"class={config.class_} had no images when {config.network} was trained: choose another"
         )
-    require_memory(config, net.config, sum(map(len, ranges)))
+    require_memory(config, net.config, decoder.shape, sum(map(len, ranges)))
     host_memory.require_forward(net.config, device)
     seeds = list(itertools.chain(*ranges))
     init_sigma = config.init_sigma or net.config.init_sigma
@@ -105,9 +119,7 @@ def run(config: GenerateConfig, given: set[str]) -> None:
     with process_group.joined(device):
         rank = process_group.rank()
         mine = seeds[rank :: process_group.world_size()]
-        shape = net.config.channels, net.config.resolution, net.config.resolution
-        dtype = torch.float32 if net.config.is_latent else torch.uint8
-        images = torch.empty(len(mine), *shape, dtype=dtype)
+        stored = buffers(config, net.config, decoder.shape, len(mine))
         classes = torch.empty(len(mine), dtype=torch.int64)
         with progress.phase("generating", len(seeds), "images") as shown:
             for i in range(0, len(mine), config.batch):
@@ -115,26 +127,53 @@ def run(config: GenerateConfig, given: set[str]) -> None:
                 rows = slice(i, i + len(batch))
                 latents, classes[rows] = seed_inputs(batch, net.config, config.class_)
                 made = generate_images(net, latents, classes[rows], init_sigma, config.steps)
-                images[rows] = made
+                if "latents" in stored:
+                    stored["latents"][rows] = made
+                if "images" in stored:
+                    images = decoder(made) if net.config.is_latent else made
+                    stored["images"][rows] = images
                 if folder:
-                    for seed, image in zip(batch, images[rows], strict=True):
+                    for seed, image in zip(batch, images, strict=True):
                         save_png(folder / f"seed{seed:06d}.png", image)
                 shown.update(min(len(batch) * process_group.world_size(), len(seeds) - shown.done))
-        images, classes = (process_group.gather(v, len(seeds)) for v in (images, classes))
+        stored = {name: process_group.gather(v, len(seeds)) for name, v in stored.items()}
+        classes = process_group.gather(classes, len(seeds))
         if rank == 0:
-            write(config, net.config, seeds, images, classes)
+            write(config, net.config, seeds, stored, classes)
+            if config.grid and decoder.is_preview:
+                note(f"note: {config.grid} is a preview of the latents: give --vae for images")
 
 
 # Unlikely suffixes of a folder name. --out writes .zip and .npz, in lower case only.
 FILE_SUFFIXES = (".zip", ".npz", ".npy", ".png", ".jpg", ".tar", ".gz", ".tgz")
 
 
-def require_memory(config: GenerateConfig, network: NetworkConfig, count: int) -> None:
-    """Raise UserError if `count` images do not fit in this machine's memory."""
-    pixels = network.channels * network.resolution**2 * (4 if network.is_latent else 1)  # bytes
+def buffers(
+    config: GenerateConfig, network: NetworkConfig, shape: tuple[int, int, int], count: int
+) -> dict[str, torch.Tensor]:
+    """Make room for what is written: `images`, uint8, and `latents`, float32, if they are needed.
+
+    shape: of an image, [C, H, W].
+    """
+    made = {}
+    if network.is_latent and is_npz(config.out):
+        side = network.resolution
+        made["latents"] = torch.empty(count, network.channels, side, side)
+    if config.grid or not made:
+        made["images"] = torch.empty(count, *shape, dtype=torch.uint8)
+    return made
+
+
+def require_memory(
+    config: GenerateConfig, network: NetworkConfig, shape: tuple[int, int, int], count: int
+) -> None:
+    """Raise UserError if `count` images of a shape do not fit in this machine's memory."""
+    with torch.device("meta"):
+        made = buffers(config, network, shape, 1)
     copies = 1 + bool(config.grid) + bool(config.out and is_file(config.out))  # while writing
-    per_image = 56 + copies * pixels  # the seed, twice; the class; the image
-    latents = min(config.batch, count) * pixels * 8  # drawn one by one, then stacked, float32
+    per_image = 56 + copies * sum(v.nbytes for v in made.values())  # the seed, twice; the class
+    values = network.channels * network.resolution**2
+    latents = min(config.batch, count) * values * 8  # drawn one by one, then stacked, float32
     host_memory.require(
         count * per_image + latents,
         f"{count:,} images (--seeds) in batches of {config.batch:,}",
@@ -145,6 +184,11 @@ def require_memory(config: GenerateConfig, network: NetworkConfig, count: int) -
 def is_file(out: str) -> bool:
     """Whether --out names a .zip or .npz, not a folder for PNGs."""
     return Path(out).suffix in (".zip", ".npz")
+
+
+def is_npz(out: str | None) -> bool:
+    """Whether --out names an .npz file."""
+    return Path(out or "").suffix == ".npz"
 
 
 def open_targets(out: str | None, grid: str | None) -> None:
@@ -165,42 +209,40 @@ def write(
     config: GenerateConfig,
     network: NetworkConfig,
     seeds: list[int],
-    images: torch.Tensor,
+    made: dict[str, torch.Tensor],
     classes: torch.Tensor,
 ) -> None:
-    """Write --grid, and --out if it is a file; classes are int64 [N].
-
-    images are uint8 [N, C, R, R]; of a network that makes latents, they are latents in float32.
-    """
+    """Write --grid, and --out if it is a file; made is as `buffers` says, classes int64 [N]."""
     labels = classes.numpy() if network.label_dim else None
     if config.grid:
         with progress.phase(f"writing {config.grid}"):
-            save_grid(config.grid, images)
+            save_grid(config.grid, made["images"])
     suffix = Path(config.out or "").suffix
     if config.out and suffix == ".zip":
-        write_dataset(config.out, images, labels)
+        write_dataset(config.out, made["images"], labels)
     if config.out and suffix == ".npz":
         values: dict[str, Any] = (
-            {"latents": images.numpy()}
+            {"latents": made["latents"].numpy()}
             if network.is_latent
-            else {"images": images.permute(0, 2, 3, 1).numpy()}
+            else {"images": made["images"].permute(0, 2, 3, 1).numpy()}
         )
         values |= {"seeds": np.array(seeds)} | ({} if labels is None else {"labels": labels})
         writing = progress.phase(f"writing {config.out}")
         with writing, atomic_path(config.out) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **values)
-    made = [path for path in (config.out, config.grid) if path]
-    invocation.report(f"wrote {len(seeds):,} images:", made)
-    invocation.suggest(*next_commands(config))
+    paths = [path for path in (config.out, config.grid) if path]
+    invocation.report(f"wrote {len(seeds):,} images:", paths)
+    invocation.suggest(*next_commands(config, network.is_latent))
 
 
-def next_commands(config: GenerateConfig) -> list[str]:
+def next_commands(config: GenerateConfig, latent: bool) -> list[str]:
     """What to type next: measure the images, or the network if there is only a grid."""
     out = config.out
     if out and Path(out).suffix != ".npz":
         return [invocation.command_line("evaluate", "--images", out, "--data", "DATASET.zip")]
     steps = ("--steps", config.steps) if config.steps > 1 else ()
-    network = "--network", config.network, *steps
+    vae = ("--vae", config.vae or "VAE") if latent else ()
+    network = "--network", config.network, *steps, *vae
     return [
         invocation.command_line("generate", *network, "--seeds", "0-49999", "--out", "images.zip"),
         invocation.command_line("evaluate", *network, "--data", "DATASET.zip"),

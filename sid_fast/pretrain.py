@@ -1,4 +1,4 @@
-"""Train an EDM teacher on your own images.
+"""Train an EDM or EDM2 teacher on your own images.
 
 python -m sid_fast.pretrain --data images.zip --out runs/teacher
 """
@@ -12,11 +12,12 @@ import torch
 
 from sid_fast import cli, kernels
 from sid_fast.config.types import (
-    NetworkOptions,
     PretrainSettings,
     RunOptions,
     StepOptions,
+    TeacherOptions,
     check,
+    ema_stds,
     grad_accum_steps,
     option,
     part,
@@ -24,30 +25,31 @@ from sid_fast.config.types import (
 from sid_fast.data.digits import open_dataset
 from sid_fast.data.feed import ImageFeed
 from sid_fast.errors import UserError
+from sid_fast.evaluation import decoding
 from sid_fast.io import invocation, progress
 from sid_fast.methods.edm import EDM, teacher_config
-from sid_fast.models import EDMNetwork
+from sid_fast.models.families import build_network
 from sid_fast.performance import fsdp, mixed_precision, process_group
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
 from sid_fast.sampling import heun
 from sid_fast.tools import autotune, estimator, graph_trial, host_memory, micro_batch
-from sid_fast.training import sinks
-from sid_fast.training.callbacks import Evaluations, Snapshots
+from sid_fast.training import power_ema, sinks
+from sid_fast.training.callbacks import Evaluations, Snapshots, require_reference
 from sid_fast.training.checkpoint import read_header
-from sid_fast.training.loop import Loop, refuse_other_run
+from sid_fast.training.loop import Loop, refuse_other_run, start_options
 from sid_fast.training.random_streams import seed_of
 from sid_fast.training.step import Trainer
 
 
 @dataclasses.dataclass
-class PretrainConfig(  # type: ignore[misc]  # micro_batch
-    RunOptions, StepOptions, NetworkOptions, PretrainSettings
-):
+class PretrainConfig(RunOptions, StepOptions, TeacherOptions):  # type: ignore[misc]  # micro_batch
     """Options of `python -m sid_fast.pretrain`."""
 
     preset: str | None = None
     data: str | None = option(
-        None, "training images: an EDM data set (zip or folder), or `digits`", heading="Data"
+        None,
+        "training images or latents: an EDM data set (zip or folder), or `digits`",
+        heading="Data",
     )
     sampler_steps: int = option(
         18,
@@ -81,7 +83,12 @@ def run(config: PretrainConfig, given: set[str]) -> None:
         config.lr_rampup_kimg = config.kimg / 20
     device = process_group.named_device(config.device)
     kernels.dispatch.configure(config.kernels, device, config.deterministic)
+    cli.refuse_idle(
+        config, given, not config.ema_std, '--ema-std ""', "ema_halflife_kimg", "ema_rampup_ratio"
+    )
+    power_ema.exponents(config.ema_std)
     data = open_dataset(config.data)
+    require_reference(config, data)
     settings = part(config, PretrainSettings)
     network = teacher_config(config, settings, data)
     # In child processes, before CUDA starts.
@@ -99,7 +106,7 @@ def run(config: PretrainConfig, given: set[str]) -> None:
         grad_accum_steps(settings, process_group.world_size())
         estimator.require_host_memory(network, config, device)
         state = estimator.StateMemory(
-            lambda s: EDM(EDMNetwork(network), s),
+            lambda s: EDM(build_network(network), s),
             mixed_precision.resolve_precision(settings, device),
             kernels.dispatch.runs(device),
         )
@@ -107,7 +114,7 @@ def run(config: PretrainConfig, given: set[str]) -> None:
         if device.type == "cuda":
             upper = micro_batch.estimated(network, config, settings, device, sharding)
         torch.manual_seed(seed_of(config.seed, "weights"))
-        net = EDMNetwork(network).to(device)
+        net = build_network(network).to(device)
         if auto and device.type == "cuda":
             config.micro_batch = micro_batch.that_fits(net, config, settings, upper, sharding)
             settings = part(config, PretrainSettings)
@@ -134,12 +141,20 @@ def run(config: PretrainConfig, given: set[str]) -> None:
         if config.checkpoint_activations:
             checkpoint_activations(net)
         sampler = partial(heun, num_steps=config.sampler_steps)
-        snapshots = Snapshots(config, trainer, trainer.ema, sampler)
+        decoder = decoding.make_decoder(network, config.vae, device, "the network")
+        snapshots = Snapshots(config, trainer, trainer.emas, sampler, decoder, ema_stds(settings))
         evaluations = None
         if config.eval_every:
-            host_memory.require_features(network, config.eval_images, config.detector)
+            decoding.require_images(decoder, "the network")
+            host_memory.require_features(decoder.shape, config.eval_images, config.detector)
             evaluations = Evaluations(
-                config, trainer, trainer.ema, data, config.sampler_steps, cuda_graph=mode
+                config,
+                trainer,
+                trainer.ema,
+                data,
+                config.sampler_steps,
+                cuda_graph=mode,
+                decoder=decoder,
             )
         name = f"teacher-{config.preset or Path(config.data).stem}"
         backends = kernels.dispatch.report(device)
@@ -147,7 +162,7 @@ def run(config: PretrainConfig, given: set[str]) -> None:
             f"on {device} in {trainer.settings.precision}, kernels: {backends}"
             f"{', CUDA graphs' * bool(graphs)}{', torch.compile' * compile}, {sharding.text}"
         )
-        headline = f"training a teacher ({network}) on {len(data):,} images {feed.text}, {where}"
+        headline = f"training a teacher ({network}) on {len(data):,} images {feed.text}\n  {where}"
         headline += tuning.text and f", {tuning.text}"
         headline += "".join(f"\nnote: {line}" for line in (note, *tuning.notes) if line)
         changed = cli.changed_options(config, "pretrain")
@@ -162,10 +177,11 @@ def next_commands(config: PretrainConfig, folder: Path) -> list[str]:
     """What to type after a run in a folder: look at images, distil the teacher, train on."""
     steps = "--steps", config.sampler_steps
     grid = "--seeds", "0-63", "--grid", "images.png"
+    longer = "--resume", folder, "--kimg", f"{2 * config.kimg:g}", *start_options(config)
     return [
         invocation.command_line("generate", "--network", folder, *steps, *grid),
         invocation.command_line("train", "--teacher", folder),
-        invocation.command_line("pretrain", "--resume", folder, "--kimg", f"{2 * config.kimg:g}"),
+        invocation.command_line("pretrain", *longer),
     ]
 
 

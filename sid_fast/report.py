@@ -9,11 +9,10 @@ every chart. A run that is still going is shown as far as it is.
 import dataclasses
 from pathlib import Path
 
-from tqdm import tqdm
-
 from sid_fast import cli
 from sid_fast.config.types import option
 from sid_fast.errors import UserError
+from sid_fast.io import progress
 from sid_fast.io.atomic import atomic_path, open_target
 from sid_fast.io.streams import say
 from sid_fast.tools.run_report.grids import MAX_PAGE_BYTES, Grid, chosen, encode, positions
@@ -46,12 +45,12 @@ def run(config: ReportConfig, given: set[str]) -> None:
     files = [chosen(run, stops) for run in runs]
     count = sum(map(len, files))
     grids: list[list[Grid]] = []
-    with tqdm(total=count, unit="grid", disable=None) as bar:
+    with progress.phase(f"writing {Path(config.out).name}", count, "grids") as shown:
         for run, its_files in zip(runs, files, strict=True):
             grids.append([])
             for grid in encode(its_files, MAX_PAGE_BYTES // max(count, 1), run.notes):
                 grids[-1].append(grid)
-                bar.update()
+                shown.update()
     html = page(runs, stops, grids, installed("sid-fast") or "")
     with atomic_path(config.out) as temporary:
         temporary.write_text(html, "utf-8")

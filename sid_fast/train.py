@@ -21,10 +21,12 @@ from sid_fast.config.types import (
     grad_accum_steps,
     option,
 )
-from sid_fast.data.datasets import ImageDataset
+from sid_fast.data.datasets import Dataset
 from sid_fast.data.digits import open_dataset
+from sid_fast.data.latents import require_kind
 from sid_fast.distiller import Distiller, data_free_method
 from sid_fast.errors import UserError
+from sid_fast.evaluation import decoding
 from sid_fast.io import invocation, progress
 from sid_fast.methods.sida import check_generator, check_images
 from sid_fast.models import Network, NetworkConfig
@@ -35,9 +37,9 @@ from sid_fast.performance.activation_checkpoint import checkpoint_activations
 from sid_fast.sampling import one_step
 from sid_fast.tools import autotune, estimator, graph_trial, host_memory, micro_batch
 from sid_fast.training import sinks
-from sid_fast.training.callbacks import Evaluations, Snapshots
+from sid_fast.training.callbacks import Evaluations, Snapshots, require_reference
 from sid_fast.training.checkpoint import read_header
-from sid_fast.training.loop import Loop, refuse_other_run
+from sid_fast.training.loop import Loop, refuse_other_run, start_options
 
 
 @dataclasses.dataclass
@@ -53,9 +55,10 @@ class TrainConfig(RunOptions, StepOptions, MethodOptions):  # type: ignore[misc]
     )
     data: str | None = option(
         None,
-        "EDM data set (zip or folder). Its class frequencies weight the sampled labels (default: "
-        "uniform over the classes that the teacher was trained on) and its images are the "
-        "reference for --eval-every. SiDA trains on it, SiD never does",
+        "EDM data set: zip or folder of PNGs, or of .npy latents for a teacher that makes latents. "
+        "Its class frequencies weight the sampled labels (default: uniform over the classes that "
+        "the teacher was trained on) and its images, not latents, are the reference for "
+        "--eval-every. SiDA trains on it, SiD never does",
         heading="Teacher and data",
     )
     generator: str | None = option(
@@ -95,6 +98,7 @@ def run(config: TrainConfig, given: set[str]) -> None:
     device = process_group.named_device(config.device)
     kernels.dispatch.configure(config.kernels, device, config.deterministic)
     data = open_dataset(config.data) if config.data else None
+    require_reference(config, data)
     # In child processes, before CUDA starts.
     tuning = autotune.for_run(
         config, given, config.settings(), partial(network_config, config.teacher), device, resume,
@@ -123,6 +127,9 @@ def run(config: TrainConfig, given: set[str]) -> None:
         if data and teacher.config.label_dim:  # what is drawn here is drawn of the generator later
             teacher.config = teacher.config.with_classes(data.classes)
         network = teacher.config
+        decoder = decoding.make_decoder(network, config.vae, device, config.teacher)
+        if config.eval_every:
+            decoding.require_images(decoder, config.teacher)
         estimator.require_host_memory(network, config, device)
         state = estimator.StateMemory(
             lambda settings: data_free_method(build_network(network), settings),
@@ -139,11 +146,10 @@ def run(config: TrainConfig, given: set[str]) -> None:
                     teacher, config, config.settings(), upper, sharding
                 )
         settings = config.settings()
-        with progress.phase("testing CUDA graphs on a small network"):
-            mode, graphs, note = graph_trial.choose(
-                config.cuda_graph, choice, network, settings, device, sharding.mesh is not None,
-                config.deterministic,
-            )  # fmt: skip
+        mode, graphs, note = graph_trial.choose(
+            config.cuda_graph, choice, network, settings, device, sharding.mesh is not None,
+            config.deterministic,
+        )  # fmt: skip
         compile = config.compile or bool(choice and choice.compile)
         with progress.phase("building the networks"):
             trainer = Distiller(
@@ -163,11 +169,15 @@ def run(config: TrainConfig, given: set[str]) -> None:
         teacher = trainer.teacher
 
         snapshots = Snapshots(
-            config, trainer, trainer.ema, partial(one_step, init_sigma=settings.init_sigma)
+            config,
+            trainer,
+            trainer.emas,
+            partial(one_step, init_sigma=settings.init_sigma),
+            decoder,
         )
         evaluations = None
         if config.eval_every:
-            host_memory.require_features(network, config.eval_images, config.detector)
+            host_memory.require_features(decoder.shape, config.eval_images, config.detector)
             evaluations = Evaluations(
                 config,
                 trainer,
@@ -176,6 +186,7 @@ def run(config: TrainConfig, given: set[str]) -> None:
                 teacher=teacher if config.teacher_steps else None,
                 teacher_steps=config.teacher_steps,
                 cuda_graph=mode,
+                decoder=decoder,
             )
         described = kernels.dispatch.report(device)
         where = (
@@ -184,9 +195,11 @@ def run(config: TrainConfig, given: set[str]) -> None:
         )
         feed = trainer.method.feed
         trained_on = f" with SiDA on {len(feed.dataset):,} images {feed.text}" if feed else ""
-        headline = f"distilling {config.teacher} ({teacher.config}){trained_on}, {where}"
+        headline = f"distilling {config.teacher} ({teacher.config}){trained_on}\n  {where}"
         headline += tuning.text and f", {tuning.text}"
         headline += "".join(f"\nnote: {line}" for line in (note, *tuning.notes) if line)
+        if decoder.is_preview:
+            headline += "\nnote: sample grids show a preview of the latents: give --vae for images"
         if data and data.labels is None and teacher.config.label_dim:
             headline += f"\nnote: {data.path} has no labels: classes are sampled uniformly"
         name = config.preset or "distil"
@@ -194,18 +207,24 @@ def run(config: TrainConfig, given: set[str]) -> None:
         with contextlib.closing(feed) if feed else contextlib.nullcontext():
             loop = Loop(trainer, config, snapshots, name, headline, evaluations, extra)
             if loop.run(resume) and process_group.rank() == 0:
-                invocation.suggest(*next_commands(config, loop.folder))
+                latent = network.is_latent
+                invocation.suggest(*next_commands(config, loop.folder, latent))
 
 
-def next_commands(config: TrainConfig, folder: Path) -> list[str]:
+def next_commands(config: TrainConfig, folder: Path, latent: bool) -> list[str]:
     """What to type after a run in a folder: look at images, measure them, train on."""
-    pixels = ("--detector", config.detector) if config.detector != "inception" else ()
-    reference = ("--data", config.data) if config.data else ("--ref", config.ref or "STATS.npz")
-    network = "--network", folder
+    vae = ("--vae", config.vae or "VAE") if latent else ()
+    pixels: tuple[object, ...] = ()
+    if config.detector != "inception":  # comparable with the run's own evaluations
+        pixels = "--detector", config.detector, "-n", config.eval_images
+    images = config.data and not latent
+    reference = ("--data", config.data) if images else ("--ref", config.ref or "STATS.npz")
+    network = "--network", folder, *vae
+    longer = "--resume", folder, "--kimg", f"{2 * config.kimg:g}", *start_options(config)
     return [
         invocation.command_line("generate", *network, "--seeds", "0-63", "--grid", "images.png"),
         invocation.command_line("evaluate", *network, *reference, *pixels),
-        invocation.command_line("train", "--resume", folder, "--kimg", f"{2 * config.kimg:g}"),
+        invocation.command_line("train", *longer),
     ]
 
 
@@ -250,22 +269,23 @@ def open_generator(config: TrainConfig, given: set[str], teacher: NetworkConfig)
     return generator
 
 
-def check_data(data: ImageDataset, network: NetworkConfig) -> None:
+def check_data(data: Dataset, network: NetworkConfig) -> None:
     """Raise UserError if the data set does not match the teacher's images and classes."""
+    way = "give the teacher's own data set, or leave out --data"
+    require_kind(data, network.is_latent, "the teacher", way)
     for name in ("resolution", "channels"):
         if getattr(data, name) != getattr(network, name):
             raise UserError(
                 f"{data.path} has {name} {getattr(data, name)}, the teacher has {name} "
-                f"{getattr(network, name)}: give the teacher's own data set, or leave out --data"
+                f"{getattr(network, name)}: {way}"
             )
     if data.label_dim > network.label_dim:
         raise UserError(
-            f"{data.path} has {data.label_dim} classes, the teacher has {network.label_dim}: "
-            "give the teacher's own data set, or leave out --data"
+            f"{data.path} has {data.label_dim} classes, the teacher has {network.label_dim}: {way}"
         )
 
 
-def label_weights(data: ImageDataset | None, network: NetworkConfig) -> torch.Tensor | None:
+def label_weights(data: Dataset | None, network: NetworkConfig) -> torch.Tensor | None:
     """Count each class in the data, float32 [label_dim]; None: sample classes uniformly."""
     if data is None or data.labels is None or not network.label_dim:
         return None

@@ -23,10 +23,10 @@ from typing import Any
 from sid_fast import cli, kernels
 from sid_fast.config.types import (
     MethodOptions,
-    NetworkOptions,
     Parallel,
     PretrainSettings,
     StepOptions,
+    TeacherOptions,
     check,
     check_method,
     grad_accum_steps,
@@ -73,7 +73,7 @@ class TuneConfig(TuneOptions, MethodOptions):  # type: ignore[misc]  # micro_bat
 
 
 @dataclasses.dataclass
-class TunePretrainConfig(TuneOptions, NetworkOptions, PretrainSettings):  # type: ignore[misc]
+class TunePretrainConfig(TuneOptions, TeacherOptions):  # type: ignore[misc]  # micro_batch
     """Options of `python -m sid_fast.tune pretrain`."""
 
     preset: str | None = None

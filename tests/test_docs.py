@@ -71,7 +71,7 @@ def test_json_of_a_page_is_valid(page):
 
 
 def test_commands_exist_with_their_options():
-    sources = [*PAGES, EXAMPLES / "slurm.sh", EXAMPLES / "digits.ipynb"]
+    sources = [ROOT / "README.md", *PAGES, EXAMPLES / "slurm.sh", EXAMPLES / "digits.ipynb"]
     lines = [words for path in sources for words in command_lines(path.read_text("utf-8"))]
     assert len(lines) > 15
     for name, *words in lines:

@@ -9,6 +9,7 @@ of a micro-batch by kind.
 """
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -22,11 +23,12 @@ from torch.utils._pytree import tree_leaves
 from sid_fast import cli
 from sid_fast.config.types import Precision
 from sid_fast.kernels import dispatch
-from sid_fast.models import EDMNetwork, NetworkConfig
+from sid_fast.models import EDM2Config, EDMNetwork, NetworkConfig
 from sid_fast.models.edm_unet.fused import DeferredResidual
 from sid_fast.models.edm_unet.unet import Block
+from sid_fast.models.families import build_network
 from sid_fast.models.teachers import TEACHERS
-from sid_fast.tools import estimator
+from sid_fast.tools import estimator, op_counter
 from sid_fast.tools.op_counter import Backends
 from sid_fast.train import TrainConfig
 
@@ -95,7 +97,7 @@ class Passes(TorchDispatchMode):
 def of_network(config: NetworkConfig, backend: str, dtype: torch.dtype) -> list[Pass]:
     """Count the passes of a network, forward and backward to parameters and image."""
     with FakeTensorMode(), dispatch.forced(backend):
-        net = EDMNetwork(config).train()
+        net = build_network(config).train()
         net.compute_in(dtype)
         x = torch.empty(BATCH, config.channels, *[config.resolution] * 2, requires_grad=True)
         with Passes(x[0].numel()) as mode:
@@ -111,6 +113,7 @@ IMAGENET64 = NetworkConfig(
     "adm", resolution=64, label_dim=1000, model_channels=192, channel_mult=(1, 2, 3, 4),
     num_blocks=3, attention_resolutions=(32, 16, 8), dropout=0.1,
 )  # fmt: skip
+EDM2_XS, EDM2_M = EDM2Config.of_size("xs"), EDM2Config.of_size("m")
 BLOCKS = {
     "DDPM++ encoder, same width": (CIFAR10, "enc.32x32_block1"),
     "DDPM++ encoder, wider (1x1 skip)": (CIFAR10, "enc.32x32_block0"),
@@ -123,6 +126,15 @@ BLOCKS = {
     "ADM down": (IMAGENET64, "enc.32x32_down"),
     "ADM up": (IMAGENET64, "dec.64x64_up"),
     "ADM decoder (cat, 1x1 skip), attention": (IMAGENET64, "dec.32x32_block1"),
+    "EDM2 XS encoder, same width": (EDM2_XS, "enc.32x32_block1"),
+    "EDM2 XS encoder, wider (1x1 skip)": (EDM2_XS, "enc.32x32_block0"),
+    "EDM2 XS encoder, attention": (EDM2_XS, "enc.16x16_block1"),
+    "EDM2 XS down": (EDM2_XS, "enc.32x32_down"),
+    "EDM2 XS up": (EDM2_XS, "dec.32x32_up"),
+    "EDM2 XS decoder (cat, 1x1 skip)": (EDM2_XS, "dec.32x32_block1"),
+    "EDM2 XS decoder, attention": (EDM2_XS, "dec.16x16_block1"),
+    "EDM2 M encoder, same width": (EDM2_M, "enc.32x32_block1"),
+    "EDM2 M decoder (cat, 1x1 skip)": (EDM2_M, "dec.32x32_block1"),
 }
 
 
@@ -137,6 +149,8 @@ def of_block(config: NetworkConfig, name: str, backend: str, dtype: torch.dtype)
 
     An encoder block's output has two consumers: the next block and the decoder's skip connection.
     """
+    if isinstance(config, EDM2Config):
+        return of_edm2_block(config, name, backend, dtype)
     fused = backend != "eager"
     with FakeTensorMode(), dispatch.forced(backend):
         net = EDMNetwork(config).train()
@@ -174,6 +188,32 @@ def of_block(config: NetworkConfig, name: str, backend: str, dtype: torch.dtype)
         return mode.passes
 
 
+def of_edm2_block(config: EDM2Config, name: str, backend: str, dtype: torch.dtype) -> list[Pass]:
+    """Count the passes of an EDM2 block as of_block does."""
+    with FakeTensorMode(), dispatch.forced(backend):
+        net = build_network(config).train()
+        net.compute_in(dtype)
+        block = net.backbone.get_submodule(name)
+        side = int(name.split(".")[1].split("x")[0])
+        side = {"down": side * 2, "up": side // 2}.get(block.resample or "", side)
+        encoder, fan_out = name.startswith("enc."), block.conv_res1.weight.shape[0]
+        right = block.fan_in - fan_out if not encoder and "_block" in name else 0
+
+        def features(channels: int) -> torch.Tensor:
+            x = torch.empty(BATCH, channels, side, side, dtype=dtype, requires_grad=True)
+            return x.to(memory_format=torch.channels_last)
+
+        x, skip = features(block.fan_in - right), features(right) if right else None
+        embedding = torch.empty(BATCH, config.embedding_channels, dtype=dtype)
+        with Passes(config.channels * config.resolution**2) as mode:
+            ends = block(x, embedding, skip)[: 1 + encoder]
+            grads = [torch.empty_like(end) for end in ends]
+            mode.backward = True
+            wanted = [x, *([] if skip is None else [skip]), *block.parameters()]
+            torch.autograd.grad(ends, wanted, grads)
+        return mode.passes
+
+
 def row(passes: list[Pass]) -> str:
     """Format passes and MiB per image, forward and backward, as table cells."""
     cells = []
@@ -208,7 +248,10 @@ def lines() -> Iterator[str]:
     for title, block in BLOCKS.items():
         for name, backend in backends.items():
             yield f"| {title} | {name} | {row(of_block(*block, *backend))} |"
-    for title, config in {"CIFAR-10": CIFAR10, "ImageNet 64": IMAGENET64}.items():
+    networks = {
+        "CIFAR-10": CIFAR10, "ImageNet 64": IMAGENET64, "EDM2 XS": EDM2_XS, "EDM2 M": EDM2_M
+    }  # fmt: skip
+    for title, config in networks.items():
         for name, backend in backends.items():
             yield f"| whole network, {title} | {name} | {row(of_network(config, *backend))} |"
 
@@ -287,6 +330,53 @@ def launch_lines() -> Iterator[str]:
             yield f"| {preset} | {backend} | peak memory: {peak} | | {_mib(step)} |"
 
 
+def network_ops(config: NetworkConfig, backends: Backends) -> dict[str, list[op_counter.Op]]:
+    """Count forward, and backward to parameters and image, of BATCH images in bfloat16."""
+    with op_counter.fake(backends):
+        net = build_network(config).train()
+        net.compute_in(torch.bfloat16)
+        x = torch.empty(BATCH, config.channels, *[config.resolution] * 2, requires_grad=True)
+        labels = torch.empty(BATCH, config.label_dim) if config.label_dim else None
+        with op_counter.Count() as count:
+            out = net(x, torch.ones(BATCH), labels)
+            forward = len(count.ops)
+            out.sum().backward()
+    return {"forward": count.ops[:forward], "backward": count.ops[forward:]}
+
+
+def network_lines() -> Iterator[str]:
+    """Yield the table of forward and backward passes of EDM2 networks."""
+    yield ""
+    yield "## One pass of an EDM2 network"
+    yield ""
+    yield (
+        f"{BATCH} images, bfloat16, in training; backward to the parameters and the image. "
+        '"small" are operations on weights and embeddings.'
+    )
+    yield ""
+    yield (
+        "| network | backend | direction | launches | convolution, linear, attention "
+        "| feature maps | small | GiB |"
+    )
+    yield "|---|---|---|---|---|---|---|---|"
+    for title, config in {"EDM2 XS": EDM2_XS, "EDM2 M": EDM2_M}.items():
+        for backend in ("triton", "eager"):
+            for direction, ops in network_ops(config, backend).items():
+                counts = Counter[str]()
+                for op in ops:
+                    large = op.shape[:1] == (BATCH,) and math.prod(op.shape[1:]) > 4096
+                    kind = "maps" if large else "small"
+                    counts[kind if op.kind in ("pointwise", "resampling") else "work"] += (
+                        op.launches
+                    )
+                total, nbytes = counts.total(), sum(op.nbytes for op in ops)
+                cells = (f"{counts[kind]:,}" for kind in ("work", "maps", "small"))
+                yield (
+                    f"| {title} | {backend} | {direction} | {total:,} | {' | '.join(cells)} "
+                    f"| {nbytes / 2**30:,.1f} |"
+                )
+
+
 def _mib(step: estimator.Step) -> str:
     return f"{step.peak.total() / 2**20:,.0f}"
 
@@ -295,7 +385,8 @@ def _mib(step: estimator.Step) -> str:
 @click.option("--launches", "count_launches", is_flag=True, help="Count kernel launches instead.")
 def main(count_launches: bool) -> None:
     """Run the command."""
-    for line in launch_lines() if count_launches else lines():
+    both = itertools.chain(launch_lines(), network_lines())
+    for line in both if count_launches else lines():
         print(line, flush=True)
 
 

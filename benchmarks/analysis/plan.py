@@ -1,4 +1,4 @@
-"""Write PLAN.md: plans of every published preset on five machines, made without a GPU.
+"""Write PLAN.md: plans of every published preset on several machines, made without a GPU.
 
 python -m benchmarks.analysis.plan
 """
@@ -22,6 +22,7 @@ MACHINES: tuple[tuple[int, Card], ...] = (
     (8, "h100"),
     (64, "h100"),
 )
+EDM2_MACHINES = MACHINES[-2:]  # its batch of 2,048 takes weeks on one GPU
 PRECISION: Precision = "bf16"
 HEAD = f"""# Plans of the published presets
 
@@ -31,9 +32,9 @@ this page. Each block is the output of
 whose other options change the precision, batch, rates and MFU.
 
 - Memory is counted: a step of the real network runs on fake tensors ({PRECISION}, Triton kernels,
-  micro-batches of 1 and 2 images). Its peak is linear in the images. An allowance of
-  {estimator.ALLOWANCE // estimator.GIB} GiB is added for the CUDA context, cuDNN's workspaces and
-  the allocator's fragmentation.
+  micro-batches of {" and ".join(map(str, estimator.COUNTED))} images). Its peak is linear in the
+  images. An allowance of {estimator.ALLOWANCE // estimator.GIB} GiB is added for the CUDA context,
+  cuDNN's workspaces and the allocator's fragmentation.
 - FLOP are counted in the same step, 2 per multiply-add.
 - Time is FLOP at an **assumed** MFU of {planner.Cluster.mfu:.0%} of the card's matrix rate, plus
   the communication that the last micro-batch's backward does not hide. Communication is estimated
@@ -59,7 +60,7 @@ def main() -> None:
         print(f"counting {name}", flush=True)
         counts = estimator.counts(network, settings)
         parts.append(f"## {name}\n")
-        for gpus, card in MACHINES:
+        for gpus, card in EDM2_MACHINES if name.startswith("edm2-") else MACHINES:
             if settings.batch_size // gpus % group_size(settings):
                 parts.append(f"Not on {gpus} x {card}: the batch has fewer groups of images.\n")
                 continue

@@ -37,7 +37,7 @@ SETTINGS = {
     "sida": SiDASettings(batch_size=4, dropout=0.2, augment_p=0.3, adversarial_group=2),
     "edm": PretrainSettings(batch_size=4, dropout=0.2, augment_p=0.3),
 }
-OPERATIONS = tuple(op for op in dispatch.OPERATIONS if op != "random")
+OPERATIONS = tuple(op for op in dispatch.OPERATIONS if op not in ("random", "mp"))
 
 
 def round_to_nearest_even() -> None:

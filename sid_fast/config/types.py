@@ -16,7 +16,7 @@ Switch = Literal["auto", "on", "off"]
 Normalization = Literal["auto", "both", "generator", "none", "upstream"]
 Tune = Literal["auto", "off", "again"]
 Card = Literal["rtx4090", "a100", "h100", "h200"]
-Architecture = Literal["ddpmpp", "ncsnpp", "adm"]
+Architecture = Literal["ddpmpp", "ncsnpp", "adm", "edm2"]
 Distillation = Literal["sid", "sida", "sid2a"]
 Sink = Literal["tensorboard", "wandb"]
 
@@ -120,6 +120,14 @@ def group_size(settings: Any) -> int:
     return getattr(settings, "adversarial_group", 1)
 
 
+def ema_stds(settings: Any) -> tuple[float, ...]:
+    """Widths of a teacher's power-function EMAs, the widest first; none: an EMA with a half-life.
+
+    The widest is the one of sample grids and evaluations.
+    """
+    return tuple(sorted(getattr(settings, "ema_std", ()), reverse=True))
+
+
 # Options of one start of a run: neither config.json nor states hold them.
 START_OPTIONS = frozenset({"log_to", "max_hours", "profile"})
 
@@ -158,6 +166,11 @@ PRECISION = (
 MICRO_BATCH = (
     "images per forward pass on each GPU, with gradient accumulation; default: the whole batch at "
     "once"
+)
+
+VAE = (
+    "VAE that decodes the latents of an EDM2 network: a diffusers folder, or a .safetensors file "
+    "with its config.json beside it, such as those of stabilityai/sd-vae-ft-mse"
 )
 
 _method = partial(option, heading="Method")
@@ -345,12 +358,20 @@ class PretrainSettings:
 
     lr: float = _optimizer(1e-3, "Adam learning rate", 0, 1)
     lr_rampup_kimg: float = _optimizer(10_000.0, "kimg of linear learning-rate warm-up", 0)
+    lr_decay_batches: float = _optimizer(
+        0.0, "the learning rate falls with 1/√steps after so many steps; 0: it stays constant", 0
+    )
     beta1: float = _optimizer(0.9, "Adam β1", 0, 0.9999)
     beta2: float = _optimizer(0.999, "Adam β2", 0, 0.999999)
     eps: float | None = _optimizer(None, "Adam ε; default: 1e-8, with fp16 1e-6", 1e-15)
     ema_halflife_kimg: float = _optimizer(500.0, "half-life of the EMA, kimg", 0)
     ema_rampup_ratio: float = _optimizer(
         0.05, "caps the EMA half-life at this fraction of the images seen; 0: no ramp-up", 0
+    )
+    ema_std: tuple[float, ...] = _optimizer(
+        (),
+        "widths of power-function EMAs, such as 0.05,0.1, as fractions of the images seen, in "
+        "place of an EMA with a half-life",
     )
     precision: Precision = _step("auto", PRECISION)
     batch_size: int = _step(512, "images per step, over all GPUs", 1, 2**24)
@@ -383,6 +404,87 @@ class NetworkOptions:
     )
 
 
+# EDM2's own, where they differ from those of EDM.
+EDM2_DEFAULTS: dict[str, Any] = {
+    "channel_mult": (1, 2, 3, 4),
+    "num_blocks": 3,
+    "attention_resolutions": (16, 8),
+    "lr_decay_batches": 35_000.0,
+    "beta2": 0.99,
+    "ema_std": (0.05, 0.1),
+    "batch_size": 2048,
+    "augment_p": 0.0,
+}
+
+
+@dataclasses.dataclass
+class TeacherOptions(NetworkOptions, PretrainSettings):
+    """A teacher's network and training settings, as command-line options.
+
+    Some have another default with --architecture edm2: EDM2_DEFAULTS.
+    """
+
+    # __post_init__ replaces each None by the default of the architecture.
+    channel_mult: tuple[int, ...] = _network(
+        None,
+        "channels of each resolution level, as multiples of --model-channels; default: 2,2,2, with "
+        "edm2 1,2,3,4",
+    )
+    num_blocks: int = _network(
+        None, "residual blocks per resolution level; default: 4, with edm2 3", 1
+    )
+    attention_resolutions: tuple[int, ...] = _network(
+        None, "resolutions (pixels) with self-attention; default: 16, with edm2 16,8"
+    )
+    lr: float = _optimizer(
+        None,
+        "Adam learning rate; default: 1e-3, with edm2 0.012·√(128/model_channels), within 6 % of "
+        "the published sizes'",
+        0,
+        1,
+    )
+    lr_decay_batches: float = _optimizer(
+        None,
+        "the learning rate falls with 1/√steps after so many steps; 0: it stays constant; default: "
+        "0, with edm2 35,000 (70,000 for latents of ImageNet-512)",
+        0,
+    )
+    beta2: float = _optimizer(None, "Adam β2; default: 0.999, with edm2 0.99", 0, 0.999999)
+    ema_std: tuple[float, ...] = _optimizer(
+        None,
+        "widths of power-function EMAs, as fractions of the images seen, in place of an EMA with a "
+        "half-life. Each is saved in snapshots; python -m sid_fast.ema makes one of any width from "
+        "them; sample grids and evaluations are of the widest. Default: none, with edm2 0.05,0.1",
+    )
+    batch_size: int = _step(
+        None, "images per step, over all GPUs; default: 512, with edm2 2048", 1, 2**24
+    )
+    dropout: float = _method(
+        None,
+        "dropout probability; default: 0.13, with edm2 0 (0.1 from --model-channels 256 on)",
+        0,
+        0.999,
+    )
+    augment_p: float = _method(
+        None,
+        "augmentation probability of the images; 0: none; default: 0.12, with edm2 0, as its "
+        "networks take no augmentation labels",
+        0,
+        1,
+    )
+
+    def __post_init__(self) -> None:
+        """Fill in the defaults of the architecture."""
+        defaults = vars(NetworkOptions()) | vars(PretrainSettings())
+        if self.architecture == "edm2":
+            defaults |= EDM2_DEFAULTS
+            defaults["lr"] = 0.012 * (128 / self.model_channels) ** 0.5
+            defaults["dropout"] = 0.1 if self.model_channels >= 256 else 0.0
+        for f in dataclasses.fields(TeacherOptions):
+            if f.default is None and getattr(self, f.name) is None:
+                setattr(self, f.name, defaults[f.name])
+
+
 @dataclasses.dataclass
 class RunOptions:
     """Options of a training run: folder, length, logging, checkpoints, evaluation, hardware."""
@@ -407,13 +509,19 @@ class RunOptions:
     )
     keep_snapshots: int = _output(
         20,
-        "number of newest snapshots to keep; sample grids: beyond 200 every second one is removed",
+        "number of newest snapshots to keep. Of more power-function EMAs every second one is "
+        "removed, so that the whole run is covered, and of more than 200 sample grids too",
         1,
     )
     log_to: Sink = _output(
         "tensorboard",
         "where curves go: tensorboard (a folder of the run), or wandb: Weights & Biases as well "
         "(pip install wandb; WANDB_MODE=offline keeps them on this machine)",
+    )
+    vae: str | None = _output(
+        None,
+        f"{VAE}. A run on latents without it shows a preview in its sample grids, a linear map of "
+        "the latents to colours, and cannot use --eval-every",
     )
     max_hours: float | None = _output(
         None,

@@ -1,4 +1,7 @@
-"""EDM data sets: a zip or folder of square PNGs, with class numbers in `dataset.json`."""
+"""EDM data sets: a zip or folder of square PNGs, with class numbers in `dataset.json`.
+
+Latents of a VAE come in the same layout, as .npy files; see data.latents.
+"""
 
 import hashlib
 import itertools
@@ -10,10 +13,11 @@ import struct
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from operator import length_hint
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -44,61 +48,92 @@ OTHER_FORMATS = {
     ".jp2", ".jxl", ".ppm", ".pgm", ".tga", ".npy",
 }  # fmt: skip
 _GREY, _RGB, _PALETTE = 0, 2, 3  # PNG colour types
-_MAX_PNG_BYTES = 2**27  # noise of MAX_RESOLUTION takes 50 MB
+_MAX_SAMPLE_BYTES = 2**27  # a PNG of noise of MAX_RESOLUTION takes 50 MB
 _LABELS_FORM = 'must be of the form {"labels": [[name, class], ...] or null}'
 _MAX_LABEL_BYTES = 2**27  # the labels of ImageNet take 60 MB
 _MAX_LABEL_VALUES = 8_000_000  # commas and brackets: three an image
 
 
-class ImageDataset:
-    """Images of an EDM data set, sorted by name, and their labels.
-
-    Indexing and `images()` return uint8 CHW arrays, `encoded()` returns the PNG itself. Opening
-    reads only the file names, the labels and the first image; every other image is checked when it
-    is read. Every method raises UserError, naming the file, for missing or damaged data.
-
-    Hidden files, and what is in hidden folders, are not read.
+@dataclass(frozen=True)
+class Listing:
+    """The files of a data set.
 
     Attributes:
         path: of the zip or folder.
-        resolution: height and width in pixels.
-        channels: 1 or 3.
+        zip: the open zip, or None.
+        names: of all files, relative to the folder or in the zip, where one may be repeated.
+        linked_folders: links to folders, which are not followed.
+    """
+
+    path: Path
+    zip: zipfile.ZipFile | None
+    names: list[str]
+    linked_folders: int
+
+    @property
+    def visible(self) -> set[str]:
+        """Names that are not hidden; others are not read."""
+        return {name for name in self.names if not is_hidden(name)}
+
+
+def list_files(path: str | os.PathLike[str]) -> Listing:
+    """List the files of a data set zip or folder; UserError if it cannot be read."""
+    path = Path(path)
+    if path.is_dir():
+        return Listing(path, None, *walk(path))
+    archive = open_zip(path, "a data set zip or folder")
+    # Not is_dir(), which fails for a name that is empty.
+    names = [i.filename for i in archive.infolist() if not i.filename.endswith("/")]
+    return Listing(path, archive, names, 0)
+
+
+class Dataset:
+    """Samples of a data set, a file each, sorted by name, and their labels.
+
+    Indexing and `images()` return CHW arrays. Opening reads only the file names, the labels and the
+    first sample; every other one is checked when it is read. Every method raises UserError, naming
+    the file, for missing or damaged data.
+
+    Hidden files, and what is in hidden folders, are not read.
+
+    Args:
+        source: the path of a zip or folder, or its files.
+
+    Attributes:
+        path: of the zip or folder.
+        resolution: height and width.
+        channels: of a network's input.
+        dtype: of the samples.
         labels: class numbers, int64 [N], or None.
         label_dim: number of classes, 0 without labels.
         note: what of the data set is left out, for people; "" if nothing is.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._zip = None if self.path.is_dir() else open_zip(self.path, "a data set zip or folder")
+    suffix: ClassVar[str]  # of the files, in lower case
+    is_latent: ClassVar[bool]
+    resolution: int
+    channels: int
+    dtype: np.dtype
+
+    def __init__(self, source: str | os.PathLike[str] | Listing) -> None:
+        files = source if isinstance(source, Listing) else list_files(source)
+        self.path, self._zip = files.path, files.zip
         self._map: mmap.mmap | None = None
-        self._linked_folders = 0
-        listed = self._list()
-        names = {name for name in listed if not is_hidden(name)}
-        self._names = sorted(name for name in names if name.lower().endswith(".png"))
-        others = Counter(suffix_of(name) for name in names if suffix_of(name) in OTHER_FORMATS)
-        hidden = sum(suffix_of(n) in {".png", *OTHER_FORMATS} for n in set(listed) - names)
+        listed, names = files.names, files.visible
+        formats = {".png", *OTHER_FORMATS}
+        self._names = sorted(name for name in names if name.lower().endswith(self.suffix))
+        others = Counter(suffix_of(n) for n in names if suffix_of(n) in formats - {self.suffix})
+        hidden = sum(suffix_of(n) in formats for n in set(listed) - names)
         if not self._names:
-            advice = "give a data set zip or folder"
-            if others:
-                advice = (
-                    f"convert its {min(others)} files, for example with {_convert(min(others))}"
-                )
-            elif hidden:
-                advice = (
-                    f"rename its {hidden:,} hidden images, whose names or folders begin with a dot"
-                )
-            raise UserError(f"{self.path} holds no PNG images: {advice}")
-        self.channels, self.resolution = self._header(self._names[0], self._member(self._names[0]))
+            raise self._nothing(others, hidden)
+        self._inspect(self._names[0], self._member(self._names[0]))
         self._refuse_misplaced_labels(names)
         omitted = [
-            f"{count:,} {suffix} file{'s' * (count > 1)} (convert them, for example with "
-            f"{_convert(suffix)})"
+            f"{count:,} {suffix} file{'s' * (count > 1)} {self._way(suffix)}".rstrip()
             for suffix, count in sorted(others.items())
         ]
         omitted += [f"{hidden:,} hidden image{'s' * (hidden > 1)}"] * bool(hidden)
-        if self._linked_folders:
-            links = self._linked_folders
+        if links := files.linked_folders:
             omitted.append("1 link to a folder" if links == 1 else f"{links:,} links to folders")
         notes = [f"not read: {', '.join(omitted)}"] * bool(omitted)
         if self._zip and (twice := len(listed) - len(set(listed))):
@@ -117,64 +152,44 @@ class ImageDataset:
         self.note = "; ".join(notes)
 
     @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """The shape of a sample as it is stored."""
+        return self.channels, self.resolution, self.resolution
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        raise NotImplementedError
+
+    def images(self) -> np.ndarray:
+        """Read all samples, [N, C, R, R]."""
+        images = np.empty([len(self), *self.sample_shape], self.dtype)
+        for i in progress.track(range(len(self)), f"reading {self.path.name}", "images"):
+            images[i] = self[i]
+        return images
+
+    def _inspect(self, name: str, data: np.ndarray) -> None:
+        """Set resolution, channels and dtype to those of the first sample."""
+        raise NotImplementedError
+
+    def _nothing(self, others: Mapping[str, int], hidden: int) -> UserError:
+        """The error for a data set without samples."""
+        raise NotImplementedError
+
+    def _way(self, suffix: str) -> str:
+        """What to do with files of another format, in brackets; or ""."""
+        return ""
+
+    @property
     def classes(self) -> list[int]:
         """The classes that have images, ascending; empty without labels."""
         return [] if self.labels is None else np.unique(self.labels).tolist()
 
     @property
     def files(self) -> list[Path]:
-        """The files that hold the images: one zip, or every PNG of a folder."""
+        """The files that hold the samples: one zip, or every one of a folder."""
         return [self.path] if self._zip else [self.path / name for name in self._names]
 
     def __len__(self) -> int:
         return len(self._names)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        try:
-            image = decode_png(self.encoded(index), self.resolution)
-            pixels = np.array(image.convert("L" if self.channels == 1 else "RGB"))
-        except UserError:
-            raise
-        except Exception as error:  # damaged bytes can fail in any way
-            raise self.damaged(index, str(error)) from error
-        return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
-
-    def encoded(self, index: int) -> np.ndarray:
-        """Return the PNG file of an image, uint8 [bytes]; a view for an uncompressed zip.
-
-        The header is checked against the first image, and formats that decoders treat differently
-        are refused. Damaged pixel data shows only when it is decoded.
-        """
-        name = self._names[index]
-        data = self._member(name)
-        actual, expected = self._header(name, data), (self.channels, self.resolution)
-        if actual != expected:
-            raise self._error(
-                name,
-                "has {0} channels of {1}x{1} pixels, the first image has {2} of {3}x{3}: make all "
-                "images alike".format(*actual, *expected),
-            )
-        return data
-
-    def damaged(self, index: int, why: str) -> UserError:
-        """The error for an image that does not decode."""
-        return self._error(self._names[index], f"is damaged ({why}): replace it")
-
-    def images(self) -> np.ndarray:
-        """Read all images, uint8 [N, C, H, W]."""
-        images = np.empty([len(self), self.channels, *[self.resolution] * 2], np.uint8)
-        for i in progress.track(range(len(self)), f"reading {self.path.name}", "images"):
-            images[i] = self[i]
-        return images
-
-    def _list(self) -> list[str]:
-        """Names of all files, relative to the folder or in the zip, where one may be repeated."""
-        if self._zip:
-            # Not is_dir(), which fails for a name that is empty.
-            return [i.filename for i in self._zip.infolist() if not i.filename.endswith("/")]
-
-        names, self._linked_folders = walk(self.path)
-        return names
 
     def _error(self, name: str, what: object) -> UserError:
         return UserError(f"{self.path}: {name} {what}")
@@ -212,12 +227,12 @@ class ImageDataset:
             raise self._error(name, f"cannot be read ({error}): copy the data set again") from error
 
     def _member(self, name: str) -> np.ndarray:
-        """Bytes of an image; for an uncompressed zip a view of the memory-mapped archive."""
+        """Bytes of a sample; for an uncompressed zip a view of the memory-mapped archive."""
         info = self._zip.getinfo(name) if self._zip else None
         if info is None or info.compress_type != zipfile.ZIP_STORED:
-            return np.frombuffer(self._read(name, _MAX_PNG_BYTES), np.uint8)
+            return np.frombuffer(self._read(name, _MAX_SAMPLE_BYTES), np.uint8)
         try:
-            require_member(info, _MAX_PNG_BYTES)
+            require_member(info, _MAX_SAMPLE_BYTES)
         except Refused as error:
             raise self._error(name, error) from error
         if self._map is None:
@@ -229,30 +244,6 @@ class ImageDataset:
         if zlib.crc32(data) != info.CRC:
             raise self._error(name, "cannot be read (bad CRC-32): copy the data set again")
         return data
-
-    def _header(self, name: str, data: np.ndarray) -> tuple[int, int]:
-        """Check a PNG header; return channels and resolution. Decoders would hide the bit depth."""
-        png = data.tobytes()
-        if (kind := sniff(png)) != "png" and kind != "unknown":
-            raise self._error(name, f"is damaged or not a PNG ({describe(kind)}): replace it")
-        if len(png) < 33 or kind == "unknown":
-            raise self._error(name, "is damaged or not a PNG: replace it")
-        width, height, depth, colour = struct.unpack(">IIBB", png[16:26])
-        if width != height:
-            raise self._error(
-                name,
-                f"is {width}x{height} pixels: crop it to a square, for "
-                "example with python -m sid_fast.prepare",
-            )
-        if not 0 < width <= MAX_RESOLUTION:
-            raise self._error(
-                name, f"is {width}x{height} pixels: scale it to {MAX_RESOLUTION} at most"
-            )
-        if colour not in (_GREY, _RGB, _PALETTE) or (depth != 8 and colour != _PALETTE):
-            raise self._error(name, "has alpha or is not 8-bit: save it as 8-bit RGB or grey")
-        if b"tRNS" in png[: png.find(b"IDAT")]:
-            raise self._error(name, "has transparency: save it as RGB or grey")
-        return 1 if colour == _GREY else 3, width
 
     def _refuse_misplaced_labels(self, names: set[str]) -> None:
         """Refuse labels in a file that would not be read, as training would ignore them."""
@@ -295,6 +286,87 @@ class ImageDataset:
             f"no images of class {shown}{', …' * (len(gaps) > 3)}: such classes are never drawn; "
             "numbers from 0 without gaps make a smaller network"
         ]
+
+
+class ImageDataset(Dataset):
+    """Images of an EDM data set; see Dataset.
+
+    Samples are uint8; `encoded()` returns the PNG itself. resolution is in pixels, channels is 1 or
+    3.
+    """
+
+    suffix, is_latent, dtype = ".png", False, np.dtype(np.uint8)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        try:
+            image = decode_png(self.encoded(index), self.resolution)
+            pixels = np.array(image.convert("L" if self.channels == 1 else "RGB"))
+        except UserError:
+            raise
+        except Exception as error:  # damaged bytes can fail in any way
+            raise self.damaged(index, str(error)) from error
+        return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
+
+    def encoded(self, index: int) -> np.ndarray:
+        """Return the PNG file of an image, uint8 [bytes]; a view for an uncompressed zip.
+
+        The header is checked against the first image, and formats that decoders treat differently
+        are refused. Damaged pixel data shows only when it is decoded.
+        """
+        name = self._names[index]
+        data = self._member(name)
+        actual, expected = self._header(name, data), (self.channels, self.resolution)
+        if actual != expected:
+            raise self._error(
+                name,
+                "has {0} channels of {1}x{1} pixels, the first image has {2} of {3}x{3}: make all "
+                "images alike".format(*actual, *expected),
+            )
+        return data
+
+    def damaged(self, index: int, why: str) -> UserError:
+        """The error for an image that does not decode."""
+        return self._error(self._names[index], f"is damaged ({why}): replace it")
+
+    def _inspect(self, name: str, data: np.ndarray) -> None:
+        self.channels, self.resolution = self._header(name, data)
+
+    def _nothing(self, others: Mapping[str, int], hidden: int) -> UserError:
+        advice = "give a data set zip or folder"
+        if [*others] == [".npy"]:
+            advice = f"its {others['.npy']:,} .npy files are latents, but images are needed"
+        elif others:
+            advice = f"convert its {min(others)} files, for example with {_convert(min(others))}"
+        elif hidden:
+            advice = f"rename its {hidden:,} hidden images, whose names or folders begin with a dot"
+        return UserError(f"{self.path} holds no PNG images: {advice}")
+
+    def _way(self, suffix: str) -> str:
+        return f"(convert them, for example with {_convert(suffix)})"
+
+    def _header(self, name: str, data: np.ndarray) -> tuple[int, int]:
+        """Check a PNG header; return channels and resolution. Decoders would hide the bit depth."""
+        png = data.tobytes()
+        if (kind := sniff(png)) != "png" and kind != "unknown":
+            raise self._error(name, f"is damaged or not a PNG ({describe(kind)}): replace it")
+        if len(png) < 33 or kind == "unknown":
+            raise self._error(name, "is damaged or not a PNG: replace it")
+        width, height, depth, colour = struct.unpack(">IIBB", png[16:26])
+        if width != height:
+            raise self._error(
+                name,
+                f"is {width}x{height} pixels: crop it to a square, for "
+                "example with python -m sid_fast.prepare",
+            )
+        if not 0 < width <= MAX_RESOLUTION:
+            raise self._error(
+                name, f"is {width}x{height} pixels: scale it to {MAX_RESOLUTION} at most"
+            )
+        if colour not in (_GREY, _RGB, _PALETTE) or (depth != 8 and colour != _PALETTE):
+            raise self._error(name, "has alpha or is not 8-bit: save it as 8-bit RGB or grey")
+        if b"tRNS" in png[: png.find(b"IDAT")]:
+            raise self._error(name, "has transparency: save it as RGB or grey")
+        return 1 if colour == _GREY else 3, width
 
 
 def walk(path: Path) -> tuple[list[str], int]:
@@ -403,7 +475,7 @@ def _convert(suffix: str) -> str:
     )
 
 
-def content_digest(data: ImageDataset) -> str:
+def content_digest(data: Dataset) -> str:
     """The sha256 of a data set's files.
 
     Hashing takes about a second per GB, so the result is cached under the files' paths, sizes,

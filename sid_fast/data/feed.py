@@ -1,27 +1,30 @@
-"""Real images for training steps: each image once an epoch, in an order set by seed and step.
+"""Real images or latents for training steps: each once an epoch, in an order of seed and step.
 
 Sample i of rank r in a step has the global count n = step·batch + r·batch/ranks + i. It is image
 π(n mod N) of N, where π is the permutation of (seed, epoch ⌊n/N⌋). An epoch is therefore the same
 on any number of ranks, a batch may straddle two epochs, and resuming is bit-exact.
 
-A data set that fits stays on the device as uint8, and the step gathers its images there. A larger
-one is decoded ahead in a thread (by DALI, or PIL without it) and copied to the device batch by
-batch, from pinned memory.
+A data set that fits stays on the device, images as uint8 and latents as they are stored, and the
+step gathers its samples there. A larger one is read ahead in a thread (images by DALI, or PIL
+without it) and copied to the device batch by batch, from pinned memory.
 """
 
 import collections
 import contextlib
+import math
 import os
 import queue
 import threading
 import weakref
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from sid_fast.data.datasets import ImageDataset, content_digest
+from sid_fast.data import latents
+from sid_fast.data.datasets import Dataset, content_digest
 from sid_fast.data.readers import choose, read, read_batches
 from sid_fast.errors import UserError
 from sid_fast.io import progress
@@ -31,12 +34,12 @@ RESIDENT_SHARE = 1 / 8  # of the free memory, which networks and activations sha
 PREFETCH = 4  # batches decoded ahead
 
 
-def fits(data: ImageDataset, device: torch.device) -> bool:
-    """Return whether the pixels take at most RESIDENT_SHARE of the device's free memory.
+def fits(data: Dataset, device: torch.device) -> bool:
+    """Return whether the samples take at most RESIDENT_SHARE of the device's free memory.
 
     On a CPU the whole RAM counts, or the container's limit (cgroup v2).
     """
-    nbytes = len(data) * data.channels * data.resolution**2
+    nbytes = len(data) * math.prod(data.sample_shape) * data.dtype.itemsize
     if device.type == "cuda":
         room = torch.cuda.mem_get_info(device)[0]
     else:
@@ -81,7 +84,7 @@ class _Prefetch:
     """
 
     def __init__(
-        self, data: ImageDataset, order: EpochOrder, step: int, reader: str, device: torch.device
+        self, data: Dataset, order: EpochOrder, step: int, reader: str, device: torch.device
     ):
         self.step = step  # of the next batch
         self._queue: queue.Queue[tuple[np.ndarray, torch.Tensor] | BaseException]
@@ -106,7 +109,7 @@ class _Prefetch:
 
 
 def _decoded(
-    data: ImageDataset, order: EpochOrder, step: int, reader: str
+    data: Dataset, order: EpochOrder, step: int, reader: str
 ) -> Generator[tuple[np.ndarray, torch.Tensor], None, None]:
     """Yield indices and images of every step from `step` on."""
     asked: collections.deque[np.ndarray] = collections.deque()  # readers look ahead
@@ -135,7 +138,7 @@ def _fill(
                 torch.cuda.set_device(device)  # otherwise pinning opens a context on GPU 0
             for indices, images in batches:
                 if device.type == "cuda":
-                    pinned = torch.empty(images.shape, dtype=torch.uint8, pin_memory=True)
+                    pinned = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
                     images = pinned.copy_(images)
                 full.put((indices, images))
                 if stopped.is_set():
@@ -172,6 +175,8 @@ class ImageFeed:
 
     Attributes:
         resident: Whether the data set stays on the device.
+        normalization: Of latents; None for images.
+        has_deviation: Whether latents are drawn from a mean and a deviation.
         text: How images are read, for people.
         waits: Number of steps for which the device was idle until their images were decoded. The
             first step after a start or a jump is not counted, since nothing was decoded ahead.
@@ -181,9 +186,12 @@ class ImageFeed:
             the latter for a data set that is not resident.
     """
 
+    normalization: latents.Normalization | None = None
+    has_deviation = False
+
     def __init__(
         self,
-        dataset: ImageDataset,
+        dataset: Dataset,
         batch_size: int,
         seed: int,
         device: torch.device,
@@ -204,9 +212,14 @@ class ImageFeed:
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.order = EpochOrder(len(dataset), batch_size, seed, rank, world_size)
         self.resident = fits(dataset, device) if resident is None else resident
-        self.reader = choose(reader, len(dataset) if self.resident else None)
-        by = "DALI" if self.reader == "dali" else "PIL"
-        self.text = "on the device" if self.resident else f"decoded ahead by {by}"
+        if isinstance(dataset, latents.LatentDataset):
+            self.normalization = latents.normalization(device)
+            self.has_deviation = dataset.has_deviation
+            self.reader, ahead = "plain", "read ahead"
+        else:
+            self.reader = choose(reader, len(dataset) if self.resident else None)
+            ahead = f"decoded ahead by {'DALI' if self.reader == 'dali' else 'PIL'}"
+        self.text = "on the device" if self.resident else ahead
         self.waits = 0
         self._step: int | None = None  # that is staged
         self._prefetch: _Prefetch | None = None
@@ -219,8 +232,7 @@ class ImageFeed:
         if self.resident:
             self._images, self._rows = self._read_all(), self._indices
         else:
-            shape = samples, dataset.channels, dataset.resolution, dataset.resolution
-            self._images = torch.zeros(shape, dtype=torch.uint8, device=device)
+            self._images = torch.zeros((samples, *dataset.sample_shape), **self._stored())
             self._rows = torch.arange(samples, device=device)
 
     def fingerprint(self) -> dict[str, str | None]:
@@ -254,8 +266,8 @@ class ImageFeed:
             n: Number of samples.
 
         Returns:
-            Images, uint8 [n, C, R, R], and one-hot labels, float32 [n, label_dim], or None if the
-            data set has no labels.
+            Images, uint8 [n, C, R, R], or latents as they are stored; and one-hot labels, float32
+            [n, label_dim], or None if the data set has no labels.
         """
         samples = torch.arange(n, device=self.device) + (counter[2] - self.order.first)
         images = self._images.index_select(0, self._rows.index_select(0, samples))
@@ -293,11 +305,15 @@ class ImageFeed:
         self.waits += waited and (ended is None or ended.query())
         return found
 
+    def _stored(self) -> dict[str, Any]:
+        """The type and device of samples."""
+        empty = torch.from_numpy(np.empty(0, self.dataset.dtype))
+        return {"dtype": empty.dtype, "device": self.device}
+
     def _read_all(self) -> torch.Tensor:
-        """Decode all images: uint8 [N, C, R, R] on the device."""
+        """Read all samples onto the device, [N, C, R, R]."""
         data, total = self.dataset, len(self.dataset)
-        shape = total, data.channels, data.resolution, data.resolution
-        images = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        images = torch.empty((total, *data.sample_shape), **self._stored())
         done = 0
         with progress.phase(f"reading {data.path.name}", total, "images") as shown:
             for some in read(data, range(total), self.device, self.reader):

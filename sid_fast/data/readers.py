@@ -1,4 +1,4 @@
-"""Decode the PNGs of a data set into tensors, with DALI if installed, else with PIL."""
+"""Read the samples of a data set into tensors; PNGs with DALI if installed, else with PIL."""
 
 import collections
 import contextlib
@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 import numpy as np
 import torch
 
-from sid_fast.data.datasets import ImageDataset
+from sid_fast.data.datasets import Dataset, ImageDataset
 from sid_fast.errors import UserError
 from sid_fast.io import streams
 
@@ -60,13 +60,13 @@ def _missing_dali() -> ImportError | None:
 
 
 def read(
-    data: ImageDataset,
+    data: Dataset,
     indices: Sequence[int],
     device: torch.device,
     reader: str = "plain",
     batch: int = BATCH,
 ) -> Iterator[torch.Tensor]:
-    """Yield the images at `indices`, in order, as uint8 [≤ batch, C, R, R] on the device.
+    """Yield the samples at `indices`, in order, [≤ batch, C, R, R] on the device.
 
     Both readers give the same bits.
 
@@ -87,23 +87,24 @@ def read(
 
 
 def read_batches(
-    data: ImageDataset,
+    data: Dataset,
     batches: Iterable[Sequence[int]],
     device: torch.device,
     reader: str,
     size: int,
 ) -> Generator[torch.Tensor, None, None]:
-    """Yield one tensor per batch of at most `size` indices, uint8 [len, C, R, R].
+    """Yield one tensor per batch of at most `size` indices, [len, C, R, R].
 
     `batches` may be infinite. DALI decodes on the device, the plain reader on the host. Raises
     UserError as `read` does.
     """
-    return _dali(data, batches, device, size) if reader == "dali" else _plain(data, batches)
+    if reader == "dali":
+        assert isinstance(data, ImageDataset)
+        return _dali(data, batches, device, size)
+    return _plain(data, batches)
 
 
-def _plain(
-    data: ImageDataset, batches: Iterable[Sequence[int]]
-) -> Generator[torch.Tensor, None, None]:
+def _plain(data: Dataset, batches: Iterable[Sequence[int]]) -> Generator[torch.Tensor, None, None]:
     for batch in batches:
         yield torch.from_numpy(np.stack([data[k] for k in batch]))
 

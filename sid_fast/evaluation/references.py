@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sid_fast.data.datasets import ImageDataset, content_digest
+from sid_fast.data.datasets import Dataset, content_digest
 from sid_fast.data.readers import choose, read
 from sid_fast.errors import UserError
 from sid_fast.evaluation.features import Detector, Pixels
@@ -116,7 +116,7 @@ def _check_covariance(path: Path, sigma: torch.Tensor) -> None:
 
 
 def measure(
-    data: ImageDataset, detector: Detector | Pixels, timer: StageTimer, reader: str = "plain"
+    data: Dataset, detector: Detector | Pixels, timer: StageTimer, reader: str = "plain"
 ) -> FeatureStats:
     """Measure a data set: moments of all images, features of up to MAX_FEATURES spread over it."""
     total, with_features = len(data), min(len(data), MAX_FEATURES)
@@ -127,7 +127,7 @@ def measure(
 
 
 def reference_of(
-    data: ImageDataset, detector: Detector | Pixels, timer: StageTimer, reader: str = "plain"
+    data: Dataset, detector: Detector | Pixels, timer: StageTimer, reader: str = "plain"
 ) -> FeatureStats:
     """Call `measure`, or read its result for the same images and detector from the cache."""
     with process_group.main_process_first():  # one rank per node reads the files
@@ -160,7 +160,7 @@ def _read_cached(path: Path) -> FeatureStats | None:
 
 def real_stats(
     ref: str | None,
-    data: ImageDataset | None,
+    data: Dataset | None,
     detector: Detector | Pixels,
     timer: StageTimer,
     reader: str = "plain",

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from sid_fast.data.datasets import ImageDataset
+from sid_fast.data.datasets import Dataset
 from sid_fast.errors import UserError
+from sid_fast.evaluation.decoding import Decoder
 from sid_fast.evaluation.features import Detector, Pixels
 from sid_fast.evaluation.frechet import Moments, frechet_distance
 from sid_fast.evaluation.metrics import inception_score, kernel_distance, precision_recall
@@ -70,7 +71,7 @@ def shard_by_rank(items: Sequence) -> Sequence:
     return items[process_group.rank() :: process_group.world_size()]
 
 
-def classes_to_draw(data: ImageDataset | None, net: Network) -> list[int]:
+def classes_to_draw(data: Dataset | None, net: Network) -> list[int]:
     """The classes to draw if the network knows others too; empty: all.
 
     Those that real images have; without their labels those that the network was trained on.
@@ -87,8 +88,9 @@ def generate_batches(
     steps: int = 1,
     cuda_graph: bool = False,
     classes: Sequence[int] = (),
+    decoder: Decoder | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Generate one image per seed, this rank's seeds only, in batches, uint8 [N, C, R, R].
+    """Generate one image per seed, this rank's seeds only, in batches, uint8 [N, C, H, W].
 
     Args:
         net: the network, on its device.
@@ -97,6 +99,7 @@ def generate_batches(
         steps: 1, or the number of sampler steps of a teacher.
         cuda_graph: replay the network's forward pass from a CUDA graph.
         classes: class numbers to draw from, such as those that real images have; empty: all.
+        decoder: of a network that makes latents.
     """
     mine = shard_by_rank(seeds)
     # Captured once per pass, which costs two extra calls. A graph that outlived the pass would hold
@@ -107,7 +110,8 @@ def generate_batches(
         latents, labels = seed_inputs(
             list(mine[i : i + GENERATION_BATCH]), net.config, None, classes
         )
-        yield generate_images(net, latents, labels, init_sigma, steps, call)
+        made = generate_images(net, latents, labels, init_sigma, steps, call)
+        yield decoder(made) if decoder and net.config.is_latent else made
 
 
 def compute_stats(

@@ -5,6 +5,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -109,15 +110,34 @@ def read_arrays(path: Path, what: str, max_elements: Mapping[str, int]) -> dict[
 
 def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int) -> np.ndarray:
     require_member(info, _HEADER_BYTES + 16 * max(limit, 100))
-    with archive.open(info) as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # NumPy's of a header that Python 2 wrote
-        if np.lib.format.read_magic(file) != (1, 0):  # later ones are for structured arrays
-            raise Refused("is neither numbers nor text")
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        if dtype.kind not in "biufU":
-            raise Refused("is neither numbers nor text")
-        if math.prod(checked_shape(shape, limit, "shape")) * dtype.itemsize > info.file_size:
-            raise Refused("is cut short: copy it again")
+    with archive.open(info) as file:
+        npy_header(file, info.file_size, limit)
     with archive.open(info) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def npy_header(file: IO[bytes], nbytes: int, limit: int) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Read the header of an .npy file, up to its first value.
+
+    Args:
+        file: at its beginning.
+        nbytes: of the whole file.
+        limit: elements that it may have.
+
+    Returns:
+        The shape, whether the order is Fortran's, and the type: booleans, numbers or strings.
+
+    Raises:
+        Refused: it holds anything else, such as Python objects, has more elements, or is cut short.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # NumPy's of a header that Python 2 wrote
+        if np.lib.format.read_magic(file) != (1, 0):  # later ones are for structured arrays
+            raise Refused("is neither numbers nor text")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.kind not in "biufU":
+        raise Refused("is neither numbers nor text")
+    if math.prod(checked_shape(shape, limit, "shape")) * dtype.itemsize > nbytes:
+        raise Refused("is cut short: copy it again")
+    return shape, fortran, dtype

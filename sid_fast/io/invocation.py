@@ -23,11 +23,11 @@ def command_line(command: str, *arguments: object) -> str:
     """A command line that a shell takes; None and paths are arguments too, quoted where needed."""
     start = program(command)
     if not script:
-        start = f"{_python()} -m sid_fast.{command}"
+        start = f"{python()} -m sid_fast.{command}"
     return " ".join([start, *(shlex.quote(str(a)) for a in arguments)])
 
 
-def _python() -> str:
+def python() -> str:
     """The shortest name of this Python: `python` if the shell finds it there."""
     here = Path(sys.executable)
     name = shutil.which("python")

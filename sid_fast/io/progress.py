@@ -112,6 +112,7 @@ class _Display:
         self.bar: Any = None
         self.pause = FIRST_PAUSE
         self.spoken: set[Phase] = set()  # phases that printed a plain line
+        self.announced = ""
 
     def open(self, phase: Phase) -> None:
         with self.lock:
@@ -139,7 +140,7 @@ class _Display:
                 return
             if self.over:
                 self.over.set()
-            self.over = None
+            self.over, self.announced = None, ""
             if self.bar is not None:
                 self.bar.close()
                 self.bar = None
@@ -148,6 +149,9 @@ class _Display:
         while not over.wait(min(REDRAW_SECONDS, FIRST_PAUSE)):
             with self.lock:
                 if not over.is_set():
+                    if text := self.announced:
+                        self.announced = ""
+                        streams.say(text, sys.stderr)
                     self.show()
 
     def show(self) -> None:
@@ -192,6 +196,12 @@ def phase(
         completed = True
     finally:
         _display.close(opened, completed)
+
+
+def announce(text: str) -> None:
+    """Print a line within a second, if a phase is shown. A signal handler may call it."""
+    if _display.phases:
+        _display.announced = text
 
 
 def ahead(n: float) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,17 +27,28 @@ _MAX_TENSORS = 100_000
 _MAX_NAME = 200  # characters of a tensor's name
 _KEY = "sid_fast"
 _VERSION = 1
+_WHAT = "a snapshot (.safetensors)"
 
 
 def write_snapshot(
-    path: str | os.PathLike[str], state: dict[str, torch.Tensor], config: dict[str, Any]
+    path: str | os.PathLike[str],
+    state: dict[str, torch.Tensor],
+    config: dict[str, Any],
+    ema: dict[str, Any] | None = None,
 ) -> None:
     """Write tensors and a JSON-serialisable `config` to `path`, atomically.
+
+    Args:
+        path: of the file.
+        state: the tensors.
+        config: how to build the network.
+        ema: what the tensors are an average of; see read_average.
 
     Raises:
         WriteFailed: the file cannot be written.
     """
-    metadata = {_KEY: json.dumps({"version": _VERSION, "config": config})}
+    record = {"version": _VERSION, "config": config} | ({"ema": ema} if ema else {})
+    metadata = {_KEY: json.dumps(record)}
     tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
     try:
         with atomic_path(path) as temporary:
@@ -57,25 +69,84 @@ def read_snapshot(
     Raises:
         UserError: the file is missing, damaged, of another version, or not from sid_fast.
     """
-    with naming(path, "a snapshot (.safetensors)"):
+    with naming(path, _WHAT):
         names = check_header(path)
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if _KEY not in metadata:
-                raise UserError(
-                    f"{path} is a safetensors file but was not written by sid_fast: "
-                    "give a snapshot-*.safetensors of a run"
-                )
-            header = parse_json(metadata[_KEY].encode())
-            if not isinstance(header, dict) or not isinstance(header.get("config"), dict):
-                raise Refused("its metadata hold no configuration")
-            if header.get("version") != _VERSION:
-                raise UserError(
-                    f"{path} has snapshot version {brief(header.get('version'))}, this program "
-                    f"reads {_VERSION}: install the version of sid_fast that wrote it"
-                )
+            config = _record(path, file.metadata())["config"]
             wanted = [] if config_only else names
-            return {name: file.get_tensor(name) for name in wanted}, header["config"]
+            return {name: file.get_tensor(name) for name in wanted}, config
+
+
+def read_average(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read what the tensors of a snapshot are an average of, and its config.
+
+    Returns:
+        Width `std` in (0, 1), training images seen `images` > 0, and the name of the `run`; empty
+        if the snapshot holds no power-function EMA, or that of an untrained network. And the
+        config.
+
+    Raises:
+        UserError: as read_snapshot.
+    """
+    with naming(path, _WHAT):
+        check_header(path)
+        with safe_open(path, framework="pt") as file:
+            record = _record(path, file.metadata())
+        ema = record.get("ema")
+        if ema is None:
+            return {}, record["config"]
+        if not isinstance(ema, dict) or ema.keys() != {"std", "images", "run"}:
+            raise Refused(f"its average is {brief(ema)}")
+        std, images, run = ema["std"], ema["images"], ema["run"]
+        if type(std) is not float or not 0 < std < 1 or not isinstance(run, str):
+            raise Refused(f"its average is {brief(ema)}")
+        return ema if checked_int(images, 0, 2**63, "its images") else {}, record["config"]
+
+
+def read_tensor(path: str | os.PathLike[str], name: str, shape: Sequence[int]) -> torch.Tensor:
+    """Read one tensor of a snapshot.
+
+    Raises:
+        UserError: the file has no such tensor, or one of another shape, or it cannot be read.
+    """
+    with naming(path, _WHAT), safe_open(path, framework="pt") as file:
+        if name not in file.keys():  # noqa: SIM118  # not iterable
+            raise Refused(f"it has no {name}")
+        tensor = file.get_tensor(name)
+        if tensor.shape != torch.Size(shape):
+            raise Refused(f"{name} is {tuple(tensor.shape)}, not {tuple(shape)}")
+        return tensor
+
+
+def _record(path: str | os.PathLike[str], metadata: dict[str, str] | None) -> dict[str, Any]:
+    """Return our entry of a file's metadata, checked; raises in a block of naming()."""
+    if _KEY not in (metadata or {}):
+        raise UserError(
+            f"{path} is a safetensors file but was not written by sid_fast: "
+            "give a snapshot-*.safetensors of a run"
+        )
+    assert metadata
+    record = parse_json(metadata[_KEY].encode())
+    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+        raise Refused("its metadata hold no configuration")
+    if record.get("version") != _VERSION:
+        raise UserError(
+            f"{path} has snapshot version {brief(record.get('version'))}, this program "
+            f"reads {_VERSION}: install the version of sid_fast that wrote it"
+        )
+    return record
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """Read all tensors of any safetensors file, onto the CPU.
+
+    Raises:
+        UserError: As open_limited; or the file is cut short.
+        Refused: As check_header.
+    """
+    names = check_header(path)
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in names}
 
 
 def check_header(path: str | os.PathLike[str]) -> list[str]:

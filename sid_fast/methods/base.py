@@ -12,7 +12,9 @@ from typing import Any, ClassVar
 import torch
 
 from sid_fast import kernels
+from sid_fast.data import latents
 from sid_fast.data.feed import ImageFeed
+from sid_fast.data.images import to_float
 from sid_fast.models import Network, NetworkConfig
 
 
@@ -138,6 +140,23 @@ def one_hot_labels(
     else:
         classes = torch.searchsorted(cumulative[:-1], u * cumulative[-1], right=True)
     return torch.zeros(rng.n, label_dim, device=u.device).scatter_(1, classes[:, None], 1.0)
+
+
+def real_images(feed: ImageFeed, rng: RandomStream) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Take rng.n real images of the staged step as a network sees them, and their labels.
+
+    Latents are drawn from the VAE's posterior with noise of the stream "latents".
+
+    Returns:
+        Images in [−1, 1] or normalised latents, float32 [n, C, R, R]; labels as ImageFeed.take.
+    """
+    images, labels = feed.take(rng.counter, rng.n)
+    if feed.normalization is None:
+        return to_float(images), labels
+    noise = None
+    if feed.has_deviation:
+        noise = rng.normal("latents", images.shape[1] // 2, *images.shape[2:])
+    return latents.sample(images, noise, feed.normalization), labels
 
 
 def noise_distribution(settings: Any, network: NetworkConfig) -> tuple[float, float]:

@@ -2,7 +2,8 @@
 
     λ(σ)·‖D(y + σ·ε) − y‖²          λ = (σ² + σ_data²)/(σ·σ_data)²,  ln σ ~ N(P_mean, P_std²)
 
-y is an augmented training image. SiD's fake score minimises the same loss on generated images.
+y is an augmented training image. SiD's fake score minimises the same loss on generated images. An
+EDM2 network (arXiv 2312.02696) divides the loss by e^u, u being its log-variance head, and adds u.
 """
 
 import dataclasses
@@ -12,19 +13,36 @@ import torch
 
 from sid_fast import augment, losses, noise
 from sid_fast.config.types import NetworkOptions, PretrainSettings
-from sid_fast.data.datasets import ImageDataset
+from sid_fast.data.datasets import Dataset
 from sid_fast.data.feed import ImageFeed
-from sid_fast.data.images import to_float
+from sid_fast.data.latents import require_kind
+from sid_fast.errors import UserError
 from sid_fast.kernels import Losses
-from sid_fast.methods.base import Method, Phase, RandomStream, noise_distribution
-from sid_fast.models import Network, NetworkConfig
+from sid_fast.methods.base import (
+    Method,
+    Phase,
+    RandomStream,
+    noise_distribution,
+    real_images,
+)
+from sid_fast.models import EDM2Config, Network, NetworkConfig
 
 
 def teacher_config(
-    options: NetworkOptions, settings: PretrainSettings, data: ImageDataset
+    options: NetworkOptions, settings: PretrainSettings, data: Dataset
 ) -> NetworkConfig:
-    """Return the configuration of the network that a run trains on a data set."""
-    return NetworkConfig(
+    """Return the configuration of the network that a run trains on a data set.
+
+    Raises:
+        UserError: An option is out of range or does not fit the others.
+    """
+    family = EDM2Config if options.architecture == "edm2" else NetworkConfig
+    if family is EDM2Config and settings.augment_p:
+        raise UserError(
+            f"augment_p={settings.augment_p:g}: EDM2 networks take no augmentation labels: leave "
+            "out --augment-p"
+        )
+    network = family(
         architecture=options.architecture,
         resolution=data.resolution,
         channels=data.channels,
@@ -35,7 +53,10 @@ def teacher_config(
         num_blocks=options.num_blocks,
         attention_resolutions=options.attention_resolutions,
         dropout=settings.dropout,
-    ).with_classes(data.classes)
+    )
+    way = "give images, or --architecture edm2"
+    require_kind(data, network.is_latent, f"a {network.architecture} network", way)
+    return network.with_classes(data.classes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +93,7 @@ class EDM(Method):
     def __init__(self, net: Network, settings: PretrainSettings, feed: ImageFeed | None = None):
         self.net, self.settings, self.feed = net, settings, feed
         self.networks, self.frozen = {"teacher": net}, {}
+        net.force_normalization = True  # EDM2 alone has it
         self.noise = noise_distribution(settings, net.config)
         self.phases = (
             Phase("", "teacher", self.sample_inputs, self.loss, self.lr, settings.beta1),
@@ -85,15 +107,22 @@ class EDM(Method):
         )  # fmt: skip
 
     def lr(self, images: int) -> float:
-        """Return the learning rate, ramped up linearly over the first lr_rampup_kimg."""
+        """Return the learning rate of a step that starts at so many images.
+
+        It rises linearly over lr_rampup_kimg, and falls with 1/√steps from lr_decay_batches on.
+        """
         s = self.settings
-        return s.lr * min(1.0, (images + s.batch_size) / max(s.lr_rampup_kimg * 1000, 1e-8))
+        seen = images + s.batch_size  # at the end of the step
+        lr = s.lr * min(1.0, seen / max(s.lr_rampup_kimg * 1000, 1e-8))
+        if s.lr_decay_batches:
+            lr /= max(1.0, seen / s.batch_size / s.lr_decay_batches) ** 0.5
+        return lr
 
     def sample_inputs(self, rng: RandomStream) -> RealImages:
         """Take n images, augment them, and sample their noise levels and noise."""
         assert self.feed is not None
-        images, labels = self.feed.take(rng.counter, rng.n)
-        y, augment_labels = to_float(images), None
+        y, labels = real_images(self.feed, rng)
+        augment_labels = None
         if self.settings.augment_p:
             y, augment_labels = augment.apply(y, augment.draw(rng, self.settings.augment_p))
         sigma = noise.fake_score_sigma(rng.normal("sigma", 1, 1, 1), *self.noise)

@@ -24,12 +24,12 @@ import torch.nn.functional as F
 
 from sid_fast import augment, losses
 from sid_fast.config.types import SiDASettings
-from sid_fast.data.datasets import ImageDataset
+from sid_fast.data.datasets import Dataset
 from sid_fast.data.feed import ImageFeed
-from sid_fast.data.images import to_float
+from sid_fast.data.latents import require_kind
 from sid_fast.errors import UserError
 from sid_fast.losses import SiDAFakeScoreLosses, SiDAGeneratorLosses
-from sid_fast.methods.base import Phase, RandomStream
+from sid_fast.methods.base import Phase, RandomStream, real_images
 from sid_fast.methods.sid import Draw, SiD
 from sid_fast.models import Network, NetworkConfig
 
@@ -148,7 +148,7 @@ class SiDA(SiD):
         """Sample the inputs of rng.n samples for the fake score's phase, with their real images."""
         if self.feed is None:
             raise UserError("data=None: SiDA trains on real images; give a data set")
-        images, labels = self.feed.take(rng.counter, rng.n)
+        real, labels = real_images(self.feed, rng)
         label_dim = self.teacher.config.label_dim
         if labels is not None:  # the data set may lack the last classes, or the teacher any
             labels = F.pad(labels, [0, label_dim - labels.shape[1]]) if label_dim else None
@@ -158,7 +158,7 @@ class SiDA(SiD):
             real_parameters = augment.draw(RandomStream(rng.counter, "real images", rng.n), p)
         sigma = self.fake_score_sigma(rng)
         draw = self._sample(rng, sigma, fake_parameters, labels)
-        return dataclasses.replace(draw, real=to_float(images), real_augment=real_parameters)
+        return dataclasses.replace(draw, real=real, real_augment=real_parameters)
 
 
 def check_generator(
@@ -176,8 +176,9 @@ def check_generator(
             )
 
 
-def check_images(data: ImageDataset, network: NetworkConfig) -> None:
+def check_images(data: Dataset, network: NetworkConfig) -> None:
     """Raise UserError for real images that the network cannot have been trained on."""
+    require_kind(data, network.is_latent, "the teacher", "give the teacher's own data set")
     for name in ("resolution", "channels"):
         if getattr(data, name) != getattr(network, name):
             raise UserError(

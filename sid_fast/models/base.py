@@ -53,6 +53,8 @@ class Network(nn.Module):
         "raw", "logits", "denoise_and_logits", "raw_logits", "raw_and_logits",
     )  # fmt: skip
 
+    upstream_fp16 = False  # what the pickle that it comes from tells upstream's tools; see export
+
     def __init__(self, config: "NetworkConfig"):
         super().__init__()
         self.config = config
@@ -211,6 +213,16 @@ class Network(nn.Module):
         """
         return [None for _ in self.parameters()]
 
+    def backward_through_copies(self, grads: list[torch.Tensor]) -> None:
+        """Turn gradients with respect to the copies into those of the parameters, in place.
+
+        Runs once an update, on gradients summed over micro-batches and ranks: does nothing where a
+        copy's gradient is its parameters' gradient.
+
+        Args:
+            grads: In the order of parameters().
+        """
+
     def constrain_weights(self, enabled: torch.Tensor | bool = True) -> None:
         """Keep the weights where the family wants them, after an update; not unless `enabled`."""
 
@@ -218,6 +230,15 @@ class Network(nn.Module):
         """Prepare for a sample grid or an evaluation."""
         if self.normalize_before_sampling:
             self.constrain_weights()
+
+    def after_update(self, enabled: torch.Tensor | bool = True) -> None:
+        """Constrain the weights that Adam has updated, and update the copies.
+
+        Args:
+            enabled: Whether the update was; if False, no weight changes.
+        """
+        self.constrain_weights(enabled)
+        self.update_combined_copies()
 
     def update_combined_copies(self) -> None:
         """Recompute the copies that are no casts of single parameters."""

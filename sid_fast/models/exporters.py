@@ -107,8 +107,7 @@ def require_onnx() -> None:
     missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"writing .onnx needs {', '.join(_ONNX_PACKAGES)}; not installed: "
-            f'{", ".join(missing)}: pip install "sid-fast[onnx]"'
+            f"writing .onnx needs {', '.join(_ONNX_PACKAGES)}: pip install {' '.join(missing)}"
         )
 
 

@@ -3,6 +3,7 @@
 import os
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from sid_fast.models import EDMNetwork, Network, NetworkConfig
 from sid_fast.models.families import build_network, config_of_pickle, read_config
 from sid_fast.models.teachers import TEACHERS
 
-EMBEDDED = ("digits", "fashion")  # teachers in this package
+EMBEDDED = ("digits", "digits-edm2", "fashion")  # teachers in this package
 
 
 def load_network(path: str | Path) -> Network:
@@ -25,7 +26,8 @@ def load_network(path: str | Path) -> Network:
 
     Args:
         path: A file, a run folder (its newest snapshot), an https URL, the name of a published
-            teacher (`cifar10-uncond`, …), or `digits` or `fashion`, the teachers in this package.
+            teacher (`cifar10-uncond`, …), or `digits`, `digits-edm2` or `fashion`, the teachers in
+            this package.
 
     Returns:
         The network, frozen, in eval mode, float32, on the CPU.
@@ -35,13 +37,14 @@ def load_network(path: str | Path) -> Network:
     """
     file = _locate(str(path))
     kind = sniff_file(file, MAX_NETWORK_BYTES)
+    fp16 = False
     try:
         if kind == "safetensors":
             state, values = read_snapshot(file)
             config = read_config(values)
         elif kind == "pickle":
             pickled = read_pickle(file)
-            state = pickled.state
+            state, fp16 = pickled.state, pickled.init_kwargs.get("use_fp16") is True
             config = config_of_pickle(pickled)
         else:
             raise UserError(
@@ -52,13 +55,14 @@ def load_network(path: str | Path) -> Network:
             raise UserError("weights do not fit: they are fewer than the network's blocks")
         with torch.device("meta"):
             net = build_network(config)
-        _check(state, net.state_dict())
+        check_weights(state, net.state_dict())
         state = {name: value.float() for name, value in state.items()}
         _check_finite(state)
     except UserError as error:
         message = str(error)
         raise UserError(message if str(file) in message else f"{file}: {message}") from None
     net.load_state_dict(state, assign=True)
+    net.upstream_fp16 = fp16
     return net.requires_grad_(False).eval()
 
 
@@ -93,7 +97,8 @@ def network_config(teacher: str) -> NetworkConfig:
     return known.network if known else load_network(teacher).config
 
 
-def _check(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def check_weights(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Raise UserError unless tensors have the names and shapes of a network's and are floats."""
     if missing := sorted(set(expected) - set(state)):
         raise UserError(f"weights do not fit: {missing[0]} is missing ({len(missing)} in all)")
     if extra := sorted(set(state) - set(expected)):
@@ -156,23 +161,26 @@ def require_denoiser(net: Network, name: str, role: str) -> None:
 def require_png_channels(net: Network, name: str, way_out: str) -> None:
     """Raise UserError if a network's images have neither 1 nor 3 channels, as PNG files have.
 
+    Latents are decoded to images, or previewed; see evaluation.decoding.
+
     Args:
         net: The network.
         name: Where it came from, for the message.
         way_out: The end of the message.
     """
-    if net.config.is_latent:
-        raise UserError(
-            f"{name} makes latents of {net.config.channels} channels, which cannot be decoded to "
-            f"images yet: {way_out}"
-        )
-    if net.config.channels not in (1, 3):
+    if net.config.channels not in (1, 3) and not net.config.is_latent:
         raise UserError(
             f"{name} makes images of {net.config.channels} channels, but PNG files have 1 or 3: "
             f"{way_out}"
         )
 
 
-def save_network(path: str | Path, net: Network) -> None:
-    """Write weights and configuration to one .safetensors file, atomically."""
-    write_snapshot(path, net.state_dict(), net.config.to_dict())
+def save_network(path: str | Path, net: Network, ema: dict[str, Any] | None = None) -> None:
+    """Write weights and configuration to one .safetensors file, atomically.
+
+    Args:
+        path: The file.
+        net: The network.
+        ema: What the weights are an average of; see io.safetensors.read_average.
+    """
+    write_snapshot(path, net.state_dict(), net.config.to_dict(), ema)

@@ -127,10 +127,15 @@ def named_device(name: str = "auto") -> torch.device:
         raise UserError(f"device={name!r} is not supported; use auto, cpu or cuda")
     if device.type == "cuda":
         device = torch.device("cuda", local if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        if not count:
+            built = torch.version.cuda or torch.version.hip
+            why = "no GPU is visible" if built else "this PyTorch is built for CPUs alone"
+            raise UserError(f"device={name} cannot be used: {why}; give --device cpu, or auto")
+        if device.index >= count:
             raise UserError(
-                f"device={device} does not exist: {torch.cuda.device_count()} GPUs are visible; "
-                "use fewer processes, or cpu"
+                f"device={device} does not exist: {count} GPU{'s are' if count > 1 else ' is'} "
+                "visible; use fewer processes, or cpu"
             )
     return device
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # it imports this module
     from sid_fast.tools.proof import Job
 
 # Operations of networks, of which a family uses some.
-NETWORK_OPERATIONS = ("group_norm", "block", "attention")
+NETWORK_OPERATIONS = ("group_norm", "block", "attention", "mp", "weight_norm")
 FUSED = ("block", "group_norm", "attention")  # what the fused block is made of
 
 

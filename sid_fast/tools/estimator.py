@@ -28,6 +28,8 @@ ALLOWANCE = 2 * GIB  # CUDA context, cuDNN workspaces, allocator fragmentation
 # Cost of a step per image by method, in forward passes (a backward is 2, without weight gradients
 # 1). SiD: fake score step G 1, ψ 3; generator step G 3, φ 2, ψ 2. SiDA adds 3 of the encoder.
 FORWARDS = {"sid": 11, "sida": 12, "edm": 3}
+# Micro-batches of a count: with fewer images the peak may lie elsewhere, such as in the update.
+COUNTED = 16, 32
 LATE = 10**15  # images seen, after every warm-up
 SHARDED = ("weights", "gradients", "optimiser", "average")  # kinds that fsdp always shards
 
@@ -109,7 +111,7 @@ def _resident(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
         "weights": tensors(*(o.net for o in optimizers)),
         "gradients": [p.grad for o in optimizers for p in o.params if p.grad is not None],
         "optimiser": [v for o in optimizers for v in (*o.exp_avg, *o.exp_avg_sq)],
-        "average": tensors(trainer.ema),
+        "average": tensors(*trainer.emas),
         "copies": [leaf.tensor for o in optimizers for leaf in o.net.compute_copies],
     }
 
@@ -213,7 +215,7 @@ def counts(
     recompute: bool = False,
     backends: Backends = "triton",
 ) -> Counts:
-    """Count a step with one image and one with two; memory is linear in the images.
+    """Count a step for each of COUNTED images; from there on, memory is linear in the images.
 
     Args:
         network: of the teacher.
@@ -222,19 +224,19 @@ def counts(
         backends: see op_counter.fake.
     """
     prepare = checkpoint_activations if recompute else lambda *nets: None
-    one, two = steps(network, settings, [1, 2], backends, prepare)
+    less, more = steps(network, settings, COUNTED, backends, prepare)
     fake_flop = 0.0
     if isinstance(settings, SiDASettings):
         (warmup,) = steps(network, settings, [1], backends, prepare, images=0)
         fake_flop = sum(op.flops for op in warmup.ops)
-    kinds = {*one.peak, *two.peak}
-    image = Counter({kind: two.peak[kind] - one.peak[kind] for kind in kinds})
+    kinds, extra = {*less.peak, *more.peak}, more.images - less.images
+    image = Counter({kind: (more.peak[kind] - less.peak[kind]) // extra for kind in kinds})
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_network(network).parameters())
     return Counts(
-        resident=Counter({kind: one.peak[kind] - image[kind] for kind in kinds}),
+        resident=Counter({kind: less.peak[kind] - less.images * image[kind] for kind in kinds}),
         image=image,
-        flop=sum(op.flops for op in two.ops) / 2,
+        flop=sum(op.flops for op in more.ops) / more.images,
         forward=sum(op.flops for op in forward(network)),
         parameters=parameters,
         backends=backends,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from sid_fast.io import progress
 from sid_fast.kernels import dispatch
 from sid_fast.models import NetworkConfig
 from sid_fast.performance import process_group
@@ -66,7 +67,8 @@ def failure_reason(
     run's networks take the GPU's memory.
     """
     reason = ""
-    with process_group.main_process_first():
+    shown = progress.phase("testing CUDA graphs on a small network")
+    with process_group.main_process_first(), shown:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             reason = attempt(*job(config, settings, device, deterministic))
     return process_group.first_text(reason) if process_group.all_reduce_any(bool(reason)) else ""

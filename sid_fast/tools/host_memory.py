@@ -1,6 +1,7 @@
 """The memory of this machine, and refusal of work that would not fit in it."""
 
 import contextlib
+import math
 import os
 import resource
 from pathlib import Path
@@ -42,16 +43,16 @@ def require(nbytes: float, what: str, instead: str) -> None:
         )
 
 
-def require_features(network: NetworkConfig, images: int, detector: str) -> None:
+def require_features(shape: tuple[int, int, int], images: int, detector: str) -> None:
     """Raise UserError if the statistics of --detector pixels cannot fit in memory.
 
     Args:
-        network: Makes the images; the real ones are alike.
+        shape: Of an image, [C, H, W].
         images: In a sample set.
         detector: Of the command; other detectors have few features.
     """
     if detector == "pixels":
-        features = network.channels * network.resolution**2
+        features = math.prod(shape)
         stored = 4 * min(images, MAX_FEATURES) * features
         require(
             2 * stored + 4 * 8 * features**2,  # gathered; products, covariances

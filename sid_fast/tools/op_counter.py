@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from torch.utils.module_tracker import ModuleTracker
 
 from sid_fast import kernels
+from sid_fast.kernels.mp.scale import parts_of
 from sid_fast.models import NetworkConfig
 from sid_fast.models.families import build_network
 from sid_fast.performance.mixed_precision import TYPES
@@ -90,6 +91,8 @@ KINDS = {
     "group_norm": "group norm",
     "group_norm_backward": "group norm",
     "adam_ema": "update",
+    "weight_norm": "update",
+    "weight_norm_backward": "update",
 }
 
 
@@ -123,17 +126,21 @@ LIST_BLOCKS, LIST_CHUNK = 320, 65536
 def _launches(name: str, args: tuple, made: list[torch.Tensor]) -> int:
     """Number of kernels that an operation starts on a GPU.
 
-    One, with three exceptions. The group norm's backward adds a sum over samples for x_bias and
-    one for weight and bias, if their gradients are needed. Attention's backward is two kernels. A
-    `_foreach` operation starts one launch per full set of LIST_TENSORS tensors or LIST_BLOCKS
-    chunks; if dtypes or layouts differ within a list (or between lists, except for copies), it
-    falls back to one launch per tensor.
+    One, with exceptions. The group norm's backward adds a sum over samples for x_bias and one for
+    weight and bias, if their gradients are needed. That of scaled_silu adds a sum and a cast where
+    several programs share an image. Attention's backward is two kernels. A `_foreach` operation
+    starts one launch per full set of LIST_TENSORS tensors or LIST_BLOCKS chunks; if dtypes or
+    layouts differ within a list (or between lists, except for copies), it falls back to one launch
+    per tensor.
     """
     if name == "group_norm_backward":
         needed = args[-1]
         return 1 + needed[0] + needed[1]
     if name == "attention_backward":
         return 2
+    if name == "scaled_silu_backward":
+        y, needed = args[1], args[-1]
+        return 3 if needed and parts_of(y) > 1 else 1
     if not name.startswith("_foreach_"):
         return 1
     lists = [value for value in args if isinstance(value, list | tuple)]
@@ -244,6 +251,8 @@ class Count(TorchDispatchMode):
             for tensor in _tensors(value)
         ]
         read = inputs[len(written) :] if name in OVERWRITES else inputs
+        if name == "mp_sum_backward":  # the result, its third argument, is read where it is clipped
+            read = [tensor for tensor in inputs if tensor is not args[2]]
         kind = KINDS.get(name, "pointwise")
         if kind == "convolution" and args[8 if name == "convolution" else 9] > 1:
             kind = "resampling"  # depthwise

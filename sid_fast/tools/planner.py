@@ -123,6 +123,14 @@ def plan(counts: Counts, settings: Settings, kimg: float, options: Cluster) -> P
     )
 
 
+def _duration(days: float, gpus: int) -> str:
+    """Time of a run and of all its GPUs, in the largest unit of which it takes a tenth."""
+    unit, count = next(
+        (u for u in (("day", 1), ("hour", 24)) if days * u[1] >= 0.1), ("minute", 24 * 60)
+    )
+    return f"{days * count:.1f} {unit}s, {days * count * gpus:.1f} GPU-{unit}s"
+
+
 def memory_of(options: Cluster) -> float:
     """Memory per GPU, GiB."""
     return options.memory or card(options.card).memory
@@ -188,7 +196,7 @@ def text(
         lines += _warmup(p, counts, settings, kimg)
     lines.append(
         f"whole run            {amount(kimg * 1e3).rstrip()} images at "
-        f"{p.images_per_second:,.0f} images/s: {p.days:.1f} days, {p.days * gpus:.1f} GPU-days"
+        f"{p.images_per_second:,.0f} images/s: {_duration(p.days, gpus)}"
     )
     if p.memory.get("ddp", Counter()).total() > memory * GIB:
         lines.append("note: fits only when sharded: use --parallel fsdp")

@@ -1,18 +1,21 @@
 """Periodic callbacks of the loop: snapshots with image grids, and evaluations (FID, KID)."""
 
+import hashlib
+import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from sid_fast.config.types import RunOptions
-from sid_fast.data.datasets import ImageDataset
+from sid_fast.data.datasets import Dataset
 from sid_fast.data.images import save_grid
 from sid_fast.errors import UserError, one_line
 from sid_fast.evaluation.curve import save_curve
+from sid_fast.evaluation.decoding import Decoder
 from sid_fast.evaluation.features import label, load_detector
 from sid_fast.evaluation.references import real_stats
 from sid_fast.evaluation.sample import (
@@ -27,7 +30,7 @@ from sid_fast.models import Network
 from sid_fast.models.registry import save_network
 from sid_fast.performance import fsdp, process_group
 from sid_fast.performance.cuda_graphs import resolve_cuda_graph
-from sid_fast.sampling import group_size, to_uint8
+from sid_fast.sampling import group_size
 from sid_fast.training.checkpoint import Trainer, prune, thin_out
 from sid_fast.training.logging import read_log
 from sid_fast.training.random_streams import fixed_grid_inputs
@@ -39,33 +42,67 @@ MAX_GRIDS = 200  # sample grids of a run; beyond, every second one is removed
 FID_ONLY_FROM = 50_000  # images; below, FID is biased enough that KID is computed too
 
 
+def require_reference(options: RunOptions, data: Dataset | None) -> None:
+    """Raise UserError if --eval-every has latents to compare with, but no images."""
+    if options.eval_every and not options.ref and data and data.is_latent:
+        raise UserError(
+            f"eval_every={options.eval_every}: {data.path} holds latents, and images are compared: "
+            "give the statistics of the images that they were made from as --ref"
+        )
+
+
 class Snapshots:
-    """Callback that saves a network and a grid of its images.
+    """Callback that saves the EMAs of a network and a grid of images.
 
     All ranks call it and take part in gathering a sharded network; rank 0 does the rest.
+
+    Power-function EMAs are kept for post-hoc EMAs, which need those of the whole run: of more than
+    `keep_snapshots` times, every second one is removed. Of other EMAs the newest are kept.
 
     Args:
         options: Options of the run.
         trainer: Counts the images.
-        net: The network to save.
+        nets: The EMAs to save. The grid is of the first.
         make: Generates images from (net, latents, labels).
+        decoder: Turns the network's outputs into images.
+        stds: Widths of the EMAs, if they are power-function EMAs.
     """
 
-    def __init__(self, options: RunOptions, trainer: Trainer, net: Network, make: Make):
-        self.trainer, self.net, self.make = trainer, net, make
+    def __init__(
+        self,
+        options: RunOptions,
+        trainer: Trainer,
+        nets: Sequence[Network],
+        make: Make,
+        decoder: Decoder,
+        stds: Sequence[float] = (),
+    ):
+        self.trainer, self.nets, self.make, self.stds = trainer, nets, make, stds
+        self.decoder = decoder
         self.seed, self.keep = options.seed, options.keep_snapshots
+        text = json.dumps(trainer.resume_fingerprint, sort_keys=True)
+        self.run = hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @torch.no_grad()
     def __call__(self, folder: Path) -> dict[str, float]:
         """Save a snapshot to a run folder; returns no metrics."""
-        self.net.before_sampling()
-        net = fsdp.gather_full(self.net)
+        images = f"{self.trainer.images:010d}"
+        # The first comes last: its grid follows.
+        for std, ema in reversed(list(zip(self.stds or (None,), self.nets, strict=True))):
+            ema.before_sampling()
+            net = fsdp.gather_full(ema)
+            if net is None:
+                continue
+            if std is None:
+                snapshot = folder / f"snapshot-{images}.safetensors"
+                save_network(snapshot, net)
+                prune(folder, "snapshot-*.safetensors", self.keep, snapshot)
+            else:
+                record = {"std": std, "images": self.trainer.images, "run": self.run}
+                save_network(folder / f"snapshot-{images}-{std:.3f}.safetensors", net, record)
+                thin_out(folder, f"snapshot-*-{std:.3f}.safetensors", self.keep)
         if net is None:
             return {}
-        images = f"{self.trainer.images:010d}"
-        snapshot = folder / f"snapshot-{images}.safetensors"
-        save_network(snapshot, net)
-        prune(folder, "snapshot-*.safetensors", self.keep, snapshot)
         columns = len(net.config.classes)
         columns = columns if 1 < columns <= 16 else 10
         device = next(net.parameters()).device
@@ -74,7 +111,7 @@ class Snapshots:
         grid = []
         for rows in torch.arange(len(z)).split(size):
             c = None if labels is None else labels[rows].to(device)
-            grid.append(to_uint8(self.make(net, z[rows].to(device), c)).cpu())
+            grid.append(self.decoder(self.make(net, z[rows].to(device), c)))
         save_grid(folder / f"samples-{images}.png", torch.cat(grid), columns)
         thin_out(folder, "samples-*.png", MAX_GRIDS)
         return {}
@@ -90,11 +127,12 @@ class Evaluations:
         options: Options of the run; --ref replaces `data`.
         trainer: Counts the images.
         net: The network to evaluate.
-        data: Real images.
+        data: Real images; of latents only the classes are used.
         steps: Sampler steps of the network.
         teacher: The teacher, or None.
         teacher_steps: Sampler steps of the teacher.
         cuda_graph: auto, on or off; see resolve_cuda_graph.
+        decoder: Turns the networks' outputs into images; needed for latents.
     """
 
     def __init__(
@@ -102,13 +140,14 @@ class Evaluations:
         options: RunOptions,
         trainer: Trainer,
         net: Network,
-        data: ImageDataset | None,
+        data: Dataset | None,
         steps: int = 1,
         teacher: Network | None = None,
         teacher_steps: int = 1,
         cuda_graph: str = "auto",
+        decoder: Decoder | None = None,
     ):
-        self.trainer, self.net, self.steps = trainer, net, steps
+        self.trainer, self.net, self.steps, self.decoder = trainer, net, steps, decoder
         self.teacher, self.teacher_steps = teacher, teacher_steps
         self.count = options.eval_images
         device = next(net.parameters()).device
@@ -118,7 +157,8 @@ class Evaluations:
         with process_group.main_process_first(), loading:  # may download
             self.detector = load_detector(options.detector, device, options.trust)
         self.name = label("frechet_distance", self.detector)
-        self.real = real_stats(options.ref, data, self.detector, self.clock, "auto")
+        images = None if data is None or data.is_latent else data
+        self.real = real_stats(options.ref, images, self.detector, self.clock, "auto")
         self.classes = classes_to_draw(data, net)
         self.baseline_failed = False
 
@@ -170,7 +210,7 @@ class Evaluations:
     ) -> dict[str, float]:
         """Compare a network's images with real ones; empty if that fails, and on other ranks."""
         images = generate_batches(
-            net, range(self.count), sigma, steps, self.cuda_graph, self.classes
+            net, range(self.count), sigma, steps, self.cuda_graph, self.classes, self.decoder
         )
         metrics = ("fid", "kid") if self.count < FID_ONLY_FROM else ("fid",)
         try:

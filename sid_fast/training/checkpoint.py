@@ -7,6 +7,7 @@ state.json holds the sha256 of every file, and the time of writing, by which sta
 copied folder has lost its file times.
 """
 
+import dataclasses
 import fcntl
 import json
 import math
@@ -51,7 +52,7 @@ MAX_HEADER_BYTES = 1 << 24  # of a state.json or config.json; 1,000 ranks take 1
 FIND_ATTEMPTS = 100  # at a state, while the run that writes it prunes its older ones
 # Files that a run writes with atomic_path, and folders of states that are written or removed.
 RUN_FILES = re.compile(
-    r"config\.json|log\.jsonl|distance\.png|(snapshot|best)-\d+\.safetensors|samples-\d+\.png"
+    r"config\.json|log\.jsonl|distance\.png|(snapshot|best)-\d+(-0\.\d+)?\.safetensors|samples-\d+\.png"
 )
 STATE_FOLDERS = re.compile(r"state-\d+(-\d+)?(\.old|\.[0-9a-f]{8})?\.tmp")
 _held: list[int] = []  # open state.json files of the states that are being read
@@ -208,12 +209,13 @@ def _reason(error: BaseException) -> str:
     """Return the cause of a failed write or read, and the rank if not all ranks failed."""
     failures = getattr(error, "failures", {})  # of a CheckpointException: {rank: (error, trace)}
     for process, (cause, _) in failures.items():
-        return (
-            f"{cause} (process {process})"
-            if len(failures) < process_group.world_size()
-            else str(cause)
-        )
-    return str(error)
+        others = len(failures) < process_group.world_size()
+        return f"{_words(cause)} (process {process})" if others else _words(cause)
+    return _words(error)
+
+
+def _words(error: BaseException) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def _remove(path: Path) -> bool:
@@ -354,9 +356,11 @@ def find_state(resume: str, out: str | None, kind: str = "") -> Path:
     if not headers:
         if unreadable:
             return max(unreadable)  # reported when it is loaded
-        missing = not (root.exists() or resume == "latest")
-        what = "there is no" if missing else "there is no training state (state-*) in"
-        raise UserError(f"resume={resume}: {what} {root}")
+        if not (root.exists() or resume == "latest"):
+            raise UserError(
+                f"resume={resume} does not exist: give a run folder, a state, or latest"
+            )
+        raise UserError(f"resume={resume}: there is no training state (state-*) in {root}")
     chosen = max(headers, key=lambda path: _order(headers[path]))
     if os.environ.get("RANK", "0") == "0":
         for path in unreadable:
@@ -574,8 +578,15 @@ def _load(path: Path, trainer: Trainer) -> dict[str, Any]:
 
     header = read_header(path)
     fingerprint = json.loads(json.dumps(trainer.resume_fingerprint))  # as stored in a state
+    # A setting that the state does not know is newer: the state was written with its default. But a
+    # state without any setting that only this method has is of another method.
+    kind = type(trainer.settings)
+    defaults = {f.name: f.default for f in dataclasses.fields(kind)}
+    inherited = {name for base in kind.__bases__ for name in getattr(base, "__annotations__", {})}
+    if not header["identity"].keys() & (defaults.keys() - inherited):
+        defaults = {}
     for name in header["identity"] | fingerprint:
-        saved, value = header["identity"].get(name), fingerprint.get(name)
+        saved, value = header["identity"].get(name, defaults.get(name)), fingerprint.get(name)
         if saved != value:
             raise UserError(
                 f"{path} was written with {name}={_text(saved)}, this run has {name}={value}: "

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from sid_fast.config.types import RunOptions, recorded, smaller_micro_batch
+from sid_fast.config.types import RunOptions, ema_stds, recorded, smaller_micro_batch
 from sid_fast.errors import OutOfMemory, RunFailed, UserError, WriteFailed
 from sid_fast.io import invocation, progress, streams
 from sid_fast.io.atomic import atomic_path
@@ -138,8 +138,11 @@ def signals(nothing_to_save: Callable[[], bool]) -> Iterator[list[signal.Signals
         if nothing_to_save():
             raise SystemExit(128 + number)
         caught.append(signal.Signals(number))
+        told = f"{caught[-1].name}: the run stops after this step or evaluation, its state saved"
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             restore()
+            told += "; a second signal stops it at once"
+        progress.announce(told)
 
     def restore() -> None:
         for s, handler in before.items():
@@ -174,6 +177,11 @@ class Throughput:
         rate = self.steps / (now - self.start)
         self.start, self.steps = now, 0
         return rate
+
+
+def start_options(options: RunOptions) -> tuple[str, ...]:
+    """The options that a run does not resume with, and that its next command should repeat."""
+    return ("--log-to", options.log_to) if options.log_to != "tensorboard" else ()
 
 
 class TimeLimit:
@@ -248,7 +256,7 @@ class Loop:
         options: Options of the run.
         snapshot: Called with the folder every --snapshot-every kimg, on all ranks; returns metrics.
         name: Suffix of the default run folder's name.
-        headline: One line that describes the run.
+        headline: Describes the run: a line, and perhaps further ones.
         evaluate: Like snapshot, called every --eval-every kimg and at the end.
         extra: Further entries of config.json and of the states' headers.
     """
@@ -315,8 +323,10 @@ class Loop:
         """Return the snapshot and the evaluation of the resumed state that a kill prevented."""
         before = self.trainer.images - self.trainer.settings.batch_size
         missing: list[Artifact] = []
-        if self.trainer.images >= self.end and not process_group.broadcast_from_rank0(
-            lambda: any(self.folder.glob(f"snapshot-{self.trainer.images:010d}.*"))
+        files = f"snapshot-{self.trainer.images:010d}*.safetensors"
+        emas = max(1, len(ema_stds(self.trainer.settings)))
+        if self.trainer.images >= self.end and process_group.broadcast_from_rank0(
+            lambda: int(len(list(self.folder.glob(files))) < emas)
         ):
             missing.append(("snapshot", self.snapshot))
         evaluate = self._evaluation(before)
@@ -358,7 +368,8 @@ class Loop:
             self.started = self.trainer.steps
             caught = stack.enter_context(signals(self._nothing_to_save))
             stack.push(self._stopped_early)
-            self._print(f"{self.headline}; run folder {self.folder}")
+            title, *more = self.headline.splitlines()
+            self._print("\n".join([f"{title}; run folder {self.folder}", *more]))
             if header:
                 self._print(f"resumed {resume} at {self.trainer.images / 1000:g} kimg")
                 count = process_group.world_size()
@@ -413,9 +424,12 @@ class Loop:
 
     def _resume_command(self) -> str:
         command = type(self.options).__name__.removesuffix("Config").lower()
+        more = start_options(self.options)
+        if self.options.max_hours:
+            more = *more, "--max-hours", f"{self.options.max_hours:g}"
         if process_group.world_size() > 1:
-            return f"torchrun … -m sid_fast.{command} --resume {self.folder}"
-        return invocation.command_line(command, "--resume", self.folder)
+            return " ".join([f"torchrun … -m sid_fast.{command} --resume {self.folder}", *more])
+        return invocation.command_line(command, "--resume", self.folder, *more)
 
     def _run_steps(self, caught: list[signal.Signals]) -> bool:
         """Run to the end, a signal or the time limit; whether an evaluation is left for resuming.

@@ -1,6 +1,7 @@
-"""Adam for one network, with gradient accumulation and an optional EMA of the weights."""
+"""Adam for one network, with gradient accumulation and EMAs of the weights."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class AdamWithEMA:
         eps: Adam's ε.
         dtype: The network's compute dtype.
         sharding: How network, EMA and moments are distributed over the ranks.
-        ema: Keep an EMA of the weights.
+        emas: Number of EMAs of the weights to keep.
         metrics: The fields of the losses whose means `step` returns.
         grad_clip: Limit of each gradient value; None: no limit.
     """
@@ -47,15 +48,15 @@ class AdamWithEMA:
         eps: float,
         dtype: torch.dtype = torch.float32,
         sharding: fsdp.ShardingPlan = fsdp.SINGLE_PROCESS,
-        ema: bool = False,
+        emas: int = 0,
         metrics: tuple[str, ...] = ("loss", "distance"),
         grad_clip: float | None = None,
     ):
         self.net = net.requires_grad_(True)
-        self.ema = copy.deepcopy(net).requires_grad_(False).eval() if ema else None
+        self.emas = [copy.deepcopy(net).requires_grad_(False).eval() for _ in range(emas)]
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
         self.metrics, self.grad_clip = metrics, grad_clip
-        for each in filter(None, (self.net, self.ema)):
+        for each in (self.net, *self.emas):
             each.compute_dtype = dtype
             sharding.shard(each, dtype)
         self.compute_weights: list[torch.Tensor | None] | None = None
@@ -66,7 +67,7 @@ class AdamWithEMA:
                 self.compute_weights = self.net.cast_copies()
         # While weights are gathered, modules hold the full tensors: keep the shards by name.
         self.named = dict(net.named_parameters())
-        self.named_ema = dict(self.ema.named_parameters()) if self.ema else {}
+        self.named_emas = [dict(ema.named_parameters()) for ema in self.emas]
         self.params = list(self.named.values())
         self.size = sum(p.numel() for p in self.params)
         self.grad_sync = sharding.grad_sync(net)
@@ -74,8 +75,8 @@ class AdamWithEMA:
         self.exp_avg = [torch.zeros_like(p) for p in self.params] if beta1 else []
         # Views of this rank's shards.
         self.local_params = fsdp.local_shards(self.params)
-        lists = self.exp_avg, self.exp_avg_sq, list(self.named_ema.values())
-        self.local_state = [fsdp.local_shards(tensors) for tensors in lists]
+        self.local_moments = fsdp.local_shards(self.exp_avg), fsdp.local_shards(self.exp_avg_sq)
+        self.local_emas = [fsdp.local_shards(list(ema.values())) for ema in self.named_emas]
         device = self.params[0].device
         self.step_count = torch.zeros((), dtype=torch.float64, device=device)
         self.clipped = None
@@ -105,14 +106,14 @@ class AdamWithEMA:
     def step(
         self,
         lr: float | torch.Tensor,
-        ema_beta: float | torch.Tensor = 0.0,
+        ema_betas: Sequence[float | torch.Tensor] = (),
         enabled: bool | torch.Tensor = True,
     ) -> dict[str, torch.Tensor]:
         """Update from the gradients accumulated since the last step.
 
         Args:
             lr: Learning rate.
-            ema_beta: Decay of the EMA.
+            ema_betas: Decay of each EMA.
             enabled: If False, discard the gradients and change nothing.
 
         Returns:
@@ -125,11 +126,13 @@ class AdamWithEMA:
         """
         *sums, valid, samples = self.grad_sync.all_reduce(self.totals.clone())
         self.grad_sync.wait()
+        self.net.backward_through_copies(self.grad_sync.local_grads())
         enabled = torch.logical_and(valid > 0, torch.as_tensor(enabled, device=valid.device))
         nonfinite = kernels.adam_ema(
             self.local_params,
             self.grad_sync.local_grads(),
-            *self.local_state,
+            *self.local_moments,
+            self.local_emas[0] if self.emas else [],
             compute_weights=self.compute_weights,
             step=self.step_count,
             enabled=enabled,
@@ -137,13 +140,14 @@ class AdamWithEMA:
             beta1=self.beta1,
             beta2=self.beta2,
             eps=self.eps,
-            ema_beta=ema_beta,
+            ema_beta=ema_betas[0] if self.emas else 0.0,
             clip=self.grad_clip,
             clipped=self.clipped,
         )
+        for ema, beta in zip(self.local_emas[1:], ema_betas[1:], strict=True):
+            _update_ema(ema, self.local_params, beta, enabled)
         self.grad_sync.after_update()
-        self.net.constrain_weights(enabled)
-        self.net.update_combined_copies()
+        self.net.after_update(enabled)
         nonfinite = self.grad_sync.sum_over_shards(nonfinite)
         metrics = {name: value / valid for name, value in zip(self.metrics, sums, strict=True)}
         if self.clipped is not None:
@@ -166,7 +170,23 @@ class AdamWithEMA:
         """
         state = {f"{prefix}.step": self.step_count}
         state |= {f"{prefix}.net.{name}": p for name, p in self.named.items()}
-        state |= {f"{prefix}.ema.{name}": p for name, p in self.named_ema.items()}
+        for i, ema in enumerate(self.named_emas):
+            kind = f"ema{i + 1}" if i else "ema"
+            state |= {f"{prefix}.{kind}.{name}": p for name, p in ema.items()}
         for kind, values in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
             state |= {f"{prefix}.{kind}.{n}": v for n, v in zip(self.named, values, strict=False)}
         return state
+
+
+@torch.no_grad()
+def _update_ema(
+    ema: list[torch.Tensor],
+    params: list[torch.Tensor],
+    beta: float | torch.Tensor,
+    enabled: torch.Tensor,
+) -> None:
+    """Update an EMA that the Adam kernel does not: ema ← ema + (1 − β)·(p − ema), if enabled."""
+    weight = torch.where(enabled, 1 - beta, 0.0).to(torch.float32)
+    change = torch._foreach_sub(params, ema)
+    torch._foreach_mul_(change, weight)  # a device scalar, so that a CUDA graph can replay it
+    torch._foreach_add_(ema, change)

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import secrets
+import shlex
 import sys
 import threading
 from collections.abc import Mapping
@@ -58,6 +59,11 @@ class Wandb:
         try:
             with progress.phase("connecting to Weights & Biases"):
                 self.run = self._open(folder, config)
+            if getattr(self.run, "offline", False):  # asked for its URL, it warns
+                files = shlex.quote(str(Path(self.run.dir).parent))
+                streams.note(f"Weights & Biases is offline; later: wandb sync {files}", sys.stdout)
+            elif url := getattr(self.run, "url", None):
+                streams.note(f"Weights & Biases: {url}", sys.stdout)
         except Exception as error:  # another's program, and the network
             self._failed(error)
 

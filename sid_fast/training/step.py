@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 import torch
 
-from sid_fast.config.types import check, grad_accum_steps, resume_fingerprint
+from sid_fast.config.types import check, ema_stds, grad_accum_steps, resume_fingerprint
 from sid_fast.errors import OutOfMemory
 from sid_fast.methods.base import Method, Phase, RandomStream, stream_number
 from sid_fast.performance import fsdp, mixed_precision, process_group, ranges
 from sid_fast.performance.compile import compile_blocks
 from sid_fast.performance.cuda_graphs import MAX_SINGLE_GRAPH_MICRO_BATCHES, GraphedStep
+from sid_fast.training import power_ema
 from sid_fast.training.optimizer import AdamWithEMA, ema_beta
 from sid_fast.training.random_streams import counter_of
 
@@ -82,7 +83,9 @@ class Trainer:
         # Values that change every step stay on the device, where a CUDA graph can read them.
         self.counter = counter_of(seed, self.device)
         scalar: dict[str, Any] = {"dtype": torch.float64, "device": self.device}
-        self.ema_beta = torch.zeros((), **scalar)
+        gammas = power_ema.exponents(ema_stds(s))
+        self.ema_gammas = sorted(gammas)  # the widest first
+        self.ema_betas = [torch.zeros((), **scalar) for _ in gammas or (None,)]
         self.lr = {phase.network: torch.zeros((), **scalar) for phase in method.phases}
         self.factors = {
             phase.name: {name: torch.zeros((), **scalar) for name in phase.terms}
@@ -120,14 +123,13 @@ class Trainer:
         self.optimizers = {
             phase.network: AdamWithEMA(
                 method.networks[phase.network], phase.beta1, s.beta2, s.eps, dtype, sharding,
-                ema=phase.network == method.averaged, metrics=phase.metrics,
-                grad_clip=phase.grad_clip,
+                emas=len(self.ema_betas) * (phase.network == method.averaged),
+                metrics=phase.metrics, grad_clip=phase.grad_clip,
             )
             for phase in method.phases
         }  # fmt: skip
-        ema = self.optimizers[method.averaged].ema
-        assert ema is not None
-        self.ema = ema
+        self.emas = self.optimizers[method.averaged].emas
+        self.ema = self.emas[0]
         self.graphs = None
         if cuda_graph:
             self.graphs = GraphedStep(
@@ -153,15 +155,21 @@ class Trainer:
             self.lr[phase.network].fill_(phase.lr(self.images))
             for name, factor in phase.terms.items():
                 self.factors[phase.name][name].fill_(factor(self.images))
-        s = self.settings
-        decay = ema_beta(self.images, s.batch_size, s.ema_halflife_kimg, s.ema_rampup_ratio)
-        self.ema_beta.fill_(decay)
+        for beta, decay in zip(self.ema_betas, self._ema_decays(), strict=True):
+            beta.fill_(decay)
         if inputs is None:
             self._load_images()
         metrics = self.graphs() if self.graphs and inputs is None else self.run(inputs)
         self.steps += 1
-        self.images += s.batch_size
+        self.images += self.settings.batch_size
         return metrics
+
+    def _ema_decays(self) -> list[float]:
+        """Return β of each EMA for the next step."""
+        s = self.settings
+        if self.ema_gammas:
+            return [power_ema.decay(self.images, s.batch_size, g) for g in self.ema_gammas]
+        return [ema_beta(self.images, s.batch_size, s.ema_halflife_kimg, s.ema_rampup_ratio)]
 
     def run(self, inputs: Inputs | None = None) -> dict[str, torch.Tensor]:
         """Run all phases on the device: a pure function of `inputs`, or of self.counter."""
@@ -252,7 +260,8 @@ class Trainer:
         """End a phase: average gradients over ranks, replace non-finite ones, Adam, EMA."""
         optimizer = self.optimizers[phase.network]
         with ranges.named(f"{phase.name} update".strip()):
-            metrics = optimizer.step(self.lr[phase.network], self.ema_beta, self.enabled)
+            ema_betas = self.ema_betas if optimizer.emas else ()
+            metrics = optimizer.step(self.lr[phase.network], ema_betas, self.enabled)
         if phase in (self.phases[-1], self.method.phases[-1]):
             # Captured steps must start and end in the same state: with all networks sharded.
             for each in self.optimizers.values():

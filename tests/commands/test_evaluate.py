@@ -199,8 +199,8 @@ def test_a_reference_of_another_shape_is_refused(run_command, teacher, tmp_path)
     base = ["--network", teacher, "--data", tmp_path / "a.zip", "--detector", "pixels"]
     status, error = run_command("evaluate", *base, "--num", 4)
     assert status == 2
-    assert "192" in error
-    assert "64" in error
+    assert "8x8 pixels and 1 channels" in error
+    assert "8x8 and 3" in error
 
 
 # --- real images

@@ -103,10 +103,19 @@ def test_upstream_s_pickle_becomes_a_snapshot(run_command, golden, tmp_path):
     assert all(torch.equal(state[name], v) for name, v in expected.state_dict().items())
 
 
-@pytest.mark.parametrize("fp16", [False, True])
-def test_upstream_runs_it_in_float16_if_asked(run_command, teacher, tmp_path, fp16, monkeypatch):
-    out = tmp_path / "net.pkl"
-    assert run_command("export", "--network", teacher, "--out", out, *["--fp16"] * fp16)[0] == 0
+@pytest.mark.parametrize(
+    ("options", "fp16"), [([], False), (["--fp16"], True), (["--fp16", None], True),
+    (["--fp16", "--no-fp16"], False)],
+)  # fmt: skip
+def test_upstream_runs_it_in_float16_if_asked(
+    run_command, teacher, tmp_path, options, fp16, monkeypatch
+):
+    """A pickle of a pickle keeps what was asked for."""
+    out = teacher
+    for i, option in enumerate(options or [None]):
+        source, out = out, tmp_path / f"{i}.pkl"
+        more = [option] if option else []
+        assert run_command("export", "--network", source, "--out", out, *more)[0] == 0
     monkeypatch.syspath_prepend(BARE.parent)
     import pickle
 
@@ -188,7 +197,7 @@ def test_the_next_command_runs(tmp_path, generator, suffix):
     assert re.match(rf"wrote {re.escape(str(out))} \(\d\.\d MB\): one-step generator", lines[0])
     assert suffix == ".pkl" or re.search("pixel difference .* of 255", lines[1])
     words = shlex.split(lines[-1].removeprefix("next: "))
-    assert words[0] == "python"
+    assert Path(words[0]).name.startswith("python")
     done = python(*words[1:])
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "a net.png").exists() or "4, 1, 8, 8" in done.stdout
@@ -242,7 +251,7 @@ def test_packages_that_are_not_installed_are_named(run_command, teacher, tmp_pat
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     status, error = run_command("export", "--network", teacher, "--out", tmp_path / "x.onnx")
     assert (status, error.count("\n")) == (2, 1)
-    assert 'onnxruntime: pip install "sid-fast[onnx]"' in error
+    assert re.search(r"needs onnx, onnxscript, onnxruntime: pip install .*onnxruntime$", error)
 
 
 def test_weights_beyond_an_onnx_file_are_refused(teacher, tmp_path, monkeypatch):

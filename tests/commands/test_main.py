@@ -1,5 +1,6 @@
 """python -m sid_fast, and how a command starts and reports what libraries raise."""
 
+import importlib
 import logging
 import os
 import re
@@ -12,7 +13,7 @@ import click
 import pytest
 
 from sid_fast import __main__, cli
-from sid_fast.io import invocation
+from sid_fast.io import invocation, streams
 from sid_fast.tools import estimator
 from tests.helpers.networks import SMALL
 from tests.helpers.processes import ENV, ROOT, python
@@ -61,6 +62,14 @@ def test_the_installed_command_speaks_of_itself_by_its_name(monkeypatch, capsys)
     assert run("evalute")[2].startswith("error: 'evalute' is not a command: did you mean evaluate?")
     assert run("xyz")[2].startswith("error: 'xyz' is not a command: choose from train")
     arguments.undo()
+
+
+@pytest.mark.parametrize("name", __main__.COMMANDS)
+def test_every_command_lists_its_options(name):
+    command = importlib.import_module(f"sid_fast.{name}").main
+    shown = command.get_help(click.Context(command, info_name=name))
+    assert re.search(rf"^  python -m sid_fast\.{name} ", shown, re.MULTILINE), "a line to copy"
+    assert "--quiet" in shown
 
 
 def test_the_console_script_is_the_tested_function():
@@ -199,3 +208,20 @@ def test_a_command_asks_torch_for_errors_only(tmp_path, arguments, given, expect
     command = [sys.executable, *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
     assert done.stdout == repr(expected)
+
+
+def test_next_commands_are_not_for_quiet_runs(monkeypatch, capsys):
+    for quiet, told in ((False, "next: a\nnext:\n  b\n  c\n"), (True, "")):
+        monkeypatch.setattr(streams, "quiet", quiet)
+        invocation.suggest("a")
+        invocation.suggest("b", "c")
+        invocation.suggest()
+        assert capsys.readouterr().out == told
+
+
+@pytest.mark.skipif(os.getpid() == 1, reason="the first process is this one")
+def test_a_job_of_torchrun_is_as_old_as_torchrun(monkeypatch):
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    own = invocation.started()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert invocation.started() < own

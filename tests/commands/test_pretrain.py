@@ -12,6 +12,9 @@ from tests.helpers.images import pictures
 pytestmark = pytest.mark.usefixtures("cache")
 
 
+EDM2 = ["--data", "digits", "--architecture", "edm2"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -20,6 +23,18 @@ pytestmark = pytest.mark.usefixtures("cache")
         (["--data", "digits", "--channel-mult", "1,x"], ["1,x"]),
         (["--data", "digits", "--channel-mult", "1,2,2,2,2"], ["resolution=8"]),
         (["--data", "digits", "--model-channels", "36"], ["model_channels", "144"]),
+        (["--data", "digits", "--ema-std", "0.3"], ["ema_std=0.3 is out of range"]),
+        (["--data", "digits", "--ema-std", "0.1,0.1"], ["ema_std=0.1,0.1"]),
+        (["--data", "digits", "--ema-std", "0.1;x"], ["0.1;x", "numbers such as 0.05,0.1"]),
+        (
+            ["--data", "digits", "--ema-std", "0.1", "--ema-halflife-kimg", "5"],
+            ["--ema-halflife-kimg has no effect"],
+        ),
+        ([*EDM2, "--augment-p", "0.1"], ["augment_p=0.1", "EDM2", "leave out --augment-p"]),
+        (
+            [*EDM2, "--channel-mult", "1", "--model-channels", "96"],
+            ["model_channels=96", "96 channels", "heads of 64"],
+        ),
     ],
 )
 def test_pretrain_refuses(run_command, monkeypatch, tmp_path, arguments, words):

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from sid_fast.data.images import save_grid
-from sid_fast.tools.run_report import charts, grids
+from sid_fast.errors import UserError
+from sid_fast.tools.run_report import charts, grids, runs
 from tests.helpers.browser import Browser, find_chromium
 from tests.helpers.images import png
 from tests.helpers.runs import DISTANCE, make_run, progress
@@ -229,6 +230,7 @@ def test_damaged_lines_values_and_grids_are_left_out_and_counted(report, tmp_pat
         log.write(b'{"images": 9001, "fake/loss": null, "generator/loss": 1e300}\n')
         log.write(b'\xff\xfe\n[1]\n{"images": -1}\n{"images": 1e3}\n' + b"[" * 5000 + b"\n")
         log.write(b'{"images": 1' + b"0" * 4000 + b"}\n")
+        log.write(b"\n\n")  # no damage
         log.write(b'{"images": 9002, "fake/lo')  # a line that the run is writing
     (run / "samples-0000002048.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     (run / "samples-0000004096.png").write_bytes(png(np.zeros((6000, 6000), np.uint8)))
@@ -239,6 +241,50 @@ def test_damaged_lines_values_and_grids_are_left_out_and_counted(report, tmp_pat
     assert re.search(r"samples-0000004096\.png.*6000 x 6000", page.text)
     assert len(page.all("img")) == 3
     assert page.text.count("This grid cannot be read.") == 2
+
+
+def test_a_log_in_any_order_and_grids_ahead_of_it(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "run", images=4096)
+    (folder / "log.jsonl").write_text(
+        '{"images": 300, "x": 1}\n{"images": 100, "A": 2, "FID": 3, "evaluation_s": 1}\n'
+    )
+    (run,) = runs.read_runs([str(folder)])
+    assert [record["images"] for record in run.log] == [100, 300]
+    assert run.evaluation_metrics() == ["FID", "A"]
+    assert run.seen == 4096
+    monkeypatch.setattr(runs, "MAX_METRICS", 4)
+    with pytest.raises(UserError, match="more than 4 metrics"):
+        runs.read_runs([str(folder)])
+
+
+def test_the_best_is_not_the_last_and_rates_have_outliers(report, tmp_path):
+    run = make_run(tmp_path / "run", best=0.4, options={"kimg": 2.0, "seed": 2})
+    two = make_run(tmp_path / "two", best=0.5, options={"kimg": 2, "seed": 2.0})
+    with (run / "log.jsonl").open("a") as log:
+        for images, value in ((9000, 0.7), (9100, None)):
+            evaluation = {"images": images, DISTANCE: value, "KID": 0.1, "evaluation_s": 1.0}
+            log.write(json.dumps(evaluation) + "\n")
+        log.write(json.dumps({"images": 9200, "img_per_s": 1e6}) + "\n")
+    Image.new("RGB", (8, 8)).save(run / "samples-0000009000.png", "JPEG")
+    page = report(run, two)
+    assert "0.4best Fréchet distance (pixels), at 8.19 kimg" in page.text
+    assert page.row("9.1")[1][1] == "not finite"
+    assert page.row("median throughput, img/s")[1][1] == "512"
+    assert page.row("kimg")[0] == page.row("seed")[0] == "", "2 and 2.0 are one value"
+    assert re.search(
+        r"samples-0000009000\.png.*left out|left out.*samples-0000009000\.png", page.text
+    )
+    described = {a["aria-label"] for a in page.all("svg") if a.get("role") == "img"}
+    (kid,) = (label for label in described if label.startswith("KID against"))
+    assert "teacher" not in kid
+
+
+def test_a_large_grid_is_halved_until_it_fits(tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (600, 600), np.uint8))
+    kind, data = grids._encode(noise, 20_000, exact=True)
+    assert kind == "jpeg"
+    assert len(data) <= 20_000
+    assert Image.open(io.BytesIO(data)).size == (150, 150)
 
 
 def test_many_large_grids_and_a_long_log_stay_within_bounds(report, tmp_path, monkeypatch):

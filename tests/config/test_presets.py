@@ -16,14 +16,15 @@ KINDS = {"train": train.TrainConfig, "pretrain": pretrain.PretrainConfig}
 def test_preset_is_valid(kind, name):
     config = KINDS[kind](**presets(kind)[name])
     check(config)
-    for processes in (1, 8 if name != "digits-sida" else 4):
+    for processes in (1, 4 if name.startswith("digits") else 8):
         config.micro_batch = None  # auto, until a GPU is known
         grad_accum_steps(config.settings() if kind == "train" else config, processes)
 
 
 def test_the_published_presets_are_all_there_with_their_teachers():
     sida = {f"{name}-{kind}" for name in TEACHERS for kind in ("sida", "sid2a")}
-    assert set(presets("train")) == {*TEACHERS, *sida, "digits", "digits-sida", "fashion"}
+    ours = {"digits", "digits-sida", "digits-edm2", "digits-edm2-sida", "fashion"}
+    assert set(presets("train")) == {*TEACHERS, *sida, *ours}
     for name, preset in presets("train").items():
         teacher, _, kind = name.rpartition("-")
         method = kind if kind in ("sida", "sid2a") else "sid"

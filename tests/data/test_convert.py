@@ -178,6 +178,8 @@ def test_other_files_are_left_out():
     assert reason(b"", Conversion()) == "empty"
     for data in (b"<!doctype html>", b"\0\0\0\x18ftypheic", b"%!PS-Adobe-3.0 EPSF-3.0\n"):
         assert reason(data, Conversion()) == "not an image that can be read"
+    with pytest.raises(LeftOut, match="not an image"):  # PIL would run Ghostscript
+        inspect(file(photo(), "EPS"), Conversion())
     floats = Image.fromarray(np.zeros((4, 4), np.float32))
     assert reason(file(floats, "TIFF"), Conversion()) == "of floating-point pixels"
     ints = Image.fromarray(np.zeros((4, 4), np.int32))

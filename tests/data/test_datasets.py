@@ -346,7 +346,7 @@ def little_memory():
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_what_says_that_it_is_large_is_refused_unread(tmp_path, monkeypatch, compression):
-    monkeypatch.setattr(datasets, "_MAX_PNG_BYTES", 10**6)
+    monkeypatch.setattr(datasets, "_MAX_SAMPLE_BYTES", 10**6)
     for name, data, match in (
         ("side", bomb(30_000), "1.png is 30000x30000 pixels: scale it to 4096 at most"),
         ("none", bomb(0), "1.png is 0x0 pixels"),

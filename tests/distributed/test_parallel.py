@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sid_fast.config.types import Settings, smaller_micro_batch
 from sid_fast.distiller import Distiller
@@ -86,6 +87,28 @@ def test_a_run_on_two_processes_writes_the_files_of_one(command, tmp_path):
     assert names >= {"state-000000005", "snapshot-0000000020.safetensors", "log.jsonl"}
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 5
     assert done.stdout.count("kimg  100 %") == 1, "more than one process speaks"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_edm2_teachers_of_two_processes_have_the_emas_of_one(tmp_path, mode):
+    command = [
+        "-m", "sid_fast.pretrain", "--architecture", "edm2", "--data", "digits",
+        "--model-channels", 64, "--channel-mult", 1, "--num-blocks", 1, "--batch-size", 8,
+        "--attention-resolutions", "", "--kimg", 0.016, "--dropout", 0.1, "--sampler-steps", 1,
+    ]  # fmt: skip
+    done = python(*command, "--out", tmp_path / "one")
+    assert done.returncode == 0, done.stderr
+    done = python(*TORCHRUN, 2, *command, "--parallel", mode, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    for std in ("0.050", "0.100"):
+        one, two = (
+            load_file(tmp_path / run / f"snapshot-0000000016-{std}.safetensors")
+            for run in ("one", "two")
+        )
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            assert float((two[name] - value).norm()) <= 1e-4 * float(value.norm()), name
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import torch
 from sid_fast import Draw, Settings, SiDASettings, losses, noise
 from sid_fast.data.images import to_float
 from sid_fast.models import Network
-from sid_fast.models.edm_unet.layers import QKV
+from sid_fast.models.edm_unet.layers import BlockedRows
 
 SHARED = Path(os.environ.get("SID_FAST_SHARED", Path(__file__).parents[3] / "shared"))
 NETWORKS = ["ddpmpp_uncond", "ddpmpp_cond", "ncsnpp_uncond", "adm_cond"]
@@ -27,13 +27,23 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.detach().double() - expected.double()).norm() / expected.double().norm())
 
 
+def collect_gradients(net: Network) -> None:
+    """Turn the gradients of a network's copies into its parameters', as an update does."""
+    for leaf in net.compute_copies:
+        ((_, (p,)),) = leaf.sources
+        p.grad = None if leaf.tensor.grad is None else leaf.tensor.grad.float()
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in net.parameters()]
+    net.backward_through_copies(grads)
+
+
 def check_gradients(net: Network, data: dict[str, torch.Tensor], prefix: str) -> None:
     """Compare the gradients of all parameters with PREFIX.NAME, _head and _norm."""
+    collect_gradients(net)
     checked = 0
     for name, p in net.named_parameters():
         found = p.grad
         layer = net.get_submodule(name.rpartition(".")[0])
-        if isinstance(layer, QKV) and found is not None:
+        if isinstance(layer, BlockedRows) and found is not None:
             found = found[layer.order().argsort()]
         if (expected := data.get(f"{prefix}.{name}")) is None:
             expected = data.get(f"{prefix}_head.{name}")

@@ -265,8 +265,11 @@ def test_a_path_that_may_not_be_read_is_not_called_missing(monkeypatch):
 
 
 def test_teachers(paths):
-    for teacher in TEACHERS.values():
-        assert teacher.url.startswith("https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-")
+    site = "https://nvlabs-fi-cdn.nvidia.com"
+    for name, teacher in TEACHERS.items():
+        edm2 = name.startswith("edm2-")
+        folder = f"edm2/posthoc-reconstructions/{name}-" if edm2 else "edm/pretrained/edm-"
+        assert teacher.url.startswith(f"{site}/{folder}")
     assert fetch(TEACHERS["ffhq64"].source).name.endswith("-edm-ffhq-64x64-uncond-vp.pkl")
     assert paths == ["/edm/pretrained/edm-ffhq-64x64-uncond-vp.pkl"]
     with pytest.raises(UserError, match="not 4d5dcc1f"):  # ours is not what the server gave

@@ -129,7 +129,7 @@ def test_instructions_per_element_match_the_table(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ESTIMATES for h100" in done.stdout
     rows = json.loads(out.read_text())
-    assert len(rows) == 14
+    assert len(rows) == 22
     for row in rows:
         assert row["card"] == "h100"
         assert row["images"] == 64

@@ -50,7 +50,15 @@ GPU = torch.device("cuda")
 def test_defaults_of_a_gpu():
     """The Triton kernels that move less at a known cost; PyTorch's elsewhere."""
     triton = {name for name, backend in dispatch.runs(GPU).items() if backend == "triton"}
-    assert triton == {"group_norm", "sid_loss", "sida_loss", "random", "adam_ema"}
+    assert triton == {
+        "group_norm",
+        "sid_loss",
+        "sida_loss",
+        "random",
+        "adam_ema",
+        "weight_norm",
+        "mp",
+    }
     assert set(dispatch.runs(GPU).values()) == {"triton", "eager"}
 
 
@@ -59,6 +67,7 @@ def test_defaults_of_a_cpu(monkeypatch):
     monkeypatch.setattr(dispatch._cuda, "library", object)
     eager = dict.fromkeys(dispatch.OPERATIONS, "eager")
     assert dispatch.runs(CPU) == eager | {"group_norm": "cuda", "adam_ema": "cuda"}
+    assert dispatch.report(CPU) == "group_norm, adam_ema C++, the rest eager"
     monkeypatch.setattr(dispatch._cuda, "library", lambda: None)
     assert dispatch.runs(CPU) == eager
 
@@ -82,10 +91,7 @@ def test_one_operation_is_overridden_and_restored():
         with dispatch.forced({"group_norm": "eager"}):
             assert dispatch.choose("group_norm", CPU) == "eager"
             assert dispatch.choose("attention", CPU) == "triton"
-            assert dispatch.report(CPU) == (
-                "block triton, group_norm eager, attention triton, sid_loss triton, "
-                "sida_loss triton, augment triton, random triton, adam_ema triton"
-            )
+            assert dispatch.report(CPU) == "group_norm eager, the rest triton"
         assert dispatch.report(CPU) == "triton"
     assert dispatch.report(CPU) == "eager"
 
@@ -113,8 +119,16 @@ def test_every_public_function_chooses_its_own_backend(monkeypatch):
     zero, lists = torch.zeros((), dtype=torch.float64), [[torch.ones(2)] for _ in range(3)]
     update = {"enabled": zero > 1, "lr": 1e-3, "beta1": 0.0, "beta2": 0.9, "eps": 1e-8}
     kernels.adam_ema(*lists[:2], [], lists[2], [], step=zero, **update)
+    weights = [torch.ones(2, 2)]
+    kernels.weight_norm(weights, [torch.empty(2, 2)])
+    kernels.weight_norm_backward(weights, weights)
+    kernels.pixel_norm(ones)
+    kernels.scaled_silu(ones, ones[:, :, 0, 0])
+    kernels.mp_sum(ones, ones, 0.3)
+    kernels.mp_cat_silu(ones)
     losses, draws = ["sid_loss"] * 3 + ["sida_loss"] * 2, ["random"] * 2
-    assert asked == ["group_norm", "attention", *losses, *draws, "augment", "adam_ema"]
+    update = ["adam_ema"] + ["weight_norm"] * 2 + ["mp"] * 4
+    assert asked == ["group_norm", "attention", *losses, *draws, "augment", *update]
 
 
 @pytest.mark.parametrize("names", ["cudnn", {"group_norm": "cudnn"}, {"softmax": "triton"}, "apex"])
@@ -205,7 +219,9 @@ def test_nvidias_apex_is_a_backend_of_group_norm_only(packages):
     with pytest.raises(UserError, match="NVIDIA GPUs only"):
         dispatch.configure("group_norm=apex", CPU)
     dispatch.configure("group_norm=apex", GPU)
-    assert dispatch.report(GPU).startswith("block eager, group_norm apex, attention")
+    assert dispatch.report(GPU) == (
+        "group_norm apex, block, attention, augment eager, the rest triton"
+    )
 
 
 def test_apex_gets_the_pass_count_and_activation_name_it_expects(packages):

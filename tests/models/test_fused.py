@@ -268,7 +268,7 @@ def test_a_state_dict_has_upstreams_order_of_qkv(architecture):
     qkv = net.model.dec["4x4_in0"].qkv
     state = net.state_dict()
     upstream = state["model.dec.4x4_in0.qkv.weight"]
-    size = qkv.channels // qkv.heads
+    size = len(qkv.weight) // 3 // qkv.heads
     rows = upstream.unflatten(0, (qkv.heads, size, 3))
     assert torch.equal(rows[:, :, 1].flatten(0, 1), qkv.weight.chunk(3)[1])
     again = EDMNetwork(net.config)

@@ -14,6 +14,7 @@ from sid_fast.models import NetworkConfig
 from sid_fast.models.registry import load_network, load_teacher, save_network
 from tests.helpers.networks import SMALL, small_teacher
 from tests.helpers.pickled import network_pickle
+from tests.helpers.processes import python
 
 
 def refusal(path) -> str:
@@ -153,7 +154,7 @@ def test_few_weights_do_not_make_a_large_network(tmp_path, monkeypatch):
 def test_an_empty_name(tmp_path):
     with pytest.raises(UserError, match=r"name is empty.*shell variable"):
         load_network("")
-    with pytest.raises(UserError, match=r"does not exist.*digits, fashion, cifar10-uncond"):
+    with pytest.raises(UserError, match=r"does not exist.*digits, digits-edm2, fashion, cifar"):
         load_network(tmp_path / "none")
     with pytest.raises(UserError, match="File name too long"):
         load_network("x" * 300)
@@ -171,3 +172,20 @@ def test_a_network_knows_the_classes_that_it_was_trained_on(tmp_path):
     config = load_network(tmp_path / "net.safetensors").config
     assert config == net.config
     assert config.classes == [2, 5, 9]
+
+
+BUILD = """
+import sys, torch
+from sid_fast.models.registry import NetworkConfig, build_network
+for architecture in ("ddpmpp", "ncsnpp", "adm"):
+    config = NetworkConfig(architecture, 8, model_channels=64, channel_mult=(1, 2), num_blocks=1)
+    with torch.device("meta"):
+        build_network(config)
+print("torch._dynamo" in sys.modules)
+"""
+
+
+@pytest.mark.slow
+def test_building_a_network_to_load_imports_no_compiler():
+    """Arithmetic on meta tensors does, and a command would start seconds later."""
+    assert python("-c", BUILD).stdout == "False\n"

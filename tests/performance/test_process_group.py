@@ -3,8 +3,10 @@
 import socket
 
 import pytest
+import torch
 
-from sid_fast.performance.process_group import Launch, launch
+from sid_fast.errors import UserError
+from sid_fast.performance.process_group import Launch, launch, named_device
 
 TORCHRUN = {
     "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2",
@@ -64,3 +66,21 @@ def test_processes_that_cannot_meet_are_one_line(environment, run_command, tmp_p
         status, error = run_command("generate", "--network", "digits", "--out", tmp_path / "out")
     assert status == 2
     assert f"cannot meet at MASTER_ADDR:MASTER_PORT, localhost:{port}" in error
+
+
+@pytest.mark.parametrize(
+    ("cuda", "count", "told"),
+    [
+        (None, 0, "device=cuda cannot be used: this PyTorch is built for CPUs alone; give --devi"),
+        ("13.0", 0, "device=cuda cannot be used: no GPU is visible; give --device cpu, or auto"),
+        ("13.0", 1, "device=cuda:3 does not exist: 1 GPU is visible; use fewer processes"),
+        ("13.0", 2, "device=cuda:3 does not exist: 2 GPUs are visible; use fewer processes"),
+    ],
+)
+def test_a_missing_gpu_is_named(monkeypatch, cuda, count, told):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(UserError) as refused:
+        named_device("cuda:3" if count else "cuda")
+    assert str(refused.value).startswith(told)

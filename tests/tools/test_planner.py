@@ -96,3 +96,18 @@ def test_a_plan_says_what_to_change_where_nothing_fits():
     assert "bf16" not in shown.partition("Instead")[2]  # it is in bf16
     shown = text("x", small_teacher().config, COUNTS, SETTINGS, 1, Cluster(memory=9, gpus=8))
     assert "fits only when sharded" in shown
+
+
+@pytest.mark.parametrize(
+    ("kimg", "told"),
+    [
+        (50_000, "0.1 days, 0.1 GPU-days"),
+        (5000, "0.3 hours, "),
+        (60, "0.2 minutes, 0.2 GPU-minutes"),
+    ],
+)
+def test_a_short_run_is_told_in_hours_or_minutes(kimg, told):
+    options = Cluster(tflops=100, mfu=1.0)
+    counts = dataclasses.replace(COUNTS, flop=2e10)
+    shown = text("x", small_teacher().config, counts, SETTINGS, kimg, options)
+    assert f" images/s: {told}" in shown

@@ -203,10 +203,21 @@ def test_a_state_of_other_settings_names_the_first_that_differs(tmp_path):
         load_state(state, Distiller(small_teacher(), settings))
 
 
+def test_a_state_from_before_a_setting_was_written_with_its_default(tmp_path):
+    settings = Settings(batch_size=4)
+    state = save_state(tmp_path, Distiller(small_teacher(), settings), settings, keep=1)
+    header = json.loads((state / HEADER).read_text())
+    del header["identity"]["tmax"]
+    (state / HEADER).write_text(json.dumps(header))
+    load_state(state, Distiller(small_teacher(), settings))
+    with pytest.raises(UserError, match=r"with tmax=800.*, this run has tmax=700"):
+        load_state(state, Distiller(small_teacher(), Settings(batch_size=4, tmax=700)))
+
+
 def test_what_is_no_state_is_refused(tmp_path):
     with pytest.raises(UserError, match="no training state"):
         find_state("latest", str(tmp_path))
-    with pytest.raises(UserError, match=r"there is no .*none\.safetensors"):
+    with pytest.raises(UserError, match=r"none\.safetensors does not exist: give a run"):
         find_state(str(tmp_path / "none.safetensors"), None)
     save_network(tmp_path / "net.safetensors", small_teacher())
     with pytest.raises(UserError, match="not a training state"):
@@ -295,7 +306,7 @@ def test_a_full_disk_does_not_stop_a_run_that_can_write_its_last_state(
     warnings = [line for line in seen if line.startswith("warning")]
     assert len(warnings) == 2
     assert "state-000000004" in warnings[0]
-    assert "No space left" in warnings[0]
+    assert "could not be written: No space left on device" in warnings[0]
     assert not list((tmp_path / "run").glob("*.tmp"))
     names = [p.name for p in states(tmp_path / "run")]
     assert names == ["state-000000002", "state-000000008"]

@@ -6,12 +6,14 @@ import re
 import shlex
 import signal
 import time
+import types
 
 import numpy as np
 import pytest
 import torch
 from tqdm import tqdm
 
+from sid_fast import pretrain, train
 from sid_fast.data.datasets import write_dataset
 from sid_fast.distiller import Distiller
 from sid_fast.errors import UserError
@@ -131,7 +133,7 @@ def test_a_resumed_run_remembers_teacher_and_best(tmp_path, run_command):
 def test_evaluations_generate_the_classes_that_have_images(tmp_path, run_command, monkeypatch):
     drawn, generate = [], callbacks.generate_batches
     monkeypatch.setattr(
-        callbacks, "generate_batches", lambda *a: drawn.append(a[-1]) or generate(*a)
+        callbacks, "generate_batches", lambda *a: drawn.append(a[-2]) or generate(*a)
     )
     write_dataset(
         tmp_path / "a.zip", np.arange(384, dtype=np.uint8).reshape(6, 1, 8, 8), [1, 4] * 3
@@ -302,6 +304,20 @@ def test_a_lost_stdout_does_not_stop_the_run(teacher, tmp_path, stdout):
     assert "BrokenPipe" not in done.stderr
 
 
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_a_signal_says_what_happens_next(monkeypatch, torchrun):
+    told = []
+    monkeypatch.setattr(loop.progress, "announce", told.append)
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with loop.signals(lambda: False) as caught:
+        signal.raise_signal(signal.SIGTERM)
+        later = signal.getsignal(signal.SIGTERM)
+    assert caught == [signal.SIGTERM]
+    assert told[0].startswith("SIGTERM: the run stops after this step or evaluation")
+    assert ("a second signal" in told[0]) == (later == signal.SIG_DFL) == (not torchrun)
+
+
 def test_nohup_is_respected():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -349,7 +365,7 @@ def test_max_hours_saves_and_leaves_with_the_status_of_a_requeue(
     assert told[-2].startswith(
         "--max-hours 1: stopped at 0.008 kimg with exit status 75; the state"
     )
-    assert told[-1].endswith(f"sid_fast.train --resume {out}")
+    assert told[-1].endswith(f"sid_fast.train --resume {out} --max-hours 1")
     assert run_command("train", "--resume", out, "--max-hours", 1)[0] == 0, "it is at its end"
     last = "state-000000003"
     for name, tensor in tensors_of(tmp_path / "whole" / last).items():
@@ -448,6 +464,30 @@ def test_quiet_leaves_errors_warnings_and_the_result(tmp_path, run_command, monk
     assert made == [f"  {tmp_path}/run/{n}" for n in (
         "snapshot-0000000012.safetensors", "samples-0000000012.png", "log.jsonl", "tensorboard"
     )]  # fmt: skip
+
+
+def test_the_start_is_told_in_short_lines(tmp_path, run_command, told, monkeypatch):
+    """The run folder stands beside what is trained, and notes come last."""
+    monkeypatch.setattr(train.graph_trial, "choose", lambda *_: ("off", False, "a note"))
+    assert run_command(*arguments_of(tmp_path), "--out", tmp_path / "run") == (0, "")
+    first, where, note = told[0].splitlines()
+    assert re.fullmatch(rf"distilling .*\(ddpmpp, .*\); run folder {tmp_path}/run", first)
+    assert where.startswith("  on cpu in fp32, kernels: ")
+    assert note == "note: a note"
+
+
+def test_the_next_command_repeats_what_a_state_does_not_hold():
+    options = train.TrainConfig()
+    options.log_to, options.max_hours, options.detector = "wandb", 3.9, "pixels"
+    assert train.next_commands(options, "run")[1].endswith(f"pixels -n {options.eval_images}")
+    run = types.SimpleNamespace(options=options, folder="runs/a b")
+    told = loop.Loop._resume_command(run)
+    assert shlex.split(told)[2:] == [
+        "sid_fast.train", "--resume", "runs/a b", "--log-to", "wandb", "--max-hours", "3.9",
+    ]  # fmt: skip
+    more = pretrain.next_commands(pretrain.PretrainConfig(log_to="wandb"), "run")
+    for commands in train.next_commands(options, "run", latent=False), more:
+        assert commands[-1].endswith(" --log-to wandb")
 
 
 def test_the_end_names_the_next_commands(tmp_path, run_command, told):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import types
 
 import pytest
 
@@ -85,6 +86,23 @@ def test_wandb_gets_what_the_log_gets_and_resuming_continues_its_run(
     assert status == 0, error
     first, second = (r["init"] for r in records(stand_in) if "init" in r)
     assert first == second, "the same id"
+
+
+@pytest.mark.parametrize(
+    ("attributes", "told"),
+    [
+        ({"url": "https://wandb.ai/x"}, "Weights & Biases: https://wandb.ai/x\n"),
+        (
+            {"url": "none", "offline": True, "dir": "a run/wandb/offline-run-1/files"},
+            "Weights & Biases is offline; later: wandb sync 'a run/wandb/offline-run-1'\n",
+        ),
+    ],
+)
+def test_it_says_where_the_curves_are(tmp_path, monkeypatch, capsys, attributes, told):
+    run = types.SimpleNamespace(**attributes)
+    monkeypatch.setattr(sinks.Wandb, "_open", lambda *arguments: run)
+    sinks.Wandb(tmp_path, {})
+    assert capsys.readouterr().out == told
 
 
 @pytest.mark.parametrize("fails", ["init", "log", "finish"])

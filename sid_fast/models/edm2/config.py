@@ -64,7 +64,7 @@ class EDM2Config(NetworkConfig):
     @property
     def operations(self) -> frozenset[str]:
         """See NetworkConfig."""
-        return frozenset(["attention"])
+        return frozenset(["attention", "mp", "weight_norm"])
 
     @property
     def training_noise(self) -> tuple[float, float]:

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sid_fast.models.edm_unet.fused import conv1x1, convolve
+from sid_fast.models.edm_unet.layers import BlockedRows
+
 EPS = 1e-4  # of normalize
 CLIP = 256.0  # limit of a block's output; float16 ends at 65504
 
@@ -29,28 +32,6 @@ def normalize(x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
 def normalize_weight(weight: torch.Tensor) -> torch.Tensor:
     """Scale every output channel of a weight to a root mean square of 1."""
     return normalize(weight, tuple(range(1, weight.dim())))
-
-
-def pixel_norm(x: torch.Tensor) -> torch.Tensor:
-    """Scale every pixel of [N, C, H, W] to a root mean square of 1 over the channels."""
-    return normalize(x, (1,))
-
-
-def mp_silu(x: torch.Tensor) -> torch.Tensor:
-    """Apply SiLU, divided by the root mean square it makes of N(0, 1)."""
-    return F.silu(x) / 0.596
-
-
-def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
-    """Interpolate from a to b; independent a and b keep their magnitude."""
-    return torch.lerp(a, b, t) / math.sqrt((1 - t) ** 2 + t**2)
-
-
-def mp_cat(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
-    """Concatenate channels; b contributes the share t to the magnitude."""
-    n_a, n_b = a.shape[1], b.shape[1]
-    scale = math.sqrt((n_a + n_b) / ((1 - t) ** 2 + t**2))
-    return torch.cat([a * (scale * (1 - t) / n_a**0.5), b * (scale * t / n_b**0.5)], dim=1)
 
 
 class ScalarGain(nn.Module):
@@ -89,7 +70,9 @@ class MPFourier(nn.Module):
 
 
 class MPConv(nn.Module):
-    """A convolution, or a linear layer, whose weight is normalised wherever it is used.
+    """A convolution, or a linear layer, whose weight is normalised.
+
+    Happens wherever the weight is used, unless the layer has a normalised copy of it.
 
     Args:
         fan_in: Input channels.
@@ -97,15 +80,45 @@ class MPConv(nn.Module):
         kernel: Kernel size, for [N, C, H, W]; None: a linear layer, for [N, C].
     """
 
+    # w/(ε + rms(w))/√fan_in in the compute dtype; see EDM2Network.compute_in.
+    compute_weight: torch.Tensor | None = None
+
     def __init__(self, fan_in: int, fan_out: int, kernel: int | None = None):
         super().__init__()
         size = () if kernel is None else (kernel, kernel)
         self.weight = nn.Parameter(torch.randn(fan_out, fan_in, *size))
 
-    def forward(self, x: torch.Tensor, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
-        """Apply the layer in the dtype of x; `gain` scales the output."""
-        fan_in = self.weight[0].numel()
-        weight = (normalize_weight(self.weight) * (gain / math.sqrt(fan_in))).to(x.dtype)
-        if weight.dim() == 2:
-            return F.linear(x, weight)
-        return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+    def forward(self, x: torch.Tensor, gain: torch.Tensor | None = None) -> torch.Tensor:
+        """Apply the layer in the dtype of x; `gain` [1] scales the output."""
+        if self.weight.dim() == 4:
+            weight = self.scaled_weight(x.dtype, gain)
+            return conv1x1(weight, x) if weight.shape[-1] == 1 else convolve(x, weight)
+        if gain is None or self.compute_weight is None:
+            return F.linear(x, self.scaled_weight(x.dtype, gain))
+        # The output is smaller than the copy.
+        return (F.linear(x, self.scaled_weight(x.dtype)) * gain).to(x.dtype)
+
+    def scaled_weight(self, dtype: torch.dtype, gain: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the normalised weight times gain/√fan_in, in a dtype.
+
+        The product with the gain is one in float32: a rounded gain would scale all outputs wrongly.
+        """
+        if self.compute_weight is not None:
+            weight = self.compute_weight
+            return (weight if gain is None else weight * gain).to(dtype)
+        scale = 1 / math.sqrt(self.weight[0].numel())
+        weight = normalize_weight(self.weight) * (scale if gain is None else gain * scale)
+        return weight.to(dtype)
+
+
+class QKV(BlockedRows, MPConv):
+    """The 1x1 convolution before attention.
+
+    Args:
+        channels: Input channels; a third of the output channels.
+        heads: Attention heads.
+    """
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__(channels, channels * 3, 1)
+        self.heads = heads

@@ -9,20 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from sid_fast import kernels
-from sid_fast.kernels.dropout import dropout
+from sid_fast.kernels.mp import cat_gains, mp_silu_eager, mp_sum_eager
 from sid_fast.models.base import Heads, encoder_block_seeds
 from sid_fast.models.edm2.config import EDM2Config
-from sid_fast.models.edm2.layers import (
-    CLIP,
-    MPConv,
-    MPFourier,
-    ScalarGain,
-    mp_cat,
-    mp_silu,
-    mp_sum,
-    normalize,
-    pixel_norm,
-)
+from sid_fast.models.edm2.layers import CLIP, QKV, MPConv, MPFourier, ScalarGain
+from sid_fast.models.edm_unet.fused import conv1x1
 from sid_fast.models.edm_unet.layers import channel_mean
 
 RESIDUAL_SHARE = 0.3  # of a residual branch in mp_sum
@@ -66,43 +57,55 @@ class Block(ScalarGain):
         self.conv_res1 = MPConv(fan_out, fan_out, 3)
         self.conv_skip = MPConv(fan_in, fan_out, 1) if fan_in != fan_out else None
         if attention:
-            self.attn_qkv = MPConv(fan_out, fan_out * 3, 1)
+            self.attn_qkv = QKV(fan_out, self.heads)
             self.attn_proj = MPConv(fan_out, fan_out, 1)
 
     def forward(
-        self, x: torch.Tensor, embedding: torch.Tensor, seed: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Apply the block; `seed` replaces dropout_seed, unless it is None."""
+        self,
+        x: torch.Tensor,
+        embedding: torch.Tensor,
+        skip: torch.Tensor | None = None,
+        seed: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Apply the block.
+
+        Args:
+            x: Feature map.
+            embedding: [N, E].
+            skip: Feature map to concatenate with x, in the decoder.
+            seed: Replaces dropout_seed; None: does not.
+
+        Returns:
+            The result twice, for the next block and for the skip connection, so that the kernel
+            which adds the residual sums both gradients.
+        """
         if self.resample == "down":
             x = F.avg_pool2d(x, 2)
         elif self.resample == "up":
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         if self.encoder:
-            x = pixel_norm(x if self.conv_skip is None else self.conv_skip(x))
-        y = self.conv_res0(mp_silu(x))
-        scale = self.emb_linear(embedding, self.emb_gain) + 1
-        y = self._drop(mp_silu(y * scale[:, :, None, None]), seed)
+            x = x if self.conv_skip is None else self.conv_skip(x)
+            x, activated = kernels.pixel_norm(x)
+        else:
+            activated, x, skip = kernels.mp_cat_silu(x, skip, SKIP_SHARE)
+        y = kernels.scaled_silu(
+            self.conv_res0(activated),
+            self.emb_linear(embedding, self.emb_gain),
+            self.dropout if self.training else 0.0,
+            self.dropout_seed if seed is None else seed,
+        )
         y = self.conv_res1(y)
         if not self.encoder and self.conv_skip is not None:
-            x = self.conv_skip(x)
-        x = mp_sum(x, y, RESIDUAL_SHARE)
-        if self.heads:
-            x = mp_sum(x, self.attn_proj(self._attend(x)), RESIDUAL_SHARE)
-        return x.clamp(-CLIP, CLIP)
-
-    def _drop(self, y: torch.Tensor, seed: torch.Tensor | None) -> torch.Tensor:
-        if not (self.training and self.dropout):
-            return y
-        seed = self.dropout_seed if seed is None else seed
-        return F.dropout(y, self.dropout) if seed is None else dropout(y, self.dropout, seed)
-
-    def _attend(self, x: torch.Tensor) -> torch.Tensor:
-        """Attend with q, k and v of unit magnitude per head."""
-        n, channels, height, width = x.shape
-        # From upstream's [head, channel, {q, k, v}] to the kernel's [{q, k, v}, head, channel].
-        qkv = self.attn_qkv(x).reshape(n, self.heads, channels // self.heads, 3, height, width)
-        qkv = normalize(qkv, (2,)).permute(0, 3, 1, 2, 4, 5)
-        return kernels.attention(qkv.reshape(n, 3 * channels, height, width), self.heads)
+            weight, gains = self.conv_skip.scaled_weight(x.dtype), (1.0, 1.0)
+            if skip is not None:
+                gains = cat_gains(x.shape[1], skip.shape[1], SKIP_SHARE)
+            x = conv1x1(weight, x, skip, gains)
+        if not self.heads:
+            return kernels.mp_sum(x, y, RESIDUAL_SHARE, CLIP)
+        x, again = kernels.mp_sum(x, y, RESIDUAL_SHARE)
+        qkv = kernels.pixel_norm(self.attn_qkv(x), 3 * self.heads, silu=False).n
+        y = self.attn_proj(kernels.attention(qkv, self.heads))
+        return kernels.mp_sum(again, y, RESIDUAL_SHARE, CLIP)
 
 
 class UNet(ScalarGain):
@@ -162,8 +165,8 @@ class UNet(ScalarGain):
         if self.emb_label is not None:
             assert labels is not None  # Network replaces None by zeros
             label = self.emb_label(labels * math.sqrt(self.config.label_dim))
-            emb = mp_sum(emb, label.expand_as(emb), LABEL_SHARE)
-        return mp_silu(emb)
+            emb = mp_sum_eager(emb, label.expand_as(emb), LABEL_SHARE)
+        return mp_silu_eager(emb)
 
     def forward(
         self,
@@ -186,18 +189,20 @@ class UNet(ScalarGain):
         embedding = self.embed(c_noise, labels).to(x.dtype)
         seeds = encoder_block_seeds(self.encoder_seeds, self.training, heads)
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        x = x.contiguous(memory_format=torch.channels_last)
         skips: list[torch.Tensor] = []
         for layer in self.enc.values():
-            x = layer(x, embedding, next(seeds)) if isinstance(layer, Block) else layer(x)
-            skips.append(x)
+            if isinstance(layer, Block):
+                x, skip = layer(x, embedding, seed=next(seeds))
+            else:
+                x = skip = layer(x)
+            skips.append(skip)
         if heads == "encoder":
             return channel_mean(x)
         logits = channel_mean(x) if heads == "both" else None
         for block in self.dec.values():
             assert isinstance(block, Block)
-            if x.shape[1] < block.fan_in:
-                x = mp_cat(x, skips.pop(), SKIP_SHARE)
-            x = block(x, embedding)
+            x, _ = block(x, embedding, skips.pop() if x.shape[1] < block.fan_in else None)
         out = self.out_conv(x, self.out_gain)
         return out if logits is None else (out, logits)
 

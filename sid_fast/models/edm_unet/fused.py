@@ -128,8 +128,12 @@ def normalise(norm: GroupNorm, x: DeferredResidual, **options) -> kernels.GroupN
 
 def conv_nobias(conv: Conv2d, x: torch.Tensor) -> torch.Tensor:
     """Convolve without bias or resampling."""
-    weight = weight_of(conv, x.dtype)
-    if not weight.requires_grad:
+    return convolve(x, weight_of(conv, x.dtype))
+
+
+def convolve(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Convolve with padding k//2; with a frozen weight autograd does not keep x."""
+    if x.requires_grad and not weight.requires_grad:
         return _FrozenConv.apply(x, weight)
     return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
 
@@ -157,42 +161,56 @@ def condition(layer: "Block", embedding: torch.Tensor) -> dict[str, torch.Tensor
 
 
 def conv1x1(
-    weight: torch.Tensor, x: torch.Tensor, skip: torch.Tensor | None = None
+    weight: torch.Tensor,
+    x: torch.Tensor,
+    skip: torch.Tensor | None = None,
+    gains: tuple[float, float] = (1.0, 1.0),
 ) -> torch.Tensor:
-    """Apply a 1x1 convolution [C', C, 1, 1] to cat(x, skip), as one matmul per tensor."""
+    """Apply a 1x1 convolution [C', C, 1, 1] to cat(x, skip), as one matmul per tensor.
+
+    gains: factors of x and skip; only with skip.
+    """
     n, _, height, width = x.shape
     weight = weight.flatten(1)
     if skip is None:
         out = _pixels(x) @ weight.t()
     else:
-        out = _ConcatMatmul.apply(_pixels(x), _pixels(skip), weight)
+        out = _ConcatMatmul.apply(_pixels(x), _pixels(skip), weight, gains)
     return out.reshape(n, height, width, -1).permute(0, 3, 1, 2)
 
 
 class _ConcatMatmul(torch.autograd.Function):
-    """Compute cat(a, b) @ weight.t() and its gradients without concatenating."""
+    """Compute cat(α·a, β·b) @ weight.t() and its gradients without concatenating or scaling."""
 
     @staticmethod
-    def forward(ctx, a, b, weight):
+    def forward(ctx, a, b, weight, gains):
         ctx.save_for_backward(a, b, weight)
-        out = a @ weight[:, : a.shape[1]].t()
-        return out.addmm_(b, weight[:, a.shape[1] :].t())
+        ctx.gains = gains
+        left, right = weight[:, : a.shape[1]], weight[:, a.shape[1] :]
+        return _product(a, left.t(), gains[0]).addmm_(b, right.t(), alpha=gains[1])
 
     @staticmethod
     def backward(ctx, grad):
         a, b, weight = ctx.saved_tensors
         left = a.shape[1]
-        needs = ctx.needs_input_grad
+        halves, needs = (weight[:, :left], weight[:, left:]), ctx.needs_input_grad
         grads = [
-            grad @ half if need else None
-            for half, need in zip((weight[:, :left], weight[:, left:]), needs, strict=False)
+            _product(grad, half, gain) if need else None
+            for half, gain, need in zip(halves, ctx.gains, needs, strict=False)
         ]
         if not needs[2]:
-            return *grads, None
+            return *grads, None, None
         grad_weight = torch.empty_like(weight)
-        grad_weight[:, :left].addmm_(grad.t(), a, beta=0)
-        grad_weight[:, left:].addmm_(grad.t(), b, beta=0)
-        return *grads, grad_weight
+        grad_weight[:, :left].addmm_(grad.t(), a, beta=0, alpha=ctx.gains[0])
+        grad_weight[:, left:].addmm_(grad.t(), b, beta=0, alpha=ctx.gains[1])
+        return *grads, grad_weight, None
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, gain: float) -> torch.Tensor:
+    """Compute gain·(a @ b) in one matmul."""
+    if gain == 1:
+        return a @ b
+    return a.new_empty(len(a), b.shape[1]).addmm_(a, b, beta=0, alpha=gain)
 
 
 def _pixels(x: torch.Tensor) -> torch.Tensor:

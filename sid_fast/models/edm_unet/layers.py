@@ -16,14 +16,18 @@ from sid_fast.models.edm_unet.config import groups_of
 Init = tuple[str, float, float]
 
 
-def init_parameter(shape: tuple[int, ...], rule: str, fan_in: int, fan_out: int) -> torch.Tensor:
-    """Draw an initial float32 parameter by rule; the result has not been scaled yet."""
+def init_parameter(
+    shape: tuple[int, ...], rule: str, fan_in: int, fan_out: int, scale: float
+) -> torch.Tensor:
+    """Draw an initial float32 parameter by rule, times a scale."""
+    if torch.get_default_device().type == "meta":  # arithmetic imports torch._dynamo, for seconds
+        return torch.empty(shape)
     if rule == "xavier_uniform":
-        return (torch.rand(shape) * 2 - 1) * math.sqrt(6 / (fan_in + fan_out))
+        return (torch.rand(shape) * 2 - 1) * math.sqrt(6 / (fan_in + fan_out)) * scale
     if rule == "kaiming_uniform":
-        return (torch.rand(shape) * 2 - 1) * math.sqrt(3 / fan_in)
+        return (torch.rand(shape) * 2 - 1) * math.sqrt(3 / fan_in) * scale
     assert rule == "kaiming_normal"
-    return torch.randn(shape) * math.sqrt(1 / fan_in)
+    return torch.randn(shape) * math.sqrt(1 / fan_in) * scale
 
 
 def weight_of(layer: "Linear | Conv2d | GroupNorm", dtype: torch.dtype) -> torch.Tensor:
@@ -48,11 +52,11 @@ class Linear(nn.Module):
         super().__init__()
         rule, weight_factor, bias_factor = init
         self.weight = nn.Parameter(
-            init_parameter((fan_out, fan_in), rule, fan_in, fan_out) * weight_factor
+            init_parameter((fan_out, fan_in), rule, fan_in, fan_out, weight_factor)
         )
         self.register_parameter(
             "bias",
-            nn.Parameter(init_parameter((fan_out,), rule, fan_in, fan_out) * bias_factor)
+            nn.Parameter(init_parameter((fan_out,), rule, fan_in, fan_out, bias_factor))
             if bias
             else None,
         )
@@ -106,11 +110,10 @@ class Conv2d(nn.Module):
             rule, weight_factor, bias_factor = init
             fans = fan_in * kernel**2, fan_out * kernel**2
             shape = (fan_out, fan_in, kernel, kernel)
-            self.weight = nn.Parameter(init_parameter(shape, rule, *fans) * weight_factor)
-            self.bias = nn.Parameter(init_parameter((fan_out,), rule, *fans) * bias_factor)
-        taps = torch.tensor(filter, dtype=torch.float32)
-        taps = torch.outer(taps, taps) / taps.sum() ** 2
-        self.register_buffer("resample_filter", taps[None, None] if resample else None)
+            self.weight = nn.Parameter(init_parameter(shape, rule, *fans, weight_factor))
+            self.bias = nn.Parameter(init_parameter((fan_out,), rule, *fans, bias_factor))
+        taps = [[a * b / sum(filter) ** 2 for b in filter] for a in filter]
+        self.register_buffer("resample_filter", torch.tensor([[taps]]) if resample else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply resampling and convolution to [N, C, H, W]."""
@@ -134,30 +137,37 @@ class Conv2d(nn.Module):
         return F.conv_transpose2d(x, taps * 4, stride=2, padding=padding, groups=channels)
 
 
-class QKV(Conv2d):
-    """The 1x1 convolution before attention, its rows in the order that kernels.attention reads.
+class BlockedRows(nn.Module):
+    """Base of a 1x1 convolution to q, k and v, its rows in the order that kernels.attention reads.
 
     A state_dict stores the rows in upstream's order, with q, k and v interleaved within a head.
     """
 
-    def __init__(self, channels: int, heads: int, init: Init):
-        super().__init__(channels, channels * 3, 1, init)
-        self.channels, self.heads = channels, heads
+    weight: nn.Parameter
+    heads: int
 
     def order(self) -> torch.Tensor:
         """Map our rows to upstream's: the upstream index of each row; argsort inverts it."""
-        return blocked_order(self.channels, self.heads)
+        return blocked_order(len(self.weight) // 3, self.heads)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in (f"{prefix}weight", f"{prefix}bias"):
+        for name, _ in self.named_parameters(prefix.removesuffix("."), recurse=False):
             destination[name] = destination[name][self.order().argsort()]
 
     def _load_from_state_dict(self, state_dict, prefix, *others):
-        for name in (f"{prefix}weight", f"{prefix}bias"):
+        for name, _ in self.named_parameters(prefix.removesuffix("."), recurse=False):
             if name in state_dict:
                 state_dict[name] = state_dict[name][self.order()]
         super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+class QKV(BlockedRows, Conv2d):
+    """The 1x1 convolution before attention."""
+
+    def __init__(self, channels: int, heads: int, init: Init):
+        super().__init__(channels, channels * 3, 1, init)
+        self.heads = heads
 
 
 class GroupNorm(nn.Module):
@@ -237,7 +247,10 @@ class FourierEmbedding(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.register_buffer("freqs", torch.randn(width // 2) * 16)
+        freqs = torch.randn(width // 2)
+        self.register_buffer(
+            "freqs", freqs if freqs.is_meta else freqs * 16
+        )  # as in init_parameter
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Embed x [N]."""

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from sid_fast.errors import UserError
+from sid_fast.io import progress
 from sid_fast.io.untrusted import naming, parse_json, read_limited, unreadable
 from sid_fast.training.logging import MAX_BYTES
 
@@ -172,9 +171,9 @@ def _read_log(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     data = read_limited(path, 2 * MAX_BYTES)
     records: list[dict[str, Any]] = []
     damaged, names = 0, set[str]()
-    with tqdm(total=len(data), unit="B", unit_scale=True, delay=1, disable=None) as bar:
+    with progress.phase(f"reading {path}", len(data), "bytes") as shown:
         for line in _lines(data):
-            bar.update(len(line) + 1)
+            shown.update(len(line) + 1)
             record = _record(line)
             if record is None:
                 damaged += 1
