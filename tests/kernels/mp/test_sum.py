@@ -44,6 +44,10 @@ def test_a_clipped_element_has_no_gradient(device, backend):
     with forced(backend):
         out, again = mp_sum(*leaves, 0.3, 256.0)
         da, db = torch.autograd.grad((out, again), leaves, (torch.ones_like(a), 2 * b.detach()))
+    if backend == "triton":
+        with forced(backend):
+            flags = module._forward(a.detach(), b.detach(), 0.3, 256.0)[1]
+        assert flags.tolist() == [0, 1, 0]
     assert out.amax() == 256
     assert out.amin() == -256
     gains = module.gains(0.3)
