@@ -148,6 +148,7 @@ def test_a_huge_finite_draw_is_dropped_like_an_infinite_one(field, value):
     assert torch.isfinite(weights(distiller)).all()
 
 
+@pytest.mark.slow
 def test_a_step_never_synchronises_with_the_host():
     """It neither reads a value nor copies one to the device: a CUDA graph can do neither."""
     settings = Settings(**FAST, micro_batch=1, augment_p=0.5, dropout=0.2, generator_beta1=0.9)

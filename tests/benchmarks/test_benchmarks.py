@@ -167,6 +167,7 @@ def test_a_baseline_masks_a_nan_sample(make_baseline):
     assert torch.isfinite(checks.weights(baseline)).all()
 
 
+@pytest.mark.slow
 def test_variants_are_timed_together_and_a_failure_is_a_row(small, tmp_path):
     out = tmp_path / "train.jsonl"
     train.run(one_step(variants="published,no graphs,sid_fast", out=str(out)), set())
@@ -203,6 +204,7 @@ def test_a_breakdown_sums_the_operations_of_a_step(small, monkeypatch, tmp_path)
     assert least <= kinds["update"]["floor_ms"] < 1.2 * least
 
 
+@pytest.mark.slow
 def test_16_bit_floors_use_the_fastest_product(small, monkeypatch, tmp_path):
     """On a CPU that is float32's; bfloat16 may be emulated."""
     rates = []
@@ -249,6 +251,7 @@ class Crowded:
         Crowded.alive -= getattr(self, "need", 0)
 
 
+@pytest.mark.slow
 def test_a_variant_that_does_not_fit_is_timed_after_the_others(monkeypatch, small, tmp_path):
     sizes = {"sid_fast": 1, "a": 1, "b": 1, "large": 2, "too large": 3, "c": 1}
     monkeypatch.setattr(train, "Running", Crowded)

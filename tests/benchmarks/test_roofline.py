@@ -38,6 +38,7 @@ def test_norms_are_their_layers_alone():
     assert roofline.norms(ops) == (2, 12)
 
 
+@pytest.mark.slow
 def test_the_command_writes_results_and_a_figure(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(roofline, "network_config", lambda teacher: SMALL)
     options = roofline.Options(preset="digits", images=4, out=str(tmp_path))

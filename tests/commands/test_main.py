@@ -19,6 +19,7 @@ from tests.helpers.networks import SMALL
 from tests.helpers.processes import ENV, ROOT, python
 
 
+@pytest.mark.slow
 def test_the_first_argument_is_a_command():
     done = python("-m", "sid_fast", "train", "--preset", "none")
     assert done.returncode == 2

@@ -231,6 +231,7 @@ def test_the_embedded_reference_is_that_of_its_detector():
         read_reference("fashion", SimpleNamespace(name="other", key="0" * 64))
 
 
+@pytest.mark.slow
 def test_a_small_file_of_gigabytes_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "a.npz", mu=np.zeros(3000), sigma=np.zeros((3000, 3000)))
     real, opened = zipfile.ZipFile.open, []

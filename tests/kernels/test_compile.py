@@ -54,6 +54,7 @@ def test_a_spill_or_too_much_shared_memory_is_a_fault():
     assert compile.dataclasses.replace(good, shared=166_913).faults()
 
 
+@pytest.mark.slow
 def test_a_configuration_that_spills_fails_the_command():
     """The accumulators of this tile do not fit the registers of two warps."""
     done = run(
@@ -153,6 +154,7 @@ def test_an_estimate_may_deviate_by_five_percent_but_not_spill():
     assert compile.deviations([estimate(spills=8)], table) == ["k c: spills 8 bytes"]
 
 
+@pytest.mark.slow
 def test_check_updates_a_table_and_refuses_one_it_cannot_compare(tmp_path):
     row = {"kernel": "sid_loss", "configuration": "noised 32x32 bf16"}
     row["instructions_per_element"] = 1.0
@@ -230,6 +232,7 @@ def test_the_counted_path_stores_each_output_byte_once():
     assert len(done.stdout.splitlines()) == 6
 
 
+@pytest.mark.slow
 def test_adam_loads_a_chunk_before_its_reduction():
     """Gradient, parameter, second moment and EMA are loaded in one round trip to memory."""
     done = run(

@@ -52,6 +52,7 @@ def test_digits_are_an_edm_data_set():
     assert images.max() == 255
 
 
+@pytest.mark.slow
 def test_the_loss_falls():
     trainer = pretrainer(dropout=0.0, augment_p=0.0)
     losses = [float(trainer.step()["loss"]) for _ in range(90)]

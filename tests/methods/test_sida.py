@@ -441,6 +441,7 @@ def test_a_compiled_step_is_the_eager_one(data, monkeypatch):
     assert compiled_graphs(), "no block was compiled"
 
 
+@pytest.mark.slow
 def test_a_step_meets_the_host_nowhere(data):
     distiller = started(data, augment_p=0.5, dropout=0.2, micro_batch=2)
     distiller.step()

@@ -130,6 +130,7 @@ def test_a_resumed_run_remembers_teacher_and_best(tmp_path, run_command):
     assert [p.name for p in out.glob("best-*")] == [f"best-{least:010d}.safetensors"]
 
 
+@pytest.mark.slow
 def test_evaluations_generate_the_classes_that_have_images(tmp_path, run_command, monkeypatch):
     drawn, generate = [], callbacks.generate_batches
     monkeypatch.setattr(

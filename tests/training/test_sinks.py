@@ -123,6 +123,7 @@ def test_an_upload_without_end_does_not_hold_the_run(tmp_path, stand_in, monkeyp
     assert "no end of the upload in 0.01 s" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_not_send_anything_that_the_command_line_does_not_ask_for(
     tmp_path, run_command, stand_in
 ):

@@ -62,6 +62,7 @@ def test_dropout_of_elements_is_independent(device):
         assert uncorrelated(*pair, p)
 
 
+@pytest.mark.slow
 def test_dropout_of_samples_layers_and_steps_is_independent(device):
     """The seed is (key, stream, first sample); both 32-bit halves of key and stream matter."""
     p, masks = 0.13, []
