@@ -40,14 +40,16 @@ def batch(images, labels, key=b"labels"):
 
 @pytest.fixture
 def cifar10(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
     images = RNG.integers(256, size=(3, 4, 3072), dtype=np.uint8)
     for i, name in enumerate(["data_batch_1", "data_batch_2", "test_batch"]):
-        (tmp_path / name).write_bytes(batch(images[i], [i, 1, 2, 9]))
+        (folder / name).write_bytes(batch(images[i], [i, 1, 2, 9]))
     names = [f"class {i}" for i in range(10)]
-    (tmp_path / "batches.meta").write_bytes(
+    (folder / "batches.meta").write_bytes(
         dump({Python2(b"label_names"): [Python2(n.encode()) for n in names]})
     )
-    return tmp_path, images.reshape(3, 4, 3, 32, 32).transpose(0, 1, 3, 4, 2), names
+    return folder, images.reshape(3, 4, 3, 32, 32).transpose(0, 1, 3, 4, 2), names
 
 
 def everything(source):
