@@ -164,7 +164,7 @@ if ((gpu)); then
         --timed-seconds 6 --max-steps 10 --variants "default,sid_fast,$fixed"
     part "checks of networks" 20 "${check[@]}" "test_network"
     part "kernel tests" 35 "${unit_tests[@]}" \
-        tests/kernels/group_norm/test_*.py tests/kernels/test_{attention,sid_loss,augment,adam_ema,weight_norm}.py \
+        tests/kernels/group_norm/test_*.py tests/kernels/mp/test_*.py tests/kernels/test_{attention,sid_loss,augment,adam_ema,weight_norm}.py \
         tests/models/test_fused.py
     part "kernels" 30 "${kernels[@]}" --baselines \
         "eager,eager NCHW,fused Adam,apex,sdpa cudnn,sdpa flash,sdpa efficient"

@@ -13,7 +13,7 @@ LARGE = 1e12
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
 Switch = Literal["auto", "on", "off"]
-Normalization = Literal["auto", "both", "generator", "none", "upstream"]
+ForcedNormalization = Literal["auto", "both", "generator", "none", "upstream"]
 Tune = Literal["auto", "off", "again"]
 Card = Literal["rtx4090", "a100", "h100", "h200"]
 Architecture = Literal["ddpmpp", "ncsnpp", "adm", "edm2"]
@@ -237,7 +237,7 @@ class Settings:
         "train the fake score's log-variance head, and divide the losses by the variance; auto: if "
         "the teacher has such a head",
     )
-    forced_normalization: Normalization = _edm2(
+    forced_normalization: ForcedNormalization = _edm2(
         "auto",
         "networks whose weights are normalised after each update, which keeps their effective "
         "learning rate. auto: both with SiD, the generator with SiDA, as published. upstream: as "

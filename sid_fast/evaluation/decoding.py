@@ -100,13 +100,11 @@ class VAE:
         pixels: Of an image per latent position, along each side.
         decode: Maps latents, float32 [N, channels, R, R], to images in [-1, 1], float32
             [N, 3, pixels·R, pixels·R].
-        device: That it runs on.
     """
 
     channels: int
     pixels: int
     decode: Callable[[torch.Tensor], torch.Tensor]
-    device: torch.device
 
 
 def make_decoder(
@@ -208,7 +206,7 @@ def load_vae(path: str, device: torch.device) -> VAE:
         return model.decode(raw, return_dict=False)[0]
 
     pixels = 2 ** (len(config["block_out_channels"]) - 1)
-    return VAE(config["latent_channels"], pixels, decode, device)
+    return VAE(config["latent_channels"], pixels, decode)
 
 
 def _locate(path: Path) -> tuple[Path, Path]:

@@ -18,7 +18,7 @@ import torch
 
 from sid_fast import augment, losses, noise, sampling
 from sid_fast.augment import Parameters
-from sid_fast.config.types import Settings, SiDASettings
+from sid_fast.config.types import Settings
 from sid_fast.errors import UserError
 from sid_fast.kernels import Losses
 from sid_fast.methods.base import (
@@ -67,6 +67,8 @@ class SiD(Method):
     """
 
     averaged = "generator"
+    # Networks that upstream normalises after each update: both, or the generator alone.
+    published_normalization: ClassVar[str] = "both"
     progress: ClassVar[dict[str, str]] = {
         "fake/loss": "fake",
         "generator/loss": "generator",
@@ -95,8 +97,7 @@ class SiD(Method):
         if isinstance(self.fake_score, EDM2Network):
             if s.log_variance == "off":
                 self.fake_score.without_log_variance()
-            adversarial = isinstance(s, SiDASettings)
-            self._force_normalization(s.forced_normalization, adversarial)
+            self._force_normalization(s.forced_normalization)
         self.networks = {"fake_score": self.fake_score, "generator": self.generator}
         self.frozen = {"teacher": teacher}
         self.phases = (
@@ -109,16 +110,6 @@ class SiD(Method):
                 lambda images: s.generator_lr, s.generator_beta1, s.generator_loss_scale,
             ),
         )  # fmt: skip
-
-    def _force_normalization(self, choice: str, adversarial: bool) -> None:
-        """Choose the networks whose weights are normalised after each update; see Settings."""
-        if choice == "auto":
-            choice = "generator" if adversarial else "both"
-        elif choice == "upstream" and not adversarial:
-            choice = "both"
-        self.generator.force_normalization = choice != "none"
-        self.fake_score.force_normalization = choice == "both"
-        self.generator.normalize_before_sampling = choice == "upstream"  # copied to the EMA
 
     def fake_score_loss(self, draw: Draw) -> Losses:
         """Compute equation (1) per sample, on augmented y if augment_p > 0."""
@@ -177,6 +168,15 @@ class SiD(Method):
         if labels is None:
             labels = one_hot_labels(rng, config.label_dim, self.label_cumulative)
         return Draw(rng.normal("z", *shape), sigma, rng.normal("noise", *shape), labels, parameters)
+
+    def _force_normalization(self, choice: str) -> None:
+        """Choose the networks whose weights are normalised after each update; see Settings."""
+        published = self.published_normalization
+        networks = published if choice in ("auto", "upstream") else choice
+        self.generator.force_normalization = networks != "none"
+        self.fake_score.force_normalization = networks == "both"
+        # Copied to the EMA.
+        self.generator.normalize_before_sampling = (choice, published) == ("upstream", "generator")
 
 
 def check_family(teacher: Network, settings: Settings) -> None:

@@ -49,6 +49,7 @@ class SiDA(SiD):
         UserError: The teacher does not allow these settings or this generator.
     """
 
+    published_normalization: ClassVar = "generator"
     progress: ClassVar = SiD.progress | {
         "fake/discriminator": "discriminator",
         "generator/adversarial": "adversarial",

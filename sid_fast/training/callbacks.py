@@ -89,7 +89,6 @@ class Snapshots:
         images = f"{self.trainer.images:010d}"
         # The first comes last: its grid follows.
         for std, ema in reversed(list(zip(self.stds or (None,), self.nets, strict=True))):
-            ema.before_sampling()
             net = fsdp.gather_full(ema)
             if net is None:
                 continue
@@ -183,7 +182,6 @@ class Evaluations:
                 baseline = results["teacher"] = metrics[self.name]
             self.baseline_failed = baseline is None
         sigma = self.net.config.init_sigma
-        self.net.before_sampling()
         net = fsdp.gather_full(self.net, everywhere=True)
         results |= self._metrics(net, sigma, self.steps, "the network")
         if process_group.rank():

@@ -76,6 +76,10 @@ class Trainer(Protocol):
         """Update every network once and return the metrics."""
         ...
 
+    def before_sampling(self) -> None:
+        """Prepare for sampling; may change the state, so it precedes saving one."""
+        ...
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the live tensors of the training state."""
         ...

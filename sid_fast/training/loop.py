@@ -385,6 +385,7 @@ class Loop:
                     self._print(self._finished())
                     return
             else:
+                self.trainer.before_sampling()
                 self._run_callback("snapshot", self.snapshot)
                 if self.evaluate:
                     self._run_callback("evaluation", self.evaluate)
@@ -492,6 +493,8 @@ class Loop:
             if snapshot_due or state_due:
                 self.throttle.catch_up()
             with self.throughput.paused():
+                if snapshot_due or evaluate:
+                    trainer.before_sampling()
                 if snapshot_due:
                     unwritten += self._run_callback("snapshot", self.snapshot)
                 if state_due:

@@ -269,6 +269,11 @@ class Trainer:
         prefix = f"{phase.name}/" if phase.name else ""
         return {f"{prefix}{name}": value for name, value in metrics.items()}
 
+    def before_sampling(self) -> None:
+        """Prepare the EMAs for sample grids, evaluations and the state that goes with them."""
+        for ema in self.emas:
+            ema.before_sampling()
+
     def sample_inputs(self) -> dict[str, list[Any]]:
         """Sample this rank's inputs for the next step: a function of (seed, step, rank)."""
         n = self.samples // self.grad_accum_steps

@@ -220,7 +220,7 @@ def test_next_commands_are_not_for_quiet_runs(monkeypatch, capsys):
         assert capsys.readouterr().out == told
 
 
-@pytest.mark.skipif(os.getpid() == 1, reason="the first process is this one")
+@pytest.mark.skipif(os.getpid() == 1, reason="process 1 cannot be its own parent")
 def test_a_job_of_torchrun_is_as_old_as_torchrun(monkeypatch):
     monkeypatch.setattr(os, "getppid", lambda: 1)
     own = invocation.started()

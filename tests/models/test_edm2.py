@@ -9,6 +9,7 @@ import torch
 
 import sid_fast
 from sid_fast import kernels, losses, noise
+from sid_fast.data.datasets import write_dataset
 from sid_fast.distiller import data_free_method
 from sid_fast.errors import UserError
 from sid_fast.kernels import dispatch, mp
@@ -21,6 +22,7 @@ from sid_fast.tools import op_counter
 from sid_fast.tools.proof import RandomFeed
 from sid_fast.training.step import Trainer
 from tests.helpers.golden import TOLERANCE, check_gradients, check_sida_losses, read, relative
+from tests.helpers.images import pictures
 from tests.helpers.networks import SMALL_EDM2, small_edm2, small_teacher
 from tests.helpers.pickled import edm2_pickle, network_pickle
 
@@ -418,9 +420,31 @@ def test_runs_normalise_the_weights_of_the_chosen_networks(settings, fake, gener
     assert unit_rows(trainer.method.fake_score) == fake
     assert unit_rows(trainer.method.generator) == generator
     assert not unit_rows(trainer.ema)
-    trainer.ema.before_sampling()
+    trainer.before_sampling()
     sampled = settings.forced_normalization == "upstream" and not fake
     assert unit_rows(trainer.ema) == sampled
+
+
+@pytest.mark.slow
+def test_an_ema_that_evaluations_normalise_resumes_to_the_same_bits(run_command, tmp_path):
+    """Evaluations follow the state of their step: its EMA must be normalised already."""
+    save_network(tmp_path / "teacher.safetensors", small_edm2())
+    write_dataset(tmp_path / "a.zip", pictures(8, 3), [0, 1, 2, 0, 1, 2, 0, 1])
+    options = [
+        "--teacher", tmp_path / "teacher.safetensors", "--method", "sida", "--data",
+        tmp_path / "a.zip", "--batch-size", 4, "--adversarial-group", 2, "--generator-start-kimg",
+        0, "--fake-lr", 1e-3, "--generator-lr", 1e-3, "--forced-normalization", "upstream",
+        "--eval-every", 0.004, "--state-every", 0.004, "--eval-images", 4, "--detector", "pixels",
+        "--teacher-steps", 0, "--ema-rampup-ratio", 0, "--ema-halflife-kimg", 0.01,
+        "--keep-states", 9,
+    ]  # fmt: skip
+    whole = tmp_path / "whole"
+    assert run_command("train", *options, "--kimg", 0.016, "--out", whole)[0] == 0
+    state, again = whole / "state-000000002", tmp_path / "again"
+    status, error = run_command("train", "--resume", state, "--out", again, "--kimg", 0.016)
+    assert status == 0, error
+    name = "snapshot-0000000016.safetensors"
+    assert (again / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_updates_that_are_disabled_normalise_nothing():
