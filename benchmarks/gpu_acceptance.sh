@@ -20,13 +20,8 @@ log=$out/acceptance.log
 : >"$log"
 exec > >(trap '' INT TERM && exec tee -a "$log") 2>&1
 
-# Links that lay out the packages like the wheel.
-site=$(mktemp -d)
-trap 'rm -rf "$site"' EXIT
-mkdir -p "$site/sid_fast/kernels"
-ln -s "$root"/sid_fast/* "$site/sid_fast/" 2>/dev/null # fails for a link to kernels
-ln -s "$root"/kernels/* "$site/sid_fast/kernels/"
-ln -s "$root/benchmarks" "$root/tests" "$root/pyproject.toml" "$site/"
+# shellcheck source=benchmarks/layout.sh
+. "$root/benchmarks/layout.sh"
 cd "$site" || exit 2
 
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1

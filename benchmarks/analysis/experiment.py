@@ -48,16 +48,21 @@ def main(experiment: str, groups: dict[str, list[Path]]) -> None:
     axes = figure.add_subplot()
     teacher = None
     for number, (group, runs) in enumerate(groups.items()):
-        last = []
+        last: list[float] = []
         for i, run in enumerate(runs):
             name, records = copy(run, EXPERIMENTS / experiment / run.name)
             teacher = next((r["teacher"] for r in records if "teacher" in r), teacher)
             points = [(r["images"], r[name]) for r in records if r["images"]]
             text = group if i == 0 else None
-            axes.plot(*zip(*points, strict=True), "o-", color=f"C{number}", label=text, alpha=0.7)
-            last.append(points[-1][1])
-        mean = statistics.mean(last)
-        print(f"{group}: {', '.join(f'{v:.4g}' for v in last)}; mean {mean:.4g}")
+            xs, ys = zip(*points, strict=True) if points else ((), ())
+            axes.plot(xs, ys, "o-", color=f"C{number}", label=text, alpha=0.7)
+            last.extend(ys[-1:])
+        ends = (
+            f"{', '.join(f'{v:.4g}' for v in last)}; mean {statistics.mean(last):.4g}"
+            if last
+            else ""
+        )
+        print(f"{group}: {ends or 'no evaluation of a trained network'}")
     if teacher is not None:
         axes.axhline(teacher, color="black", linestyle="--", label=f"teacher: {teacher:.3g}")
     axes.set(xscale="log", yscale="log", xlabel="images seen", ylabel=name)
