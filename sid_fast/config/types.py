@@ -137,8 +137,12 @@ def recorded(options: Any) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(options).items() if k not in START_OPTIONS}
 
 
+# A resumed run may change these.
+RATES = ("lr", "fake_lr", "generator_lr", "ema_halflife_kimg")
+
+
 def resume_fingerprint(settings: Any) -> dict[str, Any]:
-    """The settings that a resumed run must share with its checkpoint: all but micro_batch."""
+    """The settings that a resumed run must share with its checkpoint, and RATES."""
     return {k: v for k, v in dataclasses.asdict(settings).items() if k != "micro_batch"}
 
 

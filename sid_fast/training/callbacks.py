@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from sid_fast.config.types import RunOptions
+from sid_fast.config.types import RATES, RunOptions
 from sid_fast.data.datasets import Dataset
 from sid_fast.data.images import save_grid
 from sid_fast.errors import UserError, one_line
@@ -80,7 +80,8 @@ class Snapshots:
         self.trainer, self.nets, self.make, self.stds = trainer, nets, make, stds
         self.decoder = decoder
         self.seed, self.keep = options.seed, options.keep_snapshots
-        text = json.dumps(trainer.resume_fingerprint, sort_keys=True)
+        shared = {k: v for k, v in trainer.resume_fingerprint.items() if k not in RATES}
+        text = json.dumps(shared, sort_keys=True)
         self.run = hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @torch.no_grad()

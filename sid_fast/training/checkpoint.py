@@ -25,7 +25,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from sid_fast.config.types import recorded
+from sid_fast.config.types import RATES, recorded
 from sid_fast.errors import UserError
 from sid_fast.io.atomic import TEMPORARY, atomic_path, flush, temporary_name
 from sid_fast.io.download import file_sha256
@@ -562,6 +562,16 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else brief(value)
 
 
+def changed_rates(header: Mapping[str, Any], trainer: Trainer) -> list[str]:
+    """Describe each of RATES that differs between a state and the trainer it is loaded into."""
+    saved, now = header["identity"], trainer.resume_fingerprint
+    return [
+        f"{name} was {saved[name]} and is {now[name]} from here on"
+        for name in RATES
+        if name in saved and saved[name] != now[name]
+    ]
+
+
 def load_state(path: Path, trainer: Trainer) -> dict[str, Any]:
     """Load a state into a trainer, for any number of ranks, and return its header.
 
@@ -592,7 +602,7 @@ def _load(path: Path, trainer: Trainer) -> dict[str, Any]:
         defaults = {}
     for name in header["identity"] | fingerprint:
         saved, value = header["identity"].get(name, defaults.get(name)), fingerprint.get(name)
-        if saved != value:
+        if saved != value and name not in RATES:
             raise UserError(
                 f"{path} was written with {name}={_text(saved)}, this run has {name}={value}: "
                 "resume with the same settings, or start a new run"

@@ -29,6 +29,7 @@ from sid_fast.training.checkpoint import (
     PATTERN,
     States,
     Trainer,
+    changed_rates,
     load_state,
     remove_partial_files,
     restart_count,
@@ -378,6 +379,8 @@ class Loop:
                         f"note: the state was written by {header['processes']} processes and is "
                         f"resumed by {count}: results are equal up to rounding, not bit for bit"
                     )
+                for change in changed_rates(header, self.trainer):
+                    self._print(f"note: {change}")
                 unwritten = [e for what, call in missing for e in self._run_callback(what, call)]
                 if self.trainer.images >= self.end:
                     if unwritten:

@@ -1,6 +1,7 @@
 """Resuming is bit-exact, whenever a run was stopped."""
 
 import contextlib
+import dataclasses
 import errno
 import json
 import math
@@ -28,6 +29,7 @@ from sid_fast.training import callbacks, checkpoint, loop
 from sid_fast.training.checkpoint import (
     HEADER,
     States,
+    changed_rates,
     find_restarted_run,
     find_state,
     hold_state,
@@ -212,6 +214,28 @@ def test_a_state_from_before_a_setting_was_written_with_its_default(tmp_path):
     load_state(state, Distiller(small_teacher(), settings))
     with pytest.raises(UserError, match=r"with tmax=800.*, this run has tmax=700"):
         load_state(state, Distiller(small_teacher(), Settings(batch_size=4, tmax=700)))
+
+
+def test_a_resumed_run_may_change_its_learning_rates(tmp_path):
+    settings = Settings(batch_size=4, fake_lr=1e-2, generator_lr=1e-2, eps=1.0)
+    distiller = Distiller(small_teacher(), settings)
+    distiller.step()
+    state = save_state(tmp_path, distiller, settings, keep=1)
+    slower = dataclasses.replace(settings, generator_lr=1e-3, ema_halflife_kimg=1.0)
+    resumed = Distiller(small_teacher(), slower)
+    header = load_state(state, resumed)
+    assert changed_rates(header, distiller) == []
+    assert changed_rates(header, resumed) == [
+        "generator_lr was 0.01 and is 0.001 from here on",
+        "ema_halflife_kimg was 500.0 and is 1.0 from here on",
+    ]
+    before = {name: p.clone() for name, p in resumed.generator.named_parameters()}
+    distiller.step()
+    resumed.step()
+    pairs = zip(distiller.generator.named_parameters(), resumed.generator.parameters(), strict=True)
+    for (name, at_old_rate), at_new_rate in pairs:
+        moved = at_old_rate - before[name]
+        torch.testing.assert_close(at_new_rate - before[name], moved / 10, rtol=1e-2, atol=1e-7)
 
 
 def test_what_is_no_state_is_refused(tmp_path):

@@ -115,14 +115,20 @@ def test_evaluations_equal_those_of_the_evaluate_command(tmp_path, run_command):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_remembers_teacher_and_best(tmp_path, run_command):
+def test_a_resumed_run_remembers_teacher_and_best(tmp_path, run_command, monkeypatch):
     save_network(tmp_path / "teacher.safetensors", small_teacher())
     out = tmp_path / "run"
     arguments = ["--teacher", tmp_path / "teacher.safetensors", "--data", "digits", "--out", out]
     arguments += ["--batch-size", 4, "--eval-every", 0.004, "--eval-images", 20]
     arguments += ["--detector", "pixels", "--teacher-steps", 2, "--generator-lr", 0.02]
     assert run_command("train", *arguments, "--kimg", 0.004)[0] == 0
-    assert run_command("train", "--resume", out, "--kimg", 0.012)[0] == 0
+    printed = []
+    monkeypatch.setattr(loop.Loop, "_print", lambda self, text: printed.append(text))
+    assert run_command("train", "--resume", out, "--kimg", 0.008)[0] == 0
+    assert "from here on" not in "".join(printed)
+    slower = ("--fake-lr", 1e-6)
+    assert run_command("train", "--resume", out, "--kimg", 0.012, *slower)[0] == 0
+    assert "note: fake_lr was 1e-05 and is 1e-06 from here on" in printed
     figures = [r for r in records(out) if DISTANCE in r]
     assert [r["images"] for r in figures] == [0, 4, 8, 12]
     assert sum("teacher" in r for r in figures) == 1
