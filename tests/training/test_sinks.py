@@ -17,6 +17,7 @@ import json, os
 class Settings:
     def __init__(self, **values):
         assert values["silent"] and values["console"] == "off"
+        assert values["init_timeout"] == values["login_timeout"] == 60
 
 class Run:
     def __init__(self, given):
@@ -49,6 +50,8 @@ def stand_in(tmp_path, monkeypatch):
     (tmp_path / "modules" / "wandb.py").write_text(STAND_IN)
     monkeypatch.syspath_prepend(tmp_path / "modules")
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    for name in ("WANDB_PROJECT", "WANDB_NAME"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("STAND_IN_LOG", str(tmp_path / "stand-in.jsonl"))
     yield tmp_path / "stand-in.jsonl"
     sys.modules.pop("wandb", None)
@@ -72,6 +75,7 @@ def test_wandb_gets_what_the_log_gets_and_resuming_continues_its_run(
     status, error = train(run_command, tmp_path, "--log-to", "wandb")
     assert status == 0, error
     sent = records(stand_in)
+    assert sent[0]["init"]["project"] == "sid_fast"
     assert sent[0]["init"]["name"] == "run"
     assert sent[0]["init"]["dir"] == str(tmp_path / "run")
     assert sent[0]["init"]["resume"] == "allow"
@@ -86,6 +90,20 @@ def test_wandb_gets_what_the_log_gets_and_resuming_continues_its_run(
     assert status == 0, error
     first, second = (r["init"] for r in records(stand_in) if "init" in r)
     assert first == second, "the same id"
+
+
+def test_the_environment_names_the_project_and_the_run(tmp_path, stand_in, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "faces")
+    monkeypatch.setenv("WANDB_NAME", "first try")
+    (sink,) = sinks.open_sinks("wandb", tmp_path, {"batch_size": 4})
+    sink.close()
+    init = records(stand_in)[0]["init"]
+    assert (init["project"], init["name"]) == ("faces", "first try")
+
+
+def test_nothing_is_sent_unless_it_is_asked_for(tmp_path, stand_in):
+    assert sinks.open_sinks("tensorboard", tmp_path, {}) == []
+    assert not stand_in.exists()
 
 
 @pytest.mark.parametrize(
@@ -148,8 +166,9 @@ def test_without_wandb_the_command_says_how_to_install_it(tmp_path, run_command,
     assert not (tmp_path / "run").exists()
 
 
-def test_an_id_that_is_not_one_is_replaced(tmp_path):
-    (tmp_path / sinks.ID_FILE).write_text("../../etc")
+@pytest.mark.parametrize("known", ["../../etc", "0123456789abcdef/../x"])
+def test_an_id_that_is_not_one_is_replaced(tmp_path, known):
+    (tmp_path / sinks.ID_FILE).write_text(known)
     made = sinks._run_id(tmp_path)
     assert len(made) == 16
     assert sinks._run_id(tmp_path) == made
