@@ -8,7 +8,7 @@ import types
 import pytest
 
 from sid_fast.models.registry import save_network
-from sid_fast.training import sinks
+from sid_fast.training import loop, sinks
 from tests.helpers.networks import small_teacher
 
 STAND_IN = """
@@ -131,6 +131,14 @@ def test_a_failure_of_wandb_is_a_warning(tmp_path, run_command, stand_in, monkey
     warning = "warning: Weights & Biases failed (the network is down): "
     assert [line.startswith(warning) for line in error.splitlines()].count(True) == 1, error
     assert len(records(tmp_path / "run" / "log.jsonl")) == 3
+
+
+def test_the_last_upload_has_to_fit_into_max_hours(tmp_path, run_command, stand_in, monkeypatch):
+    ends = []
+    monkeypatch.setattr(loop.Loop, "run", lambda self, _: ends.append(self.limit.end))
+    for name in ("tensorboard", "wandb"):
+        assert train(run_command, tmp_path, "--log-to", name, "--max-hours", 1)[0] == 0
+    assert ends[0] - ends[1] == pytest.approx(sinks.FINISH_SECONDS)
 
 
 def test_an_upload_without_end_does_not_hold_the_run(tmp_path, stand_in, monkeypatch, capsys):
