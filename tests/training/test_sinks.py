@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import threading
 import types
 
 import pytest
@@ -147,6 +148,8 @@ def test_an_upload_without_end_does_not_hold_the_run(tmp_path, stand_in, monkeyp
     sink.run.finish = lambda: importlib.import_module("time").sleep(5)
     sink.close()
     assert "no end of the upload in 0.01 s" in capsys.readouterr().err
+    others = set(threading.enumerate()) - {threading.main_thread()}
+    assert all(thread.daemon for thread in others), "one that is not would keep the process alive"
 
 
 @pytest.mark.slow
