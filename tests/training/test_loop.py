@@ -405,6 +405,9 @@ def test_a_restart_by_torchrun_after_max_hours_leaves_at_once(
     out = tmp_path / "run"
     assert run_command(*arguments_of(tmp_path), "--out", out, "--max-hours", 1)[0] == 75
     assert not out.exists()
+    monkeypatch.setattr(loop, "restart_count", lambda: 0)
+    assert run_command(*arguments_of(tmp_path), "--out", out, "--max-hours", 1)[0] == 75
+    assert [p.name for p in out.glob("state-*")] == ["state-000000001"], "every start gets on"
 
 
 def test_the_time_of_a_save_and_of_a_step_is_kept_free(monkeypatch):
