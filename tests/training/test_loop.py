@@ -398,6 +398,19 @@ def test_an_evaluation_that_does_not_fit_into_max_hours_is_made_after_the_resume
     assert [r["images"] for r in records(out) if DISTANCE in r] == [0, 4, 8, 12]
 
 
+def test_the_last_evaluation_is_left_to_the_resume_when_the_time_is_up(
+    tmp_path, run_command, started_long_ago
+):
+    evaluated = "--data", "digits", "--eval-every", 1, "--eval-images", 20, "--detector", "pixels"
+    arguments = arguments_of(tmp_path, *evaluated, "--teacher-steps", 0)
+    arguments[arguments.index("--kimg") + 1] = 0.004
+    out = tmp_path / "run"
+    assert run_command(*arguments, "--out", out, "--max-hours", 1)[0] == 75
+    assert [r["images"] for r in records(out) if DISTANCE in r] == [0]
+    assert run_command("train", "--resume", out)[0] == 0
+    assert [r["images"] for r in records(out) if DISTANCE in r] == [0, 4]
+
+
 def test_a_restart_by_torchrun_after_max_hours_leaves_at_once(
     tmp_path, run_command, monkeypatch, started_long_ago
 ):
