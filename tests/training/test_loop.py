@@ -20,6 +20,7 @@ from sid_fast.errors import UserError
 from sid_fast.io import streams
 from sid_fast.models.registry import load_network, save_network
 from sid_fast.training import callbacks, loop
+from sid_fast.training.checkpoint import States
 from tests.helpers.networks import small_teacher
 from tests.helpers.processes import TORCHRUN, python, python_without_stdout, tensors_of
 
@@ -495,6 +496,24 @@ def test_steps_and_saves_are_timed_without_what_is_between_them(
     assert 0 < run.limit.save_seconds < 500
     assert all(2000 <= seconds < 2500 for seconds in run.took.values())
     assert run.took.keys() == {"snapshot", "evaluation"}
+
+
+def test_a_state_that_is_written_while_training_goes_on_is_timed(
+    tmp_path, run_command, monkeypatch
+):
+    seen = []
+    begin, report = States.begin, loop.Loop._report
+
+    def reports(run, *arguments):
+        seen.append(run.limit.save_seconds > 0)
+        report(run, *arguments)
+
+    monkeypatch.setattr(States, "begin", lambda states: begin(states) or states.finish())
+    monkeypatch.setattr(loop.Loop, "_report", reports)
+    arguments = arguments_of(tmp_path)
+    arguments[arguments.index("--state-every") + 1] = 0.004
+    assert run_command(*arguments, "--out", tmp_path / "run")[0] == 0
+    assert seen == [False, False, True], "by the end of the step after"
 
 
 def test_the_snapshot_of_the_next_step_has_to_fit_into_max_hours(tmp_path, run_command, slowed):
