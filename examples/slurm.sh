@@ -33,18 +33,20 @@ else
   set -- --out "$RUN" "$@"
 fi
 
+# srun does not take --cpus-per-task from sbatch (SLURM 22.05 and later).
 # shellcheck disable=SC2016  # for the shell of each process
-srun bash -c '
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
   export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
   export LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
   eval "$SETUP" && exec python -m sid_fast.train "$@"' train "$@" &
 step=$!
 
 # --max-hours saves a state in time and exits with status 75. Without it, SLURM sends this script
-# SIGTERM ten minutes before the time limit (--signal above). srun passes it on to the processes,
-# which save a state after the current step and exit with status 143.
+# SIGTERM ten minutes before the time limit (--signal above). scancel passes it on to the processes,
+# which save a state after the current step and exit with status 143. A SIGTERM to srun itself would
+# make it kill them with SIGKILL.
 stopped=0 interrupted=0
-trap 'stopped=1 interrupted=1; kill -TERM "$step"' TERM
+trap 'stopped=1 interrupted=1; scancel --signal=TERM "$SLURM_JOB_ID.0"' TERM
 while true; do
   wait "$step"
   status=$?

@@ -2,10 +2,10 @@
 
 python -m sid_fast.export --network runs/000-digits --out digits.pkl
 
-NAME.pkl is a pickle that the tools of EDM and SiD load. NAME.onnx (ONNX) and NAME.pt2
-(torch.export) hold a function of any batch size N: of a one-step generator latents[, class_labels]
--> images, with the multiplication by init_sigma included; of a teacher x, sigma[, class_labels] ->
-denoised. NAME.safetensors is a snapshot of sid_fast.
+NAME.pkl is a pickle of an EDM network that the tools of EDM and SiD load. NAME.onnx (ONNX) and
+NAME.pt2 (torch.export) hold a function of any batch size N: of a one-step generator
+latents[, class_labels] -> images, with the multiplication by init_sigma included; of a teacher
+x, sigma[, class_labels] -> denoised. NAME.safetensors is a snapshot of sid_fast.
 """
 
 import dataclasses
@@ -73,8 +73,8 @@ def run(config: ExportConfig, given: set[str]) -> None:
         net.config = dataclasses.replace(net.config, init_sigma=config.init_sigma)
     open_target(out)
     difference = None
-    cannot = f"{suffix} cannot hold yet: export it as .safetensors, or give an EDM network"
     if suffix == ".pkl":
+        cannot = ".pkl cannot hold yet: give NAME.safetensors, .onnx or .pt2, or an EDM network"
         fp16 = net.upstream_fp16 if config.fp16 is None else config.fp16
         exporters.save_pickle(out, require_edm(net, config.network, cannot), fp16)
     elif suffix == ".safetensors":
@@ -82,11 +82,13 @@ def run(config: ExportConfig, given: set[str]) -> None:
     else:
         save = exporters.save_onnx if suffix == ".onnx" else exporters.save_program
         with progress.phase("tracing the network, writing the file and comparing its outputs"):
-            difference = save(out, require_edm(net, config.network, cannot))
+            difference = save(out, net)
     role = "denoiser" if net.config.init_sigma is None else "one-step generator"
     what = f"{role}, {net.config}" if difference is None else exporters.interface(net.config)
     say(f"wrote {out} ({os.path.getsize(out) / 1e6:.1f} MB): {what}")
-    if difference is not None:
+    if difference is not None and net.config.is_latent:
+        say(f"largest difference of a latent from PyTorch: {difference:.2g}")
+    elif difference is not None:
         say(f"largest pixel difference from PyTorch: {127.5 * difference:.2g} of 255 levels")
     invocation.suggest(next_command(out, net.config))
 

@@ -178,10 +178,13 @@ def test_the_notebook_runs(tmp_path):
 # --- the SLURM script, with stand-ins for SLURM's commands and for Python
 
 SRUN = """
+[ "$1" = --cpus-per-task=3 ] || exit 9  # SLURM_CPUS_PER_TASK of sbatch is not for srun
+shift
 for ((i = 0; i < SLURM_NTASKS; i++)); do
   SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & pids+=($!)
 done
-trap 'kill -TERM "${pids[@]}"' TERM
+echo "${pids[@]}" >step-41.0
+trap 'kill -KILL "${pids[@]}"' TERM  # as the real one does
 status=0
 for pid in "${pids[@]}"; do
   until wait "$pid"; code=$?; ! kill -0 "$pid" 2>/dev/null; do :; done
@@ -191,6 +194,9 @@ exit $status
 """
 SCONTROL = """
 case $1 in show) echo 127.0.0.1 ;; *) echo "$@" >>scontrol.log ;; esac
+"""
+SCANCEL = """
+[ "$1" = --signal=TERM ] && kill -TERM $(cat "step-$2")
 """
 PYTHON = """
 echo "$RANK of $WORLD_SIZE: $*" >>python.log
@@ -206,13 +212,14 @@ def slurm(tmp_path):
     """Start examples/slurm.sh with two processes; returns the Popen."""
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
-    for name, body in {"srun": SRUN, "scontrol": SCONTROL, "python": PYTHON}.items():
+    commands = {"srun": SRUN, "scontrol": SCONTROL, "scancel": SCANCEL, "python": PYTHON}
+    for name, body in commands.items():
         (bin_folder / name).write_text(f"#!/usr/bin/env bash\n{body.lstrip()}", "utf-8")
         (bin_folder / name).chmod(0o755)
     environment = {
         "PATH": f"{bin_folder}:{os.environ['PATH']}", "RUN": "run", "SETUP": "true",
         "SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NTASKS": "2",
-        "SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "1",
+        "SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "3",
     }  # fmt: skip
 
     def start(*arguments: str) -> subprocess.Popen:

@@ -34,7 +34,8 @@ _MAX_ARRAY_OPCODES = 2_000_000  # CIFAR-100 has some 200,000: labels and file na
 _MAX_TENSORS = 100_000
 _MAX_DEPTH = 16  # of modules in modules
 _MAX_NAME = 200  # characters of a module's or tensor's name
-_MAX_ARGUMENTS = 100  # of the network's constructor, and items of each
+_MAX_ARGUMENTS = 100  # of the network's constructor
+_MAX_ITEMS = 99_999  # of an argument: the longest are classes
 
 
 @dataclass(frozen=True)
@@ -460,7 +461,7 @@ def _storage(raw: bytes) -> torch.Tensor:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
-        if len(value) > _MAX_ARGUMENTS:
+        if len(value) > _MAX_ITEMS:
             raise Refused("the network's arguments hold a list that is too long")
         return [_plain_scalar(item) for item in value]
     return _plain_scalar(value)

@@ -154,8 +154,8 @@ class Network(nn.Module):
         """Return x in float32, c_skip, c_out, and the arguments of F."""
         x = x.float()
         sigma = sigma.float().reshape(-1, 1, 1, 1)
-        if sigma.shape[0] != len(x):
-            sigma = sigma.expand(len(x), 1, 1, 1)
+        if sigma.shape[0] != x.shape[0]:  # torch.export would make len(x) a constant
+            sigma = sigma.expand(x.shape[0], 1, 1, 1)
         data = self.config.sigma_data
         total = sigma**2 + data**2
         c_skip = data**2 / total

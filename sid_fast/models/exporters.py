@@ -2,8 +2,9 @@
 
 ONNX and torch.export files hold a function with a dynamic batch size N: of a one-step generator
 images(latents, class_labels), σ_init included; of a denoiser D(x, sigma, class_labels). Without
-classes, class_labels is missing. Both are traced from the plain PyTorch form of the network, on the
-CPU in float32, and compared with it before the file gets its name.
+classes, class_labels is missing. Both are traced from the plain PyTorch form of the network (of an
+EDM2 network, the network itself with eager kernels), on the CPU in float32, and compared with it
+before the file gets its name.
 """
 
 import contextlib
@@ -19,10 +20,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from sid_fast import kernels
 from sid_fast.errors import RunFailed, UserError
 from sid_fast.io.atomic import atomic_path
 from sid_fast.io.pickle_writer import write_pickle
-from sid_fast.models import EDMNetwork, NetworkConfig
+from sid_fast.models import EDMNetwork, Network, NetworkConfig
 from sid_fast.models.edm_unet import standalone
 from sid_fast.models.registry import load_network
 
@@ -67,10 +69,11 @@ def interface(config: NetworkConfig) -> str:
     """Describe the function in an ONNX or torch.export file: its inputs and its output."""
     image = f"[N, {config.channels}, {config.resolution}, {config.resolution}]"
     labels = f", class_labels [N, {config.label_dim}] (one-hot)" if config.label_dim else ""
+    made = f"normalised latents {image}" if config.is_latent else f"images {image} in [-1, 1]"
     if config.init_sigma is None:
         return f"denoiser: x {image}, sigma [N]{labels} -> denoised {image}"
     return (
-        f"one-step generator: latents {image}{labels} -> images {image} in [-1, 1]; "
+        f"one-step generator: latents {image}{labels} -> {made}; "
         f"it multiplies the latents by init_sigma = {config.init_sigma:g} itself"
     )
 
@@ -111,7 +114,8 @@ def require_onnx() -> None:
         )
 
 
-def save_onnx(path: str | Path, net: EDMNetwork) -> float:
+@kernels.dispatch.forced("eager")
+def save_onnx(path: str | Path, net: Network) -> float:
     """Write an ONNX file, atomically, once ONNX Runtime has run it.
 
     Returns:
@@ -156,7 +160,8 @@ def save_onnx(path: str | Path, net: EDMNetwork) -> float:
         return _compare(path, cases, call)
 
 
-def save_program(path: str | Path, net: EDMNetwork) -> float:
+@kernels.dispatch.forced("eager")
+def save_program(path: str | Path, net: Network) -> float:
     """Write a file of torch.export, atomically, once it has been loaded and run.
 
     Returns:
@@ -178,8 +183,9 @@ def save_program(path: str | Path, net: EDMNetwork) -> float:
         return _compare(path, cases, call)
 
 
-def _function(net: EDMNetwork) -> nn.Module:
-    plain, init_sigma = plain_network(net), net.config.init_sigma
+def _function(net: Network) -> nn.Module:
+    plain = plain_network(net) if isinstance(net, EDMNetwork) else net
+    init_sigma = net.config.init_sigma
     return (Denoiser(plain) if init_sigma is None else OneStep(plain, init_sigma)).eval()
 
 

@@ -527,7 +527,6 @@ class Loop:
         with progress.phase("first step, which compiles and allocates") as shown:
             shown.details = compiled_graphs
             yield
-        self.limit.paused()
 
     def _trace_step(self) -> None:
         if self.trace and self.trace.pending:

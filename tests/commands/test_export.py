@@ -1,5 +1,6 @@
 """The export command: other programs make the same images with the file; bad input is refused."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -17,9 +18,10 @@ from safetensors.torch import load_file
 from sid_fast import kernels
 from sid_fast.errors import RunFailed, UserError
 from sid_fast.models import EDMNetwork, NetworkConfig, exporters
+from sid_fast.models.families import read_config
 from sid_fast.models.registry import load_network, save_network
 from sid_fast.sampling import one_step
-from tests.helpers.networks import SMALL, small_teacher
+from tests.helpers.networks import SMALL, small_edm2, small_teacher
 from tests.helpers.processes import ENV, ROOT, python
 
 BARE = ROOT / "tests" / "helpers" / "bare" / "generate.py"
@@ -81,13 +83,22 @@ def test_a_pickle_makes_the_images_of_generate_without_sid_fast(
     assert (difference > 0).mean() < 0.01
 
 
-def test_round_trips_keep_the_images_bit_for_bit(run_command, tmp_path, generator):
+@pytest.mark.parametrize("absent", [(), (0, 2, 3, 7)])
+def test_round_trips_keep_the_images_bit_for_bit(run_command, tmp_path, generator, absent):
+    """The classes too: those without training images are not drawn."""
+    net = load_network(generator)
+    net.config = dataclasses.replace(net.config, absent_classes=absent)
+    save_network(generator, net)
     files = [generator, *(tmp_path / name for name in ("1.pkl", "2.safetensors", "3.pkl"))]
     for source, target in itertools.pairwise(files):
         assert run_command("export", "--network", source, "--out", target) == (0, "")
         arguments = ["--network", target, "--seeds", "0-7", "--out", tmp_path / target.stem]
         assert run_command("generate", *arguments)[0] == 0
+    arguments = ["--network", generator, "--seeds", "0-7", "--out", tmp_path / "generator"]
+    assert run_command("generate", *arguments)[0] == 0
+    assert pngs(tmp_path / "generator") == pngs(tmp_path / "1")
     assert pngs(tmp_path / "1") == pngs(tmp_path / "2") == pngs(tmp_path / "3")
+    assert all(load_network(file).config == net.config for file in files)
     first, last = load_file(generator), load_file(tmp_path / "2.safetensors")
     assert first.keys() == last.keys()
     assert all(torch.equal(first[name], last[name]) for name in first)
@@ -183,6 +194,38 @@ def test_a_teacher_as_a_program(run_command, golden, tmp_path, suffix, name):
         if net.config.label_dim:
             inputs["class_labels"] = torch.eye(10)[:count]
         assert (call(**inputs) - net(**inputs)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
+def test_an_edm2_generator_as_a_program(run_command, tmp_path, capsys, suffix):
+    if suffix == ".onnx":
+        pytest.importorskip("onnxruntime")
+    net = small_edm2(resolution=4, channels=4, logvar_channels=0, init_sigma=2.5)
+    save_network(tmp_path / "edm2.safetensors", net)
+    out = tmp_path / f"net{suffix}"
+    with kernels.dispatch.forced("triton"):  # of which no program consists
+        assert (
+            run_command("export", "--network", tmp_path / "edm2.safetensors", "--out", out)[0] == 0
+        )
+    call, metadata, names = program(out)
+    assert names == ["latents", "class_labels"]
+    assert "-> normalised latents [N, 4, 4, 4]; it multiplies" in metadata["interface"]
+    assert read_config(metadata["config"]) == net.config
+    for count in BATCHES:
+        latents, labels = torch.randn(count, 4, 4, 4), torch.eye(3)[torch.arange(count) % 3]
+        expected = one_step(net, latents, labels, 2.5)
+        assert (call(latents=latents, class_labels=labels) - expected).abs().max() < 1e-5
+
+
+def test_a_pickle_of_an_edm2_network_is_refused(run_command, tmp_path):
+    save_network(tmp_path / "edm2.safetensors", small_edm2())
+    arguments = ["--network", tmp_path / "edm2.safetensors", "--out", tmp_path / "x.pkl"]
+    assert run_command("export", *arguments) == (
+        2,
+        f"error: {tmp_path}/edm2.safetensors is an EDM2 network, which .pkl cannot hold yet: give "
+        "NAME.safetensors, .onnx or .pt2, or an EDM network (DDPM++, NCSN++ or ADM)\n",
+    )
+    assert not (tmp_path / "x.pkl").exists()
 
 
 @pytest.mark.slow

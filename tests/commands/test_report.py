@@ -382,6 +382,14 @@ def test_axes_have_a_few_round_ticks(low, high):
         assert all(low * 0.999 - 1e-9 <= t <= high * 1.001 for t in each)
 
 
+def test_the_script_knows_an_axis_that_cannot_be_logarithmic():
+    """Before the first step a run has images at 0 alone."""
+    drawn = charts.chart("x", [charts.Line("a", 0, [(0, 2.0)])], "kimg", log_x=True)
+    assert re.search(r'data-x="[^"]* 0"', drawn)
+    drawn = charts.chart("x", [charts.Line("a", 0, [(0, 2.0), (1, 1.0)])], "kimg", log_x=True)
+    assert re.search(r'data-x="[^"]* 1"', drawn)
+
+
 def test_a_chart_of_extreme_values_can_be_drawn():
     extremes = [(0.0, -1e38), (1.0, 0.0), (2.0, 1e38), (3.0, None), (4.0, 1e-38)]
     for points in (extremes, [(0.0, 0.0)], [(5.0, 7.0), (5.0, 7.0)], [(1.0, 1e-38), (2.0, 1e38)]):

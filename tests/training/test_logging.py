@@ -78,6 +78,24 @@ def board(folder) -> dict[str, list]:
     return {n: [(e.step, e.value) for e in shown.Scalars(n)] for n in shown.Tags()["scalars"]}
 
 
+def test_tensorboard_shows_a_record_at_once_and_a_resumed_run_once(tmp_path):
+    with Log(tmp_path, -1) as log:
+        for images in (4, 8, 12):
+            log.write(images, {"loss": float(images)})
+            assert board(tmp_path)["loss"][-1] == (images, images)
+    with Log(tmp_path, 4) as log:  # resumed from the state of 4 images
+        log.write(8, {"loss": 1.0})
+    assert board(tmp_path)["loss"] == [(4, 4.0), (8, 1.0)]
+    assert read_log(tmp_path / "log.jsonl")[-1] == {"images": 8, "loss": 1.0}
+
+
+def test_values_that_are_not_finite_are_null(tmp_path):
+    with Log(tmp_path, -1) as log:
+        log.write(4, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.0})
+    line = (tmp_path / "log.jsonl").read_text()
+    assert line == '{"images": 4, "a": null, "b": null, "c": null, "d": 1.0}\n'
+
+
 def test_tensorboard_is_bounded_and_made_anew_from_the_log(tmp_path, monkeypatch):
     monkeypatch.setattr(logging, "MAX_BYTES", 20_000)
     monkeypatch.setattr(logging, "MAX_BOARD_BYTES", 40_000)

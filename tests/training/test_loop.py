@@ -20,6 +20,7 @@ from sid_fast.errors import UserError
 from sid_fast.io import streams
 from sid_fast.models.registry import load_network, save_network
 from sid_fast.training import callbacks, loop
+from sid_fast.training.checkpoint import States
 from tests.helpers.networks import small_teacher
 from tests.helpers.processes import TORCHRUN, python, python_without_stdout, tensors_of
 
@@ -404,6 +405,19 @@ def test_an_evaluation_that_does_not_fit_into_max_hours_is_made_after_the_resume
     assert [r["images"] for r in records(out) if DISTANCE in r] == [0, 4, 8, 12]
 
 
+def test_the_last_evaluation_is_left_to_the_resume_when_the_time_is_up(
+    tmp_path, run_command, started_long_ago
+):
+    evaluated = "--data", "digits", "--eval-every", 1, "--eval-images", 20, "--detector", "pixels"
+    arguments = arguments_of(tmp_path, *evaluated, "--teacher-steps", 0)
+    arguments[arguments.index("--kimg") + 1] = 0.004
+    out = tmp_path / "run"
+    assert run_command(*arguments, "--out", out, "--max-hours", 1)[0] == 75
+    assert [r["images"] for r in records(out) if DISTANCE in r] == [0]
+    assert run_command("train", "--resume", out)[0] == 0
+    assert [r["images"] for r in records(out) if DISTANCE in r] == [0, 4]
+
+
 def test_a_restart_by_torchrun_after_max_hours_leaves_at_once(
     tmp_path, run_command, monkeypatch, started_long_ago
 ):
@@ -411,6 +425,9 @@ def test_a_restart_by_torchrun_after_max_hours_leaves_at_once(
     out = tmp_path / "run"
     assert run_command(*arguments_of(tmp_path), "--out", out, "--max-hours", 1)[0] == 75
     assert not out.exists()
+    monkeypatch.setattr(loop, "restart_count", lambda: 0)
+    assert run_command(*arguments_of(tmp_path), "--out", out, "--max-hours", 1)[0] == 75
+    assert [p.name for p in out.glob("state-*")] == ["state-000000001"], "every start gets on"
 
 
 def test_the_time_of_a_save_and_of_a_step_is_kept_free(monkeypatch):
@@ -431,8 +448,85 @@ def test_the_time_of_a_save_and_of_a_step_is_kept_free(monkeypatch):
     now[0] += 9
     limit.stepped()
     assert limit.is_up(), "steps of 9 s"
+    limit.save_begun()
+    now[0] += 2
+    limit.save_ended()
+    now[0] += 50
+    limit.save_ended()
+    assert limit.save_seconds == 3, "the longest; without one that began, nothing is measured"
     limit.paused()
+    now[0] += 1
+    limit.stepped()
+    assert limit.step_seconds == 9, "the longest; what is between two steps does not count"
     assert loop.TimeLimit(None).is_up() is False
+    now[0] = 1000
+    short = loop.TimeLimit(0.1)  # over at 900 + 360, less a twentieth
+    assert short.end == 1242
+
+
+@pytest.fixture
+def slowed(monkeypatch):
+    """A clock that slow work advances, without waiting: slowed(object, method, seconds)."""
+    real, extra = time.monotonic, [0.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: real() + extra[0])
+
+    def slow(owner, name, seconds):
+        method = getattr(owner, name)
+
+        def slower(*arguments):
+            result = method(*arguments)
+            extra[0] += seconds(*arguments)
+            return result
+
+        monkeypatch.setattr(owner, name, slower)
+
+    return slow
+
+
+def test_steps_and_saves_are_timed_without_what_is_between_them(
+    tmp_path, run_command, monkeypatch, slowed
+):
+    """The first step compiles; snapshots and evaluations are no steps, nor part of a save."""
+    runs = []
+    real = loop.Loop.run
+    monkeypatch.setattr(loop.Loop, "run", lambda self, *a: runs.append(self) or real(self, *a))
+    slowed(Distiller, "step", lambda trainer, *_: 1000 if trainer.steps == 1 else 5)
+    slowed(callbacks.Snapshots, "__call__", lambda *_: 2000)
+    slowed(callbacks.Evaluations, "__call__", lambda *_: 2000)
+    evaluated = "--data", "digits", "--eval-every", 0.008, "--eval-images", 20, "--detector"
+    arguments = arguments_of(tmp_path, *evaluated, "pixels", "--snapshot-every", 0.004)
+    arguments[arguments.index("--state-every") + 1] = 0.004
+    assert run_command(*arguments, "--teacher-steps", 0, "--out", tmp_path / "run")[0] == 0
+    (run,) = runs
+    assert 5 <= run.limit.step_seconds < 500
+    assert 0 < run.limit.save_seconds < 500
+    assert all(2000 <= seconds < 2500 for seconds in run.took.values())
+    assert run.took.keys() == {"snapshot", "evaluation"}
+
+
+def test_a_state_that_is_written_while_training_goes_on_is_timed(
+    tmp_path, run_command, monkeypatch
+):
+    seen = []
+    begin, report = States.begin, loop.Loop._report
+
+    def reports(run, *arguments):
+        seen.append(run.limit.save_seconds > 0)
+        report(run, *arguments)
+
+    monkeypatch.setattr(States, "begin", lambda states: begin(states) or states.finish())
+    monkeypatch.setattr(loop.Loop, "_report", reports)
+    arguments = arguments_of(tmp_path)
+    arguments[arguments.index("--state-every") + 1] = 0.004
+    assert run_command(*arguments, "--out", tmp_path / "run")[0] == 0
+    assert seen == [False, False, True], "by the end of the step after"
+
+
+def test_the_snapshot_of_the_next_step_has_to_fit_into_max_hours(tmp_path, run_command, slowed):
+    slowed(callbacks.Snapshots, "__call__", lambda *_: 2000)
+    out = tmp_path / "run"
+    assert run_command(*arguments_of(tmp_path), "--out", out, "--max-hours", 1)[0] == 75
+    assert [p.name for p in out.glob("state-*")] == ["state-000000001"]
 
 
 @pytest.mark.slow
@@ -476,11 +570,12 @@ def test_quiet_leaves_errors_warnings_and_the_result(tmp_path, run_command, monk
 def test_the_start_is_told_in_short_lines(tmp_path, run_command, told, monkeypatch):
     """The run folder stands beside what is trained, and notes come last."""
     monkeypatch.setattr(train.graph_trial, "choose", lambda *_: ("off", False, "a note"))
-    assert run_command(*arguments_of(tmp_path), "--out", tmp_path / "run") == (0, "")
+    assert run_command(*arguments_of(tmp_path), "--out", tmp_path / "run", "--profile") == (0, "")
     first, where, note = told[0].splitlines()
     assert re.fullmatch(rf"distilling .*\(ddpmpp, .*\); run folder {tmp_path}/run", first)
     assert where.startswith("  on cpu in fp32, kernels: ")
     assert note == "note: a note"
+    assert "note: no profile: the run ended before the steps that it traces" in told
 
 
 def test_the_next_command_repeats_what_a_state_does_not_hold():
@@ -502,6 +597,7 @@ def test_the_next_command_repeats_what_a_state_does_not_hold():
 def test_the_end_names_the_next_commands(tmp_path, run_command, told):
     out = tmp_path / "a run"
     assert run_command(*arguments_of(tmp_path), "--out", out) == (0, "")
+    assert not any("profile" in line for line in told), "nobody asked for one"
     first, *commands = told[-1].splitlines()
     assert first == "next:"
     assert [shlex.split(c)[2:5] for c in commands] == [

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch
 from sid_fast.errors import WriteFailed
 from sid_fast.models.registry import save_network
 from sid_fast.performance import ranges
-from sid_fast.training import profile
+from sid_fast.training import loop, profile
 from sid_fast.training.profile import WARM_UP, StepTrace
 from tests.helpers.networks import small_teacher
 
@@ -48,6 +50,76 @@ def test_some_steps_after_the_warm_up_are_traced_by_name(tmp_path):
     assert "aten::mul" in table.read_text()
     assert {n for n in names(path) if n.startswith("step ")} == {"step 7", "step 8", "step 9"}
     assert not ranges.enabled
+
+
+def test_the_profiler_stops_with_the_run(tmp_path):
+    with StepTrace(tmp_path, CPU, 1) as trace:
+        run_steps(trace, WARM_UP + 1)
+        assert torch.autograd._profiler_enabled()
+        assert trace.pending
+    assert not torch.autograd._profiler_enabled()
+    assert not (tmp_path / "profile").exists()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_is_traced_on_a_device(tmp_path, monkeypatch, device):
+    """With a stand-in for the profiler: a GPU has finished when it stops."""
+    did = []
+
+    class StandIn:
+        def __init__(self, activities, schedule):
+            did.append({activity.name for activity in activities})
+
+        start = step = lambda self: None
+
+        def stop(self):
+            did.append("stop")
+
+        def key_averages(self):
+            return self
+
+        def table(self, sort_by, row_limit):
+            did.append((sort_by, row_limit))
+            return ""
+
+        def export_chrome_trace(self, path):
+            Path(path).write_bytes(b"")
+
+    monkeypatch.setattr(torch.profiler, "profile", StandIn)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: did.append("synchronize"))
+    monkeypatch.delenv("KINETO_LOG_LEVEL", raising=False)
+    trace = StepTrace(tmp_path, torch.device(device), 1)
+    assert [number for number in range(1, 20) if trace.step(number)] == [9]
+    assert os.environ["KINETO_LOG_LEVEL"] == "99", "kineto is silent"
+    if device == "cpu":
+        assert did == [{"CPU"}, "stop", ("self_cpu_time_total", profile.ROWS)]
+    else:
+        table = "self_cuda_time_total", profile.ROWS
+        assert did == [{"CPU", "CUDA"}, "synchronize", "stop", table]
+
+
+def test_a_trace_counts_neither_as_a_step_nor_as_training(monkeypatch):
+    now, warned = [1000.0], []
+    for clock in ("monotonic", "perf_counter"):
+        monkeypatch.setattr(loop.time, clock, lambda: now[0])
+
+    def writes(number):
+        now[0] += 9
+        raise WriteFailed("the disk is full")
+
+    run = types.SimpleNamespace(
+        trace=types.SimpleNamespace(pending=True, step=writes),
+        trainer=types.SimpleNamespace(steps=7), throughput=loop.Throughput(),
+        limit=loop.TimeLimit(1), _warn=warned.append,
+    )  # fmt: skip
+    run.limit.stepped()
+    loop.Loop._trace_step(run)
+    now[0] += 1
+    run.limit.stepped()
+    run.throughput.steps = 1
+    assert run.throughput.read() == 1
+    assert run.limit.step_seconds == 1
+    assert list(map(str, warned)) == ["the disk is full"]
 
 
 def test_steps_of_many_micro_batches_are_fewer(tmp_path):

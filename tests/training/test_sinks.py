@@ -3,12 +3,13 @@
 import importlib.util
 import json
 import sys
+import threading
 import types
 
 import pytest
 
 from sid_fast.models.registry import save_network
-from sid_fast.training import sinks
+from sid_fast.training import loop, sinks
 from tests.helpers.networks import small_teacher
 
 STAND_IN = """
@@ -17,6 +18,7 @@ import json, os
 class Settings:
     def __init__(self, **values):
         assert values["silent"] and values["console"] == "off"
+        assert values["init_timeout"] == values["login_timeout"] == 60
 
 class Run:
     def __init__(self, given):
@@ -49,6 +51,8 @@ def stand_in(tmp_path, monkeypatch):
     (tmp_path / "modules" / "wandb.py").write_text(STAND_IN)
     monkeypatch.syspath_prepend(tmp_path / "modules")
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    for name in ("WANDB_PROJECT", "WANDB_NAME"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("STAND_IN_LOG", str(tmp_path / "stand-in.jsonl"))
     yield tmp_path / "stand-in.jsonl"
     sys.modules.pop("wandb", None)
@@ -72,6 +76,7 @@ def test_wandb_gets_what_the_log_gets_and_resuming_continues_its_run(
     status, error = train(run_command, tmp_path, "--log-to", "wandb")
     assert status == 0, error
     sent = records(stand_in)
+    assert sent[0]["init"]["project"] == "sid_fast"
     assert sent[0]["init"]["name"] == "run"
     assert sent[0]["init"]["dir"] == str(tmp_path / "run")
     assert sent[0]["init"]["resume"] == "allow"
@@ -86,6 +91,20 @@ def test_wandb_gets_what_the_log_gets_and_resuming_continues_its_run(
     assert status == 0, error
     first, second = (r["init"] for r in records(stand_in) if "init" in r)
     assert first == second, "the same id"
+
+
+def test_the_environment_names_the_project_and_the_run(tmp_path, stand_in, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "faces")
+    monkeypatch.setenv("WANDB_NAME", "first try")
+    (sink,) = sinks.open_sinks("wandb", tmp_path, {"batch_size": 4})
+    sink.close()
+    init = records(stand_in)[0]["init"]
+    assert (init["project"], init["name"]) == ("faces", "first try")
+
+
+def test_nothing_is_sent_unless_it_is_asked_for(tmp_path, stand_in):
+    assert sinks.open_sinks("tensorboard", tmp_path, {}) == []
+    assert not stand_in.exists()
 
 
 @pytest.mark.parametrize(
@@ -115,12 +134,22 @@ def test_a_failure_of_wandb_is_a_warning(tmp_path, run_command, stand_in, monkey
     assert len(records(tmp_path / "run" / "log.jsonl")) == 3
 
 
+def test_the_last_upload_has_to_fit_into_max_hours(tmp_path, run_command, stand_in, monkeypatch):
+    ends = []
+    monkeypatch.setattr(loop.Loop, "run", lambda self, _: ends.append(self.limit.end))
+    for name in ("tensorboard", "wandb"):
+        assert train(run_command, tmp_path, "--log-to", name, "--max-hours", 1)[0] == 0
+    assert ends[0] - ends[1] == pytest.approx(sinks.FINISH_SECONDS)
+
+
 def test_an_upload_without_end_does_not_hold_the_run(tmp_path, stand_in, monkeypatch, capsys):
     monkeypatch.setattr(sinks, "FINISH_SECONDS", 0.01)
     sink = sinks.Wandb(tmp_path, {"batch_size": 4})
     sink.run.finish = lambda: importlib.import_module("time").sleep(5)
     sink.close()
     assert "no end of the upload in 0.01 s" in capsys.readouterr().err
+    others = set(threading.enumerate()) - {threading.main_thread()}
+    assert all(thread.daemon for thread in others), "one that is not would keep the process alive"
 
 
 @pytest.mark.slow
@@ -148,8 +177,9 @@ def test_without_wandb_the_command_says_how_to_install_it(tmp_path, run_command,
     assert not (tmp_path / "run").exists()
 
 
-def test_an_id_that_is_not_one_is_replaced(tmp_path):
-    (tmp_path / sinks.ID_FILE).write_text("../../etc")
+@pytest.mark.parametrize("known", ["../../etc", "0123456789abcdef/../x"])
+def test_an_id_that_is_not_one_is_replaced(tmp_path, known):
+    (tmp_path / sinks.ID_FILE).write_text(known)
     made = sinks._run_id(tmp_path)
     assert len(made) == 16
     assert sinks._run_id(tmp_path) == made

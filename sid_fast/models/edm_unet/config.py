@@ -280,7 +280,8 @@ class NetworkConfig:
             "attn_resolutions": "attention_resolutions",
             "dropout": "dropout",
             "sigma_data": "sigma_data",
-            "init_sigma": "init_sigma",  # of our own pickles
+            "init_sigma": "init_sigma",  # of our own pickles, as is the next
+            "absent_classes": "absent_classes",
         }
         if unknown := sorted(set(kwargs) - set(names)):
             field = unknown[0]
@@ -324,4 +325,6 @@ class NetworkConfig:
             }
         if self.init_sigma is not None:
             arguments["init_sigma"] = self.init_sigma
+        if self.absent_classes:
+            arguments["absent_classes"] = list(self.absent_classes)
         return arguments

@@ -210,7 +210,7 @@ def _product(a: torch.Tensor, b: torch.Tensor, gain: float) -> torch.Tensor:
     """Compute gain·(a @ b) in one matmul."""
     if gain == 1:
         return a @ b
-    return a.new_empty(len(a), b.shape[1]).addmm_(a, b, beta=0, alpha=gain)
+    return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=gain)
 
 
 def _pixels(x: torch.Tensor) -> torch.Tensor:

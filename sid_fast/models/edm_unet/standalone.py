@@ -302,20 +302,22 @@ class EDMPrecond(Module):
     """D(x; σ, c) = c_skip·x + c_out·F(c_in·x, c_noise, c), equation 7 of arXiv 2206.00364.
 
     init_sigma is the noise level of a one-step generator, whose images are
-    net(init_sigma * latents, init_sigma, class_labels); it is None for a denoiser.
+    net(init_sigma * latents, init_sigma, class_labels); it is None for a denoiser. absent_classes
+    had no training images.
     """
 
     def __init__(
         self, img_resolution, img_channels, label_dim=0, use_fp16=False, sigma_min=0,
-        sigma_max=float("inf"), sigma_data=0.5, init_sigma=None, model_type="DhariwalUNet",
-        augment_dim=0, embedding_type="positional", encoder_type="standard",
-        decoder_type="standard", channel_mult_noise=1, resample_filter=(1, 1), **sizes,
+        sigma_max=float("inf"), sigma_data=0.5, init_sigma=None, absent_classes=(),
+        model_type="DhariwalUNet", augment_dim=0, embedding_type="positional",
+        encoder_type="standard", decoder_type="standard", channel_mult_noise=1,
+        resample_filter=(1, 1), **sizes,
     ):  # fmt: skip
         super().__init__()
         self.img_resolution, self.img_channels = img_resolution, img_channels
         self.label_dim, self.use_fp16 = label_dim, use_fp16
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
-        self.init_sigma = init_sigma
+        self.init_sigma, self.absent_classes = init_sigma, tuple(absent_classes)
         self.model = UNet(
             img_resolution, img_channels, label_dim, augment_dim, model_type == "SongUNet",
             embedding_type, encoder_type, channel_mult_noise, resample_filter, **sizes,

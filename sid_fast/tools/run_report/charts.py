@@ -121,7 +121,7 @@ def chart(
     return (
         f'<figure class="chart"><figcaption><h3>{text(title)}</h3>{note}</figcaption>'
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(summary)}" '
-        f'data-x="{axis} {int(log_x)}" data-unit="{text(x_label)}">'
+        f'data-x="{axis} {int(horizontal.log)}" data-unit="{text(x_label)}">'
         + "".join(parts)
         + '</svg><output class="readout" aria-hidden="true"></output></figure>'
     )
