@@ -39,7 +39,7 @@ from sid_fast.io.streams import note, say
 from sid_fast.models.registry import load_network, require_denoiser, require_png_channels
 from sid_fast.performance import process_group
 from sid_fast.performance.cuda_graphs import resolve_cuda_graph
-from sid_fast.tools import host_memory
+from sid_fast.tools import host_load, host_memory
 
 NUM = 50_000  # generated images per sample set, by default
 MAX_IMAGES = 10**8
@@ -174,6 +174,8 @@ def run(config: EvaluateConfig, given: set[str]) -> None:
             sets = sets_from_network(config, device, data)
         else:
             sets = set_from_files(config, device, reader)
+        if process_group.rank() == 0 and (advice := host_load.advice(device)):
+            note(f"note: {advice}")
         real = real_stats(config.ref, data, detector, timer, reader)
         results = []
         for i, (items, batches) in enumerate(sets):

@@ -71,6 +71,16 @@ class Phase:
         self.partial += n
         self.updated = time.monotonic()
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Exclude the block's time from the rate and from the estimate of the remaining time."""
+        began = time.monotonic()
+        yield
+        pause = time.monotonic() - began
+        self.began, self.updated = self.began + pause, self.updated + pause
+        if self.left:
+            self.left = self.left[0], self.left[1] + pause
+
     def parts(self) -> list[str]:
         """The parts of the line, most important first."""
         now = time.monotonic()
@@ -173,7 +183,8 @@ def _width() -> int:
     try:
         columns = os.get_terminal_size(sys.stderr.fileno()).columns
     except (OSError, ValueError):
-        columns = shutil.get_terminal_size().columns
+        columns = 0
+    columns = columns or shutil.get_terminal_size().columns  # 0: some terminals do not know
     return max(columns - 1, 1)  # the last column would wrap the cursor
 
 
