@@ -24,8 +24,9 @@ TYPED = {
     "evaluate --network T": ["a reference is missing", "--data", "--ref"],
     "evaluate --network T --detector pixels --data real.zipp": ["real.zipp"],
     "evaluate --network T --data real.zipp": ["real.zipp does not exist"],  # before the download
-    "evaluate --network fashion --data digits --detector pixels -n 9": ["16x16", "8x8 and 1"],
+    "evaluate --network fashion --data digits --detector pixels -n 9": ["16x16", "8x8 (1)"],
     "evaluate --network T --device cuda:7 --data digits": ["device=cuda:7", "cpu"],
+    "evaluate --network T --images T --data digits": ["--network and --images", "leave out one"],
     "plan --preset cifar10-cond --card b300": ["'b300'", "'h200'"],
     "pretrain --data digits --attention-resolutions 17": ["17 is no level", "from 8, 4, 2"],
     "pretrain --dataset images.zip": ["No such option", "--data"],
