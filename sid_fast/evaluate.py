@@ -398,7 +398,9 @@ def run_reference(config: ReferenceConfig, given: set[str]) -> None:
     check(config)
     if not config.data:
         raise UserError("data is missing: give the real images as --data DATASET.zip")
-    if not config.out or not config.out.endswith(".npz"):
+    if not config.out:
+        raise UserError("out is missing: give --out NAME.npz")
+    if not config.out.endswith(".npz"):
         raise UserError(f"out={config.out} is not an .npz file: give --out NAME.npz")
     open_target(config.out)
     cli.refuse_idle_detector_options(config, given)

@@ -181,7 +181,7 @@ def test_a_file_of_statistics_gives_the_distance_alone(run_command, teacher, rea
         (["--network", "digits", "--data", "digits", "--reader", "fast"], ["fast", "dali"]),
         (["--network", "digits", "--data", "digits", "--out", "."], ["folder"]),
         (["--images", "digits", "--data", "digits", "--num", "5000"], ["5000", "1797"]),
-        (["reference", "--data", "digits"], ["--out"]),
+        (["reference", "--data", "digits"], ["out is missing", "--out NAME.npz"]),
         (["reference", "--out", "x.npz"], ["--data"]),
     ],
 )
