@@ -39,7 +39,7 @@ from tests.helpers.networks import SMALL
         (["--augment-p", "0.1", "--data", "none.zip"], ["none.zip"]),
         (["--eval-every", "1", "--teacher", "none.pkl"], ["eval_every=1.0", "--data", "--ref"]),
         (["--eval-every", "1", "--ref", "none.npz", "--detector", "pixels"], ["none.npz"]),
-        (["--resume", "latest"], ["latest", "no training state"]),
+        (["--resume", "latest"], ["latest", "no training state", "leave out --resume"]),
         (["--seed", "-1"], ["seed=-1"]),
         (["--out", "teacher.safetensors/run"], ["teacher.safetensors/run", "--out"]),
     ],
