@@ -24,6 +24,7 @@ from sid_fast.io.terminal import ERASE_LINE, is_live
 T = TypeVar("T")
 
 REDRAW_SECONDS = 0.5
+LONGEST_LINE = 10_000  # columns
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 30.0  # seconds without output before a plain line; doubles
 
 
@@ -131,7 +132,9 @@ class _Display:
             if self.over is None:
                 streams.last_output = time.monotonic()
                 if is_live():
-                    self.bar = tqdm(bar_format="{desc}", leave=False, file=sys.stderr)
+                    # show() fits the line to the window. At 0 columns tqdm would show nothing.
+                    size = {"ncols": LONGEST_LINE, "nrows": 20}
+                    self.bar = tqdm(bar_format="{desc}", leave=False, file=sys.stderr, **size)
                 self.over = threading.Event()
                 threading.Thread(target=self._watch, args=(self.over,), daemon=True).start()
             self.show()

@@ -264,6 +264,24 @@ def test_lines_never_exceed_a_narrow_terminal():
     assert "a line" in drawn
 
 
+def test_a_terminal_that_does_not_know_its_size_shows_the_line(monkeypatch):
+    ours, theirs = os.openpty()  # 0 rows of 0 columns
+    for name in ("CI", "NO_COLOR", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    with open(theirs, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with progress.phase("evaluation of the teacher", 50_000, "images"):
+            pass
+        monkeypatch.undo()
+        print("end", file=stderr, flush=True)
+        text = b""
+        while b"end" not in text:
+            text += os.read(ours, 4096)
+    os.close(ours)
+    assert b"evaluation of the teacher  0 %" in text
+
+
 @pytest.mark.parametrize("live", [True, False])
 def test_the_live_line_replaces_lines_of_the_same_terminal_only(monkeypatch, live):
     monkeypatch.setattr(terminal, "is_live", lambda: live)
