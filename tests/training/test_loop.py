@@ -245,7 +245,7 @@ def test_the_time_of_an_evaluation_is_not_in_the_throughput(tmp_path, run_comman
 
 
 def test_the_time_left_knows_that_the_warmup_is_cheaper(tmp_path, run_command, monkeypatch, capsys):
-    """A step takes 41 s while the generator rests, and 100 s afterwards."""
+    """A step takes 41 s while the generator rests, and 100 s afterwards; a snapshot is no step."""
     now = [0.0]
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
     step = Distiller.step
@@ -256,11 +256,19 @@ def test_the_time_left_knows_that_the_warmup_is_cheaper(tmp_path, run_command, m
 
     monkeypatch.setattr(Distiller, "step", timed)
     save_network(tmp_path / "teacher.safetensors", small_teacher())
-    lines = []
+    lines, began = [], []
+
+    def snapshot(self, what, callback):
+        if self.trainer.steps:
+            began.append(self.shown.began)
+            time.sleep(0.1)
+        return []
+
+    monkeypatch.setattr(loop.Loop, "_run_callback", snapshot)
     monkeypatch.setattr(loop.Loop, "_print", lambda self, line: lines.append(line))
     status, _ = run_command(
         "train", "--teacher", tmp_path / "teacher.safetensors", "--data", "digits", "--out",
-        tmp_path / "run", "--method", "sida", "--adversarial-group", 4, "--batch-size", 4,
+        tmp_path / "run", "--snapshot-every", 0.012, "--method", "sida", "--adversarial-group", 4, "--batch-size", 4,
         "--kimg", 0.04, "--generator-start-kimg", 0.016, "--log-every", 3,
     )  # fmt: skip
     assert status == 0
@@ -268,6 +276,8 @@ def test_the_time_left_knows_that_the_warmup_is_cheaper(tmp_path, run_command, m
     # After 2 and 3 steps; 6, in an interval of both kinds; 9 and 10 of 10 steps.
     assert left[1] == tqdm.format_interval(2 * 41 + 5 * 100)
     assert left[-2:] == ["01:40", "00:00"]
+    assert len(began) == 4
+    assert began[3] - began[0] >= 0.3
 
 
 def test_a_signal_within_the_first_step_ends_it_at_once(tmp_path, run_command, monkeypatch):
