@@ -268,7 +268,8 @@ def test_the_time_left_knows_that_the_warmup_is_cheaper(tmp_path, run_command, m
     monkeypatch.setattr(loop.Loop, "_print", lambda self, line: lines.append(line))
     status, _ = run_command(
         "train", "--teacher", tmp_path / "teacher.safetensors", "--data", "digits", "--out",
-        tmp_path / "run", "--snapshot-every", 0.012, "--method", "sida", "--adversarial-group", 4, "--batch-size", 4,
+        tmp_path / "run", "--snapshot-every", 0.012, "--method", "sida", "--adversarial-group", 4,
+        "--batch-size", 4,
         "--kimg", 0.04, "--generator-start-kimg", 0.016, "--log-every", 3,
     )  # fmt: skip
     assert status == 0
