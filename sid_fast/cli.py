@@ -465,7 +465,8 @@ def main(command: click.Command, module: str) -> None:
     except click.ClickException as error:
         if isinstance(error, click.NoSuchOption) and error.ctx:
             hidden = {o for p in error.ctx.command.params if _is_hidden(p) for o in p.opts}
-            error.possibilities = [o for o in error.possibilities or () if o not in hidden]
+            near = [o for o in error.possibilities or () if o not in hidden]
+            error = click.NoSuchOption(error.option_name, possibilities=near, ctx=error.ctx)
         message = f"{error.format_message()} ({program} --help lists the options)"
     except OSError as error:  # such as a path that is too long or a file that disappeared
         message = f"{error.filename or module}: {error.strerror or error}"
