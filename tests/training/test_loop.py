@@ -17,7 +17,7 @@ from sid_fast import pretrain, train
 from sid_fast.data.datasets import write_dataset
 from sid_fast.distiller import Distiller
 from sid_fast.errors import UserError
-from sid_fast.io import streams
+from sid_fast.io import progress, streams
 from sid_fast.models.registry import load_network, save_network
 from sid_fast.training import callbacks, loop
 from tests.helpers.networks import small_teacher
@@ -42,7 +42,17 @@ def test_a_run_that_keeps_failing_stops_with_its_last_good_state(tmp_path, run_c
     assert (out / "state-000000020").exists()
 
 
-def test_a_run_leaves_pictures_metrics_and_a_network_that_knows_itself(tmp_path, run_command):
+def test_a_run_leaves_pictures_metrics_and_a_network_that_knows_itself(
+    tmp_path, run_command, monkeypatch
+):
+    grids, close = [], progress._Display.close
+
+    def closed(display, phase, completed):
+        if phase.title == "sample grid":
+            grids.append((phase.done, phase.total))
+        close(display, phase, completed)
+
+    monkeypatch.setattr(progress._Display, "close", closed)
     save_network(tmp_path / "teacher.safetensors", small_teacher())
     out = tmp_path / "run"
     status, _ = run_command(
@@ -62,6 +72,7 @@ def test_a_run_leaves_pictures_metrics_and_a_network_that_knows_itself(tmp_path,
     assert 0.01 < steps[0]["peak_gib"] <= steps[-1]["peak_gib"] < 1000
     for kind in ("samples-*.png", "snapshot-*.safetensors"):
         assert [int(p.stem.split("-")[1]) for p in sorted(out.glob(kind))] == [0, 8, 12]
+    assert grids == [(100, 100)] * 3
     least = min(figures, key=lambda r: r[DISTANCE])["images"]
     assert [p.name for p in out.glob("best-*")] == [f"best-{least:010d}.safetensors"]
     assert (out / "distance.png").stat().st_size > 10_000
