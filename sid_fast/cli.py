@@ -162,6 +162,10 @@ def _moved_option(name: str, module: str) -> click.Option:
     )
 
 
+def _is_hidden(param: click.Parameter) -> bool:
+    return isinstance(param, click.Option) and param.hidden
+
+
 def _choose_preset(kind: str):
     def callback(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
         if value is not None:
@@ -372,7 +376,10 @@ def resume(config: Any, given: set[str]) -> Path | None:
         raise UserError(f"{state} was written by another command: python -m sid_fast.{other}")
     if config.preset and config.preset != saved.get("preset"):
         was = saved.get("preset")
-        raise UserError(f"{state} was written with preset={was}, not {config.preset}")
+        raise UserError(
+            f"{state} was written with preset={was}, not {config.preset}: leave out --preset, or "
+            "start a new run"
+        )
     hints = typing.get_type_hints(type(config))
     for name in {f.name for f in dataclasses.fields(config)} - given - NOT_RESUMED:
         if name in saved:
@@ -456,6 +463,10 @@ def main(command: click.Command, module: str) -> None:
     except RunFailed as error:
         message, status = str(error), 1
     except click.ClickException as error:
+        if isinstance(error, click.NoSuchOption) and error.ctx:
+            hidden = {o for p in error.ctx.command.params if _is_hidden(p) for o in p.opts}
+            near = [o for o in error.possibilities or () if o not in hidden]
+            error = click.NoSuchOption(error.option_name, possibilities=near, ctx=error.ctx)
         message = f"{error.format_message()} ({program} --help lists the options)"
     except OSError as error:  # such as a path that is too long or a file that disappeared
         message = f"{error.filename or module}: {error.strerror or error}"

@@ -61,11 +61,15 @@ class Stored:
 def run(config: EMAConfig, given: set[str]) -> None:
     """Combine the snapshots of a run and write the result."""
     check(config)
-    if len(config.runs) != 1:
+    if not config.runs:
+        raise UserError("no run is given: give the run folder of a teacher, such as runs/000-x")
+    if len(config.runs) > 1:
         raise UserError(f"{len(config.runs)} run folders are given: give one, such as runs/000-x")
     if config.std is None:
         raise UserError("std is missing: give the width of the EMA, such as --std 0.135")
-    if not config.out or Path(config.out).suffix != ".safetensors":
+    if not config.out:
+        raise UserError("out is missing: give --out NAME.safetensors")
+    if Path(config.out).suffix != ".safetensors":
         raise UserError(f"out={config.out} is not a snapshot: give --out NAME.safetensors")
     stored, values = snapshots(Path(config.runs[0]))
     if any(os.path.exists(config.out) and os.path.samefile(config.out, s.path) for s in stored):

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from sid_fast import cli
-from sid_fast.config.types import VAE, Settings, check, option
+from sid_fast.config.types import VAE, check, option
 from sid_fast.data.datasets import Dataset
 from sid_fast.data.digits import open_dataset
 from sid_fast.data.latents import require_kind
@@ -36,10 +36,15 @@ from sid_fast.evaluation.sample import (
 from sid_fast.io import invocation, progress
 from sid_fast.io.atomic import atomic_path, open_target
 from sid_fast.io.streams import note, say
-from sid_fast.models.registry import load_network, require_denoiser, require_png_channels
+from sid_fast.models.registry import (
+    load_network,
+    one_step_sigma,
+    require_denoiser,
+    require_png_channels,
+)
 from sid_fast.performance import process_group
 from sid_fast.performance.cuda_graphs import resolve_cuda_graph
-from sid_fast.tools import host_memory
+from sid_fast.tools import host_load, host_memory
 
 NUM = 50_000  # generated images per sample set, by default
 MAX_IMAGES = 10**8
@@ -145,7 +150,11 @@ SampleSet = tuple[Sequence[int], Iterator[torch.Tensor]]
 def run(config: EvaluateConfig, given: set[str]) -> None:
     """Evaluate and report; `given` names the fields that the command line set."""
     check(config)
-    if bool(config.network) == bool(config.images):
+    if config.network and config.images:
+        raise UserError(
+            "--network and --images are two sources of images to evaluate: leave out one of them"
+        )
+    if not (config.network or config.images):
         raise UserError(
             "images to evaluate are missing: give either --network SNAPSHOT or --images ZIP"
         )
@@ -171,10 +180,14 @@ def run(config: EvaluateConfig, given: set[str]) -> None:
     with process_group.joined(device):
         detector, data, reader = prepare(config, device)
         if config.network:
-            sets = sets_from_network(config, device, data)
+            sets, notes = sets_from_network(config, device, data)
         else:
-            sets = set_from_files(config, device, reader)
+            sets, notes = set_from_files(config, device, reader), []
         real = real_stats(config.ref, data, detector, timer, reader)
+        if process_group.rank() == 0:  # after all that could be refused
+            for line in (*notes, host_load.advice(device)):
+                if line:
+                    note(f"note: {line}")
         results = []
         for i, (items, batches) in enumerate(sets):
             title = f"images, set {i + 1} of {len(sets)}"
@@ -232,8 +245,8 @@ def open_images(path: str) -> Dataset:
 
 def sets_from_network(
     config: EvaluateConfig, device: torch.device, data: Dataset | None
-) -> list[SampleSet]:
-    """The sample sets of --network that the protocol asks for; images are generated lazily."""
+) -> tuple[list[SampleSet], list[str]]:
+    """The sample sets of --network that the protocol asks for, generated lazily, and notes."""
     num = config.num or NUM
     seed_sets: list[Sequence[int]] = [
         range(i * num, (i + 1) * num) for i in range(PROTOCOLS[config.protocol][0])
@@ -263,24 +276,26 @@ def sets_from_network(
         channels, side, _ = decoder.shape
         if (channels, side) != (data.channels, data.resolution):
             raise UserError(
-                f"the network makes images of {side}x{side} pixels and {channels} channels, "
-                f"{config.data} has {data.resolution}x{data.resolution} and {data.channels}: "
+                f"the network makes images of {side}x{side} pixels (channels: {channels}), "
+                f"{config.data} has {data.resolution}x{data.resolution} ({data.channels}): "
                 "--detector pixels compares images of one shape"
             )
-    sigma = config.init_sigma or net.config.init_sigma or Settings.init_sigma
+    sigma, guess = one_step_sigma(net.config, config.network, config.init_sigma)
+    notes = [guess] if config.steps == 1 else []
     graph, _ = resolve_cuda_graph("auto", device)
     classes = classes_to_draw(data, net)
-    if classes and process_group.rank() == 0:
+    if classes:
         known = data is not None and bool(data.classes)
         source = f"{config.data} has" if known else f"{config.network} was trained on"
-        note(
-            f"note: {source} images of {len(classes):,} of the network's "
-            f"{net.config.label_dim:,} classes: only those are generated"
+        notes.append(
+            f"{source} images of {len(classes):,} of the network's {net.config.label_dim:,} "
+            "classes: only those are generated"
         )
-    return [
+    sets = [
         (seeds, generate_batches(net, seeds, sigma, config.steps, graph, classes, decoder))
         for seeds in seed_sets
     ]
+    return sets, notes
 
 
 def set_from_files(config: EvaluateConfig, device: torch.device, reader: str) -> list[SampleSet]:
@@ -383,7 +398,9 @@ def run_reference(config: ReferenceConfig, given: set[str]) -> None:
     check(config)
     if not config.data:
         raise UserError("data is missing: give the real images as --data DATASET.zip")
-    if not config.out or not config.out.endswith(".npz"):
+    if not config.out:
+        raise UserError("out is missing: give --out NAME.npz")
+    if not config.out.endswith(".npz"):
         raise UserError(f"out={config.out} is not an .npz file: give --out NAME.npz")
     open_target(config.out)
     cli.refuse_idle_detector_options(config, given)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from sid_fast import cli
-from sid_fast.config.types import VAE, Settings, check, option
+from sid_fast.config.types import VAE, check, option
 from sid_fast.data.datasets import write_dataset
 from sid_fast.data.images import save_grid, save_png
 from sid_fast.errors import UserError
@@ -21,7 +21,12 @@ from sid_fast.io import invocation, progress
 from sid_fast.io.atomic import atomic_path, open_target
 from sid_fast.io.streams import note
 from sid_fast.models import NetworkConfig
-from sid_fast.models.registry import load_network, require_denoiser, require_png_channels
+from sid_fast.models.registry import (
+    load_network,
+    one_step_sigma,
+    require_denoiser,
+    require_png_channels,
+)
 from sid_fast.performance import process_group
 from sid_fast.sampling import generate_images, seed_inputs
 from sid_fast.tools import host_memory
@@ -106,14 +111,10 @@ def run(config: GenerateConfig, given: set[str]) -> None:
     require_memory(config, net.config, decoder.shape, sum(map(len, ranges)))
     host_memory.require_forward(net.config, device)
     seeds = list(itertools.chain(*ranges))
-    init_sigma = config.init_sigma or net.config.init_sigma
     open_targets(config.out, config.grid)
-    if config.steps == 1 and init_sigma is None:
-        init_sigma = Settings.init_sigma
-        note(
-            f"note: {config.network} does not say that it is a one-step generator: sampling it in "
-            f"one step from σ = {init_sigma:g}; for a teacher give --steps"
-        )
+    init_sigma, guess = one_step_sigma(net.config, config.network, config.init_sigma)
+    if config.steps == 1 and guess and process_group.launch().rank == 0:
+        note(f"note: {guess}")
     folder = Path(config.out) if config.out and not is_file(config.out) else None
 
     with process_group.joined(device):

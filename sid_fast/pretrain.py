@@ -32,7 +32,7 @@ from sid_fast.models.families import build_network
 from sid_fast.performance import fsdp, mixed_precision, process_group
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
 from sid_fast.sampling import heun
-from sid_fast.tools import autotune, estimator, graph_trial, host_memory, micro_batch
+from sid_fast.tools import autotune, estimator, graph_trial, host_load, host_memory, micro_batch
 from sid_fast.training import power_ema, sinks
 from sid_fast.training.callbacks import Evaluations, Snapshots, require_reference
 from sid_fast.training.checkpoint import read_header
@@ -91,6 +91,13 @@ def run(config: PretrainConfig, given: set[str]) -> None:
     require_reference(config, data)
     settings = part(config, PretrainSettings)
     network = teacher_config(config, settings, data)
+    levels = [network.resolution >> i for i in range(len(network.channel_mult))]
+    if "attention_resolutions" in given:
+        for resolution in sorted({*network.attention_resolutions} - {*levels}):
+            raise UserError(
+                f"attention_resolutions: {resolution} is no level of the network: choose from "
+                f"{', '.join(map(str, levels))}"
+            )
     # In child processes, before CUDA starts.
     tuning = autotune.for_run(config, given, settings, lambda: network, device, resume, auto)
     device = process_group.pick_device(config.device, config.deterministic)
@@ -164,7 +171,8 @@ def run(config: PretrainConfig, given: set[str]) -> None:
         )
         headline = f"training a teacher ({network}) on {len(data):,} images {feed.text}\n  {where}"
         headline += tuning.text and f", {tuning.text}"
-        headline += "".join(f"\nnote: {line}" for line in (note, *tuning.notes) if line)
+        notes = note, host_load.advice(device), *tuning.notes
+        headline += "".join(f"\nnote: {line}" for line in notes if line)
         changed = cli.changed_options(config, "pretrain")
         extra = {"tuning": tuning.to_json(), "changed": changed}
         with contextlib.closing(feed):

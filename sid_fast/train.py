@@ -35,7 +35,7 @@ from sid_fast.models.registry import load_generator, load_teacher, network_confi
 from sid_fast.performance import fsdp, mixed_precision, process_group
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
 from sid_fast.sampling import one_step
-from sid_fast.tools import autotune, estimator, graph_trial, host_memory, micro_batch
+from sid_fast.tools import autotune, estimator, graph_trial, host_load, host_memory, micro_batch
 from sid_fast.training import sinks
 from sid_fast.training.callbacks import Evaluations, Snapshots, require_reference
 from sid_fast.training.checkpoint import read_header
@@ -197,7 +197,8 @@ def run(config: TrainConfig, given: set[str]) -> None:
         trained_on = f" with SiDA on {len(feed.dataset):,} images {feed.text}" if feed else ""
         headline = f"distilling {config.teacher} ({teacher.config}){trained_on}\n  {where}"
         headline += tuning.text and f", {tuning.text}"
-        headline += "".join(f"\nnote: {line}" for line in (note, *tuning.notes) if line)
+        notes = note, host_load.advice(device), too_short(config), *tuning.notes
+        headline += "".join(f"\nnote: {line}" for line in notes if line)
         if decoder.is_preview:
             headline += "\nnote: sample grids show a preview of the latents: give --vae for images"
         if data and data.labels is None and teacher.config.label_dim:
@@ -209,6 +210,20 @@ def run(config: TrainConfig, given: set[str]) -> None:
             if loop.run(resume) and process_group.rank() == 0:
                 latent = network.is_latent
                 invocation.suggest(*next_commands(config, loop.folder, latent))
+
+
+def too_short(config: TrainConfig) -> str:
+    """Return a note on what a run with SiDA is too short for; empty if for nothing."""
+    if config.method == "sid":
+        return ""
+    for name, what in (
+        ("generator_start_kimg", "the generator learns"),
+        ("adversarial_start_kimg", "the generator's loss includes the adversarial one"),
+    ):
+        if config.kimg <= getattr(config, name):
+            start = f"{cli.flag(name)} {getattr(config, name):g}"
+            return f"the run ends at {config.kimg:g} kimg, before {what} ({start})"
+    return ""
 
 
 def next_commands(config: TrainConfig, folder: Path, latent: bool) -> list[str]:

@@ -41,7 +41,7 @@ def fetch(source: str, others: str = "") -> Path:
         try:
             os.stat(source)
         except (OSError, ValueError) as error:  # ValueError: a null byte
-            raise unreadable(source, error, f"give a file, an https URL{others}") from None
+            raise unreadable(source, error, f"give a file{others or ' or an https URL'}") from None
         return Path(source)
 
     _require_https(url)

@@ -24,6 +24,7 @@ from sid_fast.io.terminal import ERASE_LINE, is_live
 T = TypeVar("T")
 
 REDRAW_SECONDS = 0.5
+LONGEST_LINE = 10_000  # columns
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 30.0  # seconds without output before a plain line; doubles
 
 
@@ -70,6 +71,16 @@ class Phase:
         """Count a part of the work that the next update() will count."""
         self.partial += n
         self.updated = time.monotonic()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Exclude the block's time from the rate and from the estimate of the remaining time."""
+        began = time.monotonic()
+        yield
+        pause = time.monotonic() - began
+        self.began, self.updated = self.began + pause, self.updated + pause
+        if self.left:
+            self.left = self.left[0], self.left[1] + pause
 
     def parts(self) -> list[str]:
         """The parts of the line, most important first."""
@@ -121,7 +132,9 @@ class _Display:
             if self.over is None:
                 streams.last_output = time.monotonic()
                 if is_live():
-                    self.bar = tqdm(bar_format="{desc}", leave=False, file=sys.stderr)
+                    # show() fits the line to the window. At 0 columns tqdm would show nothing.
+                    size = {"ncols": LONGEST_LINE, "nrows": 20}
+                    self.bar = tqdm(bar_format="{desc}", leave=False, file=sys.stderr, **size)
                 self.over = threading.Event()
                 threading.Thread(target=self._watch, args=(self.over,), daemon=True).start()
             self.show()
@@ -173,7 +186,8 @@ def _width() -> int:
     try:
         columns = os.get_terminal_size(sys.stderr.fileno()).columns
     except (OSError, ValueError):
-        columns = shutil.get_terminal_size().columns
+        columns = 0
+    columns = columns or shutil.get_terminal_size().columns  # 0: some terminals do not know
     return max(columns - 1, 1)  # the last column would wrap the cursor
 
 

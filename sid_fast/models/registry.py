@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sid_fast.config.types import Settings
 from sid_fast.errors import UserError
 from sid_fast.io.download import fetch
 from sid_fast.io.pickles import read_pickle
@@ -156,6 +157,22 @@ def require_denoiser(net: Network, name: str, role: str) -> None:
             "must denoise at every noise level: give a denoiser, such as the generator's own "
             "teacher"
         )
+
+
+def one_step_sigma(config: NetworkConfig, name: str, given: float | None) -> tuple[float, str]:
+    """Return the σ_init at which a network is sampled in one step, and a note if it is a guess.
+
+    Args:
+        config: Of the network; σ_init is saved with one-step generators, except in SiD's pickles.
+        name: Where the network came from, for the note.
+        given: The value of --init-sigma, which goes before the saved one.
+    """
+    if sigma := given or config.init_sigma:
+        return sigma, ""
+    return Settings.init_sigma, (
+        f"{name} does not say that it is a one-step generator: sampling it in one step from "
+        f"σ = {Settings.init_sigma:g}; for a teacher give --steps"
+    )
 
 
 def require_png_channels(net: Network, name: str, way_out: str) -> None:

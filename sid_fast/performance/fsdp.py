@@ -145,7 +145,7 @@ def plan(
         shape, names = (ranks // group, group), ("dp_replicate", "dp_shard")
     reshard_after_forward = (size := state_bytes(group, False)) > room
     size = state_bytes(group, True) if reshard_after_forward else size
-    text = f"{mode}: state in {group} shards"
+    text = f"{mode}: state in {group} shard{'s' * (group > 1)}"
     text += f", {ranks // group} replicas" if mode == "hsdp" else ""
     text += ", weights gathered block by block" if reshard_after_forward else ", weights gathered"
     return ShardingPlan(

@@ -109,9 +109,11 @@ class Snapshots:
         z, labels = fixed_grid_inputs(net.config, self.seed, GRID // columns * columns)
         size = group_size(device, net.config.resolution)  # all at once may exceed a CPU's memory
         grid = []
-        for rows in torch.arange(len(z)).split(size):
-            c = None if labels is None else labels[rows].to(device)
-            grid.append(self.decoder(self.make(net, z[rows].to(device), c)))
+        with progress.phase("sample grid", len(z), "images") as shown:
+            for rows in torch.arange(len(z)).split(size):
+                c = None if labels is None else labels[rows].to(device)
+                grid.append(self.decoder(self.make(net, z[rows].to(device), c)))
+                shown.update(len(rows))
         save_grid(folder / f"samples-{images}.png", torch.cat(grid), columns)
         thin_out(folder, "samples-*.png", MAX_GRIDS)
         return {}

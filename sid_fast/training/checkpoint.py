@@ -364,7 +364,10 @@ def find_state(resume: str, out: str | None, kind: str = "") -> Path:
             raise UserError(
                 f"resume={resume} does not exist: give a run folder, a state, or latest"
             )
-        raise UserError(f"resume={resume}: there is no training state (state-*) in {root}")
+        raise UserError(
+            f"resume={resume}: there is no training state (state-*) in {root}: leave out --resume "
+            "to start the run"
+        )
     chosen = max(headers, key=lambda path: _order(headers[path]))
     if os.environ.get("RANK", "0") == "0":
         for path in unreadable:

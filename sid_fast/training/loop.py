@@ -495,7 +495,7 @@ class Loop:
             state_due = end or stop or bool(evaluate) or self._is_due(before, options.state_every)
             if snapshot_due or state_due:
                 self.throttle.catch_up()
-            with self.throughput.paused():
+            with self.throughput.paused(), self.shown.paused():
                 if snapshot_due or evaluate:
                     trainer.before_sampling()
                 if snapshot_due:
@@ -530,7 +530,7 @@ class Loop:
 
     def _trace_step(self) -> None:
         if self.trace and self.trace.pending:
-            with self.throughput.paused():
+            with self.throughput.paused(), self.shown.paused():
                 try:
                     if written := self.trace.step(self.trainer.steps):
                         self._print(written)

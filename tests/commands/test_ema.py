@@ -101,12 +101,12 @@ def refused(run_command, tmp_path, *arguments) -> str:
 def test_bad_options_are_refused(tmp_path, folder, run_command):
     out = tmp_path / "out.safetensors"
     for arguments, words in (
-        (["--std", 0.1, "--out", out], "0 run folders"),
+        (["--std", 0.1, "--out", out], "no run is given"),
         ([folder, folder, "--std", 0.1, "--out", out], "2 run folders"),
         ([folder, "--out", out], "std is missing"),
         ([folder, "--std", 0.3, "--out", out], "std=0.3 is out of range: choose from 0.005 to"),
         ([folder, "--std", "nan", "--out", out], "std=nan is out of range"),
-        ([folder, "--std", 0.1], "--out NAME.safetensors"),
+        ([folder, "--std", 0.1], "out is missing: give --out NAME.safetensors"),
         ([folder, "--std", 0.1, "--out", tmp_path / "out.pkl"], "out.pkl is not a snapshot"),
         ([tmp_path / "none", "--std", 0.1, "--out", out], "none is not a run folder"),
     ):

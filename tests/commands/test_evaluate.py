@@ -92,6 +92,8 @@ def test_classes_without_real_images_are_not_generated(run_command, teacher, tmp
     assert status == 0, error
     assert "a.zip: no images of class 0, 3:" in error
     assert "a.zip has images of 3 of the network's 10 classes: only those are generated" in error
+    assert "does not say that it is a one-step generator: sampling it in one step" in error
+    assert "one-step" not in run_command("evaluate", *base, "--init-sigma", 2.5)[1]
     found = results(run_command, tmp_path, *base, "--metrics", "fid")["reported"]
     latents, classes = seed_inputs(list(range(30)), load_network(teacher).config, None, [1, 2, 4])
     assert set(classes.tolist()) == {1, 2, 4}
@@ -179,7 +181,7 @@ def test_a_file_of_statistics_gives_the_distance_alone(run_command, teacher, rea
         (["--network", "digits", "--data", "digits", "--reader", "fast"], ["fast", "dali"]),
         (["--network", "digits", "--data", "digits", "--out", "."], ["folder"]),
         (["--images", "digits", "--data", "digits", "--num", "5000"], ["5000", "1797"]),
-        (["reference", "--data", "digits"], ["--out"]),
+        (["reference", "--data", "digits"], ["out is missing", "--out NAME.npz"]),
         (["reference", "--out", "x.npz"], ["--data"]),
     ],
 )
@@ -199,8 +201,8 @@ def test_a_reference_of_another_shape_is_refused(run_command, teacher, tmp_path)
     base = ["--network", teacher, "--data", tmp_path / "a.zip", "--detector", "pixels"]
     status, error = run_command("evaluate", *base, "--num", 4)
     assert status == 2
-    assert "8x8 pixels and 1 channels" in error
-    assert "8x8 and 3" in error
+    assert "8x8 pixels (channels: 1)" in error
+    assert "8x8 (3)" in error
 
 
 # --- real images

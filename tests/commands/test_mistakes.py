@@ -24,9 +24,11 @@ TYPED = {
     "evaluate --network T": ["a reference is missing", "--data", "--ref"],
     "evaluate --network T --detector pixels --data real.zipp": ["real.zipp"],
     "evaluate --network T --data real.zipp": ["real.zipp does not exist"],  # before the download
-    "evaluate --network fashion --data digits --detector pixels -n 9": ["16x16", "8x8 and 1"],
+    "evaluate --network fashion --data digits --detector pixels -n 9": ["16x16", "8x8 (1)"],
     "evaluate --network T --device cuda:7 --data digits": ["device=cuda:7", "cpu"],
+    "evaluate --network T --images T --data digits": ["--network and --images", "leave out one"],
     "plan --preset cifar10-cond --card b300": ["'b300'", "'h200'"],
+    "pretrain --data digits --attention-resolutions 17": ["17 is no level", "from 8, 4, 2"],
     "pretrain --dataset images.zip": ["No such option", "--data"],
     "export --network T": ["out is missing", "--out NAME", ".pkl, .onnx, .pt2, .safetensors"],
     "export --out x.pkl": ["network is missing", "--network FILE"],
@@ -117,6 +119,12 @@ def test_a_mistyped_command_line(run, line):
     told = run(line)
     for word in TYPED[line]:
         assert word in told
+
+
+def test_an_option_that_moved_to_another_command_is_not_suggested(run):
+    told = run("train --preset digits --kmg 3")
+    assert "--kimg" in told
+    assert "--mfu" not in told
 
 
 @pytest.mark.parametrize("line", EMPTY)

@@ -39,7 +39,7 @@ from tests.helpers.networks import SMALL
         (["--augment-p", "0.1", "--data", "none.zip"], ["none.zip"]),
         (["--eval-every", "1", "--teacher", "none.pkl"], ["eval_every=1.0", "--data", "--ref"]),
         (["--eval-every", "1", "--ref", "none.npz", "--detector", "pixels"], ["none.npz"]),
-        (["--resume", "latest"], ["latest", "no training state"]),
+        (["--resume", "latest"], ["latest", "no training state", "leave out --resume"]),
         (["--seed", "-1"], ["seed=-1"]),
         (["--out", "teacher.safetensors/run"], ["teacher.safetensors/run", "--out"]),
     ],
@@ -205,6 +205,28 @@ def test_sida_starts_in_three_stages_and_logs_its_losses(
         assert r["input_waits"] == 0
     assert all("generator/adversarial" in r for r in records[2:])
     assert json.loads((tmp_path / "run" / "config.json").read_text())["alpha"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("kimg", "noted"),
+    [
+        (5, "the run ends at 5 kimg, before the generator learns (--generator-start-kimg 5)"),
+        (9, "adversarial one (--adversarial-start-kimg 10)"),
+        (11, ""),
+    ],
+)
+def test_a_run_that_is_too_short_for_sida_says_so(
+    run_command, teacher, data, monkeypatch, kimg, noted
+):
+    monkeypatch.setattr(train, "Loop", loop := Mock())
+    monkeypatch.setattr(train.host_load, "advice", lambda device: f"{device} is busy")
+    starts = ["--generator-start-kimg", 5, "--adversarial-start-kimg", 10, "--kimg", kimg]
+    arguments = ["--teacher", teacher, "--method", "sida", "--data", data, *SHORT[:4], *starts]
+    assert run_command("train", *arguments) == (0, "")
+    headline = loop.call_args.args[4]
+    assert "note: cpu is busy" in headline
+    assert ("before" in headline) == bool(noted)
+    assert noted in headline
 
 
 def test_sid2a_starts_from_the_best_network_of_a_run(run_command, teacher, data, tmp_path):

@@ -200,6 +200,22 @@ def test_an_estimate_from_outside_counts_down():
     assert "ETA 01:00" in phase.parts() or "ETA 00:59" in phase.parts()
 
 
+def test_a_pause_is_no_part_of_the_rate_and_the_estimate(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    phase = progress.Phase("training", 30.0, "kimg")
+    now = 110.0
+    phase.update(10)
+    with phase.paused():
+        now += 600
+    assert phase.parts()[2:] == ["ETA 00:20", "10 of 30.00 kimg", "1 kimg/s"]
+    phase.left = 20.0, now
+    with phase.paused():  # an evaluation that is longer than what remains
+        now += 600
+    now += 5
+    assert "ETA 00:15" in phase.parts()
+
+
 def test_track_counts_items_and_a_failure_is_not_done(impatient, capsys):
     def items():
         yield 1
@@ -248,6 +264,24 @@ def test_lines_never_exceed_a_narrow_terminal():
     assert "a line" in drawn
 
 
+def test_a_terminal_that_does_not_know_its_size_shows_the_line(monkeypatch):
+    ours, theirs = os.openpty()  # 0 rows of 0 columns
+    for name in ("CI", "NO_COLOR", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    with open(theirs, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with progress.phase("evaluation of the teacher", 50_000, "images"):
+            pass
+        monkeypatch.undo()
+        print("end", file=stderr, flush=True)
+        text = b""
+        while b"end" not in text:
+            text += os.read(ours, 4096)
+    os.close(ours)
+    assert b"evaluation of the teacher  0 %" in text
+
+
 @pytest.mark.parametrize("live", [True, False])
 def test_the_live_line_replaces_lines_of_the_same_terminal_only(monkeypatch, live):
     monkeypatch.setattr(terminal, "is_live", lambda: live)
@@ -258,7 +292,8 @@ def test_the_live_line_replaces_lines_of_the_same_terminal_only(monkeypatch, liv
 
 def test_the_last_column_stays_free(monkeypatch):
     monkeypatch.setattr(sys, "stderr", open(os.devnull, "w"))  # noqa: SIM115
-    for columns, width in ((80, 79), (1, 1)):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    for columns, width in ((80, 79), (1, 1), (0, 79)):
         monkeypatch.setattr(os, "get_terminal_size", lambda _, n=columns: os.terminal_size((n, 24)))
         assert progress._width() == width
 

@@ -17,7 +17,7 @@ from sid_fast import pretrain, train
 from sid_fast.data.datasets import write_dataset
 from sid_fast.distiller import Distiller
 from sid_fast.errors import UserError
-from sid_fast.io import streams
+from sid_fast.io import progress, streams
 from sid_fast.models.registry import load_network, save_network
 from sid_fast.training import callbacks, loop
 from sid_fast.training.checkpoint import States
@@ -43,7 +43,17 @@ def test_a_run_that_keeps_failing_stops_with_its_last_good_state(tmp_path, run_c
     assert (out / "state-000000020").exists()
 
 
-def test_a_run_leaves_pictures_metrics_and_a_network_that_knows_itself(tmp_path, run_command):
+def test_a_run_leaves_pictures_metrics_and_a_network_that_knows_itself(
+    tmp_path, run_command, monkeypatch
+):
+    grids, close = [], progress._Display.close
+
+    def closed(display, phase, completed):
+        if phase.title == "sample grid":
+            grids.append((phase.done, phase.total))
+        close(display, phase, completed)
+
+    monkeypatch.setattr(progress._Display, "close", closed)
     save_network(tmp_path / "teacher.safetensors", small_teacher())
     out = tmp_path / "run"
     status, _ = run_command(
@@ -63,6 +73,7 @@ def test_a_run_leaves_pictures_metrics_and_a_network_that_knows_itself(tmp_path,
     assert 0.01 < steps[0]["peak_gib"] <= steps[-1]["peak_gib"] < 1000
     for kind in ("samples-*.png", "snapshot-*.safetensors"):
         assert [int(p.stem.split("-")[1]) for p in sorted(out.glob(kind))] == [0, 8, 12]
+    assert grids == [(100, 100)] * 3
     least = min(figures, key=lambda r: r[DISTANCE])["images"]
     assert [p.name for p in out.glob("best-*")] == [f"best-{least:010d}.safetensors"]
     assert (out / "distance.png").stat().st_size > 10_000
@@ -252,7 +263,7 @@ def test_the_time_of_an_evaluation_is_not_in_the_throughput(tmp_path, run_comman
 
 
 def test_the_time_left_knows_that_the_warmup_is_cheaper(tmp_path, run_command, monkeypatch, capsys):
-    """A step takes 41 s while the generator rests, and 100 s afterwards."""
+    """A step takes 41 s while the generator rests, and 100 s afterwards; a snapshot is no step."""
     now = [0.0]
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
     step = Distiller.step
@@ -263,11 +274,20 @@ def test_the_time_left_knows_that_the_warmup_is_cheaper(tmp_path, run_command, m
 
     monkeypatch.setattr(Distiller, "step", timed)
     save_network(tmp_path / "teacher.safetensors", small_teacher())
-    lines = []
+    lines, began = [], []
+
+    def snapshot(self, what, callback):
+        if self.trainer.steps:
+            began.append(self.shown.began)
+            time.sleep(0.1)
+        return []
+
+    monkeypatch.setattr(loop.Loop, "_run_callback", snapshot)
     monkeypatch.setattr(loop.Loop, "_print", lambda self, line: lines.append(line))
     status, _ = run_command(
         "train", "--teacher", tmp_path / "teacher.safetensors", "--data", "digits", "--out",
-        tmp_path / "run", "--method", "sida", "--adversarial-group", 4, "--batch-size", 4,
+        tmp_path / "run", "--snapshot-every", 0.012, "--method", "sida", "--adversarial-group", 4,
+        "--batch-size", 4,
         "--kimg", 0.04, "--generator-start-kimg", 0.016, "--log-every", 3,
     )  # fmt: skip
     assert status == 0
@@ -275,6 +295,8 @@ def test_the_time_left_knows_that_the_warmup_is_cheaper(tmp_path, run_command, m
     # After 2 and 3 steps; 6, in an interval of both kinds; 9 and 10 of 10 steps.
     assert left[1] == tqdm.format_interval(2 * 41 + 5 * 100)
     assert left[-2:] == ["01:40", "00:00"]
+    assert len(began) == 4
+    assert began[3] - began[0] >= 0.3
 
 
 def test_a_signal_within_the_first_step_ends_it_at_once(tmp_path, run_command, monkeypatch):
