@@ -90,9 +90,9 @@ def that_fits(
             return
         single = dataclasses.replace(settings, batch_size=n, micro_batch=n)
         resolved = mixed_precision.resolve_precision(single, next(net.parameters()).device)
-        # Trained itself, or a frozen teacher that 16 bit would cast.
+        # Trained itself, or a frozen teacher that the compute dtype would change.
         mine = isinstance(settings, PretrainSettings)
-        mine |= mixed_precision.TYPES[resolved.precision] != torch.float32
+        mine |= net.compute_in_alters(mixed_precision.TYPES[resolved.precision])
         method = data_free_method(copy.deepcopy(net) if mine else net, resolved)
         trainer = Trainer(method, resolved, sharding=fsdp.SINGLE_PROCESS)
         if config.checkpoint_activations:

@@ -15,7 +15,7 @@ from sid_fast.performance.activation_checkpoint import checkpoint_activations
 from sid_fast.tools import estimator, micro_batch
 from sid_fast.tools.micro_batch import largest_micro_batch
 from sid_fast.training.step import Trainer
-from tests.helpers.networks import FAST, SMALL, TINY, small_teacher
+from tests.helpers.networks import FAST, SMALL, TINY, small_edm2, small_teacher
 
 
 class Device:
@@ -130,6 +130,18 @@ def test_auto_tries_a_whole_step_and_changes_nothing(monkeypatch, precision, met
     assert steps[0].samples == 2
     assert all(map(torch.equal, before, teacher.parameters()))
     assert not any(o.exp_avg_sq[0].any() for o in steps[0].optimizers.values())
+
+
+def test_a_float32_edm2_teacher_serves_again_after_a_trial():
+    """The copies that F computes with stay in the trial: those in an EMA would never change."""
+    teacher, settings = small_edm2(), Settings(batch_size=2, precision="fp32")
+    config = train.TrainConfig(batch_size=2, micro_batch=None, precision="fp32")
+    assert micro_batch.that_fits(teacher, config, settings, 2, fsdp.SINGLE_PROCESS) == 2
+    assert not teacher.compute_copies
+    for _ in range(2):
+        distiller = Distiller(teacher, settings)
+        distiller.step()
+        assert not distiller.ema.compute_copies
 
 
 @pytest.mark.slow
