@@ -416,15 +416,22 @@ def memory_estimate(ctx: Context, teacher: str, images: int) -> Outcome:
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """Make cuDNN deterministic and switch TF32 off in the block."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark
-    cudnn.deterministic, cudnn.benchmark = True, False
+    """Select deterministic algorithms and switch TF32 off in the block.
+
+    cuDNN's alone would not do: PyTorch's attention, which the default backend runs, adds up its
+    gradients in varying order otherwise.
+    """
+    cudnn, fill = torch.backends.cudnn, torch.utils.deterministic
+    before = cudnn.deterministic, cudnn.benchmark, fill.fill_uninitialized_memory
+    enabled = torch.are_deterministic_algorithms_enabled()
+    cudnn.deterministic, cudnn.benchmark, fill.fill_uninitialized_memory = True, False, False
+    torch.use_deterministic_algorithms(True)
     mixed_precision.set_precision("fp32", torch.device("cpu"))
     try:
         yield
     finally:
-        cudnn.deterministic, cudnn.benchmark = before
+        cudnn.deterministic, cudnn.benchmark, fill.fill_uninitialized_memory = before
+        torch.use_deterministic_algorithms(enabled)
 
 
 NETWORKS = {

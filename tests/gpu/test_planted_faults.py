@@ -107,3 +107,13 @@ def test_a_check_that_would_interpret_whole_steps_is_skipped():
         checks.Context(CPU, 1, "triton").use_backend(),
     ):
         pass
+
+
+def test_bits_are_compared_with_deterministic_algorithms():
+    """PyTorch's attention asks this switch alone, and not cuDNN's."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    with checks.deterministic():
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory is before
