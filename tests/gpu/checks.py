@@ -28,7 +28,7 @@ from sid_fast.kernels import dispatch
 from sid_fast.kernels._triton import INTERPRETED
 from sid_fast.methods.base import Phase, RandomStream
 from sid_fast.methods.sid import SiD
-from sid_fast.models import NetworkConfig
+from sid_fast.models import EDM2Config, NetworkConfig
 from sid_fast.models.teachers import TEACHERS
 from sid_fast.performance import cuda_graphs, fsdp, mixed_precision, process_group
 from sid_fast.performance.cuda_graphs import CapturedGraph, warm_up
@@ -48,6 +48,11 @@ TINY = NetworkConfig(
     attention_resolutions=(4,), augment_dim=9,
 )  # fmt: skip
 CIFAR10 = TEACHERS["cifar10-uncond"].network
+TINY_EDM2 = EDM2Config(
+    resolution=8, label_dim=4, model_channels=64, channel_mult=(1,), num_blocks=1,
+    attention_resolutions=(8,),
+)  # fmt: skip
+EDM2 = dataclasses.replace(TEACHERS["edm2-img512-xs"].network, num_blocks=1)
 # eps = 1 makes updates proportional to gradients, so that their errors compare.
 SETTINGS = Settings(batch_size=8, dropout=0.13, augment_p=0.12, eps=1.0, fake_lr=1e-2,
                     generator_lr=1e-2)  # fmt: skip
@@ -64,11 +69,13 @@ class Context:
         device: of the networks.
         steps: of a run.
         backend: one of BACKENDS.
+        network: of distillers; a tiny one of its family on a CPU.
     """
 
     device: torch.device
     steps: int
     backend: str = "default"
+    network: NetworkConfig = CIFAR10
 
     @property
     def cuda(self) -> bool:
@@ -87,8 +94,11 @@ class Context:
             pytest.skip("needs a GPU")
 
     def distiller(self, kind: Precision = "fp32", seed: int = 0, **options) -> Distiller:
-        teacher = network(CIFAR10 if self.cuda else TINY, self.device)
-        return Distiller(teacher, dataclasses.replace(SETTINGS, precision=kind), seed, **options)
+        tiny = TINY_EDM2 if isinstance(self.network, EDM2Config) else TINY
+        config = self.network if self.cuda else tiny
+        augment_p = SETTINGS.augment_p if config.augment_dim else 0.0
+        settings = dataclasses.replace(SETTINGS, precision=kind, augment_p=augment_p)
+        return Distiller(network(config, self.device), settings, seed, **options)
 
     def run(self, kind: Precision = "fp32", **options) -> Distiller:
         distiller = self.distiller(kind, **options)
@@ -134,7 +144,9 @@ def network_agrees(ctx: Context, config: NetworkConfig, kind: str) -> Outcome:
     """
     if not (ctx.cuda or INTERPRETED):
         pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
-    if not ctx.cuda:
+    if not ctx.cuda and isinstance(config, EDM2Config):
+        config = TINY_EDM2
+    elif not ctx.cuda:
         config = dataclasses.replace(
             TINY, architecture=config.architecture, label_dim=config.label_dim,
             model_channels=64 if config.architecture == "adm" else 16,
@@ -438,6 +450,7 @@ NETWORKS = {
     "cifar10-uncond": CIFAR10,
     "ffhq64": TEACHERS["ffhq64"].network,
     "imagenet64-cond": TEACHERS["imagenet64-cond"].network,
+    "edm2-img512-xs": TEACHERS["edm2-img512-xs"].network,
 }
 
 
@@ -463,6 +476,11 @@ STEP_CHECKS: dict[str, Check] = {
     "golden ddpmpp_uncond": partial(follows_golden, name="ddpmpp_uncond"),
     "golden adm_cond": partial(follows_golden, name="adm_cond"),
     "gradients bf16": partial(gradients_agree, kind="bf16"),
+}
+# Of an EDM2 network: normalised weight copies, forced normalisation and the chains of its blocks.
+EDM2_CHECKS: dict[str, Check] = {
+    name: STEP_CHECKS[name]
+    for name in ("repeats", "graph fp32", "graph bf16", "no host sync, graphs", "resume")
 }
 # Slow, or may break the process.
 LATE_CHECKS: dict[str, Check] = {

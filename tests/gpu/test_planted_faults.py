@@ -7,6 +7,7 @@ import torch
 
 from sid_fast import Distiller
 from sid_fast.kernels.dispatch import choose
+from sid_fast.models import EDM2Network
 from sid_fast.models.edm_unet import layers
 from tests.gpu import checks
 
@@ -117,3 +118,11 @@ def test_bits_are_compared_with_deterministic_algorithms():
         assert not torch.utils.deterministic.fill_uninitialized_memory
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory is before
+
+
+def test_edm2_is_checked_with_both_of_its_networks_normalised():
+    context = dataclasses.replace(checks.Context(CPU, 1), network=checks.EDM2)
+    distiller = context.distiller()
+    assert isinstance(distiller.teacher, EDM2Network)
+    assert distiller.generator.force_normalization
+    assert distiller.fake_score.force_normalization
