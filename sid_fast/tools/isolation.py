@@ -20,6 +20,7 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # a child i
 
 
 OUT_OF_MEMORY = "out of memory"
+BUSY = "busy or unavailable"  # CUDA's error on a GPU whose compute mode admits one process
 
 
 class Failed(Exception):
@@ -96,6 +97,11 @@ class Child:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def lacks_room(reason: str) -> bool:
+    """Whether a child failed for the other processes on its GPU; alone it may succeed."""
+    return OUT_OF_MEMORY in reason or BUSY in reason
 
 
 def reason_of(error: BaseException) -> str:

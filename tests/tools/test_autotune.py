@@ -252,6 +252,31 @@ def test_an_operation_that_fails_alone_is_named_and_left_out(monkeypatch):
     ]
 
 
+def test_operations_are_proven_one_by_one_where_a_gpu_admits_one_process(monkeypatch):
+    found = [("group_norm", "cuda"), ("adam_ema", "cuda")]
+    monkeypatch.setattr(candidates, "operations", lambda job: found)
+    monkeypatch.setattr(tournament.verdicts, "cores", lambda: 8)
+    opened = []
+
+    class Alone:
+        def __init__(self, *_):
+            opened.append(self)
+
+        def ask(self, *_, limit):
+            pass
+
+        def answer(self):
+            if len(opened) > 1:
+                raise Failed("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
+            return ""
+
+        def close(self):
+            opened.remove(self)
+
+    monkeypatch.setattr(tournament, "Child", Alone)
+    assert Tournament(JOB, 600, 0, print)._operations() == found
+
+
 # ---- proofs
 
 

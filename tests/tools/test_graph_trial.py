@@ -180,3 +180,16 @@ def test_the_first_process_of_a_node_makes_the_trial_for_all(monkeypatch):
     monkeypatch.setattr(graph_trial.process_group, "all_reduce_any", lambda flag: True)
     monkeypatch.setattr(graph_trial.process_group, "first_text", lambda text: "process 0: it broke")
     assert graph_trial.failure_reason(*arguments) == "process 0: it broke"
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "out of memory",
+        "CUDA error: CUDA-capable device(s) is/are busy or unavailable",  # exclusive compute mode
+    ],
+)
+def test_a_trial_without_room_is_no_verdict(reason, monkeypatch):
+    """The run holds the GPU or its memory: then it tries graphs itself."""
+    monkeypatch.setattr(graph_trial, "attempt", lambda *_: f"a trial failed: {reason}")
+    assert graph_trial.failure_reason(small_teacher().config, Settings(**FAST), CPU) == ""
