@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sid_fast.errors import Fallback, OutOfMemory, RunFailed, UserError
+from sid_fast.errors import Fallback, OutOfMemory, RunFailed, UserError, is_out_of_memory
 from sid_fast.io import progress
 from sid_fast.performance import failure, process_group, ranges
 
@@ -257,7 +257,7 @@ class GraphedStep:
                 self._capture()
             except Exception as error:
                 reason = reason_of(error)
-                out_of_memory = isinstance(first_error(error), torch.OutOfMemoryError)
+                out_of_memory = is_out_of_memory(first_error(error))
                 works = still_works(self.device)
             # All ranks or none: replays and eager steps order their collectives differently.
             if not process_group.all_reduce_any(bool(reason)):

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from sid_fast.errors import is_out_of_memory
 
 PRELOAD = ["torch", "sid_fast.tools.trial"]
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # a child is alone
@@ -106,7 +106,7 @@ def lacks_room(reason: str) -> bool:
 
 def reason_of(error: BaseException) -> str:
     """An error in a line."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return OUT_OF_MEMORY
     return (str(error).strip().partition("\n")[0] or type(error).__name__)[:300]
 

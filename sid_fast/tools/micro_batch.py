@@ -12,7 +12,7 @@ import torch
 from sid_fast import kernels
 from sid_fast.config.types import PretrainSettings, micro_batches
 from sid_fast.distiller import data_free_method
-from sid_fast.errors import RunFailed, UserError
+from sid_fast.errors import RunFailed, UserError, is_out_of_memory
 from sid_fast.io.streams import note
 from sid_fast.models import Network, NetworkConfig
 from sid_fast.performance import fsdp, mixed_precision, process_group
@@ -119,8 +119,8 @@ def largest_micro_batch(
     Args:
         sizes: possible micro-batches, largest first; the first is a rank's whole batch.
         estimate: the first size to try, or the smallest of `sizes` if that is larger.
-        try_step: runs a step of n images without collectives; raises torch.OutOfMemoryError if
-            they do not fit.
+        try_step: runs a step of n images without collectives; raises an error that
+            is_out_of_memory if they do not fit.
         log: prints a line.
 
     Raises:
@@ -143,8 +143,10 @@ def _runs_out(try_step: Callable[[int], None], n: int) -> bool:
     try:
         try_step(n)
         return False
-    except torch.OutOfMemoryError:
-        return True
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            return True
+        raise
     finally:
         gc.collect()
         torch.cuda.empty_cache()

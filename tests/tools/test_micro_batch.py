@@ -79,6 +79,24 @@ def test_other_errors_are_not_taken_for_out_of_memory():
         largest_micro_batch([4, 2, 1], 4, broken, print)
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_memory_that_others_than_pytorch_take_counts(message):
+    """A kernel's code, say, on a GPU that PyTorch's allocator has filled."""
+
+    def full(n):
+        if n > 1:
+            raise RuntimeError(message)
+
+    assert largest_micro_batch([4, 2, 1], 4, full, lambda line: None) == 1
+
+
 def test_auto_takes_the_whole_batch_without_a_gpu(tmp_path, run_command):
     save_network(tmp_path / "teacher.safetensors", small_teacher())
     arguments = ["--teacher", tmp_path / "teacher.safetensors", "--device", "cpu", "--kimg", 0.004]
