@@ -17,10 +17,23 @@ from sid_fast.io.streams import note
 from sid_fast.models import Network, NetworkConfig
 from sid_fast.performance import fsdp, mixed_precision, process_group
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
-from sid_fast.tools import estimator
+from sid_fast.sampling import group_size
+from sid_fast.tools import estimator, host_memory
 from sid_fast.training.step import Trainer
 
-EVALUATION = 3 * estimator.GIB // 2  # detector, its activations and those of a generated batch
+# Beside the step, whose CUDA graph keeps its memory: the Inception network on a batch of images,
+# and the VAE's decoder on a group of latents of 64x64.
+DETECTOR = 2 * estimator.GIB
+VAE = 6 * estimator.GIB
+
+
+def reserved(network: NetworkConfig, config: Any) -> int:
+    """Bytes to leave for evaluations and decoded grids; see estimated."""
+    nbytes = VAE if config.vae else 0
+    if config.eval_every:
+        images = group_size(torch.device("cuda"), network.resolution)
+        nbytes = max(nbytes, DETECTOR) + host_memory.least_forward_bytes(network, images)
+    return nbytes
 
 
 def estimated(
@@ -32,7 +45,7 @@ def estimated(
 ) -> int:
     """Estimate the largest micro-batch for rank 0's GPU, before anything is allocated there.
 
-    Counts what the chosen backends keep in memory, and leaves room for evaluations.
+    Counts what the chosen backends keep in memory, and leaves room for what is `reserved`.
 
     Args:
         network: of the teacher.
@@ -51,8 +64,8 @@ def estimated(
     backends = kernels.dispatch.runs(device)
     counts = estimator.counts(network, resolved, config.checkpoint_activations, backends)
     layout = world, sharding.dp_shard, sharding.reshard_after_forward
-    reserved = EVALUATION if config.eval_every else 0
-    free, total = (nbytes - reserved for nbytes in torch.cuda.mem_get_info(device))
+    beside = reserved(network, config)
+    free, total = (nbytes - beside for nbytes in torch.cuda.mem_get_info(device))
     upper = estimator.estimated_micro_batch(counts, sizes, free, *layout)
     upper = process_group.broadcast_from_rank0(lambda: upper)
     asked = config.micro_batch if isinstance(config.micro_batch, int) else sizes[-1]

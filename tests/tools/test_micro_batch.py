@@ -184,7 +184,11 @@ def test_what_cannot_fit_is_refused_before_anything_is_allocated(monkeypatch):
         estimate(counts.memory(1).total() - 1)
     with pytest.raises(UserError, match="--checkpoint-activations"):
         estimate(enough, eval_every=1.0)
-    assert estimate(enough + micro_batch.EVALUATION, eval_every=1.0) == 8
+    beside = micro_batch.reserved(network, dataclasses.replace(config, eval_every=1.0))
+    assert beside > micro_batch.DETECTOR
+    assert estimate(enough + beside, eval_every=1.0) == 8
+    with pytest.raises(UserError, match="--checkpoint-activations"):
+        estimate(enough, vae="vae")
 
 
 def networks(distiller):
