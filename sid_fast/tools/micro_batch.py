@@ -11,6 +11,8 @@ import torch
 
 from sid_fast import kernels
 from sid_fast.config.types import PretrainSettings, micro_batches
+from sid_fast.data.datasets import Dataset
+from sid_fast.data.feed import fits, stored_bytes
 from sid_fast.distiller import data_free_method
 from sid_fast.errors import RunFailed, UserError, is_out_of_memory
 from sid_fast.io.streams import note
@@ -27,12 +29,16 @@ DETECTOR = 2 * estimator.GIB
 VAE = 6 * estimator.GIB
 
 
-def reserved(network: NetworkConfig, config: Any) -> int:
-    """Bytes to leave for evaluations and decoded grids; see estimated."""
+def reserved(
+    network: NetworkConfig, config: Any, device: torch.device, data: Dataset | None = None
+) -> int:
+    """Bytes to leave for evaluations, decoded grids and a resident data set; see estimated."""
     nbytes = VAE if config.vae else 0
     if config.eval_every:
         images = group_size(torch.device("cuda"), network.resolution)
         nbytes = max(nbytes, DETECTOR) + host_memory.least_forward_bytes(network, images)
+    if data and fits(data, device):
+        nbytes += stored_bytes(data)
     return nbytes
 
 
@@ -42,6 +48,7 @@ def estimated(
     settings: Any,
     device: torch.device,
     sharding: fsdp.ShardingPlan,
+    data: Dataset | None = None,
 ) -> int:
     """Estimate the largest micro-batch for rank 0's GPU, before anything is allocated there.
 
@@ -53,6 +60,7 @@ def estimated(
         settings: of the run's method.
         device: of the run.
         sharding: layout of the networks over the ranks.
+        data: that the steps train on; it may stay on the device.
 
     Raises:
         UserError: Not even the smallest micro-batch fits, or config.micro_batch needs more than the
@@ -64,7 +72,7 @@ def estimated(
     backends = kernels.dispatch.runs(device)
     counts = estimator.counts(network, resolved, config.checkpoint_activations, backends)
     layout = world, sharding.dp_shard, sharding.reshard_after_forward
-    beside = reserved(network, config)
+    beside = reserved(network, config, device, data)
     free, total = (nbytes - beside for nbytes in torch.cuda.mem_get_info(device))
     upper = estimator.estimated_micro_batch(counts, sizes, free, *layout)
     upper = process_group.broadcast_from_rank0(lambda: upper)

@@ -1,12 +1,14 @@
 """Trying micro-batches until one fits in memory, and activation checkpointing."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
 from sid_fast import Distiller, Settings, SiDASettings, pretrain, train
 from sid_fast.config.types import PretrainSettings, divisors, micro_batches, part
+from sid_fast.data.digits import open_dataset
 from sid_fast.errors import RunFailed, UserError
 from sid_fast.kernels.dispatch import runs
 from sid_fast.models.registry import save_network
@@ -162,6 +164,14 @@ def test_a_float32_edm2_teacher_serves_again_after_a_trial():
         assert not distiller.ema.compute_copies
 
 
+def test_a_data_set_that_stays_on_the_device_takes_its_part(real, monkeypatch):
+    data, config = open_dataset(str(real)), train.TrainConfig()
+    size = len(data) * math.prod(data.sample_shape)
+    for room, expected in ((8 * size, size), (8 * size - 8, 0)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, room=room: (room, room))
+        assert micro_batch.reserved(TINY, config, torch.device("cuda"), data) == expected
+
+
 @pytest.mark.slow
 def test_what_cannot_fit_is_refused_before_anything_is_allocated(monkeypatch):
     """With the sizes and what would fit; an evaluation takes its part of the memory."""
@@ -184,7 +194,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_allocated(monkeypatch):
         estimate(counts.memory(1).total() - 1)
     with pytest.raises(UserError, match="--checkpoint-activations"):
         estimate(enough, eval_every=1.0)
-    beside = micro_batch.reserved(network, dataclasses.replace(config, eval_every=1.0))
+    beside = micro_batch.reserved(network, dataclasses.replace(config, eval_every=1.0), cpu)
     assert beside > micro_batch.DETECTOR
     assert estimate(enough + beside, eval_every=1.0) == 8
     with pytest.raises(UserError, match="--checkpoint-activations"):
