@@ -134,11 +134,13 @@ def within(
 
     Returns error and scale difference, each over its limit, and a note. The error's limit is 1e-4,
     or in 16 bit 1.5 times eager's error if that is larger. The scale is the projection on
-    `expected`; it may differ from eager's by SCALE_TOLERANCE plus a fifth of eager's error.
+    `expected`; it may differ from eager's, or from 1 where eager's own is further off, by
+    SCALE_TOLERANCE plus a fifth of eager's error.
     """
     error, usual = relative(actual, expected), relative(eager, expected)
     limit = 1e-4 if kind == "fp32" else max(1.5 * usual, 1e-4)
-    off = abs(float((actual - eager) @ expected / (expected @ expected)))
+    square = expected @ expected
+    off = min(abs(float((actual - other) @ expected / square)) for other in (eager, expected))
     note = f"{error:.1e} (eager {usual:.1e}), scale off by {off:.1e}"
     return error / limit, off / (SCALE_TOLERANCE + 0.2 * usual), note
 

@@ -87,6 +87,8 @@ def test_within_sees_error_and_scale_separately():
     assert max(usual) < 1
     assert scaled[0] < 1 < scaled[1]
     assert worse[1] < 1 < worse[0]
+    # The scale of eager's own may be off by more.
+    assert max(checks.within(eager, 1.015 * eager, expected, "bf16")[:2]) < 1
     # In float32 eager's own error does not raise the limit.
     assert checks.within(eager, eager, expected, "fp32")[0] > 1
 
