@@ -162,10 +162,10 @@ if ((gpu)); then
     part "checks of the Triton kernels" 30 "${check[@]}" "test_step and triton"
     part "training, Triton kernels" 25 "${train[@]}" --micro-batch 64 \
         --timed-seconds 6 --max-steps 10 --variants "default,sid_fast,$fixed"
-    part "checks of EDM2" 25 "${check[@]}" "test_edm2 and (default or triton)"
+    part "checks of EDM2" 40 "${check[@]}" "test_edm2 and (default or triton)"
     part "checks of networks" 20 "${check[@]}" "test_network"
     part "kernel tests" 35 "${unit_tests[@]}" \
-        tests/kernels/group_norm/test_*.py tests/kernels/mp/test_*.py tests/kernels/test_{attention,sid_loss,augment,adam_ema,weight_norm}.py \
+        tests/kernels/group_norm/test_*.py tests/kernels/mp/test_*.py tests/kernels/test_{attention,sid_loss,augment,adam_ema,weight_norm,random,dropout,sida_loss}.py \
         tests/models/test_fused.py
     part "kernels" 30 "${kernels[@]}" --baselines \
         "eager,eager NCHW,fused Adam,apex,sdpa cudnn,sdpa flash,sdpa efficient"

@@ -109,8 +109,12 @@ def that_fits(
     def try_step(n: int) -> None:
         if sharding.mesh is not None:
             return
+        device = next(net.parameters()).device
         single = dataclasses.replace(settings, batch_size=n, micro_batch=n)
-        resolved = mixed_precision.resolve_precision(single, next(net.parameters()).device)
+        resolved = mixed_precision.resolve_precision(single, device)
+        # Held during the trial, so that evaluations find it free.
+        nbytes = reserved(net.config, config, device) if device.type == "cuda" else 0
+        ballast = torch.empty(nbytes, dtype=torch.uint8, device=device)
         # Trained itself, or a frozen teacher that the compute dtype would change.
         mine = isinstance(settings, PretrainSettings)
         mine |= net.compute_in_alters(mixed_precision.TYPES[resolved.precision])
@@ -120,6 +124,7 @@ def that_fits(
             checkpoint_activations(*method.frozen.values(), *method.networks.values())
         with trainer.updates_disabled():
             trainer.dry_run()
+        del ballast
 
     def log(line: str) -> None:
         if process_group.rank() == 0:
