@@ -157,9 +157,10 @@ if ((gpu)); then
     part "checks of the Triton kernels" 30 "${check[@]}" "test_step and triton"
     part "training, Triton kernels" 25 "${train[@]}" --micro-batch 64 \
         --timed-seconds 6 --max-steps 10 --variants "default,sid_fast,$fixed"
+    part "checks of EDM2" 40 "${check[@]}" "test_edm2 and (default or triton)"
     part "checks of networks" 20 "${check[@]}" "test_network"
     part "kernel tests" 35 "${unit_tests[@]}" \
-        tests/kernels/group_norm/test_*.py tests/kernels/mp/test_*.py tests/kernels/test_{attention,sid_loss,augment,adam_ema,weight_norm}.py \
+        tests/kernels/group_norm/test_*.py tests/kernels/mp/test_*.py tests/kernels/test_{attention,sid_loss,augment,adam_ema,weight_norm,random,dropout,sida_loss}.py \
         tests/models/test_fused.py
     part "kernels" 30 "${kernels[@]}" --baselines \
         "eager,eager NCHW,fused Adam,apex,sdpa cudnn,sdpa flash,sdpa efficient"
@@ -172,7 +173,7 @@ if ((gpu)); then
     part "late checks" 40 "${check[@]}" "test_late"
     part "training, sharded" 30 "${train[@]}" --preset cifar10-uncond --micro-batch 64,8 \
         --timed-seconds 6 --variants "sid_fast,fsdp,fsdp no graphs"
-    part "checks of the eager backend" 50 "${check[@]}" "test_step and eager"
+    part "checks of the eager backend" 50 "${check[@]}" "(test_step or test_edm2) and eager"
     part "kernels, torch.compile" 70 "${kernels[@]}" --baselines compile
 else
     part "checks of the default" 12 "${check[@]}" "test_step and default and (repeats or resume)"
@@ -181,6 +182,7 @@ else
     part "training, default" 15 "${train[@]}" --variants "published,default"
     part "checks of the Triton kernels" 12 "${check[@]}" "test_step and triton"
     part "training, Triton kernels" 12 "${train[@]}" --variants "sid_fast fp32"
+    part "checks of EDM2" 12 "${check[@]}" "test_edm2 and default and repeats"
     part "checks of networks" 20 "${check[@]}" "test_network and cifar10-uncond and fp32"
     part "kernel tests" 15 env PYTEST_ADDOPTS="-k 'hand or limit'" \
         "${unit_tests[@]}" tests/kernels/test_sid_loss.py

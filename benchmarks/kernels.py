@@ -626,6 +626,8 @@ def compile_kernels(cases: list[Case], device: torch.device) -> None:
             for make in make_calls(case, "triton", device).values():
                 make()()
             timing.synchronize(device)
+            if device.type == "cuda":  # other processes compile and check at the same time
+                torch.cuda.empty_cache()
         except Exception as error:  # go on with the others
             reason = timing.failure_reason(error)
             failed.append(f"{case.name} {case.shape} {case.dtype}: {reason}")

@@ -121,10 +121,11 @@ def _run_adam_ema(
     compute_dtype = next((COMPUTE_DTYPES[t.dtype] for t in compute_weights if t is not None), 0)
     programs = min(len(table), _resident_programs(step.device))
     if backend == "triton":
-        _adam_ema_kernel[(programs,)](
-            table, step, enabled, lr, ema_beta, counts, len(table), beta1, beta2, eps,
-            bool(exp_avg), bool(ema), compute_dtype, clip, CHUNK, COLUMNS, num_warps=8,
-        )  # fmt: skip
+        with torch.cuda.device_of(step):
+            _adam_ema_kernel[(programs,)](
+                table, step, enabled, lr, ema_beta, counts, len(table), beta1, beta2, eps,
+                bool(exp_avg), bool(ema), compute_dtype, clip, CHUNK, COLUMNS, num_warps=8,
+            )  # fmt: skip
         return counts
 
     library = _cuda.library()

@@ -453,7 +453,8 @@ def _launch(kernel: str, qkv: torch.Tensor, heads: int, *others: torch.Tensor | 
         kernel, height * width, heads, c3 // 3 // heads, qkv.itemsize, _arch(qkv.device)
     )
     programs = images * heads * -(-height * width // constants["BLOCK"])
-    KERNELS[kernel][(programs,)](qkv, *others, **constants, num_warps=warps, num_stages=stages)
+    with torch.cuda.device_of(qkv):
+        KERNELS[kernel][(programs,)](qkv, *others, **constants, num_warps=warps, num_stages=stages)
 
 
 def _empty(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:

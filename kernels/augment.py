@@ -61,10 +61,11 @@ def _run_augment(
         return out[0], labels
     n, channels, height, width = images.shape
     rows, columns = (max(16, triton.next_power_of_2(size)) for size in (height, width))
-    _augment_kernel[(n, channels)](
-        images, *images.stride(), *(v.contiguous() for v in values), *out, _taps(images.device),
-        n, channels, height, width, rows, columns, BLOCK, num_warps=8,
-    )  # fmt: skip
+    with torch.cuda.device_of(images):
+        _augment_kernel[(n, channels)](
+            images, *images.stride(), *(v.contiguous() for v in values), *out,
+            _taps(images.device), n, channels, height, width, rows, columns, BLOCK, num_warps=8,
+        )  # fmt: skip
     return out
 
 

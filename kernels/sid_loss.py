@@ -159,15 +159,11 @@ def _run_noised(
     if choose("sid_loss", images.device) == "eager":
         return noised_eager(images, sigma, noise, valid, dtype, sigma_data)
     out = _noised_like(images, sigma, noise, valid, dtype, sigma_data)
-    _noised_kernel[(len(images),)](
-        images,
-        sigma.contiguous(),
-        noise,
-        valid.contiguous(),
-        *out,
-        sigma_data,
-        **_constants(images),
-    )
+    with torch.cuda.device_of(images):
+        _noised_kernel[(len(images),)](
+            images, sigma.contiguous(), noise, valid.contiguous(), *out, sigma_data,
+            **_constants(images),
+        )  # fmt: skip
     return out
 
 
@@ -235,9 +231,10 @@ def _run_generator_loss(
     if choose("sid_loss", images.device) == "eager":
         return generator_loss_eager(*arguments)
     out = _generator_loss_like(*arguments)
-    _generator_loss_kernel[(len(teacher),)](
-        *arguments[:6], *out, alpha, sigma_data, **_constants(images)
-    )
+    with torch.cuda.device_of(images):
+        _generator_loss_kernel[(len(teacher),)](
+            *arguments[:6], *out, alpha, sigma_data, **_constants(images)
+        )
     return out
 
 
@@ -304,7 +301,10 @@ def _run_fake_score_loss(
     if choose("sid_loss", images.device) == "eager":
         return fake_score_loss_eager(*arguments)
     out = _fake_score_loss_like(*arguments)
-    _fake_score_loss_kernel[(len(images),)](*arguments[:5], *out, sigma_data, **_constants(images))
+    with torch.cuda.device_of(images):
+        _fake_score_loss_kernel[(len(images),)](
+            *arguments[:5], *out, sigma_data, **_constants(images)
+        )
     return out
 
 

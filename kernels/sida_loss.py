@@ -137,9 +137,10 @@ def _run_discriminator_loss(
     if choose("sida_loss", real.device) == "eager":
         return discriminator_loss_eager(real, fake, weight, valid, group)
     out = _discriminator_loss_like(real, fake, weight, valid, group)
-    _discriminator_loss_kernel[(len(real) // group,)](
-        real, fake, weight.contiguous(), valid.contiguous(), *out, **_launch(real, group)
-    )
+    with torch.cuda.device_of(real):
+        _discriminator_loss_kernel[(len(real) // group,)](
+            real, fake, weight.contiguous(), valid.contiguous(), *out, **_launch(real, group)
+        )
     return out
 
 
@@ -224,9 +225,11 @@ def _run_adversarial_loss(
     if choose("sida_loss", logits.device) == "eager":
         return adversarial_loss_eager(logits, weight, valid, group)
     out = _adversarial_loss_like(logits, weight, valid, group)
-    _adversarial_loss_kernel[(len(logits) // group,)](
-        logits, weight.contiguous(), valid.contiguous(), *out, CLAMP=CLAMP, **_launch(logits, group)
-    )
+    with torch.cuda.device_of(logits):
+        _adversarial_loss_kernel[(len(logits) // group,)](
+            logits, weight.contiguous(), valid.contiguous(), *out, CLAMP=CLAMP,
+            **_launch(logits, group),
+        )  # fmt: skip
     return out
 
 

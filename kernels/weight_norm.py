@@ -76,9 +76,10 @@ def _run_weight_norm(
         return weight_norm_eager(weights, copies, force)
     table = _table(weights, copies)
     compute_dtype = max((COPY_DTYPES[t.dtype] for t in copies), default=0)
-    _weight_norm_kernel[(len(table),)](
-        table, force, EPS, force is not None, bool(copies), compute_dtype, COLUMNS, num_warps=8
-    )
+    with torch.cuda.device_of(table):
+        _weight_norm_kernel[(len(table),)](
+            table, force, EPS, force is not None, bool(copies), compute_dtype, COLUMNS, num_warps=8
+        )
     return None
 
 
@@ -87,7 +88,8 @@ def _run_weight_norm_backward(weights: list[torch.Tensor], grads: list[torch.Ten
     if choose("weight_norm", device) == "eager":
         return weight_norm_backward_eager(weights, grads)
     table = _table(weights, grads)
-    _weight_norm_backward_kernel[(len(table),)](table, EPS, COLUMNS, num_warps=8)
+    with torch.cuda.device_of(table):
+        _weight_norm_backward_kernel[(len(table),)](table, EPS, COLUMNS, num_warps=8)
     return None
 
 

@@ -23,7 +23,7 @@ import click
 
 from sid_fast.config.toml import loads
 from sid_fast.config.types import START_OPTIONS, members
-from sid_fast.errors import Fallback, RunFailed, UserError, one_line
+from sid_fast.errors import Fallback, RunFailed, UserError, is_out_of_memory, one_line
 from sid_fast.io import invocation, streams
 from sid_fast.io.download import is_cached
 from sid_fast.performance import failure, process_group
@@ -405,6 +405,9 @@ OUT_OF_MEMORY = (
     "out of memory on the CPU: use a smaller batch, fewer images or a smaller network, or a "
     "machine with more memory"
 )
+GPU_OUT_OF_MEMORY = (
+    "use a smaller --batch or --micro-batch, end other programs on the GPU, or take a larger one"
+)
 
 
 def without_traceback(record: logging.LogRecord) -> bool:
@@ -477,6 +480,9 @@ def main(command: click.Command, module: str) -> None:
     except Exception as error:
         if CPU_ALLOCATION_FAILED in str(error):
             message = OUT_OF_MEMORY
+        elif is_out_of_memory(error) and not failure.unclean_exit:
+            request = ". ".join(str(error).split(". ")[:2])  # without the allocator's statistics
+            message, status = f"{request}: {GPU_OUT_OF_MEMORY}", 1
         elif not failure.unclean_exit:
             raise
         else:

@@ -64,8 +64,8 @@ class Distiller(Trainer):
     teacher; their state_dicts use upstream's names. SiDASettings make the method SiDA.
 
     Args:
-        teacher: A network on the device to train on. It is frozen in place; with 16-bit precision a
-            copy is used instead.
+        teacher: A network on the device to train on. It is frozen in place; with 16-bit precision,
+            and for EDM2, a copy is used instead.
         settings: Training settings.
         seed: Determines every random number.
         label_weights: Relative class frequencies, [label_dim]; uniform if None, over the classes
@@ -105,7 +105,7 @@ class Distiller(Trainer):
             "teacher": digest(teacher.state_dict().values()),
             "label weights": None if label_weights is None else digest([label_weights]),
         }
-        if mixed_precision.TYPES[settings.precision] != torch.float32:
+        if teacher.compute_in_alters(mixed_precision.TYPES[settings.precision]):
             teacher = copy.deepcopy(teacher)
         sharding = sharding or fsdp.replicated()
         if isinstance(settings, SiDASettings):

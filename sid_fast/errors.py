@@ -61,5 +61,16 @@ class OutOfMemory(torch.OutOfMemoryError):
     """
 
 
+# Of libraries that allocate beside PyTorch on a GPU that is nearly full: Triton, CUDA, cuBLAS.
+_ALLOCATION_FAILED = "out of memory", "STATUS_ALLOC_FAILED"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device ran out of memory, in PyTorch's allocator or beside it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(w in str(error) for w in _ALLOCATION_FAILED)
+
+
 class Fallback(UserWarning):
     """Warning that a slower path is used; the message says why, in one line."""

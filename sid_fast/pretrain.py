@@ -119,7 +119,7 @@ def run(config: PretrainConfig, given: set[str]) -> None:
         )
         sharding = fsdp.plan(config.parallel, device, state.nbytes, config.shard_group)
         if device.type == "cuda":
-            upper = micro_batch.estimated(network, config, settings, device, sharding)
+            upper = micro_batch.estimated(network, config, settings, device, sharding, data)
         torch.manual_seed(seed_of(config.seed, "weights"))
         net = build_network(network).to(device)
         if auto and device.type == "cuda":

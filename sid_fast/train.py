@@ -138,7 +138,8 @@ def run(config: TrainConfig, given: set[str]) -> None:
         )
         sharding = fsdp.plan(config.parallel, device, state.nbytes, config.shard_group)
         if device.type == "cuda":
-            upper = micro_batch.estimated(network, config, config.settings(), device, sharding)
+            fed = None if config.method == "sid" else data
+            upper = micro_batch.estimated(network, config, config.settings(), device, sharding, fed)
         teacher = teacher.to(device)
         if auto and device.type == "cuda":
             with progress.phase("finding the largest micro-batch"):

@@ -39,14 +39,18 @@ def fits(data: Dataset, device: torch.device) -> bool:
 
     On a CPU the whole RAM counts, or the container's limit (cgroup v2).
     """
-    nbytes = len(data) * math.prod(data.sample_shape) * data.dtype.itemsize
     if device.type == "cuda":
         room = torch.cuda.mem_get_info(device)[0]
     else:
         room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max"
             room = min(room, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return nbytes <= RESIDENT_SHARE * room
+    return stored_bytes(data) <= RESIDENT_SHARE * room
+
+
+def stored_bytes(data: Dataset) -> int:
+    """Return the bytes of all samples, as a resident data set holds them."""
+    return len(data) * math.prod(data.sample_shape) * data.dtype.itemsize
 
 
 class EpochOrder:

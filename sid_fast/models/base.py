@@ -196,6 +196,10 @@ class Network(nn.Module):
         """
         self.compute_dtype = dtype
 
+    def compute_in_alters(self, dtype: torch.dtype) -> bool:
+        """Whether compute_in(dtype, frozen=True) leaves the network unfit for another use."""
+        return dtype != torch.float32
+
     def requires_grad_(self, requires_grad: bool = True) -> "Self":
         """Set requires_grad of the parameters and of the copies that F computes with."""
         for leaf in self.compute_copies:

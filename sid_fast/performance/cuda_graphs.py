@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sid_fast.errors import Fallback, OutOfMemory, RunFailed, UserError
+from sid_fast.errors import Fallback, OutOfMemory, RunFailed, UserError, is_out_of_memory
 from sid_fast.io import progress
 from sid_fast.performance import failure, process_group, ranges
 
@@ -99,6 +99,11 @@ class CapturedGraph:
         self.graph.reset()
 
 
+def current(device: torch.device) -> contextlib.AbstractContextManager:
+    """Make a GPU the current one, on which streams and graphs are made; nothing on a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def warm_up(function: Callable[[], Any], times: int = 2) -> None:
     """Run on a side stream, as capture requires, so that autotuning and lazy init are done."""
     stream = torch.cuda.Stream()
@@ -162,21 +167,22 @@ class GraphedFunction:
         if self.replay is None:
             self.inputs = [v if v is None else v.clone() for v in inputs]
             self.replay = eager = partial(self.function, *self.inputs)
+            device = next(v.device for v in self.inputs if v is not None)
             if not _failed:
-                self._capture(eager)
+                with current(device):
+                    self._capture(eager, device)
         for static, new in zip(self.inputs, inputs, strict=True):
             if static is not None and new is not None:
                 static.copy_(new)
         return self.replay()
 
-    def _capture(self, eager: Callable[[], torch.Tensor]) -> None:
+    def _capture(self, eager: Callable[[], torch.Tensor], device: torch.device) -> None:
         global _failed
         warm_up(eager)
         try:
             self.replay = CapturedGraph(eager)
         except Exception as error:
             _failed = reason_of(error)
-            device = next(v.device for v in self.inputs if v is not None)
             if not still_works(device):
                 raise RunFailed(
                     f"CUDA graph capture failed ({_failed}), and {device} no longer works"
@@ -227,7 +233,8 @@ class GraphedStep:
     def __call__(self) -> dict[str, torch.Tensor]:
         """Run the step, after capturing it at the first call; return the segments' metrics."""
         if not (self.graphs or self.failed):
-            self._prepare()
+            with current(self.device):
+                self._prepare()
         calls: Sequence[Callable[[], Any]] = self.graphs or [
             segment for segment, _ in self.segments
         ]
@@ -250,7 +257,7 @@ class GraphedStep:
                 self._capture()
             except Exception as error:
                 reason = reason_of(error)
-                out_of_memory = isinstance(first_error(error), torch.OutOfMemoryError)
+                out_of_memory = is_out_of_memory(first_error(error))
                 works = still_works(self.device)
             # All ranks or none: replays and eager steps order their collectives differently.
             if not process_group.all_reduce_any(bool(reason)):

@@ -31,7 +31,8 @@ def set_precision(name: str, device: torch.device) -> str:
         name = "bf16" if bf16 else "fp32"
     if name == "tf32" and not cuda:
         raise UserError("precision=tf32 needs an NVIDIA GPU; use fp32 or bf16 on a CPU")
-    torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+    # Not matmul.allow_tf32: beside it, get_float32_matmul_precision may raise.
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = name == "tf32"
     return name
 

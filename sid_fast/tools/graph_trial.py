@@ -16,7 +16,7 @@ from sid_fast.models import NetworkConfig
 from sid_fast.performance import process_group
 from sid_fast.performance.cuda_graphs import resolve_cuda_graph
 from sid_fast.tools.candidates import Candidate
-from sid_fast.tools.isolation import Child, Failed
+from sid_fast.tools.isolation import Child, Failed, lacks_room
 from sid_fast.tools.proof import Job
 from sid_fast.tools.trial import Trial
 
@@ -71,6 +71,8 @@ def failure_reason(
     with process_group.main_process_first(), shown:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             reason = attempt(*job(config, settings, device, deterministic))
+            if lacks_room(reason):  # beside this process: no verdict, so the run itself tries
+                reason = ""
     return process_group.first_text(reason) if process_group.all_reduce_any(bool(reason)) else ""
 
 

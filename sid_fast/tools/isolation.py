@@ -13,13 +13,14 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from sid_fast.errors import is_out_of_memory
 
 PRELOAD = ["torch", "sid_fast.tools.trial"]
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # a child is alone
 
 
 OUT_OF_MEMORY = "out of memory"
+BUSY = "busy or unavailable"  # CUDA's error on a GPU whose compute mode admits one process
 
 
 class Failed(Exception):
@@ -98,9 +99,14 @@ class Child:
         self.close()
 
 
+def lacks_room(reason: str) -> bool:
+    """Whether a child failed for the other processes on its GPU; alone it may succeed."""
+    return OUT_OF_MEMORY in reason or BUSY in reason
+
+
 def reason_of(error: BaseException) -> str:
     """An error in a line."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return OUT_OF_MEMORY
     return (str(error).strip().partition("\n")[0] or type(error).__name__)[:300]
 

@@ -11,16 +11,35 @@ import torch
 
 from sid_fast import kernels
 from sid_fast.config.types import PretrainSettings, micro_batches
+from sid_fast.data.datasets import Dataset
+from sid_fast.data.feed import fits, stored_bytes
 from sid_fast.distiller import data_free_method
-from sid_fast.errors import RunFailed, UserError
+from sid_fast.errors import RunFailed, UserError, is_out_of_memory
 from sid_fast.io.streams import note
 from sid_fast.models import Network, NetworkConfig
 from sid_fast.performance import fsdp, mixed_precision, process_group
 from sid_fast.performance.activation_checkpoint import checkpoint_activations
-from sid_fast.tools import estimator
+from sid_fast.sampling import group_size
+from sid_fast.tools import estimator, host_memory
 from sid_fast.training.step import Trainer
 
-EVALUATION = 3 * estimator.GIB // 2  # detector, its activations and those of a generated batch
+# Beside the step, whose CUDA graph keeps its memory: the Inception network on a batch of images,
+# and the VAE's decoder on a group of latents of 64x64.
+DETECTOR = 2 * estimator.GIB
+VAE = 6 * estimator.GIB
+
+
+def reserved(
+    network: NetworkConfig, config: Any, device: torch.device, data: Dataset | None = None
+) -> int:
+    """Bytes to leave for evaluations, decoded grids and a resident data set; see estimated."""
+    nbytes = VAE if config.vae else 0
+    if config.eval_every:
+        images = group_size(torch.device("cuda"), network.resolution)
+        nbytes = max(nbytes, DETECTOR) + host_memory.least_forward_bytes(network, images)
+    if data and fits(data, device):
+        nbytes += stored_bytes(data)
+    return nbytes
 
 
 def estimated(
@@ -29,10 +48,11 @@ def estimated(
     settings: Any,
     device: torch.device,
     sharding: fsdp.ShardingPlan,
+    data: Dataset | None = None,
 ) -> int:
     """Estimate the largest micro-batch for rank 0's GPU, before anything is allocated there.
 
-    Counts what the chosen backends keep in memory, and leaves room for evaluations.
+    Counts what the chosen backends keep in memory, and leaves room for what is `reserved`.
 
     Args:
         network: of the teacher.
@@ -40,6 +60,7 @@ def estimated(
         settings: of the run's method.
         device: of the run.
         sharding: layout of the networks over the ranks.
+        data: that the steps train on; it may stay on the device.
 
     Raises:
         UserError: Not even the smallest micro-batch fits, or config.micro_batch needs more than the
@@ -51,8 +72,8 @@ def estimated(
     backends = kernels.dispatch.runs(device)
     counts = estimator.counts(network, resolved, config.checkpoint_activations, backends)
     layout = world, sharding.dp_shard, sharding.reshard_after_forward
-    reserved = EVALUATION if config.eval_every else 0
-    free, total = (nbytes - reserved for nbytes in torch.cuda.mem_get_info(device))
+    beside = reserved(network, config, device, data)
+    free, total = (nbytes - beside for nbytes in torch.cuda.mem_get_info(device))
     upper = estimator.estimated_micro_batch(counts, sizes, free, *layout)
     upper = process_group.broadcast_from_rank0(lambda: upper)
     asked = config.micro_batch if isinstance(config.micro_batch, int) else sizes[-1]
@@ -88,17 +109,22 @@ def that_fits(
     def try_step(n: int) -> None:
         if sharding.mesh is not None:
             return
+        device = next(net.parameters()).device
         single = dataclasses.replace(settings, batch_size=n, micro_batch=n)
-        resolved = mixed_precision.resolve_precision(single, next(net.parameters()).device)
-        # Trained itself, or a frozen teacher that 16 bit would cast.
+        resolved = mixed_precision.resolve_precision(single, device)
+        # Held during the trial, so that evaluations find it free.
+        nbytes = reserved(net.config, config, device) if device.type == "cuda" else 0
+        ballast = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        # Trained itself, or a frozen teacher that the compute dtype would change.
         mine = isinstance(settings, PretrainSettings)
-        mine |= mixed_precision.TYPES[resolved.precision] != torch.float32
+        mine |= net.compute_in_alters(mixed_precision.TYPES[resolved.precision])
         method = data_free_method(copy.deepcopy(net) if mine else net, resolved)
         trainer = Trainer(method, resolved, sharding=fsdp.SINGLE_PROCESS)
         if config.checkpoint_activations:
             checkpoint_activations(*method.frozen.values(), *method.networks.values())
         with trainer.updates_disabled():
             trainer.dry_run()
+        del ballast
 
     def log(line: str) -> None:
         if process_group.rank() == 0:
@@ -119,8 +145,8 @@ def largest_micro_batch(
     Args:
         sizes: possible micro-batches, largest first; the first is a rank's whole batch.
         estimate: the first size to try, or the smallest of `sizes` if that is larger.
-        try_step: runs a step of n images without collectives; raises torch.OutOfMemoryError if
-            they do not fit.
+        try_step: runs a step of n images without collectives; raises an error that
+            is_out_of_memory if they do not fit.
         log: prints a line.
 
     Raises:
@@ -143,8 +169,10 @@ def _runs_out(try_step: Callable[[int], None], n: int) -> bool:
     try:
         try_step(n)
         return False
-    except torch.OutOfMemoryError:
-        return True
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            return True
+        raise
     finally:
         gc.collect()
         torch.cuda.empty_cache()

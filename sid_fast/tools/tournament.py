@@ -14,7 +14,7 @@ from sid_fast.io import progress
 from sid_fast.tools import candidates, timing, verdicts
 from sid_fast.tools.candidates import Candidate, Change
 from sid_fast.tools.estimator import GIB
-from sid_fast.tools.isolation import OUT_OF_MEMORY, Child, Failed
+from sid_fast.tools.isolation import OUT_OF_MEMORY, Child, Failed, lacks_room
 from sid_fast.tools.proof import Job
 from sid_fast.tools.trial import Trial, Turn
 
@@ -211,7 +211,7 @@ class Tournament:
                 self._alone(rows[start : start + together])
                 shown.update(len(rows[start : start + together]))
         for row in rows:
-            if row.wrong == OUT_OF_MEMORY:  # beside the others
+            if lacks_room(row.wrong):  # beside the others
                 self._alone([row])
             if row.wrong:
                 self._add(row)
@@ -261,7 +261,7 @@ class Tournament:
                 if self._ready(challenger):
                     self._turns([champion, challenger], seconds)
             except Failed as failed:
-                if str(failed) != OUT_OF_MEMORY:
+                if not lacks_room(str(failed)):
                     raise
                 # No room for both: one after the other, the reference kernel between their turns.
                 alone = True

@@ -13,7 +13,7 @@ import torch
 from sid_fast.config.types import RATES, RunOptions
 from sid_fast.data.datasets import Dataset
 from sid_fast.data.images import save_grid
-from sid_fast.errors import UserError, one_line
+from sid_fast.errors import UserError, is_out_of_memory, one_line
 from sid_fast.evaluation.curve import save_curve
 from sid_fast.evaluation.decoding import Decoder
 from sid_fast.evaluation.features import label, load_detector
@@ -38,6 +38,8 @@ from sid_fast.training.random_streams import fixed_grid_inputs
 Make = Callable[[Network, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 GRID = 100  # images of a sample grid, at most
+GRID_PIXELS = 128 * 32**2  # generated at once on a GPU, which training leaves little memory
+DETECTOR_BATCH = 128  # images, likewise
 MAX_GRIDS = 200  # sample grids of a run; beyond, every second one is removed
 FID_ONLY_FROM = 50_000  # images; below, FID is biased enough that KID is computed too
 
@@ -105,18 +107,33 @@ class Snapshots:
             return {}
         columns = len(net.config.classes)
         columns = columns if 1 < columns <= 16 else 10
+        try:
+            grid = self._grid(net, columns)
+        except RuntimeError as error:
+            if not (self.trainer.steps and is_out_of_memory(error)):
+                raise
+            at = f"{self.trainer.images / 1000:g} kimg"
+            warn = f"warning: no sample grid at {at}: {error}"
+            streams.say(f"{one_line(warn)}; training continues", sys.stderr)
+            return {}
+        save_grid(folder / f"samples-{images}.png", grid, columns)
+        thin_out(folder, "samples-*.png", MAX_GRIDS)
+        return {}
+
+    def _grid(self, net: Network, columns: int) -> torch.Tensor:
+        """Generate the images of a grid, uint8 [N, C, H, W]."""
         device = next(net.parameters()).device
         z, labels = fixed_grid_inputs(net.config, self.seed, GRID // columns * columns)
-        size = group_size(device, net.config.resolution)  # all at once may exceed a CPU's memory
+        size = group_size(device, net.config.resolution)  # all at once may exceed the memory
+        if device.type == "cuda":
+            size = min(size, max(GRID_PIXELS // net.config.resolution**2, 1))
         grid = []
         with progress.phase("sample grid", len(z), "images") as shown:
             for rows in torch.arange(len(z)).split(size):
                 c = None if labels is None else labels[rows].to(device)
                 grid.append(self.decoder(self.make(net, z[rows].to(device), c)))
                 shown.update(len(rows))
-        save_grid(folder / f"samples-{images}.png", torch.cat(grid), columns)
-        thin_out(folder, "samples-*.png", MAX_GRIDS)
-        return {}
+        return torch.cat(grid)
 
 
 class Evaluations:
@@ -157,7 +174,8 @@ class Evaluations:
         self.clock = StageTimer(device)
         loading = progress.phase(f"loading the detector {options.detector}")
         with process_group.main_process_first(), loading:  # may download
-            self.detector = load_detector(options.detector, device, options.trust)
+            batch = DETECTOR_BATCH if device.type == "cuda" else None
+            self.detector = load_detector(options.detector, device, options.trust, batch)
         self.name = label("frechet_distance", self.detector)
         images = None if data is None or data.is_latent else data
         self.real = real_stats(options.ref, images, self.detector, self.clock, "auto")
@@ -221,7 +239,9 @@ class Evaluations:
             if process_group.rank():
                 return {}
             values = compare(self.real, sample, self.detector, self.clock, metrics)
-        except (UserError, torch.OutOfMemoryError) as error:
+        except (UserError, RuntimeError) as error:
+            if not (isinstance(error, UserError) or is_out_of_memory(error)):
+                raise
             if process_group.rank() == 0:
                 at = f"{self.trainer.images / 1000:g} kimg"
                 warn = f"warning: the evaluation of {what} at {at} failed: {error}"

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from sid_fast.config.types import check, ema_stds, grad_accum_steps, resume_fingerprint
-from sid_fast.errors import OutOfMemory
+from sid_fast.errors import OutOfMemory, is_out_of_memory
 from sid_fast.methods.base import Method, Phase, RandomStream, stream_number
 from sid_fast.performance import fsdp, mixed_precision, process_group, ranges
 from sid_fast.performance.compile import compile_blocks
@@ -339,6 +339,8 @@ def annotate_oom(what: str) -> Iterator[None]:
     """Turn an out-of-memory error into OutOfMemory, naming `what` and the requested size."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         request = ". ".join(str(error).split(". ")[:2])  # without the allocator's statistics
         raise OutOfMemory(f"{what}: {request}") from error

@@ -80,8 +80,8 @@ def test_the_commands_are_valid_and_ordered_by_value(session):
     assert all((ROOT / file).exists() for file in units)
     order = [name.removeprefix("benchmarks.") for name, *args in made if args[-1] not in units]
     expected = (
-        "pytest train pytest train pytest kernels train analysis.breakdown train pytest train "
-        "pytest kernels evaluation report"
+        "pytest train pytest train pytest pytest kernels train analysis.breakdown train pytest "
+        "train pytest kernels evaluation report"
     )
     assert order == expected.split()
     variants = []

@@ -11,6 +11,7 @@ import threading
 
 import click
 import pytest
+import torch
 
 from sid_fast import __main__, cli
 from sid_fast.io import invocation, streams
@@ -178,6 +179,22 @@ def test_a_cpu_out_of_memory_is_one_line(monkeypatch, capsys, error):
     assert stopped.value.code == 2
     told = capsys.readouterr().err
     assert told.startswith("error: out of memory on the CPU: use a smaller batch")
+    assert told.count("\n") == 1
+
+
+def test_a_gpu_out_of_memory_is_one_line(monkeypatch, capsys):
+    @click.command()
+    def command():
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of …"
+        )
+
+    monkeypatch.setattr(sys, "argv", ["x"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(command, "x")
+    assert stopped.value.code == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB: use a smaller")
     assert told.count("\n") == 1
 
 

@@ -1,5 +1,6 @@
 """Acceptance on a GPU; benchmarks/gpu_acceptance.sh runs it, in small without a GPU too."""
 
+import dataclasses
 import gc
 
 import pytest
@@ -28,6 +29,12 @@ def test_step(name, backend, context, confirm):
 @pytest.mark.parametrize("name", checks.NETWORKS)
 def test_network(name, kind, context, confirm):
     confirm(checks.network_agrees(context, checks.NETWORKS[name], kind))
+
+
+@pytest.mark.parametrize("name", checks.EDM2_CHECKS)
+@each_backend
+def test_edm2(name, backend, context, confirm):
+    confirm(checks.EDM2_CHECKS[name](dataclasses.replace(context, network=checks.EDM2)))
 
 
 @pytest.mark.parametrize("name", checks.LATE_CHECKS)

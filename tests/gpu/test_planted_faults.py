@@ -7,6 +7,7 @@ import torch
 
 from sid_fast import Distiller
 from sid_fast.kernels.dispatch import choose
+from sid_fast.models import EDM2Network
 from sid_fast.models.edm_unet import layers
 from tests.gpu import checks
 
@@ -86,6 +87,8 @@ def test_within_sees_error_and_scale_separately():
     assert max(usual) < 1
     assert scaled[0] < 1 < scaled[1]
     assert worse[1] < 1 < worse[0]
+    # The scale of eager's own may be off by more.
+    assert max(checks.within(eager, 1.015 * eager, expected, "bf16")[:2]) < 1
     # In float32 eager's own error does not raise the limit.
     assert checks.within(eager, eager, expected, "fp32")[0] > 1
 
@@ -107,3 +110,21 @@ def test_a_check_that_would_interpret_whole_steps_is_skipped():
         checks.Context(CPU, 1, "triton").use_backend(),
     ):
         pass
+
+
+def test_bits_are_compared_with_deterministic_algorithms():
+    """PyTorch's attention asks this switch alone, and not cuDNN's."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    with checks.deterministic():
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory is before
+
+
+def test_edm2_is_checked_with_both_of_its_networks_normalised():
+    context = dataclasses.replace(checks.Context(CPU, 1), network=checks.EDM2)
+    distiller = context.distiller()
+    assert isinstance(distiller.teacher, EDM2Network)
+    assert distiller.generator.force_normalization
+    assert distiller.fake_score.force_normalization

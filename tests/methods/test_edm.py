@@ -195,6 +195,24 @@ def test_sample_grids_are_of_the_widest(tmp_path):
     assert {id(net) for net in seen} == {id(trainer.ema)}
 
 
+def test_a_grid_that_does_not_fit_ends_no_run(tmp_path, capsys):
+    """The graph of a training step keeps its memory; the snapshot is written all the same."""
+    trainer = pretrainer(ema_std=(0.2,), batch_size=8)
+
+    def make(net, z, labels):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    decoder = make_decoder(trainer.ema.config, None, torch.device("cpu"), "the network")
+    snapshots = Snapshots(RunOptions(), trainer, trainer.emas, make, decoder, (0.2,))
+    with pytest.raises(torch.OutOfMemoryError):  # before the first step nothing is lost
+        snapshots(tmp_path)
+    trainer.step()
+    assert snapshots(tmp_path) == {}
+    assert "no sample grid at 0.008 kimg: CUDA out of memory" in capsys.readouterr().err
+    assert list(tmp_path.glob("snapshot-0000000008-*.safetensors"))
+    assert not list(tmp_path.glob("*.png"))
+
+
 def test_one_width_needs_no_second_ema():
     trainer = pretrainer(ema_std=(0.1,), batch_size=8)
     trainer.step()

@@ -2,6 +2,7 @@
 
 import os
 import time
+import weakref
 
 import pytest
 import torch
@@ -48,6 +49,21 @@ def test_steps_of_sida_are_tried_past_their_warmup(stand_in, monkeypatch):
     )
     assert proof.replays_agree(*job) == ""
     assert all(len(t.phases) == 2 and t.method.feed for t in trainers)
+
+
+def test_a_trial_holds_one_trainer_at_a_time(stand_in, monkeypatch):
+    """A network of hundreds of millions of weights has to fit beside the run's teacher."""
+    build, trainers = proof.build, []
+
+    def watched(*job, **changes):
+        assert not any(trainer() for trainer in trainers)
+        built = build(*job, **changes)
+        trainers.append(weakref.ref(built))
+        return built
+
+    monkeypatch.setattr(proof, "build", watched)
+    assert proof.replays_agree(*made()) == ""
+    assert len(trainers) == 2
 
 
 def test_steps_of_a_teachers_training_replay(stand_in):
@@ -164,3 +180,16 @@ def test_the_first_process_of_a_node_makes_the_trial_for_all(monkeypatch):
     monkeypatch.setattr(graph_trial.process_group, "all_reduce_any", lambda flag: True)
     monkeypatch.setattr(graph_trial.process_group, "first_text", lambda text: "process 0: it broke")
     assert graph_trial.failure_reason(*arguments) == "process 0: it broke"
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "out of memory",
+        "CUDA error: CUDA-capable device(s) is/are busy or unavailable",  # exclusive compute mode
+    ],
+)
+def test_a_trial_without_room_is_no_verdict(reason, monkeypatch):
+    """The run holds the GPU or its memory: then it tries graphs itself."""
+    monkeypatch.setattr(graph_trial, "attempt", lambda *_: f"a trial failed: {reason}")
+    assert graph_trial.failure_reason(small_teacher().config, Settings(**FAST), CPU) == ""

@@ -1,12 +1,14 @@
 """Trying micro-batches until one fits in memory, and activation checkpointing."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
 from sid_fast import Distiller, Settings, SiDASettings, pretrain, train
 from sid_fast.config.types import PretrainSettings, divisors, micro_batches, part
+from sid_fast.data.digits import open_dataset
 from sid_fast.errors import RunFailed, UserError
 from sid_fast.kernels.dispatch import runs
 from sid_fast.models.registry import save_network
@@ -15,7 +17,7 @@ from sid_fast.performance.activation_checkpoint import checkpoint_activations
 from sid_fast.tools import estimator, micro_batch
 from sid_fast.tools.micro_batch import largest_micro_batch
 from sid_fast.training.step import Trainer
-from tests.helpers.networks import FAST, SMALL, TINY, small_teacher
+from tests.helpers.networks import FAST, SMALL, TINY, small_edm2, small_teacher
 
 
 class Device:
@@ -79,6 +81,24 @@ def test_other_errors_are_not_taken_for_out_of_memory():
         largest_micro_batch([4, 2, 1], 4, broken, print)
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_memory_that_others_than_pytorch_take_counts(message):
+    """A kernel's code, say, on a GPU that PyTorch's allocator has filled."""
+
+    def full(n):
+        if n > 1:
+            raise RuntimeError(message)
+
+    assert largest_micro_batch([4, 2, 1], 4, full, lambda line: None) == 1
+
+
 def test_auto_takes_the_whole_batch_without_a_gpu(tmp_path, run_command):
     save_network(tmp_path / "teacher.safetensors", small_teacher())
     arguments = ["--teacher", tmp_path / "teacher.safetensors", "--device", "cpu", "--kimg", 0.004]
@@ -132,6 +152,26 @@ def test_auto_tries_a_whole_step_and_changes_nothing(monkeypatch, precision, met
     assert not any(o.exp_avg_sq[0].any() for o in steps[0].optimizers.values())
 
 
+def test_a_float32_edm2_teacher_serves_again_after_a_trial():
+    """The copies that F computes with stay in the trial: those in an EMA would never change."""
+    teacher, settings = small_edm2(), Settings(batch_size=2, precision="fp32")
+    config = train.TrainConfig(batch_size=2, micro_batch=None, precision="fp32")
+    assert micro_batch.that_fits(teacher, config, settings, 2, fsdp.SINGLE_PROCESS) == 2
+    assert not teacher.compute_copies
+    for _ in range(2):
+        distiller = Distiller(teacher, settings)
+        distiller.step()
+        assert not distiller.ema.compute_copies
+
+
+def test_a_data_set_that_stays_on_the_device_takes_its_part(real, monkeypatch):
+    data, config = open_dataset(str(real)), train.TrainConfig()
+    size = len(data) * math.prod(data.sample_shape)
+    for room, expected in ((8 * size, size), (8 * size - 8, 0)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, room=room: (room, room))
+        assert micro_batch.reserved(TINY, config, torch.device("cuda"), data) == expected
+
+
 @pytest.mark.slow
 def test_what_cannot_fit_is_refused_before_anything_is_allocated(monkeypatch):
     """With the sizes and what would fit; an evaluation takes its part of the memory."""
@@ -154,7 +194,11 @@ def test_what_cannot_fit_is_refused_before_anything_is_allocated(monkeypatch):
         estimate(counts.memory(1).total() - 1)
     with pytest.raises(UserError, match="--checkpoint-activations"):
         estimate(enough, eval_every=1.0)
-    assert estimate(enough + micro_batch.EVALUATION, eval_every=1.0) == 8
+    beside = micro_batch.reserved(network, dataclasses.replace(config, eval_every=1.0), cpu)
+    assert beside > micro_batch.DETECTOR
+    assert estimate(enough + beside, eval_every=1.0) == 8
+    with pytest.raises(UserError, match="--checkpoint-activations"):
+        estimate(enough, vae="vae")
 
 
 def networks(distiller):

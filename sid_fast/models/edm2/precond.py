@@ -86,6 +86,10 @@ class EDM2Network(Network):
                 weight_copy.requires_grad_(layer.weight.requires_grad)
                 self.compute_copies.append(Leaf(weight_copy, [(ALL_ROWS, (layer.weight,))]))
 
+    def compute_in_alters(self, dtype: torch.dtype) -> bool:
+        """See Network.compute_in_alters: a deep copy would keep float32 copies, too."""
+        return True
+
     def update_combined_copies(self) -> None:
         """See Network.update_combined_copies."""
         if self.compute_copies:
