@@ -4,10 +4,12 @@ python -m benchmarks.analysis.experiment digits-sida SiD=runs/sid-0,runs/sid-1 S
 
 The first argument is a folder of benchmarks/experiments; its README.md says how the runs are
 trained. Each run's config.json, the evaluations of its log.jsonl and its last sample grid are
-copied there, and so is the picture, distance.png.
+copied there. Of each run over_time.png shows the first images of its grids, of all runs
+distance.png the distances.
 """
 
 import json
+import math
 import shutil
 import statistics
 import sys
@@ -15,8 +17,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+from PIL import Image
 
 from sid_fast.io.atomic import atomic_path
+from sid_fast.training.callbacks import GRID
 from sid_fast.training.logging import read_log
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -39,7 +43,35 @@ def copy(run: Path, folder: Path) -> tuple[str, list[dict]]:
     with atomic_path(folder / "log.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(r) + "\n" for r in records), "utf-8")
     shutil.copy(max(run.glob("samples-*.png")), folder / "samples.png")
+    draw_over_time(run, folder / "over_time.png")
     return name, records
+
+
+def draw_over_time(run: Path, path: Path) -> None:
+    """Draw the first row of each second sample grid or so: at 0 images, then at doubled numbers."""
+    grids = {int(grid.stem.split("-")[1]): grid for grid in sorted(run.glob("samples-*.png"))}
+    shown: list[int] = []
+    for images in grids:
+        if not shown or images >= max(1.9 * shown[-1], 1):
+            shown.append(images)
+    shown = sorted({*shown, *list(grids)[-1:]})
+    rows = []
+    for images in shown:
+        with Image.open(grids[images]) as grid:
+            columns = round(math.sqrt(GRID * grid.width / grid.height))
+            rows.append(grid.convert("RGB").crop((0, 0, grid.width, grid.width // columns)))
+    width, height = rows[0].size
+    figure = Figure(figsize=(8, 0.3 + 7.2 * len(rows) * height / width), dpi=90)
+    for axes, images, row in zip(
+        figure.subplots(len(rows), squeeze=False)[:, 0], shown, rows, strict=True
+    ):
+        axes.imshow(row)
+        axes.set_ylabel(f"{images / 1000:.0f}", rotation=0, ha="right", va="center")
+        axes.set(xticks=[], yticks=[], frame_on=False)
+    figure.supylabel("kimg")
+    figure.subplots_adjust(0.1, 0.01, 0.99, 0.99, hspace=0.02)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def main(experiment: str, groups: dict[str, list[Path]]) -> None:

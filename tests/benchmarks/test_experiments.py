@@ -90,11 +90,12 @@ def test_a_run_without_an_evaluation_is_left_out_of_the_picture(tmp_path, capsys
         (run / "config.json").write_text(json.dumps({"out": str(run), "data": "/data/x.zip"}))
         records = [{"images": n, "FID": 2.0 + n, "teacher": 1.5} for n in images]
         (run / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-        Image.new("L", (8, 8)).save(run / "samples-0000000000.png")
+        Image.new("L", (70, 70)).save(run / "samples-0000000000.png")
     out = tmp_path / "experiment"
     experiment.main(str(out), {"SiD": [tmp_path / "long"], "SiDA": [tmp_path / "short"]})
     assert capsys.readouterr().out.splitlines() == [
         "SiD: 66; mean 66", "SiDA: no evaluation of a trained network",
     ]  # fmt: skip
     assert (out / "distance.png").exists()
+    assert (out / "long/over_time.png").exists()
     assert json.loads((out / "long/config.json").read_text())["data"] == "x.zip"
