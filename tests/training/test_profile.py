@@ -110,14 +110,14 @@ def test_a_trace_counts_neither_as_a_step_nor_as_training(monkeypatch):
     run = types.SimpleNamespace(
         trace=types.SimpleNamespace(pending=True, step=writes),
         trainer=types.SimpleNamespace(steps=7), throughput=loop.Throughput(),
-        limit=loop.TimeLimit(1), _warn=warned.append,
+        limit=loop.TimeLimit(1), shown=loop.Throughput(), _warn=warned.append,
     )  # fmt: skip
     run.limit.stepped()
     loop.Loop._trace_step(run)
     now[0] += 1
     run.limit.stepped()
-    run.throughput.steps = 1
-    assert run.throughput.read() == 1
+    run.throughput.steps = run.shown.steps = 1
+    assert run.throughput.read() == run.shown.read() == 1
     assert run.limit.step_seconds == 1
     assert list(map(str, warned)) == ["the disk is full"]
 
