@@ -196,7 +196,8 @@ def test_a_teacher_as_a_program(run_command, golden, tmp_path, suffix, name):
         assert (call(**inputs) - net(**inputs)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 def test_an_edm2_generator_as_a_program(run_command, tmp_path, capsys, suffix):
     if suffix == ".onnx":
         pytest.importorskip("onnxruntime")

@@ -427,6 +427,7 @@ def test_an_evaluation_that_does_not_fit_into_max_hours_is_made_after_the_resume
     assert [r["images"] for r in records(out) if DISTANCE in r] == [0, 4, 8, 12]
 
 
+@pytest.mark.slow
 def test_the_last_evaluation_is_left_to_the_resume_when_the_time_is_up(
     tmp_path, run_command, started_long_ago
 ):
