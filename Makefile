@@ -31,7 +31,7 @@ train: $(VENV)/.ready
 
 test: $(VENV)/.ready-dev
 	@echo "== all tests; those that need a GPU are skipped without one"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several workers would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it once; child processes inherit it
+
 import torch
 
 if not torch.cuda.is_available():  # Triton kernels run in its interpreter; it reads this once
