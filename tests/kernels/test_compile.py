@@ -23,6 +23,7 @@ def run(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", REPRESENTATIVE)
 def test_compiles_for_every_architecture_without_spills(kernel, tmp_path):
     table = tmp_path / "table.json"

@@ -333,6 +333,7 @@ def test_16_bit_proofs_take_a_more_exact_norm_and_no_wrong_scale(monkeypatch, jo
     assert re.match(r"fake gradients \+[12]\.\d% in scale", proof.gradients_agree(bf16(job), ours))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", [SIDA, EDM])
 def test_sida_and_teachers_are_proven_with_random_images_in_the_full_regime(job, monkeypatch):
     trainers, build = [], proof.build

@@ -41,7 +41,17 @@ CONCATENATED = {
 }
 
 
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "top-of-64"])
+LARGE = {"12-a-group", "24-a-group"}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(shape, marks=pytest.mark.slow if shape in LARGE else ())
+        for shape in SHAPES
+        if shape != "top-of-64"
+    ],
+)
 def test_shapes(shape, device):
     """Every group size and image size, fused with a sum and conditioning."""
     conditioning = {"scale_shift": True} if shape.endswith("a-group") else {"add": True}
