@@ -23,7 +23,14 @@ import click
 
 from sid_fast.config.toml import loads
 from sid_fast.config.types import START_OPTIONS, members
-from sid_fast.errors import Fallback, RunFailed, UserError, is_out_of_memory, one_line
+from sid_fast.errors import (
+    Fallback,
+    RunFailed,
+    UserError,
+    allocation_request,
+    is_out_of_memory,
+    one_line,
+)
 from sid_fast.io import invocation, streams
 from sid_fast.io.download import is_cached
 from sid_fast.performance import failure, process_group
@@ -481,8 +488,7 @@ def main(command: click.Command, module: str) -> None:
         if CPU_ALLOCATION_FAILED in str(error):
             message = OUT_OF_MEMORY
         elif is_out_of_memory(error) and not failure.unclean_exit:
-            request = ". ".join(str(error).split(". ")[:2])  # without the allocator's statistics
-            message, status = f"{request}: {GPU_OUT_OF_MEMORY}", 1
+            message, status = f"{allocation_request(error)}: {GPU_OUT_OF_MEMORY}", 1
         elif not failure.unclean_exit:
             raise
         else:

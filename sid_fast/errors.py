@@ -72,5 +72,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(w in str(error) for w in _ALLOCATION_FAILED)
 
 
+def allocation_request(error: BaseException) -> str:
+    """Return what an out-of-memory error asked for, without the allocator's statistics."""
+    return ". ".join(str(error).split(". ")[:2])
+
+
 class Fallback(UserWarning):
     """Warning that a slower path is used; the message says why, in one line."""

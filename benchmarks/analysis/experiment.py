@@ -48,7 +48,7 @@ def copy(run: Path, folder: Path) -> tuple[str, list[dict]]:
 
 
 def draw_over_time(run: Path, path: Path) -> None:
-    """Draw the first row of each second sample grid or so: at 0 images, then at doubled numbers."""
+    """Draw the first row of some grids: of the first, about each doubling of images, the last."""
     grids = {int(grid.stem.split("-")[1]): grid for grid in sorted(run.glob("samples-*.png"))}
     shown: list[int] = []
     for images in grids:
@@ -89,12 +89,11 @@ def main(experiment: str, groups: dict[str, list[Path]]) -> None:
             xs, ys = zip(*points, strict=True) if points else ((), ())
             axes.plot(xs, ys, "o-", color=f"C{number}", label=text, alpha=0.7)
             last.extend(ys[-1:])
-        ends = (
-            f"{', '.join(f'{v:.4g}' for v in last)}; mean {statistics.mean(last):.4g}"
-            if last
-            else ""
-        )
-        print(f"{group}: {ends or 'no evaluation of a trained network'}")
+        if last:
+            values = ", ".join(f"{v:.4g}" for v in last)
+            print(f"{group}: {values}; mean {statistics.mean(last):.4g}")
+        else:
+            print(f"{group}: no evaluation of a trained network")
     if teacher is not None:
         axes.axhline(teacher, color="black", linestyle="--", label=f"teacher: {teacher:.3g}")
     axes.set(xscale="log", yscale="log", xlabel="images seen", ylabel=name)

@@ -142,7 +142,7 @@ RATES = ("lr", "fake_lr", "generator_lr", "ema_halflife_kimg")
 
 
 def resume_fingerprint(settings: Any) -> dict[str, Any]:
-    """The settings that a resumed run must share with its checkpoint, and RATES."""
+    """The settings that a resumed run must share with its checkpoint, except RATES."""
     return {k: v for k, v in dataclasses.asdict(settings).items() if k != "micro_batch"}
 
 
@@ -499,7 +499,8 @@ class RunOptions:
     resume: str | None = _output(
         None,
         "continue from a checkpoint folder (state-*), a run folder, or `latest`: the newest "
-        "checkpoint in --out or runs/. Options that are not given keep their saved values",
+        "checkpoint in --out or runs/. Options that are not given keep their saved values. "
+        "Learning rates and --ema-halflife-kimg may change",
     )
     log_every: int = _output(
         50, "steps between log lines; log.jsonl stays below 64 MiB, tensorboard/ below 256", 1

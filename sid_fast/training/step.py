@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from sid_fast.config.types import check, ema_stds, grad_accum_steps, resume_fingerprint
-from sid_fast.errors import OutOfMemory, is_out_of_memory
+from sid_fast.errors import OutOfMemory, allocation_request, is_out_of_memory
 from sid_fast.methods.base import Method, Phase, RandomStream, stream_number
 from sid_fast.performance import fsdp, mixed_precision, process_group, ranges
 from sid_fast.performance.compile import compile_blocks
@@ -342,5 +342,4 @@ def annotate_oom(what: str) -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        request = ". ".join(str(error).split(". ")[:2])  # without the allocator's statistics
-        raise OutOfMemory(f"{what}: {request}") from error
+        raise OutOfMemory(f"{what}: {allocation_request(error)}") from error

@@ -24,9 +24,8 @@ def test_preset_is_valid(kind, name):
 def test_the_published_presets_are_all_there_with_their_teachers():
     sida = {f"{name}-{kind}" for name in TEACHERS for kind in ("sida", "sid2a")}
     ours = {"digits", "digits-sida", "digits-edm2", "digits-edm2-sida", "fashion"}
-    assert {*TEACHERS, *sida, *ours} <= set(presets("train"))
-    for name in {*TEACHERS, *sida, *ours}:
-        preset = presets("train")[name]
+    assert set(presets("train")) == {*TEACHERS, *sida, *ours}
+    for name, preset in presets("train").items():
         teacher, _, kind = name.rpartition("-")
         method = kind if kind in ("sida", "sid2a") else "sid"
         assert preset["teacher"] == (name if method == "sid" else teacher)

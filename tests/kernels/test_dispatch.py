@@ -219,7 +219,9 @@ def test_nvidias_apex_is_a_backend_of_group_norm_only(packages):
     with pytest.raises(UserError, match="NVIDIA GPUs only"):
         dispatch.configure("group_norm=apex", CPU)
     dispatch.configure("group_norm=apex", GPU)
-    assert dispatch.report(GPU).startswith("group_norm apex, ")
+    assert dispatch.report(GPU) == (
+        "group_norm apex, block, attention, augment eager, the rest triton"
+    )
 
 
 def test_apex_gets_the_pass_count_and_activation_name_it_expects(packages):

@@ -4,8 +4,8 @@
 #   benchmarks/experiments/cifar10/run.sh IMAGES DETECTOR [FOLDER] [SECONDS]    (default: runs/cifar10, 1700)
 #
 # IMAGES is an EDM data set of 32x32 images with labels, DETECTOR a TorchScript file (its code runs)
-# or `pixels`. The teacher gets half of the time, SiD and SiDA 19 % each, SiD²A 10 %; the rest is for
-# starting up. FOLDER receives the runs, and in FOLDER/experiment what belongs beside this file.
+# or `pixels`. The teacher gets half of the time, SiD and SiDA 19 % each, SiD²A 10 %, each with its
+# start-up. FOLDER receives the runs, and in FOLDER/experiment what belongs beside this file.
 # $PYTHON (default python3) needs torch, triton and the dependencies of sid_fast except platformdirs.
 # Without a GPU a rehearsal runs every part with tiny networks for a few steps.
 set -eu
